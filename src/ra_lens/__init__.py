@@ -1,0 +1,49 @@
+"""Reversed Attention for TransformerLens: what the backward pass wanted each head to do.
+
+Names are imported when first used, so `import ra_lens` (and `ra-lens --help`) stays fast and loads
+neither torch nor plotly, pandas or typer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ra_lens.cache import RACache
+    from ra_lens.demo import load_demo_model
+    from ra_lens.hooks import get_ra_caching_hooks
+    from ra_lens.patching import patch_hooks
+    from ra_lens.run import run_with_ra
+    from ra_lens.sites import load_model
+    from ra_lens.tasks import load_task
+
+_HOMES = {
+    "RACache": "ra_lens.cache",
+    "get_ra_caching_hooks": "ra_lens.hooks",
+    "load_demo_model": "ra_lens.demo",
+    "load_model": "ra_lens.sites",
+    "load_task": "ra_lens.tasks",
+    "patch_hooks": "ra_lens.patching",
+    "run_with_ra": "ra_lens.run",
+}
+
+__all__ = [
+    "RACache",
+    "get_ra_caching_hooks",
+    "load_demo_model",
+    "load_model",
+    "load_task",
+    "patch_hooks",
+    "run_with_ra",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module the first time it is used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ra_lens' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

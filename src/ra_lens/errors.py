@@ -1,0 +1,33 @@
+"""The exceptions ra_lens raises on purpose: each says what was found, what is needed, what to call.
+
+All derive from `RALensError`, so a caller (and the command line) can tell a refusal from a bug.
+They also derive from the built-in exception people already catch.
+"""
+
+
+class RALensError(Exception):
+    """Base of every exception that ra_lens raises on purpose."""
+
+
+class BadInput(RALensError, ValueError):
+    """The input, target or option given cannot be used; the message says what can."""
+
+
+class UnsupportedModel(RALensError, RuntimeError):
+    """The model, or the state it is in, does not let its attention be read or edited exactly."""
+
+
+class NothingToDifferentiate(RALensError, RuntimeError):
+    """No gradient reached the attention: a loss that is NaN, constant, or cut off from it."""
+
+
+class BadFile(RALensError, ValueError):
+    """A file is not a cache written by ra_lens, or is damaged."""
+
+
+class NotStored(RALensError, KeyError):
+    """A map was asked for that this cache does not hold."""
+
+    def __str__(self) -> str:
+        """Give the message itself; `KeyError` would print it in quotes."""
+        return str(self.args[0]) if self.args else ""
