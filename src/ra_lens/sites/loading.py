@@ -1,0 +1,174 @@
+"""Loading models: with the class that the installed TransformerLens has, from a name or a folder.
+
+TransformerLens 2 has HookedTransformer, 3 has both classes, 4 has TransformerBridge only. Weights
+are loaded without processing (no folding, no centring): Reversed Attention does not depend on it,
+but masking a head does, because folding moves its value bias into the output bias.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ra_lens.errors import BadInput
+
+ModelKind = Literal["HookedTransformer", "TransformerBridge"]
+
+
+def available_kinds() -> tuple[ModelKind, ...]:
+    """The model classes that the installed TransformerLens has, preferred one first."""
+    kinds: list[ModelKind] = []
+    if _class("transformer_lens", "HookedTransformer") is not None:
+        kinds.append("HookedTransformer")
+    if _class("transformer_lens.model_bridge", "TransformerBridge") is not None:
+        kinds.append("TransformerBridge")
+    return tuple(kinds)
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    kind: ModelKind | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Load a model that TransformerLens knows, or a local Hugging Face folder, without processing.
+
+    Args:
+        name: A name TransformerLens knows (`"gpt2"`, `"EleutherAI/pythia-70m"`), or a folder with
+            `config.json`, weights and tokenizer.
+        kind: `"HookedTransformer"` or `"TransformerBridge"`. Default: HookedTransformer where the
+            installed TransformerLens has it, else TransformerBridge.
+        device: Where to put the model. Default: a GPU if there is one.
+        dtype: Data type of the weights.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        BadInput: the kind is not in this TransformerLens, or the model cannot be found or loaded.
+    """
+    chosen = _choose_kind(kind)
+    folder = Path(name)
+    if folder.is_dir():
+        return load_folder(folder, kind=chosen, device=device, dtype=dtype)
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise BadInput(f"there is no folder {str(name)!r}. Give a folder with a config.json.")
+    cls = _class_of(chosen)
+    load = (
+        cls.from_pretrained_no_processing
+        if chosen == "HookedTransformer"
+        else cls.boot_transformers
+    )
+    try:
+        model = load(str(name), device=None if device is None else str(device), dtype=dtype)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        raise BadInput(
+            f"{chosen} could not load {str(name)!r}: {type(error).__name__}: {first_line} "
+            "Give a name that TransformerLens knows and that can be downloaded, a local folder "
+            "with config.json, weights and tokenizer, or use load_demo_model() for the embedded one."
+        ) from error
+    return model.eval()
+
+
+def load_folder(
+    folder: str | os.PathLike[str],
+    *,
+    kind: ModelKind | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Load a local folder in Hugging Face format, offline. Arguments as in `load_model`.
+
+    Raises:
+        BadInput: no `config.json` there, or an architecture this TransformerLens cannot convert.
+    """
+    chosen = _choose_kind(kind)
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise BadInput(
+            f"{path} has no config.json. A model folder holds config.json, the weights and the "
+            "tokenizer, as Hugging Face's save_pretrained writes them."
+        )
+    where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen == "TransformerBridge":
+        model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype)
+    else:
+        model = _hooked_transformer_from_folder(path, where, dtype)
+    model.cfg.model_name = path.resolve().name
+    return model.eval()
+
+
+def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
+    # HookedTransformer.from_pretrained takes names only, although the two functions that it is
+    # made of take folders.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    conversion: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
+    hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    try:
+        cfg = _hooked_transformer_config(conversion, path, device, dtype)
+        state_dict = conversion.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=dtype)
+    except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
+        raise BadInput(
+            f"HookedTransformer cannot convert the model in {path} "
+            f"({type(hf_model).__name__}): {type(error).__name__}: {error}. "
+            "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."
+        ) from error
+    model = _class_of("HookedTransformer")(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        state_dict,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.to(device)
+
+
+def _hooked_transformer_config(
+    conversion: Any, path: Path, device: str, dtype: torch.dtype
+) -> Any:
+    # TransformerLens reads keys that GPT-2's published config.json has and that save_pretrained
+    # does not write, and takes any path with "llama" in it for a Llama: hand it a copy elsewhere.
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in config:
+        config.setdefault("n_ctx", config["n_positions"])
+    with tempfile.TemporaryDirectory(prefix="ra_lens_") as copy:
+        Path(copy, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return conversion.get_pretrained_model_config(copy, device=device, dtype=dtype)
+
+
+def _choose_kind(kind: ModelKind | None) -> ModelKind:
+    kinds = available_kinds()
+    if kind is None:
+        return kinds[0]
+    if kind not in kinds:
+        version = importlib.import_module("importlib.metadata").version("transformer-lens")
+        raise BadInput(
+            f"kind={kind!r} is not in the installed TransformerLens {version}, which has "
+            f"{' and '.join(kinds)}. Leave kind out, or install another TransformerLens."
+        )
+    return kind
+
+
+def _class(module: str, name: str) -> Any:
+    # TransformerLens 4 raises ImportError from `hasattr` too, so only trying tells.
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _class_of(kind: ModelKind) -> Any:
+    module = "transformer_lens.model_bridge" if kind == "TransformerBridge" else "transformer_lens"
+    return _class(module, kind)

@@ -1,0 +1,357 @@
+"""What is differentiated: one loss per example, from logits.
+
+Sign: every objective here is a *loss*, something that descent lowers. Reversed Attention is its
+gradient, so a negative entry is attention that would make the target more likely:
+
+* `answer_nll(token)`: −log p(token) at one position.
+* `sequence_nll(answer)`: the answer is appended to the prompt (teacher forcing); the loss is the
+  mean of −log p over its tokens. This is the loss of the paper's experiments.
+* `logit_diff(correct, wrong)`: logit(wrong) − logit(correct), *minus* the usual logit difference.
+* `top_prediction()`: −log p of whatever the model itself ranks first.
+* `custom(metric)`: any function of the logits, differentiated as it is.
+
+An objective is made without a model. `run_with_ra` binds it to a model and prompts, which is where
+text becomes tokens and mistakes become errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ra_lens.errors import BadInput
+from ra_lens.prompts import Prompts
+from ra_lens.sites import Lens
+
+Token = str | int
+Metric = Callable[[Tensor], Tensor]
+Position = int | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss that is not yet bound to a model; make one with the functions of this module.
+
+    Objectives whose tokens are ids are also plain functions of logits, reading the last position,
+    for people who run their own backward pass: `answer_nll(5)(logits)`.
+    """
+
+    kind: Literal["answer_nll", "sequence_nll", "logit_diff", "top_prediction", "custom"]
+    tokens: Token | Sequence[Token] | Sequence[Sequence[int]] | Tensor | None = None
+    wrong: Token | Sequence[Token] | Tensor | None = None
+    metric: Metric | None = None
+
+    def __call__(
+        self, logits: Float[Tensor, "batch pos d_vocab"]
+    ) -> Float[Tensor, "batch"] | Float[Tensor, ""]:
+        """Loss of each example, read at the last position of `logits`.
+
+        Raises:
+            BadInput: the tokens are text, which only a run with a model can turn into ids.
+        """
+        if self.metric is not None:
+            return self.metric(logits)
+        last = logits[:, -1:]
+        n = logits.shape[0]
+        if self.kind == "top_prediction":
+            return Bound(self.kind, positions=None).loss(last)
+        if self.kind == "sequence_nll":
+            raise BadInput(
+                "found sequence_nll called on logits; it reads several positions, which it knows "
+                "only in a run. Pass it as run_with_ra(..., target=sequence_nll(answer))."
+            )
+        ids = _ids_without_model(self.tokens, n)
+        wrong = None if self.wrong is None else _ids_without_model(self.wrong, n)
+        return Bound(self.kind, None, [[i] for i in ids], wrong).loss(last)
+
+
+def answer_nll(token: Token | Sequence[Token] | Tensor) -> Objective:
+    """−log p(token) at the position read (the last real token unless a position is given).
+
+    Args:
+        token: A string that is one token, an id, or one of either per example.
+    """
+    return Objective("answer_nll", token)
+
+
+def sequence_nll(answer: str | Sequence[str] | Sequence[Sequence[int]]) -> Objective:
+    """Mean of −log p over the answer's tokens, with the answer appended to the prompt.
+
+    The maps then cover prompt and answer, (n+k)×(n+k); the row of the answer's last token is zero,
+    as no loss is read there. Protocol of the paper's experiments.
+
+    Args:
+        answer: The answer as text, one per example, or its token ids per example.
+    """
+    return Objective("sequence_nll", answer)
+
+
+def logit_diff(
+    correct: Token | Sequence[Token] | Tensor, wrong: Token | Sequence[Token] | Tensor
+) -> Objective:
+    """logit(wrong) − logit(correct): descent raises the correct answer over the wrong one.
+
+    Args:
+        correct: One-token string, id, or one of either per example.
+        wrong: Likewise.
+    """
+    return Objective("logit_diff", correct, wrong)
+
+
+def top_prediction() -> Objective:
+    """−log p of the token that the model ranks first at the position read."""
+    return Objective("top_prediction")
+
+
+def custom(metric: Metric) -> Objective:
+    """Any function of the logits (`[batch, pos, d_vocab]` to `[batch]` or a scalar), as it is."""
+    return Objective("custom", metric=metric)
+
+
+@dataclass
+class Bound:
+    """An objective bound to prompts: where it reads and what it expects there.
+
+    Attributes:
+        kind: The objective's kind.
+        positions: Positions read, within each example; None for all of a batch's columns.
+        targets: Expected ids per example: one for each of the last positions read.
+        wrong: The id that a logit difference compares with.
+        metric: The function of a custom objective.
+    """
+
+    kind: str
+    positions: list[list[int]] | None
+    targets: list[list[int]] | None = None
+    wrong: list[int] | None = None
+    metric: Metric | None = None
+
+    def part(self, examples: slice) -> Bound:
+        """The same objective for some of the examples."""
+
+        return Bound(
+            self.kind,
+            None if self.positions is None else self.positions[examples],
+            None if self.targets is None else self.targets[examples],
+            None if self.wrong is None else self.wrong[examples],
+            self.metric,
+        )
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """Loss per example from the logits at the positions read (`[batch, read, d_vocab]`)."""
+        if self.metric is not None:
+            return self.metric(logits)
+        # In float32 whatever the model's dtype; float64 stays.
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.targets is None:  # the model's own top prediction
+            self.targets = [[int(i)] for i in logits[:, -1].argmax(dim=-1)]
+        device = logits.device
+        if self.wrong is not None:
+            right = torch.tensor([row[-1] for row in self.targets], device=device)
+            wrong = torch.tensor(self.wrong, device=device)
+            last = logits[:, -1]
+            return (_pick(last, wrong) - _pick(last, right)).squeeze(-1)
+        width = max(map(len, self.targets))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in self.targets], device=device)
+        counts = torch.tensor([len(row) for row in self.targets], device=device)
+        log_probs = logits[:, -width:].log_softmax(dim=-1)
+        nll = -log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        # Shorter answers are aligned to the right; what lies left of them is not theirs.
+        theirs = torch.arange(width, device=device) >= (width - counts).unsqueeze(1)
+        return nll.where(theirs, 0.0).sum(dim=1) / counts
+
+
+def as_objective(
+    target: Token | Sequence[Token] | Tensor | Objective | None,
+    metric: Metric | Objective | None,
+) -> Objective:
+    """Read the `target=` and `metric=` of a run.
+
+    Raises:
+        BadInput: both are given, or metric is not callable.
+    """
+    if target is not None and metric is not None:
+        raise BadInput("found both target and metric. Give one: each says what is differentiated.")
+    if isinstance(target, Objective):
+        return target
+    if isinstance(metric, Objective):
+        return metric
+    if metric is not None:
+        if not callable(metric):  # pyright: ignore[reportUnnecessaryComparison]
+            raise BadInput(
+                f"metric is a {type(metric).__name__}; it must be a function of the logits, such "
+                "as lambda logits: logits[:, -1, 5] or ra_lens.targets.logit_diff(' a', ' b')."
+            )
+        return custom(metric)
+    return top_prediction() if target is None else answer_nll(target)
+
+
+def bind(
+    objective: Objective, lens: Lens, prompts: Prompts, position: Position | None
+) -> tuple[Bound, Prompts]:
+    """Turn text into ids, append answers where the objective has them, place the reading.
+
+    A target of several tokens becomes `sequence_nll`.
+
+    Args:
+        objective: What to differentiate.
+        lens: The model.
+        prompts: What it reads.
+        position: Where to read, within each example (negative: from its end); None: its last token.
+
+    Returns:
+        The bound objective, and the prompts with answers appended.
+
+    Raises:
+        BadInput: a number of targets that is not the number of prompts, an id out of the
+            vocabulary, text that is not one token where one is needed, a position outside the
+            prompt or where none applies.
+    """
+    if objective.kind == "custom":
+        if position is not None:
+            raise BadInput(
+                "found position together with a metric of your own, which gets all logits. "
+                "Index them in the metric, or use ra_lens.targets.answer_nll / logit_diff."
+            )
+        return Bound("custom", None, metric=objective.metric), prompts
+    reading = _positions(position, prompts)
+    if objective.kind == "top_prediction":
+        return Bound(objective.kind, [[p] for p in reading]), prompts
+    targets = _token_ids(lens, prompts, objective.tokens, "target")
+    if objective.kind == "logit_diff":
+        _need_one_token(lens, targets, "the correct answer of a logit difference")
+        wrong = _token_ids(lens, prompts, objective.wrong, "wrong answer")
+        _need_one_token(lens, wrong, "the wrong answer of a logit difference")
+        bound = Bound(objective.kind, [[p] for p in reading], targets, [row[0] for row in wrong])
+        return bound, prompts
+    teacher_forced = objective.kind == "sequence_nll" or any(len(row) > 1 for row in targets)
+    if not teacher_forced:
+        return Bound(objective.kind, [[p] for p in reading], targets), prompts
+    if position is not None:
+        longest = max(targets, key=len)
+        raise BadInput(
+            f"found position together with an answer of {len(longest)} tokens "
+            f"({_show(lens, longest)}), which is read where it is appended, after the prompt. "
+            "Leave position out, or give a target of one token."
+        )
+    width = max(map(len, targets))
+    # Row i reads positions n−1 … n+k−2; shorter answers repeat their first position on the left.
+    positions = [
+        [n - 1] * (width - len(row)) + list(range(n - 1, n - 1 + len(row)))
+        for n, row in zip(prompts.lengths, targets, strict=True)
+    ]
+    return Bound("sequence_nll", positions, targets), prompts.extended(targets)
+
+
+def _positions(position: Position | None, prompts: Prompts) -> list[int]:
+    n = len(prompts)
+    if position is None:
+        return [length - 1 for length in prompts.lengths]
+    if isinstance(position, Tensor):
+        position = position.flatten().tolist() if position.ndim else int(position)
+    given = [position] * n if isinstance(position, int) else list(position)
+    if len(given) != n:
+        raise BadInput(
+            f"found {len(given)} positions for {n} prompts. Give one integer, or one per prompt."
+        )
+    for i, (p, length) in enumerate(zip(given, prompts.lengths, strict=True)):
+        if not -length <= p < length:
+            raise BadInput(
+                f"position {p} lies outside prompt {i}, which has {length} tokens (BOS included). "
+                f"Give {-length} to {length - 1}."
+            )
+    return [p % length for p, length in zip(given, prompts.lengths, strict=True)]
+
+
+def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[list[int]]:
+    n = len(prompts)
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    given: list[object] = [tokens] * n if isinstance(tokens, str | int) else list(tokens)  # type: ignore[call-overload]
+    if len(given) != n:
+        raise BadInput(
+            f"found {len(given)} {what}s for {n} prompt{'s' * (n != 1)}. Give one for all, or one "
+            "per prompt; for one answer of several token ids use "
+            "ra_lens.targets.sequence_nll([[id, id, ...]])."
+        )
+    rows = [_ids_of(lens, prompts, i, token, what) for i, token in enumerate(given)]
+    for row in rows:
+        for token in row:
+            if not 0 <= token < lens.d_vocab:
+                raise BadInput(
+                    f"{what} {token} is not in the vocabulary of {lens.name}, which has ids 0 to "
+                    f"{lens.d_vocab - 1}. Give an id in that range, or the text of the token."
+                )
+    return rows
+
+
+def _ids_of(lens: Lens, prompts: Prompts, i: int, token: object, what: str) -> list[int]:
+    if isinstance(token, bool):
+        raise BadInput(f"{what} {i} is {token}; give text or a token id.")
+    if isinstance(token, int):
+        return [token]
+    if isinstance(token, list | tuple):
+        ids: list[int] = [int(t) for t in token]  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+        if not ids:
+            raise BadInput(f"{what} {i} is empty. Give at least one token.")
+        return ids
+    if not isinstance(token, str):
+        raise BadInput(f"{what} {i} is a {type(token).__name__}; give text or a token id.")
+    if token == "":
+        raise BadInput(f"{what} {i} is empty text. Give at least one token, such as ' Paris'.")
+    ids = _continuation(lens, prompts, i, token)
+    unknown = getattr(lens.tokenizer, "unk_token_id", None)
+    special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+    if unknown is not None and unknown not in special and unknown in ids:
+        raise BadInput(
+            f"{what} {token!r} is not a word that {lens.name} knows: its tokenizer reads it as "
+            f"{lens.decode(unknown)!r}. Give a token of its vocabulary."
+        )
+    return ids
+
+
+def _continuation(lens: Lens, prompts: Prompts, i: int, answer: str) -> list[int]:
+    # Tokenised as one string with the prompt, as in the paper; SentencePiece tokenizers would
+    # otherwise put a space of their own in front. Where the two merge into one token at the seam,
+    # the prompt must stay what it was, so the answer is tokenised alone.
+    if prompts.texts is not None:
+        n = len(prompts.ids[i])
+        joint = lens.encode(prompts.texts[i] + answer, prepend_bos=prompts.bos_prepended)
+        if tuple(joint[:n]) == prompts.ids[i] and len(joint) > n:
+            return joint[n:]
+    return lens.encode_fragment(answer)
+
+
+def _need_one_token(lens: Lens, rows: list[list[int]], what: str) -> None:
+    for row in rows:
+        if len(row) != 1:
+            raise BadInput(
+                f"{what} must be one token; found {len(row)}: {_show(lens, row)}. Choose a word "
+                "that is one token (mind the leading space), or use a target of several tokens."
+            )
+
+
+def _show(lens: Lens, ids: Sequence[int]) -> str:
+    return " + ".join(repr(lens.decode(token)) for token in ids)
+
+
+def _ids_without_model(tokens: object, n: int) -> list[int]:
+    if isinstance(tokens, Tensor):
+        tokens = tokens.tolist()
+    given: list[object] = [tokens] * n if isinstance(tokens, str | int) else list(tokens)  # type: ignore[call-overload]
+    ids = [t for t in given if isinstance(t, int)]
+    if len(ids) != len(given) or len(ids) != n:
+        raise BadInput(
+            f"found tokens {tokens!r} for logits of {n} examples; outside a run an objective "
+            "needs token ids, one or one per example: answer_nll(model.to_single_token(' Paris'))."
+        )
+    return ids
+
+
+def _pick(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.gather(-1, ids.unsqueeze(-1))
