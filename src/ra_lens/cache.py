@@ -1,0 +1,480 @@
+"""`RACache`: the maps of one run, read like a TransformerLens `ActivationCache`.
+
+Three kinds of map per attention layer, each `[batch, head, query, key]`:
+
+* `ra`, full name `blocks.{layer}.attn.hook_ra`: Reversed Attention R. Positive: descent lowers
+  this attention; negative: descent raises it.
+* `pattern`, `….hook_pattern`: A, as the softmax made it, before any edit by a hook.
+* `pattern_grad`, `….hook_pattern_grad`: G = ∂L/∂A.
+
+Rows and columns of padding are 0. Norms are kept whatever is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ra_lens.collect import MAP_KINDS, MapKind, reversed_attention
+from ra_lens.errors import BadInput, NotStored
+from ra_lens.mean import MeanMaps, RunningMean
+from ra_lens.sites import Site, as_lens
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+Store = Literal["maps", "norms", "mean"]
+_KINDS: dict[str, MapKind] = {kind: kind for kind in MAP_KINDS}
+
+
+def map_name(layer: int, kind: MapKind) -> str:
+    """Full name of a map: `blocks.{layer}.attn.hook_{kind}`."""
+    return f"blocks.{layer}.attn.hook_{kind}"
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """A head and its score; larger = more important."""
+
+    layer: int
+    head: int
+    score: float
+
+    @property
+    def label(self) -> str:
+        """`L5H3`, as TransformerLens labels heads."""
+        return f"L{self.layer}H{self.head}"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a cache was made from.
+
+    Attributes:
+        model_name: As TransformerLens has it.
+        objective: Kind of loss, `answer_nll`, `sequence_nll`, …; `unknown` where the user ran the
+            backward pass.
+        targets: What the loss asked for, as text, one per example; None for a metric of the user.
+        target_is_top_prediction: True if no target was given and the model's own was taken.
+        str_tokens: Exactly what the model read, without padding, one list per example.
+        starts: Column of each example's first token; not 0 with padding on the left.
+        bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
+    """
+
+    model_name: str = "unknown"
+    objective: str = "unknown"
+    targets: tuple[str, ...] | None = None
+    target_is_top_prediction: bool = False
+    str_tokens: tuple[tuple[str, ...], ...] | None = None
+    starts: tuple[int, ...] | None = None
+    bos_prepended: bool | None = None
+
+    def part(self, examples: Sequence[int]) -> RunInfo:
+        """The same for some of the examples."""
+
+        def cut(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[i] for i in examples)
+
+        return replace(
+            self,
+            targets=cut(self.targets),
+            str_tokens=cut(self.str_tokens),
+            starts=cut(self.starts),
+        )
+
+
+@dataclass
+class RACache:
+    """Reversed Attention of one run; see the module's text for the maps and their sign.
+
+    Made by `run_with_ra`, `get_ra_caching_hooks` and `RACache.from_activation_cache`.
+
+    Attributes:
+        sites: The attention layers, by layer.
+        loss: Loss of each example (a scalar if the metric gave one).
+        info: What it was made from.
+        store: What was kept: `maps`, only `norms`, or the `mean` over examples.
+        has_batch_dim: False after `remove_batch_dim`.
+    """
+
+    sites: dict[int, Site]
+    loss: Float[Tensor, "batch"] | Float[Tensor, ""] = field(
+        default_factory=lambda: torch.zeros(0)
+    )
+    info: RunInfo = field(default_factory=RunInfo)
+    store: Store = "maps"
+    has_batch_dim: bool = True
+    _maps: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    _norms: dict[tuple[MapKind, int], Tensor] = field(
+        default_factory=dict[tuple[MapKind, int], Tensor], repr=False
+    )
+    _running: RunningMean | None = field(default=None, repr=False)
+
+    # ---- reading --------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "*batch head query key"]:
+        """Give a map by name: `ra["ra", 5]`, `ra["pattern", -1]`, `ra["blocks.5.attn.hook_ra"]`.
+
+        Raises:
+            NotStored: that map is not here; the message says what is.
+        """
+        name = self._full_name(key)
+        if name not in self._maps:
+            raise NotStored(self._why_not(key))
+        return self._maps[name]
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether a map is stored, by either form of name."""
+        if not isinstance(key, str | tuple):
+            return False
+        try:
+            return self._full_name(key) in self._maps  # pyright: ignore[reportUnknownArgumentType]
+        except NotStored:
+            return False
+
+    def __len__(self) -> int:
+        """Give the number of maps stored."""
+        return len(self._maps)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the full names of the maps."""
+        return iter(self._maps)
+
+    def keys(self) -> Iterable[str]:
+        """Full names of the maps."""
+        return self._maps.keys()
+
+    def values(self) -> Iterable[Tensor]:
+        """The maps."""
+        return self._maps.values()
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Full names and maps."""
+        return self._maps.items()
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers collected."""
+        return list(self.sites)
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads per layer."""
+        return next(iter(self.sites.values())).n_heads
+
+    @property
+    def scale(self) -> dict[int, float]:
+        """Softmax scale by layer: R = scale · ∂L/∂scores."""
+        return {layer: site.scale for layer, site in self.sites.items()}
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples."""
+        first = next(iter(self._norms.values()))
+        return first.shape[0] if self.has_batch_dim else 1
+
+    @property
+    def str_tokens(self) -> list[list[str]] | list[str] | None:
+        """Tokens the model read, per example, without padding; None if it was not told."""
+        if self.info.str_tokens is None:
+            return None
+        rows = [list(row) for row in self.info.str_tokens]
+        return rows if self.has_batch_dim else rows[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the maps stored."""
+        return sum(t.numel() * t.element_size() for t in self._maps.values())
+
+    def kv_group(self, head: int) -> int:
+        """Index of the key/value head that query head `head` reads (grouped queries)."""
+        if not -self.n_heads <= head < self.n_heads:
+            raise BadInput(f"found head {head}; this model has heads 0 to {self.n_heads - 1}.")
+        return next(iter(self.sites.values())).kv_group(head % self.n_heads)
+
+    def __repr__(self) -> str:
+        """Say what is in the cache."""
+        layers = self.layers
+        span = f"{layers[0]}…{layers[-1]}" if len(layers) > 1 else str(layers[0])
+        if layers != list(range(layers[0], layers[-1] + 1)):
+            span = ", ".join(map(str, layers))
+        kinds = [k for k in MAP_KINDS if any((k, layer) in self for layer in layers)]
+        held = f"{', '.join(kinds)}, {self.n_bytes / 1e6:.2f} MB" if kinds else f"{self.store} only"
+        lines = [
+            f"RACache of {self.info.model_name}: {self.batch_size} prompt"
+            f"{'s' * (self.batch_size != 1)}, layers {span}, {self.n_heads} heads ({held})"
+        ]
+        if self.info.str_tokens is not None:
+            longest = max(map(len, self.info.str_tokens))
+            bos = ", BOS prepended" if self.info.bos_prepended else ""
+            lines.append(f"  tokens: up to {longest}{bos}")
+        target = self.info.objective
+        if self.info.targets:
+            shown = ", ".join(map(repr, self.info.targets[:3]))
+            target += f" of {shown}{', …' * (len(self.info.targets) > 3)}"
+        if self.info.target_is_top_prediction:
+            target += " (the model's own top prediction; no target was given)"
+        if self.loss.numel():
+            target += f"; loss {float(self.loss.detach().mean()):.4f}"
+            target += " on average" if self.loss.numel() > 1 else ""
+        return "\n".join([*lines, f"  loss: {target}"])
+
+    # ---- summaries ------------------------------------------------------------------------------
+
+    def stack(self, kind: MapKind = "ra") -> Float[Tensor, "layer *batch head query key"]:
+        """Give all layers of one kind of map in one tensor, in the order of `layers`."""
+        return torch.stack([self[kind, layer].to(self._first_device) for layer in self.layers])
+
+    def norms(self, kind: MapKind = "ra") -> Float[Tensor, "*batch layer head"]:
+        """Frobenius norm of each head's map, per example (paper section 5.2)."""
+        stacked = [self._norms[kind, layer].to(self._first_device) for layer in self.layers]
+        return torch.stack(stacked, dim=-2)
+
+    def top_heads(self, k: int = 10, kind: MapKind = "ra") -> list[HeadScore]:
+        """Give the `k` heads with the largest norm, averaged over the examples."""
+        scores = self.norms(kind)
+        scores = scores.mean(dim=0) if self.has_batch_dim else scores
+        values, order = scores.flatten().sort(descending=True, stable=True)
+        return [
+            HeadScore(self.layers[int(i) // self.n_heads], int(i) % self.n_heads, float(v))
+            for v, i in zip(values[:k], order[:k], strict=True)
+        ]
+
+    def mean(self) -> MeanMaps:
+        """Average every map over the examples, entry by entry (paper section 5.3).
+
+        Raises:
+            BadInput: examples of different lengths, whose positions do not correspond.
+            NotStored: the maps were not stored.
+        """
+        if self._running is not None:
+            return self._running.result()
+        if not self._maps:
+            raise NotStored(self._why_not("ra"))
+        running = RunningMean(self.sites)
+        self.add_to(running)
+        return running.result()
+
+    def add_to(self, running: RunningMean) -> None:
+        """Add the maps of every example to a running mean."""
+        tokens = self.info.str_tokens
+        lengths = None if tokens is None else sorted({len(row) for row in tokens})
+        starts = self.info.starts
+        first = 0 if starts is None else starts[0]
+        if lengths is not None and len(lengths) > 1:
+            raise BadInput(
+                f"found prompts of {lengths[0]} to {lengths[-1]} tokens; a mean adds position to "
+                "position, so all must have the same length. Group the prompts by length first."
+            )
+        end = None if lengths is None else first + lengths[0]
+        for name, value in self._maps.items():
+            batched = value if self.has_batch_dim else value.unsqueeze(0)
+            running.add(name, batched[..., first:end, first:end])
+        running.count += self.batch_size
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Tabulate one row per prompt, layer and head: the norms, the loss, the target."""
+        import pandas as pd
+
+        kinds = [kind for kind in MAP_KINDS if (kind, self.layers[0]) in self._norms]
+        norms = {kind: self.norms(kind).reshape(-1, len(self.layers), self.n_heads) for kind in kinds}
+        losses = self.loss.detach().flatten().tolist()
+        rows = [
+            {
+                "prompt": i,
+                "layer": layer,
+                "head": head,
+                **{f"{kind}_norm": float(norms[kind][i, j, head]) for kind in kinds},
+                "loss": losses[i] if len(losses) == self.batch_size else losses[0],
+                "target": None if self.info.targets is None else self.info.targets[i],
+            }
+            for i in range(self.batch_size)
+            for j, layer in enumerate(self.layers)
+            for head in range(self.n_heads)
+        ]
+        return pd.DataFrame(rows)
+
+    # ---- making others --------------------------------------------------------------------------
+
+    def to(self, device: str | torch.device | torch.dtype) -> RACache:
+        """Move or convert every tensor; gives a new cache."""
+        return self._map_tensors(lambda t: t.to(device))
+
+    def remove_batch_dim(self) -> RACache:
+        """Drop the batch dimension of a cache of one example; gives a new cache."""
+        if not self.has_batch_dim:
+            return self
+        if self.batch_size != 1:
+            raise BadInput(
+                f"found a cache of {self.batch_size} examples; only one can lose its batch "
+                "dimension. Take one first: ra.apply_slice_to_batch_dim(0)."
+            )
+        new = self._map_tensors(lambda t: t[0] if t.ndim else t)
+        return replace(new, has_batch_dim=False)
+
+    def apply_slice_to_batch_dim(self, batch_slice: int | slice | Sequence[int]) -> RACache:
+        """Keep some of the examples; an int keeps one and drops the batch dimension."""
+        if not self.has_batch_dim:
+            raise BadInput("this cache has no batch dimension to slice.")
+        if self.store == "mean":
+            raise NotStored(self._why_not("ra"))
+        everything = list(range(self.batch_size))
+        if isinstance(batch_slice, int):
+            chosen = [everything[batch_slice]]
+        elif isinstance(batch_slice, slice):
+            chosen = everything[batch_slice]
+        else:
+            chosen = [everything[i] for i in batch_slice]
+        if not chosen:
+            raise BadInput(f"{batch_slice!r} selects none of the {self.batch_size} examples.")
+        index = torch.tensor(chosen)
+        new = self._map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t)
+        new = replace(new, info=self.info.part(chosen))
+        return new.remove_batch_dim() if isinstance(batch_slice, int) else new
+
+    def to_activation_cache(self, model: nn.Module) -> Any:
+        """Give the maps as a TransformerLens `ActivationCache` of `model`."""
+        from transformer_lens import ActivationCache
+
+        return ActivationCache(dict(self._maps), model, has_batch_dim=self.has_batch_dim)
+
+    @classmethod
+    def from_activation_cache(cls, cache: Any, model: nn.Module) -> RACache:
+        """Read `model.run_with_cache(..., incl_bwd=True)` that someone already has.
+
+        Args:
+            cache: ActivationCache with hook_pattern and hook_pattern_grad.
+            model: The model that it came from; gives the softmax scale.
+
+        Raises:
+            NotStored: there are no pattern gradients in it.
+        """
+        lens = as_lens(model)
+        entries: dict[str, Tensor] = dict(cache.items())
+        sites = {
+            layer: replace(site, observe_only=False)  # else there were no gradients
+            for layer, site in lens.sites.items()
+            if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
+        }
+        if not sites:
+            seen = any(site.pattern_name in entries for site in lens.sites.values())
+            raise NotStored(
+                f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
+                "activation cache. Run model.run_with_cache(..., incl_bwd=True) with a loss; on "
+                "models whose hook_pattern is observe-only that gives no gradients: use "
+                "run_with_ra instead."
+            )
+        has_batch = bool(getattr(cache, "has_batch_dim", True))
+        new = cls(sites=sites, info=RunInfo(model_name=lens.name))
+        for layer, site in sites.items():
+            pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
+            dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
+            pattern, grad = pattern.detach().to(dtype), grad.detach().to(dtype)
+            if not has_batch:
+                pattern, grad = pattern.unsqueeze(0), grad.unsqueeze(0)
+            new.put(layer, "ra", reversed_attention(pattern, grad, site.scale))
+            new.put(layer, "pattern", pattern)
+            new.put(layer, "pattern_grad", grad)
+        return new if has_batch else new.remove_batch_dim()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cache to one safetensors file (no pickle; written beside, then renamed)."""
+        from ra_lens.cache_file import save_cache
+
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> RACache:
+        """Read a cache written by `save`.
+
+        Raises:
+            BadFile: missing, truncated, or not written by ra_lens.
+        """
+        from ra_lens.cache_file import load_cache
+
+        return load_cache(path)
+
+    # ---- filling --------------------------------------------------------------------------------
+
+    def put(self, layer: int, kind: MapKind, value: Tensor) -> None:
+        """Add a map (`[batch, head, query, key]`) and its norms."""
+        self.put_norms(layer, kind, value)
+        self.keep(layer, kind, value)
+
+    def put_norms(self, layer: int, kind: MapKind, value: Tensor) -> None:
+        """Add the norms of a map."""
+        self._norms[kind, layer] = value.flatten(start_dim=-2).norm(dim=-1)
+
+    def keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
+        """Add a map without its norms."""
+        self._maps[map_name(layer, kind)] = value
+
+    def norm_items(self) -> Iterable[tuple[tuple[MapKind, int], Tensor]]:
+        """Norms per (kind, layer), `[batch, head]`."""
+        return self._norms.items()
+
+    def restore(self, entry: str, value: Tensor) -> None:
+        """Put back an entry of a file: `map/{full name}` or `norm/{kind}/{layer}`."""
+        group, _, name = entry.partition("/")
+        if group == "map":
+            self._maps[name] = value
+        else:
+            kind, _, layer = name.partition("/")
+            self._norms[_KINDS[kind], int(layer)] = value
+
+    @classmethod
+    def joined(cls, parts: Sequence[RACache], *, running: RunningMean | None = None) -> RACache:
+        """Join caches of several batches of one run."""
+        first = parts[0]
+        if len(parts) == 1:
+            return replace(first, _running=running)
+        names, keys = first._maps, first._norms
+        return replace(
+            first,
+            _maps={name: torch.cat([p._maps[name] for p in parts]) for name in names},
+            _norms={key: torch.cat([p._norms[key] for p in parts]) for key in keys},
+            _running=running,
+        )
+
+    # ---- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _first_device(self) -> torch.device:
+        return next(iter(self._norms.values())).device
+
+    def _full_name(self, key: str | tuple[str, int]) -> str:
+        if isinstance(key, str):
+            return key
+        kind, layer = key
+        kind = kind.removeprefix("hook_")
+        if kind not in MAP_KINDS:
+            raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
+        if layer < 0:  # from the model's end, as in TransformerLens
+            layer = self.layers[layer] if -len(self.layers) <= layer else layer
+        return map_name(layer, kind)
+
+    def _why_not(self, key: object) -> str:
+        if self.store != "maps":
+            other = "ra.norms()" if self.store == "norms" else "ra.mean() and ra.norms()"
+            return (
+                f"{key!r} was not kept: this run had store={self.store!r}, which gives {other}. "
+                "Run again with store='maps'."
+            )
+        names = list(self._maps)
+        some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
+        return f"{key!r} is not in this cache, which holds {some} (layers {self.layers})."
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> RACache:
+        return replace(
+            self,
+            loss=function(self.loss),
+            _maps={name: function(value) for name, value in self._maps.items()},
+            _norms={key: function(value) for key, value in self._norms.items()},
+        )

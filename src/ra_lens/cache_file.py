@@ -1,0 +1,109 @@
+"""Caches on disk: one safetensors file, tensors plus a JSON description in its header.
+
+Nothing is pickled, so a file from elsewhere cannot run code. A file is written beside its
+destination and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ra_lens.errors import BadFile, NotStored
+
+if TYPE_CHECKING:
+    from ra_lens.cache import RACache
+
+FORMAT = 1
+
+
+def save_cache(cache: RACache, path: str | os.PathLike[str]) -> None:
+    """Write `cache` to `path`, replacing what is there only when the file is complete."""
+    from safetensors.torch import save_file
+
+    if cache.store == "mean":
+        raise NotStored(
+            "found a cache with store='mean', whose maps were not kept. Save caches of "
+            "store='maps' or 'norms'."
+        )
+    tensors: dict[str, Tensor] = {"loss": cache.loss}
+    tensors.update({f"map/{name}": value for name, value in cache.items()})
+    tensors.update({f"norm/{kind}/{layer}": v for (kind, layer), v in cache.norm_items()})
+    description = {
+        "format": FORMAT,
+        "store": cache.store,
+        "has_batch_dim": cache.has_batch_dim,
+        "info": asdict(cache.info),
+        "sites": [asdict(site) for site in cache.sites.values()],
+    }
+    destination = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
+    os.close(handle)
+    try:
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            temporary,
+            metadata={"ra_lens": json.dumps(description)},
+        )
+        os.replace(temporary, destination)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_cache(path: str | os.PathLike[str]) -> RACache:
+    """Read a cache written by `save_cache`.
+
+    Raises:
+        BadFile: missing, truncated, or not written by ra_lens.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    from ra_lens.cache import RACache, RunInfo
+    from ra_lens.sites import Site
+
+    source = Path(path)
+    if not source.is_file():
+        raise BadFile(f"there is no file {source}. Give a path written by RACache.save.")
+    try:
+        with safe_open(source, framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadFile(
+            f"{source} is damaged or not a safetensors file ({error}). "
+            "Give a file written by RACache.save, or make it again."
+        ) from error
+    if "ra_lens" not in header:
+        raise BadFile(
+            f"{source} is a safetensors file, but not one written by RACache.save (it has no "
+            "ra_lens description)."
+        )
+    description: dict[str, Any] = json.loads(header["ra_lens"])
+    if description["format"] != FORMAT:
+        raise BadFile(
+            f"{source} has cache format {description['format']}; this ra_lens reads {FORMAT}. "
+            "Make the cache again, or install the version that wrote it."
+        )
+    sites = [Site(**fields) for fields in description["sites"]]
+    info = {k: _tuples(v) for k, v in description["info"].items()}
+    cache = RACache(
+        sites={site.layer: site for site in sites},
+        loss=tensors.pop("loss"),
+        info=RunInfo(**info),
+        store=description["store"],
+        has_batch_dim=description["has_batch_dim"],
+    )
+    for name, value in tensors.items():
+        cache.restore(name, value)
+    return cache
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]

@@ -1,0 +1,82 @@
+"""`get_ra_caching_hooks`: the hooks themselves, for people who run their own backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ra_lens.cache import RACache, RunInfo, Store, map_name
+from ra_lens.collect import Collector, MapKind
+from ra_lens.record import NamesFilter, keeps
+from ra_lens.run import Layers, choose_layers
+from ra_lens.sites import Site, as_lens
+
+HookList = list[tuple[str, Callable[..., Any]]]
+
+
+def get_ra_caching_hooks(
+    model: nn.Module,
+    *,
+    layers: Layers = None,
+    names_filter: NamesFilter = None,
+    store: Store = "maps",
+    device: str | torch.device | None = None,
+) -> tuple[RACache, HookList, HookList]:
+    """Hooks that fill a cache during the user's own forward and backward pass.
+
+    The twin of TransformerLens's `get_caching_hooks(incl_bwd=True)`:
+
+        ra, fwd_hooks, bwd_hooks = get_ra_caching_hooks(model)
+        with model.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
+            loss = my_loss(model(tokens))
+            loss.backward()
+
+    Put these before hooks of your own that edit the pattern: R is taken where they stand in the
+    order. A loss averaged over the batch gives maps divided by its size. The backward pass is
+    yours: unless parameters are frozen it also fills their `.grad`.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        layers: Layers to collect, as in `run_with_ra`.
+        names_filter: Which maps to keep, as in `run_with_ra`.
+        store: `"maps"` or `"norms"`.
+        device: Where to keep the maps.
+
+    Returns:
+        The cache, filled when the backward pass has run; forward hooks; backward hooks (empty: the
+        gradient is taken from the tensors that the forward hooks see, because backward hooks never
+        fire on models that only show their pattern).
+
+    Raises:
+        BadInput: unknown layers or names.
+        UnsupportedModel: no hook_pattern, or an unknown softmax scale.
+    """
+    lens = as_lens(model)
+    sites = choose_layers(lens, layers)
+    kept = keeps(names_filter)
+    cache = RACache(sites=sites, store=store, info=RunInfo(model_name=lens.name))
+
+    def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
+        for kind, value in maps.items():
+            cache.put_norms(site.layer, kind, value)
+            if store == "maps" and kept(map_name(site.layer, kind)):
+                cache.keep(site.layer, kind, value.to(device=device))
+
+    collector = Collector(lens, sites, deliver)
+
+    def root(residual: Tensor, hook: Any) -> Tensor:
+        return collector.root(residual)
+
+    def at_pattern(layer: int) -> Callable[..., Any]:
+        def observe(pattern: Tensor, hook: Any) -> Tensor:
+            return collector.observe(layer, pattern)
+
+        return observe
+
+    first = next(iter(sites))
+    fwd_hooks: HookList = [(lens.block_input_name(first), root)]
+    fwd_hooks += [(site.pattern_name, at_pattern(layer)) for layer, site in sites.items()]
+    return cache, fwd_hooks, []

@@ -1,0 +1,91 @@
+"""Mean maps: what attention patching adds, averaged over examples entry by entry.
+
+A running mean holds one sum per head however many examples go in, so a mean over a thousand
+prompts needs the memory of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ra_lens.errors import BadInput, NotStored
+from ra_lens.patching import patch_hooks
+from ra_lens.sites import Site
+
+
+@dataclass(frozen=True)
+class MeanMaps:
+    """Maps averaged over examples of equal length.
+
+    Attributes:
+        sites: The attention layers, by layer.
+        count: Number of examples averaged.
+    """
+
+    sites: dict[int, Site]
+    count: int
+    _maps: dict[str, Tensor] = field(repr=False)
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "head query key"]:
+        """Give a mean map by name, as in `RACache`.
+
+        Raises:
+            NotStored: that map was not averaged.
+        """
+        if isinstance(key, tuple):
+            kind, layer = key
+            layer = list(self.sites)[layer] if layer < 0 else layer
+            key = f"blocks.{layer}.attn.hook_{kind}"
+        if key not in self._maps:
+            raise NotStored(f"{key!r} is not among the mean maps: {list(self._maps)[:6]} …")
+        return self._maps[key]
+
+    def patch_hooks(
+        self, *, scale: float, kind: str = "ra"
+    ) -> list[tuple[str, Callable[..., Any]]]:
+        """Forward hooks that add `scale` times the mean maps to the pattern of every head.
+
+        Args:
+            scale: Factor; the paper uses −30 for RA (a descent step) and +1 for `pattern`.
+            kind: `"ra"` or `"pattern"`.
+
+        Returns:
+            `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)` or `run_with_hooks`.
+
+        Raises:
+            NotStored: that kind was not averaged.
+            UnsupportedModel: a layer where an edit of hook_pattern changes nothing.
+        """
+        maps = {layer: self[kind, layer] for layer in self.sites}
+        return patch_hooks(maps, self.sites, scale=scale)
+
+
+@dataclass
+class RunningMean:
+    """Sums of maps, fed batch by batch."""
+
+    sites: dict[int, Site]
+    count: int = 0
+    _sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+
+    def add(self, name: str, value: Float[Tensor, "batch head query key"]) -> None:
+        """Add the maps of one batch under their full name; the caller raises `count`."""
+        total = value.sum(dim=0)
+        if name in self._sums:
+            if self._sums[name].shape != total.shape:
+                raise BadInput(
+                    f"found maps of {total.shape[-1]} tokens after maps of "
+                    f"{self._sums[name].shape[-1]}; a mean needs prompts of equal length."
+                )
+            total = self._sums[name] + total
+        self._sums[name] = total
+
+    def result(self) -> MeanMaps:
+        """Give the mean of everything added so far."""
+        means = {name: total / self.count for name, total in self._sums.items()}
+        return MeanMaps(self.sites, self.count, means)

@@ -1,0 +1,105 @@
+"""What is kept of a run: all maps, norms only, or a running mean; on which device, in what dtype."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ra_lens.cache import RACache, RunInfo, Store, map_name
+from ra_lens.collect import MapKind
+from ra_lens.errors import BadInput
+from ra_lens.mean import RunningMean
+from ra_lens.prompts import Batch
+from ra_lens.sites import Site
+
+_MAP_NAME = re.compile(r"^blocks\.\d+\.attn\.hook_(ra|pattern|pattern_grad)$")
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def keeps(names_filter: NamesFilter) -> Callable[[str], bool]:
+    """Turn a TransformerLens names_filter into a predicate on full names.
+
+    Raises:
+        BadInput: a name that is not that of a map.
+    """
+    if names_filter is None:
+        return lambda _name: True
+    if callable(names_filter):
+        return names_filter
+    names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
+    for name in names:
+        if not _MAP_NAME.match(name):
+            raise BadInput(
+                f"names_filter has {name!r}; maps are named blocks.{{layer}}.attn.hook_ra, "
+                "….hook_pattern and ….hook_pattern_grad."
+            )
+    return names.__contains__
+
+
+class Recorder:
+    """Receives maps, batch by batch, and keeps what was asked for."""
+
+    def __init__(
+        self,
+        sites: dict[int, Site],
+        store: Store,
+        keeps: Callable[[str], bool],
+        device: str | torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Keep `store` of the maps whose full name `keeps` accepts."""
+        self.sites = sites
+        self.store: Store = store
+        self._keeps = keeps
+        self._device = device
+        self._dtype = dtype
+        self._running = RunningMean(sites) if store == "mean" else None
+        self._caches: list[RACache] = []
+
+    def begin(self, batch: Batch) -> Callable[[Site, dict[MapKind, Tensor]], None]:
+        """Start a batch; gives the function that receives its maps, layer by layer.
+
+        Raises:
+            BadInput: a mean over prompts of different lengths.
+        """
+        cache = RACache(sites=self.sites, store=self.store)
+        self._caches.append(cache)
+        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+        start, end = batch.starts[0], batch.starts[0] + batch.lengths[0]
+        if self._running is not None:
+            if len(set(batch.lengths)) > 1:
+                raise BadInput(
+                    f"found prompts of {min(batch.lengths)} to {max(batch.lengths)} tokens with "
+                    "store='mean'; a mean adds position to position, so all must have the same "
+                    "length. Group the prompts by length first."
+                )
+            self._running.count += len(batch.lengths)
+
+        def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
+            for kind, value in maps.items():
+                if mask is not None:
+                    real = mask.to(value.device)
+                    value = value.where(real[:, None, :, None] & real[:, None, None, :], 0.0)
+                name = map_name(site.layer, kind)
+                cache.put_norms(site.layer, kind, value)
+                if not self._keeps(name):
+                    continue
+                if self.store == "maps":
+                    cache.keep(site.layer, kind, self._placed(value))
+                elif self._running is not None:
+                    self._running.add(name, self._placed(value[..., start:end, start:end]))
+
+        return deliver
+
+    def result(self, *, loss: Tensor, info: RunInfo) -> RACache:
+        """Join the batches into one cache."""
+        joined = RACache.joined(self._caches, running=self._running)
+        joined.loss, joined.info = loss, info
+        return joined
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value.to(device=self._device, dtype=self._dtype)
