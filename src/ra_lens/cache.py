@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.collect import MAP_KINDS, MapKind, reversed_attention
+from ra_lens.cache_info import HeadScore, RunInfo, map_name, spell_layers
+from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.mean import MeanMaps, RunningMean
-from ra_lens.sites import Site, as_lens
+from ra_lens.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,62 +33,6 @@ if TYPE_CHECKING:
 
 Store = Literal["maps", "norms", "mean"]
 _KINDS: dict[str, MapKind] = {kind: kind for kind in MAP_KINDS}
-
-
-def map_name(layer: int, kind: MapKind) -> str:
-    """Full name of a map: `blocks.{layer}.attn.hook_{kind}`."""
-    return f"blocks.{layer}.attn.hook_{kind}"
-
-
-@dataclass(frozen=True)
-class HeadScore:
-    """A head and its score; larger = more important."""
-
-    layer: int
-    head: int
-    score: float
-
-    @property
-    def label(self) -> str:
-        """`L5H3`, as TransformerLens labels heads."""
-        return f"L{self.layer}H{self.head}"
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a cache was made from.
-
-    Attributes:
-        model_name: As TransformerLens has it.
-        objective: Kind of loss, `answer_nll`, `sequence_nll`, …; `unknown` where the user ran the
-            backward pass.
-        targets: What the loss asked for, as text, one per example; None for a metric of the user.
-        target_is_top_prediction: True if no target was given and the model's own was taken.
-        str_tokens: Exactly what the model read, without padding, one list per example.
-        starts: Column of each example's first token; not 0 with padding on the left.
-        bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
-    """
-
-    model_name: str = "unknown"
-    objective: str = "unknown"
-    targets: tuple[str, ...] | None = None
-    target_is_top_prediction: bool = False
-    str_tokens: tuple[tuple[str, ...], ...] | None = None
-    starts: tuple[int, ...] | None = None
-    bos_prepended: bool | None = None
-
-    def part(self, examples: Sequence[int]) -> RunInfo:
-        """The same for some of the examples."""
-
-        def cut(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-            return None if values is None else tuple(values[i] for i in examples)
-
-        return replace(
-            self,
-            targets=cut(self.targets),
-            str_tokens=cut(self.str_tokens),
-            starts=cut(self.starts),
-        )
 
 
 @dataclass
@@ -105,9 +50,7 @@ class RACache:
     """
 
     sites: dict[int, Site]
-    loss: Float[Tensor, "batch"] | Float[Tensor, ""] = field(
-        default_factory=lambda: torch.zeros(0)
-    )
+    loss: Float[Tensor, "batch"] | Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(0))
     info: RunInfo = field(default_factory=RunInfo)
     store: Store = "maps"
     has_batch_dim: bool = True
@@ -144,20 +87,21 @@ class RACache:
         return len(self._maps)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the full names of the maps."""
-        return iter(self._maps)
+        """Iterate over the full names of the maps, layer by layer."""
+        return iter(self.keys())
 
-    def keys(self) -> Iterable[str]:
-        """Full names of the maps."""
-        return self._maps.keys()
+    def keys(self) -> list[str]:
+        """Full names of the maps, layer by layer."""
+        names = [map_name(layer, kind) for layer in self.layers for kind in MAP_KINDS]
+        return [name for name in names if name in self._maps]
 
-    def values(self) -> Iterable[Tensor]:
-        """The maps."""
-        return self._maps.values()
+    def values(self) -> list[Tensor]:
+        """The maps, layer by layer."""
+        return [self._maps[name] for name in self.keys()]
 
-    def items(self) -> Iterable[tuple[str, Tensor]]:
-        """Full names and maps."""
-        return self._maps.items()
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Full names and maps, layer by layer."""
+        return [(name, self._maps[name]) for name in self.keys()]
 
     @property
     def layers(self) -> list[int]:
@@ -177,7 +121,7 @@ class RACache:
     @property
     def batch_size(self) -> int:
         """Number of examples."""
-        first = next(iter(self._norms.values()))
+        first = next(iter(self._norms.values()), torch.zeros(0))  # empty before the backward
         return first.shape[0] if self.has_batch_dim else 1
 
     @property
@@ -201,30 +145,14 @@ class RACache:
 
     def __repr__(self) -> str:
         """Say what is in the cache."""
-        layers = self.layers
-        span = f"{layers[0]}…{layers[-1]}" if len(layers) > 1 else str(layers[0])
-        if layers != list(range(layers[0], layers[-1] + 1)):
-            span = ", ".join(map(str, layers))
-        kinds = [k for k in MAP_KINDS if any((k, layer) in self for layer in layers)]
+        kinds = [k for k in MAP_KINDS if any((k, layer) in self for layer in self.layers)]
         held = f"{', '.join(kinds)}, {self.n_bytes / 1e6:.2f} MB" if kinds else f"{self.store} only"
-        lines = [
-            f"RACache of {self.info.model_name}: {self.batch_size} prompt"
-            f"{'s' * (self.batch_size != 1)}, layers {span}, {self.n_heads} heads ({held})"
-        ]
-        if self.info.str_tokens is not None:
-            longest = max(map(len, self.info.str_tokens))
-            bos = ", BOS prepended" if self.info.bos_prepended else ""
-            lines.append(f"  tokens: up to {longest}{bos}")
-        target = self.info.objective
-        if self.info.targets:
-            shown = ", ".join(map(repr, self.info.targets[:3]))
-            target += f" of {shown}{', …' * (len(self.info.targets) > 3)}"
-        if self.info.target_is_top_prediction:
-            target += " (the model's own top prediction; no target was given)"
-        if self.loss.numel():
-            target += f"; loss {float(self.loss.detach().mean()):.4f}"
-            target += " on average" if self.loss.numel() > 1 else ""
-        return "\n".join([*lines, f"  loss: {target}"])
+        n = self.batch_size
+        return (
+            f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
+            f"layers {spell_layers(self.layers)}, {self.n_heads} heads ({held})\n"
+            + self.info.describe(self.loss.detach().flatten().tolist())
+        )
 
     # ---- summaries ------------------------------------------------------------------------------
 
@@ -281,25 +209,9 @@ class RACache:
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per prompt, layer and head: the norms, the loss, the target."""
-        import pandas as pd
+        from ra_lens.cache_convert import to_dataframe
 
-        kinds = [kind for kind in MAP_KINDS if (kind, self.layers[0]) in self._norms]
-        norms = {kind: self.norms(kind).reshape(-1, len(self.layers), self.n_heads) for kind in kinds}
-        losses = self.loss.detach().flatten().tolist()
-        rows = [
-            {
-                "prompt": i,
-                "layer": layer,
-                "head": head,
-                **{f"{kind}_norm": float(norms[kind][i, j, head]) for kind in kinds},
-                "loss": losses[i] if len(losses) == self.batch_size else losses[0],
-                "target": None if self.info.targets is None else self.info.targets[i],
-            }
-            for i in range(self.batch_size)
-            for j, layer in enumerate(self.layers)
-            for head in range(self.n_heads)
-        ]
-        return pd.DataFrame(rows)
+        return to_dataframe(self)
 
     # ---- making others --------------------------------------------------------------------------
 
@@ -345,8 +257,8 @@ class RACache:
 
         return ActivationCache(dict(self._maps), model, has_batch_dim=self.has_batch_dim)
 
-    @classmethod
-    def from_activation_cache(cls, cache: Any, model: nn.Module) -> RACache:
+    @staticmethod
+    def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
         """Read `model.run_with_cache(..., incl_bwd=True)` that someone already has.
 
         Args:
@@ -356,33 +268,9 @@ class RACache:
         Raises:
             NotStored: there are no pattern gradients in it.
         """
-        lens = as_lens(model)
-        entries: dict[str, Tensor] = dict(cache.items())
-        sites = {
-            layer: replace(site, observe_only=False)  # else there were no gradients
-            for layer, site in lens.sites.items()
-            if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
-        }
-        if not sites:
-            seen = any(site.pattern_name in entries for site in lens.sites.values())
-            raise NotStored(
-                f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
-                "activation cache. Run model.run_with_cache(..., incl_bwd=True) with a loss; on "
-                "models whose hook_pattern is observe-only that gives no gradients: use "
-                "run_with_ra instead."
-            )
-        has_batch = bool(getattr(cache, "has_batch_dim", True))
-        new = cls(sites=sites, info=RunInfo(model_name=lens.name))
-        for layer, site in sites.items():
-            pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
-            dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
-            pattern, grad = pattern.detach().to(dtype), grad.detach().to(dtype)
-            if not has_batch:
-                pattern, grad = pattern.unsqueeze(0), grad.unsqueeze(0)
-            new.put(layer, "ra", reversed_attention(pattern, grad, site.scale))
-            new.put(layer, "pattern", pattern)
-            new.put(layer, "pattern_grad", grad)
-        return new if has_batch else new.remove_batch_dim()
+        from ra_lens.cache_convert import from_activation_cache
+
+        return from_activation_cache(cache, model)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to one safetensors file (no pickle; written beside, then renamed)."""
@@ -390,8 +278,8 @@ class RACache:
 
         save_cache(self, path)
 
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> RACache:
+    @staticmethod
+    def load(path: str | PathLike[str]) -> RACache:
         """Read a cache written by `save`.
 
         Raises:
@@ -402,6 +290,10 @@ class RACache:
         return load_cache(path)
 
     # ---- filling --------------------------------------------------------------------------------
+
+    def norm_kinds(self) -> list[MapKind]:
+        """Kinds of map whose norms are here."""
+        return [kind for kind in MAP_KINDS if (kind, self.layers[0]) in self._norms]
 
     def put(self, layer: int, kind: MapKind, value: Tensor) -> None:
         """Add a map (`[batch, head, query, key]`) and its norms."""

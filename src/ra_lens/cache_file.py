@@ -65,7 +65,8 @@ def load_cache(path: str | os.PathLike[str]) -> RACache:
     """
     from safetensors import SafetensorError, safe_open
 
-    from ra_lens.cache import RACache, RunInfo
+    from ra_lens.cache import RACache
+    from ra_lens.cache_info import RunInfo
     from ra_lens.sites import Site
 
     source = Path(path)

@@ -16,7 +16,7 @@ taps, no parameter is involved, and nothing is held after its layer is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -58,13 +58,13 @@ class _Tap(torch.autograd.Function):
     """Identity that makes its output depend on `token`."""
 
     @staticmethod
-    def forward(_ctx: Any, x: Tensor, _token: Tensor, copy: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _token: Tensor, copy: bool) -> Tensor:  # noqa: ARG004
         # A copy where somebody else's hook comes next: such hooks edit in place, which autograd
         # forbids on a view and which would change the pattern that is kept.
         return x.clone() if copy else x.view_as(x)
 
     @staticmethod
-    def backward(_ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:  # noqa: ARG004
         return grad_outputs[0], None, None
 
 
@@ -84,7 +84,7 @@ class Collector:
     # ---- attaching ------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Generator[None, None, None]:
         """Attach to the model: the patterns before every other hook, the block input after."""
         with ExitStack() as stack:
             # The graph must begin above the first pattern where the model does not use the
@@ -102,7 +102,7 @@ class Collector:
             stack.callback(self._patterns.clear)
             yield
 
-    def _tap_input(self, module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def _tap_input(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return self._tap(output, copy=False)
 
     def _tap(self, x: Tensor, *, copy: bool) -> Tensor:
@@ -112,7 +112,7 @@ class Collector:
     def _at_pattern(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             # TransformerLens hooks are forward hooks of the HookPoint.
-            edited_next = bool(module._forward_hooks)
+            edited_next = bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
             return (self.observe(layer, args[0], copy=edited_next), *args[1:])
 
         return hook

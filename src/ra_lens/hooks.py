@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ra_lens.cache import RACache, RunInfo, Store, map_name
+from ra_lens.cache import RACache, Store
+from ra_lens.cache_info import RunInfo, map_name
 from ra_lens.collect import Collector, MapKind
 from ra_lens.record import NamesFilter, keeps
 from ra_lens.run import Layers, choose_layers
@@ -67,11 +68,11 @@ def get_ra_caching_hooks(
 
     collector = Collector(lens, sites, deliver)
 
-    def root(residual: Tensor, hook: Any) -> Tensor:
+    def root(residual: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
         return collector.root(residual)
 
     def at_pattern(layer: int) -> Callable[..., Any]:
-        def observe(pattern: Tensor, hook: Any) -> Tensor:
+        def observe(pattern: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
             return collector.observe(layer, pattern)
 
         return observe

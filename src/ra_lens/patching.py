@@ -53,7 +53,7 @@ def patch_hooks(
 
 
 def _adder(value: Tensor, scale: float, layer: int) -> Callable[..., Any]:
-    def add_map(pattern: Tensor, hook: Any) -> Tensor:
+    def add_map(pattern: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
         if pattern.shape[-3:] != value.shape[-3:]:
             raise BadInput(
                 f"found a pattern of {pattern.shape[-2]}×{pattern.shape[-1]} tokens and "

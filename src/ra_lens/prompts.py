@@ -40,10 +40,7 @@ class Batch:
     def columns(self, positions: Sequence[Sequence[int]]) -> Int[Tensor, "batch read"]:
         """Turn positions within each example into columns of `tokens`."""
         return torch.tensor(
-            [
-                [start + p for p in row]
-                for start, row in zip(self.starts, positions, strict=True)
-            ]
+            [[start + p for p in row] for start, row in zip(self.starts, positions, strict=True)]
         )
 
 
@@ -155,7 +152,7 @@ def read_prompts(
         raise BadInput("found an empty list of prompts. Pass at least one prompt.")
     rows: list[tuple[int, ...]] = []
     for i, text in enumerate(texts):
-        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(text, str):
             raise BadInput(
                 f"prompt {i} is a {type(text).__name__}; a list of prompts holds strings. "
                 "For token ids pass one tensor."

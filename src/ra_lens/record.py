@@ -1,4 +1,4 @@
-"""What is kept of a run: all maps, norms only, or a running mean; on which device, in what dtype."""
+"""What is kept of a run: all maps, norms only, or a running mean; where and in what dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ra_lens.cache import RACache, RunInfo, Store, map_name
+from ra_lens.cache import RACache, Store
+from ra_lens.cache_info import RunInfo, map_name
 from ra_lens.collect import MapKind
 from ra_lens.errors import BadInput
 from ra_lens.mean import RunningMean

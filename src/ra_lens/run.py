@@ -20,13 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ra_lens.cache import RACache, RunInfo, Store
+from ra_lens.binding import bind
+from ra_lens.cache import RACache, Store
+from ra_lens.cache_info import RunInfo, spell_layers
 from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, NothingToDifferentiate
 from ra_lens.prompts import Batch, PaddingSide, Prompts, read_prompts
 from ra_lens.record import NamesFilter, Recorder, keeps
 from ra_lens.sites import Lens, Site, as_lens
-from ra_lens.targets import Bound, Metric, Objective, Position, Token, as_objective, bind
+from ra_lens.targets import Bound, Metric, Objective, Position, Token, as_objective
 
 Layers = int | Iterable[int] | None
 
@@ -219,14 +221,10 @@ def choose_layers(lens: Lens, layers: Layers) -> dict[int, Site]:
     if unknown or not chosen:
         raise BadInput(
             f"found layers={unknown or wanted}; {lens.name} has attention at layers "
-            f"{_span(list(lens.sites))}. Give one or several of these (negative: from the end)."
+            f"{spell_layers(list(lens.sites))}. Give one or several of these; negative counts from "
+            "the end."
         )
     return {layer: lens.sites[layer] for layer in sorted(set(chosen))}
-
-
-def _span(layers: list[int]) -> str:
-    whole = layers == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
 def _check_hook_names(lens: Lens, fwd_hooks: Sequence[tuple[Any, Any]]) -> None:

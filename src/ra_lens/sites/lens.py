@@ -9,7 +9,7 @@ attached, and removing them cannot touch the user's.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -158,7 +158,7 @@ class Lens:
         return self._model.hooks(fwd_hooks=fwd_hooks)
 
     @contextmanager
-    def reading(self, positions: Int[Tensor, "batch read"] | None) -> Iterator[None]:
+    def reading(self, positions: Int[Tensor, "batch read"] | None) -> Generator[None, None, None]:
         """Unembed only at `positions` while the context is open (None: everywhere).
 
         The final normalisation and everything before it still see every position; the logits that
@@ -203,7 +203,7 @@ class Lens:
         return next(name for name in names if name in self.hook_points)
 
     @contextmanager
-    def parameters_frozen(self) -> Iterator[None]:
+    def parameters_frozen(self) -> Generator[None, None, None]:
         """Switch `requires_grad` off on every parameter while the context is open.
 
         The graph then begins at the first attention layer asked for and holds nothing that only a

@@ -74,7 +74,7 @@ def load_model(
         raise BadInput(
             f"{chosen} could not load {str(name)!r}: {type(error).__name__}: {first_line} "
             "Give a name that TransformerLens knows and that can be downloaded, a local folder "
-            "with config.json, weights and tokenizer, or use load_demo_model() for the embedded one."
+            "with config.json, weights and tokenizer, or call load_demo_model()."
         ) from error
     return model.eval()
 
@@ -135,9 +135,7 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
     return model.to(device)
 
 
-def _hooked_transformer_config(
-    conversion: Any, path: Path, device: str, dtype: torch.dtype
-) -> Any:
+def _hooked_transformer_config(conversion: Any, path: Path, device: str, dtype: torch.dtype) -> Any:
     # TransformerLens reads keys that GPT-2's published config.json has and that save_pretrained
     # does not write, and takes any path with "llama" in it for a Llama: hand it a copy elsewhere.
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

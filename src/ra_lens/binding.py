@@ -1,0 +1,159 @@
+"""Binding an objective to a model and prompts: text to ids, answers appended, positions placed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ra_lens.errors import BadInput
+from ra_lens.prompts import Prompts
+from ra_lens.sites import Lens
+from ra_lens.targets import Bound, Objective, Position, one_each
+
+
+def bind(
+    objective: Objective, lens: Lens, prompts: Prompts, position: Position | None
+) -> tuple[Bound, Prompts]:
+    """Turn text into ids, append answers where the objective has them, place the reading.
+
+    A target of several tokens becomes `sequence_nll`.
+
+    Args:
+        objective: What to differentiate.
+        lens: The model.
+        prompts: What it reads.
+        position: Where to read, within each example (negative: from its end); None: its last token.
+
+    Returns:
+        The bound objective, and the prompts with answers appended.
+
+    Raises:
+        BadInput: a number of targets that is not the number of prompts, an id out of the
+            vocabulary, text that is not one token where one is needed, a position outside the
+            prompt or where none applies.
+    """
+    if objective.kind == "custom":
+        if position is not None:
+            raise BadInput(
+                "found position together with a metric of your own, which gets all logits. "
+                "Index them in the metric, or use ra_lens.targets.answer_nll / logit_diff."
+            )
+        return Bound("custom", None, metric=objective.metric), prompts
+    reading = _positions(position, prompts)
+    if objective.kind == "top_prediction":
+        return Bound(objective.kind, [[p] for p in reading]), prompts
+    targets = _token_ids(lens, prompts, objective.tokens, "target")
+    if objective.kind == "logit_diff":
+        _need_one_token(lens, targets, "the correct answer of a logit difference")
+        wrong = _token_ids(lens, prompts, objective.wrong, "wrong answer")
+        _need_one_token(lens, wrong, "the wrong answer of a logit difference")
+        bound = Bound(objective.kind, [[p] for p in reading], targets, [row[0] for row in wrong])
+        return bound, prompts
+    teacher_forced = objective.kind == "sequence_nll" or any(len(row) > 1 for row in targets)
+    if not teacher_forced:
+        return Bound(objective.kind, [[p] for p in reading], targets), prompts
+    if position is not None:
+        longest = max(targets, key=len)
+        raise BadInput(
+            f"found position together with an answer of {len(longest)} tokens "
+            f"({_show(lens, longest)}), which is read where it is appended, after the prompt. "
+            "Leave position out, or give a target of one token."
+        )
+    width = max(map(len, targets))
+    # Row i reads positions n−1 … n+k−2; shorter answers repeat their first position on the left.
+    positions = [
+        [n - 1] * (width - len(row)) + list(range(n - 1, n - 1 + len(row)))
+        for n, row in zip(prompts.lengths, targets, strict=True)
+    ]
+    return Bound("sequence_nll", positions, targets), prompts.extended(targets)
+
+
+def _positions(position: Position | None, prompts: Prompts) -> list[int]:
+    n = len(prompts)
+    if position is None:
+        return [length - 1 for length in prompts.lengths]
+    if isinstance(position, Tensor):
+        position = position.flatten().tolist() if position.ndim else int(position)
+    given = [position] * n if isinstance(position, int) else list(position)
+    if len(given) != n:
+        raise BadInput(
+            f"found {len(given)} positions for {n} prompts. Give one integer, or one per prompt."
+        )
+    for i, (p, length) in enumerate(zip(given, prompts.lengths, strict=True)):
+        if not -length <= p < length:
+            raise BadInput(
+                f"position {p} lies outside prompt {i}, which has {length} tokens (BOS included). "
+                f"Give {-length} to {length - 1}."
+            )
+    return [p % length for p, length in zip(given, prompts.lengths, strict=True)]
+
+
+def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[list[int]]:
+    n = len(prompts)
+    given = one_each(tokens, n)
+    if len(given) != n:
+        raise BadInput(
+            f"found {len(given)} {what}s for {n} prompt{'s' * (n != 1)}. Give one for all, or one "
+            "per prompt; for one answer of several token ids use "
+            "ra_lens.targets.sequence_nll([[id, id, ...]])."
+        )
+    rows = [_ids_of(lens, prompts, i, token, what) for i, token in enumerate(given)]
+    for row in rows:
+        for token in row:
+            if not 0 <= token < lens.d_vocab:
+                raise BadInput(
+                    f"{what} {token} is not in the vocabulary of {lens.name}, which has ids 0 to "
+                    f"{lens.d_vocab - 1}. Give an id in that range, or the text of the token."
+                )
+    return rows
+
+
+def _ids_of(lens: Lens, prompts: Prompts, i: int, token: object, what: str) -> list[int]:
+    if isinstance(token, bool):
+        raise BadInput(f"{what} {i} is {token}; give text or a token id.")
+    if isinstance(token, int):
+        return [token]
+    if isinstance(token, list | tuple):
+        ids: list[int] = [int(t) for t in token]
+        if not ids:
+            raise BadInput(f"{what} {i} is empty. Give at least one token.")
+        return ids
+    if not isinstance(token, str):
+        raise BadInput(f"{what} {i} is a {type(token).__name__}; give text or a token id.")
+    if token == "":
+        raise BadInput(f"{what} {i} is empty text. Give at least one token, such as ' Paris'.")
+    ids = _continuation(lens, prompts, i, token)
+    unknown = getattr(lens.tokenizer, "unk_token_id", None)
+    special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+    if unknown is not None and unknown not in special and unknown in ids:
+        raise BadInput(
+            f"{what} {token!r} is not a word that {lens.name} knows: its tokenizer reads it as "
+            f"{lens.decode(unknown)!r}. Give a token of its vocabulary."
+        )
+    return ids
+
+
+def _continuation(lens: Lens, prompts: Prompts, i: int, answer: str) -> list[int]:
+    # Tokenised as one string with the prompt, as in the paper; SentencePiece tokenizers would
+    # otherwise put a space of their own in front. Where the two merge into one token at the seam,
+    # the prompt must stay what it was, so the answer is tokenised alone.
+    if prompts.texts is not None:
+        n = len(prompts.ids[i])
+        joint = lens.encode(prompts.texts[i] + answer, prepend_bos=prompts.bos_prepended)
+        if tuple(joint[:n]) == prompts.ids[i] and len(joint) > n:
+            return joint[n:]
+    return lens.encode_fragment(answer)
+
+
+def _need_one_token(lens: Lens, rows: list[list[int]], what: str) -> None:
+    for row in rows:
+        if len(row) != 1:
+            raise BadInput(
+                f"{what} must be one token; found {len(row)}: {_show(lens, row)}. Choose a word "
+                "that is one token (mind the leading space), or use a target of several tokens."
+            )
+
+
+def _show(lens: Lens, ids: Sequence[int]) -> str:
+    return " + ".join(repr(lens.decode(token)) for token in ids)
