@@ -45,7 +45,8 @@ class RunInfo:
         objective: Kind of loss, `answer_nll`, `sequence_nll`, …; `unknown` where the user ran the
             backward pass.
         targets: What the loss asked for, as text, one per example; None for a metric of the user.
-        target_is_top_prediction: True if no target was given and the model's own was taken.
+        wrong: tuple[str, ...] | None = None
+    target_is_top_prediction: True if no target was given and the model's own was taken.
         str_tokens: Exactly what the model read, without padding, one list per example.
         starts: Column of each example's first token; not 0 with padding on the left.
         bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
@@ -54,6 +55,7 @@ class RunInfo:
     model_name: str = "unknown"
     objective: str = "unknown"
     targets: tuple[str, ...] | None = None
+    wrong: tuple[str, ...] | None = None
     target_is_top_prediction: bool = False
     str_tokens: tuple[tuple[str, ...], ...] | None = None
     starts: tuple[int, ...] | None = None
@@ -68,6 +70,7 @@ class RunInfo:
         return replace(
             self,
             targets=cut(self.targets),
+            wrong=cut(self.wrong),
             str_tokens=cut(self.str_tokens),
             starts=cut(self.starts),
         )
@@ -80,10 +83,15 @@ class RunInfo:
             lines.append(f"  tokens: up to {longest}{', BOS prepended' * bool(self.bos_prepended)}")
         text = self.objective
         if self.targets:
-            shown = ", ".join(map(repr, self.targets[:3]))
-            text += f" of {shown}{', …' * (len(self.targets) > 3)}"
+            text += f" of {_shortened(self.targets)}"
+        if self.wrong:
+            text += f" over {_shortened(self.wrong)}"
         if self.target_is_top_prediction:
             text += " (the model's own top prediction; no target was given)"
         if losses:
             text += f"; loss {sum(losses) / len(losses):.4f}{' on average' * (len(losses) > 1)}"
         return "\n".join([*lines, f"  loss: {text}"])
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    return ", ".join(map(repr, texts[:3])) + ", …" * (len(texts) > 3)

@@ -62,22 +62,12 @@ class Recorder:
         self._caches: list[RACache] = []
 
     def begin(self, batch: Batch) -> Callable[[Site, dict[MapKind, Tensor]], None]:
-        """Start a batch; gives the function that receives its maps, layer by layer.
-
-        Raises:
-            BadInput: a mean over prompts of different lengths.
-        """
+        """Start a batch; gives the function that receives its maps, layer by layer."""
         cache = RACache(sites=self.sites, store=self.store)
         self._caches.append(cache)
         mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
         start, end = batch.starts[0], batch.starts[0] + batch.lengths[0]
         if self._running is not None:
-            if len(set(batch.lengths)) > 1:
-                raise BadInput(
-                    f"found prompts of {min(batch.lengths)} to {max(batch.lengths)} tokens with "
-                    "store='mean'; a mean adds position to position, so all must have the same "
-                    "length. Group the prompts by length first."
-                )
             self._running.count += len(batch.lengths)
 
         def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:

@@ -97,6 +97,9 @@ def run_with_ra(
         UnsupportedModel: a model, or a state of it, that does not let its attention be read.
         NothingToDifferentiate: NaN logits, or a loss that does not depend on the attention.
     """
+    _one_of("store", store, ("maps", "norms", "mean"))
+    _one_of("return_logits", return_logits, ("read", "all"))
+    _one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
     lens.refuse_inference_mode()
     lens.refuse_dropout()
@@ -113,6 +116,12 @@ def run_with_ra(
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"found batch_size={batch_size}; give a positive number, or None.")
     bound, prompts = bind(objective, lens, prompts, position)
+    if store == "mean" and len(set(prompts.lengths)) > 1:
+        raise BadInput(
+            f"found prompts of {min(prompts.lengths)} to {max(prompts.lengths)} tokens with "
+            "store='mean'; a mean adds position to position, so all must have the same length. "
+            "Group the prompts by length first."
+        )
     all_logits = return_logits == "all" or bound.positions is None
     if store == "maps" or all_logits:  # what is joined afterwards needs one width
         prompts = replace(prompts, width=max(prompts.width, *prompts.lengths))
@@ -197,6 +206,7 @@ def _finish(
         model_name=lens.name,
         objective=bound.kind,
         targets=targets or None,
+        wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
         target_is_top_prediction=bound.kind == "top_prediction",
         str_tokens=tuple(tuple(lens.decode(token) for token in row) for row in prompts.ids),
         starts=tuple(start for r in results for start in r.batch.starts),
@@ -225,6 +235,11 @@ def choose_layers(lens: Lens, layers: Layers) -> dict[int, Site]:
             "the end."
         )
     return {layer: lens.sites[layer] for layer in sorted(set(chosen))}
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise BadInput(f"found {name}={value!r}; give one of {', '.join(map(repr, choices))}.")
 
 
 def _check_hook_names(lens: Lens, fwd_hooks: Sequence[tuple[Any, Any]]) -> None:

@@ -153,9 +153,20 @@ class Lens:
             options["attention_mask"] = attention_mask.long()
         return self._model(tokens, return_type="logits", **options)
 
-    def hooks(self, fwd_hooks: list[tuple[Any, Any]]) -> Any:
-        """The model's own context manager for temporary forward hooks."""
-        return self._model.hooks(fwd_hooks=fwd_hooks)
+    @contextmanager
+    def hooks(self, fwd_hooks: list[tuple[Any, Any]]) -> Generator[None, None, None]:
+        """Attach TransformerLens forward hooks while the context is open."""
+        if not fwd_hooks:
+            yield
+            return
+        # HookedTransformer's own context resets this flag, which belongs to the user's hooks.
+        was_caching = getattr(self._model, "is_caching", None)
+        try:
+            with self._model.hooks(fwd_hooks=fwd_hooks):
+                yield
+        finally:
+            if was_caching is not None:
+                self._model.is_caching = was_caching
 
     @contextmanager
     def reading(self, positions: Int[Tensor, "batch read"] | None) -> Generator[None, None, None]:
