@@ -87,23 +87,23 @@ class Collector:
     def attached(self) -> Generator[None, None, None]:
         """Attach to the model: the patterns before every other hook, the block input after."""
         with ExitStack() as stack:
-            # The graph must begin above the first pattern where the model does not use the
-            # hooked tensor itself; where it does, beginning at the pattern saves work.
-            first = next(iter(self._sites))
-            if self._sites[first].observe_only is not False:
-                handle = self._lens.block_input(first).register_forward_hook(self._tap_input)
-                stack.callback(handle.remove)
             for layer, site in self._sites.items():
                 point = self._lens.hook_points[site.pattern_name]
                 # A pre-hook sees the tensor itself. Forward hooks come after other people's
                 # edits, and after the wrapper that a backward hook puts around the HookPoint.
                 handle = point.register_forward_pre_hook(self._at_pattern(layer), prepend=True)
                 stack.callback(handle.remove)
+                # Where the model goes on with the tensor hooked, the graph begins at the pattern.
+                # Elsewhere it must begin above, and at every layer, as a hook may have replaced
+                # what came before.
+                if site.observe_only is not False:
+                    above = self._lens.block_input(layer)
+                    stack.callback(above.register_forward_hook(self._tap_input).remove)
             stack.callback(self._patterns.clear)
             yield
 
     def _tap_input(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return self._tap(output, copy=False)
+        return self._tap(output, copy=True)
 
     def _tap(self, x: Tensor, *, copy: bool) -> Tensor:
         result: Any = _Tap.apply(x, self._token, copy)
@@ -111,8 +111,10 @@ class Collector:
 
     def _at_pattern(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            # TransformerLens hooks are forward hooks of the HookPoint.
-            edited_next = bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+            # TransformerLens hooks are forward hooks of the HookPoint; where the pattern is only
+            # shown, further hook points may get the same tensor.
+            hooked = bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+            edited_next = hooked or self._sites[layer].observe_only is not False
             return (self.observe(layer, args[0], copy=edited_next), *args[1:])
 
         return hook

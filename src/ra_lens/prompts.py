@@ -160,13 +160,16 @@ def read_prompts(
         if text == "":
             raise BadInput(f"prompt {i} is empty. Pass a text of at least one token.")
         rows.append(tuple(lens.encode(text, prepend_bos=prepend_bos)))
-    bos = getattr(lens.tokenizer, "bos_token_id", None)
-    bos_text = getattr(lens.tokenizer, "bos_token", None) or "\0"
-    prepended = all(
-        row[:1] == (bos,) and not text.startswith(bos_text)
-        for row, text in zip(rows, texts, strict=True)
-    )
+    prepended = all(_starts_with_bos(lens, t, r) for t, r in zip(texts, rows, strict=True))
     return Prompts(tuple(rows), prepended, side, texts=texts)
+
+
+def _starts_with_bos(lens: Lens, text: str, row: tuple[int, ...]) -> bool:
+    """Whether the row begins with a BOS token that is not the text's own."""
+    if row[0] != getattr(lens.tokenizer, "bos_token_id", None):
+        return False
+    written = text.startswith(getattr(lens.tokenizer, "bos_token", None) or "\0")
+    return not written or len(row) > len(lens.encode(text, prepend_bos=False))
 
 
 def _from_tokens(
