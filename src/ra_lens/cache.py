@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -75,12 +75,13 @@ class RACache:
 
     def __contains__(self, key: object) -> bool:
         """Tell whether a map is stored, by either form of name."""
-        if not isinstance(key, str | tuple):
-            return False
-        try:
-            return self._full_name(key) in self._maps  # pyright: ignore[reportUnknownArgumentType]
-        except NotStored:
-            return False
+        match key:
+            case str():
+                return key in self._maps
+            case (str() as kind, int() as layer):
+                return self._is_kind(kind) and self._full_name((kind, layer)) in self._maps
+            case _:
+                return False
 
     def __len__(self) -> int:
         """Give the number of maps stored."""
@@ -272,14 +273,14 @@ class RACache:
 
         return from_activation_cache(cache, model)
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the cache to one safetensors file (no pickle; written beside, then renamed)."""
         from ra_lens.cache_file import save_cache
 
         save_cache(self, path)
 
     @staticmethod
-    def load(path: str | PathLike[str]) -> RACache:
+    def load(path: str | Path) -> RACache:
         """Read a cache written by `save`.
 
         Raises:
@@ -345,12 +346,14 @@ class RACache:
         if isinstance(key, str):
             return key
         kind, layer = key
-        kind = kind.removeprefix("hook_")
-        if kind not in MAP_KINDS:
+        if not self._is_kind(kind):
             raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
         if layer < 0:  # from the model's end, as in TransformerLens
             layer = self.layers[layer] if -len(self.layers) <= layer else layer
-        return map_name(layer, kind)
+        return map_name(layer, _KINDS[kind.removeprefix("hook_")])
+
+    def _is_kind(self, kind: str) -> bool:
+        return kind.removeprefix("hook_") in _KINDS
 
     def _why_not(self, key: object) -> str:
         if self.store != "maps":

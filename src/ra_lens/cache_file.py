@@ -7,8 +7,6 @@ destination and renamed when complete.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ra_lens.errors import BadFile, NotStored
+from ra_lens.files import whole_file
 
 if TYPE_CHECKING:
     from ra_lens.cache import RACache
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def save_cache(cache: RACache, path: str | os.PathLike[str]) -> None:
+def save_cache(cache: RACache, path: str | Path) -> None:
     """Write `cache` to `path`, replacing what is there only when the file is complete."""
     from safetensors.torch import save_file
 
@@ -42,32 +41,21 @@ def save_cache(cache: RACache, path: str | os.PathLike[str]) -> None:
         "info": asdict(cache.info),
         "sites": [asdict(site) for site in cache.sites.values()],
     }
-    destination = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         save_file(
             {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
             temporary,
             metadata={"ra_lens": json.dumps(description)},
         )
-        os.replace(temporary, destination)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
-def load_cache(path: str | os.PathLike[str]) -> RACache:
+def load_cache(path: str | Path) -> RACache:
     """Read a cache written by `save_cache`.
 
     Raises:
         BadFile: missing, truncated, or not written by ra_lens.
     """
     from safetensors import SafetensorError, safe_open
-
-    from ra_lens.cache import RACache
-    from ra_lens.cache_info import RunInfo
-    from ra_lens.sites import Site
 
     source = Path(path)
     if not source.is_file():
@@ -86,23 +74,38 @@ def load_cache(path: str | os.PathLike[str]) -> RACache:
             f"{source} is a safetensors file, but not one written by RACache.save (it has no "
             "ra_lens description)."
         )
-    description: dict[str, Any] = json.loads(header["ra_lens"])
-    if description["format"] != FORMAT:
+    try:
+        description: dict[str, Any] = json.loads(header["ra_lens"])
+        version = description["format"]
+        if version == FORMAT:
+            return _rebuilt(description, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFile(
-            f"{source} has cache format {description['format']}; this ra_lens reads {FORMAT}. "
-            "Make the cache again, or install the version that wrote it."
-        )
+            f"the description in {source} is damaged ({type(error).__name__}: {error}). Make the "
+            "cache again."
+        ) from error
+    raise BadFile(
+        f"{source} has cache format {version}; this ra_lens reads {FORMAT}. Make the cache again, "
+        "or install the version that wrote it."
+    )
+
+
+def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> RACache:
+    from ra_lens.cache import RACache
+    from ra_lens.cache_info import RunInfo
+    from ra_lens.sites import Site
+
     sites = [Site(**fields) for fields in description["sites"]]
-    info = {k: _tuples(v) for k, v in description["info"].items()}
     cache = RACache(
         sites={site.layer: site for site in sites},
-        loss=tensors.pop("loss"),
-        info=RunInfo(**info),
+        loss=tensors["loss"],
+        info=RunInfo(**{name: _tuples(value) for name, value in description["info"].items()}),
         store=description["store"],
         has_batch_dim=description["has_batch_dim"],
     )
     for name, value in tensors.items():
-        cache.restore(name, value)
+        if name != "loss":
+            cache.restore(name, value)
     return cache
 
 

@@ -48,6 +48,8 @@ class RunInfo:
         wrong: tuple[str, ...] | None = None
     target_is_top_prediction: True if no target was given and the model's own was taken.
         str_tokens: Exactly what the model read, without padding, one list per example.
+        answer_lengths: How many of each example's last tokens are the answer; None where none is
+            appended.
         starts: Column of each example's first token; not 0 with padding on the left.
         bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
     """
@@ -58,6 +60,7 @@ class RunInfo:
     wrong: tuple[str, ...] | None = None
     target_is_top_prediction: bool = False
     str_tokens: tuple[tuple[str, ...], ...] | None = None
+    answer_lengths: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
     bos_prepended: bool | None = None
 
@@ -72,6 +75,7 @@ class RunInfo:
             targets=cut(self.targets),
             wrong=cut(self.wrong),
             str_tokens=cut(self.str_tokens),
+            answer_lengths=cut(self.answer_lengths),
             starts=cut(self.starts),
         )
 

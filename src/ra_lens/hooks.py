@@ -77,7 +77,9 @@ def get_ra_caching_hooks(
 
         return observe
 
-    first = next(iter(sites))
-    fwd_hooks: HookList = [(lens.block_input_name(first), root)]
-    fwd_hooks += [(site.pattern_name, at_pattern(layer)) for layer, site in sites.items()]
+    fwd_hooks: HookList = []
+    for layer, site in sites.items():
+        if site.observe_only is not False:
+            fwd_hooks.append((lens.block_input_name(layer), root))
+        fwd_hooks.append((site.pattern_name, at_pattern(layer)))
     return cache, fwd_hooks, []

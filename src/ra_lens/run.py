@@ -209,6 +209,7 @@ def _finish(
         wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
         target_is_top_prediction=bound.kind == "top_prediction",
         str_tokens=tuple(tuple(lens.decode(token) for token in row) for row in prompts.ids),
+        answer_lengths=bound.answer_lengths,
         starts=tuple(start for r in results for start in r.batch.starts),
         bos_prepended=prompts.bos_prepended,
     )

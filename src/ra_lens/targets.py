@@ -129,6 +129,12 @@ class Bound:
     wrong: list[int] | None = None
     metric: Metric | None = None
 
+    @property
+    def answer_lengths(self) -> tuple[int, ...] | None:
+        """Number of tokens appended to each example; None where no answer is appended."""
+        appended = self.kind == "sequence_nll" and self.targets is not None
+        return tuple(map(len, self.targets or ())) if appended else None
+
     def part(self, examples: slice) -> Bound:
         """The same objective for some of the examples."""
 

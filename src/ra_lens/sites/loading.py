@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ def available_kinds() -> tuple[ModelKind, ...]:
 
 
 def load_model(
-    name: str | os.PathLike[str],
+    name: str | Path,
     *,
     kind: ModelKind | None = None,
     device: str | torch.device | None = None,
@@ -80,7 +79,7 @@ def load_model(
 
 
 def load_folder(
-    folder: str | os.PathLike[str],
+    folder: str | Path,
     *,
     kind: ModelKind | None = None,
     device: str | torch.device | None = None,
@@ -98,6 +97,18 @@ def load_folder(
             f"{path} has no config.json. A model folder holds config.json, the weights and the "
             "tokenizer, as Hugging Face's save_pretrained writes them."
         )
+    try:
+        return _loaded(path, chosen, device, dtype)
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be loaded: {str(error).strip().splitlines()[0][:200]} A model folder "
+            "holds config.json, the weights and the tokenizer, as save_pretrained writes them."
+        ) from error
+
+
+def _loaded(
+    path: Path, chosen: ModelKind, device: str | torch.device | None, dtype: torch.dtype
+) -> nn.Module:
     where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen == "TransformerBridge":
         model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype)

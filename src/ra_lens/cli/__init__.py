@@ -1,0 +1,184 @@
+"""The command line: `ra-lens run` and `ra-lens demo`, a thin shell over the package.
+
+Results go to standard output, warnings and errors to standard error. Exit code 0: done; 2: the
+input cannot be used, as one line `error: ...`; 1: anything unexpected. `--debug` adds tracebacks.
+
+This module imports neither torch nor plotly, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ra_lens.errors import RALensError
+
+app = typer.Typer(
+    name="ra-lens",
+    help="Reversed Attention: what the backward pass wanted each attention head to do.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Kind(str, Enum):
+    """TransformerLens classes, as choices of `--kind`."""
+
+    HOOKED_TRANSFORMER = "HookedTransformer"
+    TRANSFORMER_BRIDGE = "TransformerBridge"
+
+
+KindOption = Annotated[
+    Kind | None,
+    typer.Option(
+        help="TransformerLens class. Default: the one installed; HookedTransformer first."
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and what other libraries print.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # a token may not exist in the terminal's encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    app(prog_name="ra-lens")
+
+
+@app.callback()
+def about(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the version and exit.",
+            is_eager=True,
+            callback=lambda v: _say(v),
+        ),
+    ] = False,
+) -> None:
+    """Reversed Attention: what the backward pass wanted each attention head to do."""
+
+
+@app.command()
+def run(
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to run on; - reads standard input.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="demo (the embedded model), a name TransformerLens knows, or a local folder.",
+        ),
+    ] = "demo",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="What the loss asks for, leading space included: ' Paris'. "
+            "Default: the model's own top prediction.",
+        ),
+    ] = None,
+    escapes: Annotated[
+        bool,
+        typer.Option("--escapes", "-e", help=r"Read \n and \t in prompt and target as whitespace."),
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Number of heads to list.")] = 10,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, such as 0,5-8,-1. Default: all.")
+    ] = None,
+    kind: KindOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write a report: one self-contained HTML file."),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run a prompt; show the loss, the heads its gradient reaches most, and where it moves them."""
+    with _reported(debug=debug):
+        from ra_lens.cli.commands import Options, run_prompt
+
+        run_prompt(
+            Options(
+                prompt=prompt,
+                model=model,
+                target=target,
+                escapes=escapes,
+                top=top,
+                layers=layers,
+                kind=None if kind is None else kind.value,
+                device=device,
+                as_json=as_json,
+                output=output,
+                debug=debug,
+            )
+        )
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the report.")
+    ] = Path("ra_report.html"),
+    kind: KindOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show it all on the embedded model, offline: maps of a prompt, and a patched prediction."""
+    with _reported(debug=debug):
+        from ra_lens.cli.commands import run_demo
+
+        run_demo(
+            output=output,
+            kind=None if kind is None else kind.value,
+            device=device,
+            as_json=as_json,
+            debug=debug,
+        )
+
+
+def _say(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"ra-lens {version('ra-lens')}")
+        raise typer.Exit
+    return wanted
+
+
+@contextmanager
+def _reported(*, debug: bool) -> Generator[None]:
+    """Turn exceptions into one line and an exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split())
+        expected = isinstance(error, RALensError)
+        if not expected:
+            text = f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(2 if expected else 1) from None

@@ -1,0 +1,56 @@
+"""Keeps what other libraries print out of the way, and the network out of local runs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
+
+import typer
+
+
+def offline() -> None:
+    """Keep Hugging Face libraries off the network; call before they are first imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@contextmanager
+def quiet(*, debug: bool) -> Generator[None]:
+    """Swallow other libraries' prints, log messages, warnings and progress bars of loading.
+
+    Warnings of categories that ra_lens defines are shown at the end. With `debug` nothing is
+    swallowed, but prints go to standard error, so that standard output holds results only.
+    """
+    if debug:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with _no_loading_bars():
+                yield
+        for warning in caught:
+            if warning.category.__module__.startswith("ra_lens"):
+                typer.echo(f"warning: {warning.message}", err=True)
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _no_loading_bars() -> Generator[None]:
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()

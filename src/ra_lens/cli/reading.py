@@ -1,0 +1,92 @@
+"""What the user typed, turned into what a run needs; each mistake is one sentence."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from ra_lens.errors import BadInput
+from ra_lens.sites import as_lens
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+def read_text(text: str, *, escapes: bool) -> str:
+    """Read a prompt or target: `-` is standard input, and `\\n` a newline where escapes are on."""
+    if text == "-":
+        text = sys.stdin.read()
+        text = text.removesuffix("\n")
+    if escapes:
+        text = re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match.group()], text)
+    return text
+
+
+def read_layers(text: str | None) -> list[int] | None:
+    """Read a list of layers such as `0,5-8,-1`.
+
+    Raises:
+        BadInput: something else.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise BadInput(
+                f"found --layers {text!r}; give numbers and ranges with commas between, such as "
+                "0,5-8,-1 (negative: from the end)."
+            )
+        first = int(match[1])
+        layers += range(first, int(match[2]) + 1) if match[2] is not None else [first]
+    return layers
+
+
+def check_device(name: str | None) -> None:
+    """Find out whether a device exists.
+
+    Raises:
+        BadInput: it does not, or torch knows no such kind.
+    """
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BadInput(f"cannot use --device {name}: {reason}. Try --device cpu.") from error
+
+
+def hints(prompt: str, target: str | None, *, escapes: bool) -> list[str]:
+    """Say what looks like a slip of the shell, before anything runs."""
+    found: list[str] = []
+    if not escapes and (r"\n" in prompt or r"\n" in (target or "")):
+        found.append(
+            r"found a backslash and an n in the text; add -e to have \n read as a newline."
+        )
+    if target and target[0].isalnum() and prompt and not prompt[-1].isspace():
+        found.append(
+            f"the target {target!r} has no leading space, so it is read as going on from "
+            f"{prompt[-12:]!r}; a new word is {' ' + target!r}."
+        )
+    return found
+
+
+def unknown_words(model: nn.Module, prompt: str) -> list[str]:
+    """Words of a prompt that the tokenizer reads as its unknown token, each once.
+
+    Tokenizers whose unknown token is also BOS or EOS know every text.
+    """
+    tokenizer: Any = as_lens(model).tokenizer
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ends = {getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+    if unknown is None or unknown in ends or not getattr(tokenizer, "is_fast", False):
+        return []
+    read = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
+    places = zip(read["input_ids"], read["offset_mapping"], strict=True)
+    words = [prompt[start:end] for token, (start, end) in places if token == unknown]
+    return list(dict.fromkeys(word.strip() or repr(word) for word in words))

@@ -1,0 +1,205 @@
+"""Results in a terminal and as JSON. Tokens are data: nothing in them is read as markup."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.metadata import version
+from typing import Any
+
+import typer
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ra_lens.cache import RACache
+from ra_lens.figures.example import HeadMaps, head_of_example
+from ra_lens.figures.tokens import shorten, visible
+from ra_lens.report.page import Section
+from ra_lens.report.write import prompt_tokens, run_facts
+from ra_lens.sites import as_lens
+
+_LABEL = 14
+_RED, _BLUE = (178, 24, 43), (33, 102, 172)
+
+
+def as_json(ra: RACache, model: nn.Module, prompt: str, *, top: int) -> dict[str, object]:
+    """What a run gave, as plain data; `ra` is R itself, negative where descent wants more."""
+    info, maps = ra.info, _strongest_head(ra)
+    return {
+        "ra_lens": version("ra-lens"),
+        "transformer_lens": version("transformer-lens"),
+        "model": {
+            "name": info.model_name,
+            "kind": as_lens(model).kind,
+            "layers": ra.layers,
+            "n_heads": ra.n_heads,
+        },
+        "prompt": prompt,
+        "tokens": list(maps.tokens),
+        "bos_prepended": info.bos_prepended,
+        "target": None if info.targets is None else info.targets[0],
+        "target_is_top_prediction": info.target_is_top_prediction,
+        "objective": info.objective,
+        "loss": float(ra.loss.flatten()[0]),
+        "top_heads": [
+            {"layer": s.layer, "head": s.head, "label": s.label, "ra_norm": s.score}
+            for s in ra.top_heads(top)
+        ],
+        "strongest_cells": [
+            {
+                "layer": maps.layer,
+                "head": maps.head,
+                "query": cell.query,
+                "key": cell.key,
+                "query_token": maps.tokens[cell.query],
+                "key_token": maps.tokens[cell.key],
+                "ra": cell.ra,
+                "pattern": cell.pattern,
+                "descent_wants": cell.moves,
+            }
+            for cell in maps.strongest(top)
+        ],
+    }
+
+
+def print_json(facts: dict[str, object]) -> None:
+    """Print one JSON object."""
+    typer.echo(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def print_line(text: str) -> None:
+    """Print a line as it is."""
+    typer.echo(text)
+
+
+def print_run(ra: RACache, model: nn.Module, *, top: int) -> None:
+    """Print the facts of a run, its top heads, and the strongest map."""
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    maps = _strongest_head(ra)
+    parts: list[RenderableType] = [_facts(ra, model), "", _heads(ra, top), ""]
+    parts += _map(maps, console.width)
+    for part in parts:
+        console.print(part)
+
+
+def print_section(section: Section) -> None:
+    """Print a section of the report."""
+    console = Console(highlight=False, markup=False)
+    console.print(Text(f"\n{section.title}", style="bold"))
+    for paragraph in section.paragraphs:
+        console.print(paragraph)
+    if section.table is not None:
+        table = _table(*section.table.columns)
+        for row in section.table.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for note in section.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _strongest_head(ra: RACache) -> HeadMaps:
+    return head_of_example(ra, ra.top_heads(1)[0])
+
+
+def _facts(ra: RACache, model: nn.Module) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    styles = {"": "", "special": "dim", "target": "bold red"}
+    prompt = Text()
+    for i, (text, kind) in enumerate(prompt_tokens(ra, 0)):
+        after_line = i > 0 and prompt.plain.endswith("⏎")
+        prompt.append(("\n" if after_line else "") + text, style=styles[kind])
+    grid.add_row("Prompt", prompt)
+    for name, value in run_facts(ra, 0):
+        shown = f"{value} ({as_lens(model).kind})" if name == "Model" else value
+        grid.add_row(name, Text(shown))
+    return grid
+
+
+def _heads(ra: RACache, top: int) -> Table:
+    table = _table("rank", "head", "‖R‖", "", title="Top heads: norm of the Reversed Attention")
+    scores = ra.top_heads(top)
+    for rank, score in enumerate(scores, start=1):
+        bar = "█" * math.ceil(20 * score.score / (scores[0].score or 1.0))
+        table.add_row(str(rank), score.label, f"{score.score:.4g}", bar)
+    return table
+
+
+def _map(maps: HeadMaps, width: int) -> list[RenderableType]:
+    title = f"Strongest map, {maps.label}: where gradient descent moves attention (−R)"
+    cells = maps.strongest(10)
+    if not cells:
+        return [Text(title, style="bold"), Text("The gradient is 0 in every cell.")]
+    table = _table("from (query)", "", "to (key)", "−R", "attention", "descent wants", title=title)
+    for cell in cells:
+        query, key = (
+            f"{shorten(visible(maps.tokens[i]), 24)} ({i})" for i in (cell.query, cell.key)
+        )
+        wants = Text(cell.moves, style="red" if cell.moves == "more" else "blue")
+        table.add_row(Text(query), "→", Text(key), f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", wants)
+    grid = _grid(maps, width)
+    return [table] if grid is None else [table, "", grid]
+
+
+def _grid(maps: HeadMaps, width: int) -> Text | None:
+    """Draw the whole map, one row per query; None if the terminal is too narrow.
+
+    A cell's digit is |R| in tenths of the largest, X being that, with `+` where descent wants more
+    attention and `-` where it wants less.
+    """
+    n = len(maps.tokens)
+    names = [shorten(visible(token), _LABEL) for token in maps.tokens]
+    left = max(map(cell_len, names)) + 5
+    if left + 3 * n > width:
+        return None
+    column = min(max(map(cell_len, names)) + 1, (width - left) // n)
+    wide = column > 4  # room for tokens above the columns, not only their positions
+    text = Text("Rows: from (query). Columns: to (key). |R| in tenths of the largest (X).\n")
+    heads = names if wide else [str(i % 100) for i in range(n)]
+    head = "".join(_right(shorten(name, column - 1), column) for name in heads)
+    text.append(" " * left + head + "\n", style="dim")
+    largest = max(abs(cell.ra) for cell in maps.strongest(1))
+    for i, name in enumerate(names):
+        text.append(set_cell_size(f"{i:>3} {name}", left), style="dim")
+        for j in range(i + 1):
+            share = -float(maps.ra[i, j]) / largest
+            tenths = round(10 * abs(share))
+            digit = "X" if tenths == 10 else str(tenths)
+            mark = "·" if tenths == 0 else f"{'+' if share > 0 else '-'}{digit}"
+            text.append(_right(mark, column), style=_shade(share))
+        text.append("\n")
+    text.rstrip()
+    return text
+
+
+def _shade(share: float) -> Style:
+    weight = abs(share)
+    if weight < 0.05:
+        return Style(dim=True)
+    goal = _RED if share > 0 else _BLUE
+    red, green, blue = (round(255 - (255 - c) * weight) for c in goal)
+    ink = "white" if weight > 0.5 else "black"
+    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")
+
+
+def _right(text: str, width: int) -> str:
+    return " " * max(0, width - cell_len(text)) + text
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    numbers: dict[str, Any] = {"justify": "right"}
+    for name in columns:
+        table.add_column(name, **(numbers if name in ("rank", "‖R‖", "−R", "attention") else {}))
+    return table

@@ -1,0 +1,402 @@
+"""The command line: what it prints where, its exit codes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ra_lens import run_with_ra
+from ra_lens.cli import app, show
+from ra_lens.cli.reading import hints, read_layers, read_text, unknown_words
+from ra_lens.errors import BadInput
+from ra_lens.figures.example import head_of_example
+from test_figures import make
+from tiny_models import KINDS, N_HEADS, N_LAYERS
+
+PROMPT = "w5 w7 w9 w4 w6"
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Callable[..., Path]) -> str:
+    return str(folder("gpt2"))
+
+
+def call(*arguments: str, text: str | None = None) -> Any:
+    return CliRunner().invoke(app, list(arguments), input=text)
+
+
+def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ra_lens.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def test_run_prints_loss_heads_and_the_strongest_map(tiny: str, shared: Any) -> None:
+    result = call("run", "-m", tiny, "-p", PROMPT, "-t", " w8", "--top", "3")
+    assert (result.exit_code, result.stderr) == (0, "")
+    _, ra = run_with_ra(shared("gpt2", KINDS[0]), PROMPT, target=" w8")
+    text = result.stdout
+    assert f"{float(ra.loss):.4f}, −log p of the target" in text
+    assert "“w8”" in text
+    assert "top prediction" not in text
+    assert "<|endoftext|>w5w7w9w4w6" in text
+    lines = [line.split() for line in text.splitlines()]
+    for rank, score in enumerate(ra.top_heads(3), start=1):
+        assert [str(rank), score.label, f"{score.score:.4g}"] in [line[:3] for line in lines]
+    top = head_of_example(ra, ra.top_heads(1)[0])
+    assert f"Strongest map, {top.label}" in text
+    cell = top.strongest(1)[0]
+    row = next(line for line in lines if "→" in line)
+    assert row == [
+        top.tokens[cell.query], f"({cell.query})", "→", top.tokens[cell.key], f"({cell.key})",
+        f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", cell.moves,
+    ]  # fmt: skip
+    assert "[" not in text
+
+
+def test_without_a_target_it_says_whose_the_target_is(tiny: str) -> None:
+    result = call("run", "-m", tiny, "-p", PROMPT)
+    assert result.exit_code == 0
+    flat = " ".join(result.stdout.split())
+    assert "(the model's own top prediction; no target was given)" in flat
+
+
+def test_json_is_all_that_is_on_standard_output(tiny: str, shared: Any) -> None:
+    result = shell("run", "-m", tiny, "-p", PROMPT, "-t", " w8", "--json", "--top", "4", check=True)
+    assert result.stderr == ""
+    found = json.loads(result.stdout)
+    model = shared("gpt2", KINDS[0])
+    _, ra = run_with_ra(model, PROMPT, target=" w8")
+    assert found["ra_lens"] == version("ra-lens")
+    assert found["model"] == {
+        "name": Path(tiny).name, "kind": KINDS[0], "layers": list(range(N_LAYERS)),
+        "n_heads": N_HEADS,
+    }  # fmt: skip
+    assert found["tokens"] == ["<|endoftext|>", *PROMPT.split()]
+    assert (found["prompt"], found["target"]) == (PROMPT, "w8")
+    assert (found["target_is_top_prediction"], found["report"]) == (False, None)
+    assert found["loss"] == pytest.approx(float(ra.loss), rel=1e-5)
+    heads = [(head["layer"], head["head"]) for head in found["top_heads"]]
+    assert heads == [(score.layer, score.head) for score in ra.top_heads(4)]
+    values = ra["ra", heads[0][0]][0, heads[0][1]]
+    first = found["strongest_cells"][0]
+    assert abs(first["ra"]) == pytest.approx(values.abs().max().item(), rel=1e-4)
+    assert first["ra"] == pytest.approx(values[first["query"], first["key"]].item(), rel=1e-4)
+    assert first["descent_wants"] == ("more" if first["ra"] < 0 else "less")
+    assert first["key_token"] == found["tokens"][first["key"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_and_kind_reach_the_run(tiny: str, kind: str) -> None:
+    result = call("run", "-m", tiny, "-p", PROMPT, "--layers", "0,-1", "--kind", kind, "--json")
+    found = json.loads(result.stdout)
+    assert found["model"]["layers"] == [0, N_LAYERS - 1]
+    assert found["model"]["kind"] == kind
+
+
+def test_a_report_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.html"
+    result = call("run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path))
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"Report: {path}")
+    assert os.listdir(tmp_path) == ["out.html"]
+    text = path.read_text()
+    assert f"ra-lens run --model {tiny} --prompt &#x27;{PROMPT}&#x27; --target &#x27;w8 w9" in text
+    assert "mean of −log p" in text
+
+
+def test_a_prompt_can_come_from_standard_input(tiny: str) -> None:
+    result = call("run", "-m", tiny, "-p", "-", "--json", text=PROMPT + "\n")
+    assert json.loads(result.stdout)["prompt"] == PROMPT
+
+
+def test_words_the_tokenizer_does_not_know_are_named(tiny: str) -> None:
+    result = call("run", "-m", tiny, "-p", "w5 nope w6 [red] nope", "--json")
+    assert result.exit_code == 0
+    json.loads(result.stdout)
+    assert result.stderr == (
+        "warning: the model does not know 'nope', '[red]'; its tokenizer reads them as <pad>.\n"
+    )
+
+
+def test_a_tokenizer_whose_unknown_token_is_its_end_knows_every_word(shared: Any) -> None:
+    model = shared("gpt2", KINDS[0])
+    assert unknown_words(model, "nope w5") == ["nope"]
+    known = model.tokenizer.unk_token
+    model.tokenizer.unk_token = model.tokenizer.eos_token
+    try:
+        assert unknown_words(model, "nope w5") == []
+    finally:
+        model.tokenizer.unk_token = known
+
+
+# ---- the terminal -------------------------------------------------------------------------------
+
+
+def printed(ra: Any, model: Any, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    consoles: list[Console] = []
+
+    def console(**options: Any) -> Console:
+        consoles.append(Console(width=width, record=True, file=open(os.devnull, "w"), **options))  # noqa: SIM115
+        return consoles[-1]
+
+    monkeypatch.setattr(show, "Console", console)
+    show.print_run(ra, model, top=3)
+    with consoles[0].file:
+        return consoles[0].export_text()
+
+
+def test_the_map_is_drawn_where_it_fits(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ra = shared("gpt2", KINDS[0]), make()
+    text = printed(ra, model, 80, monkeypatch)
+    rows = text[text.index("Rows: from (query)") :].splitlines()
+    maps = head_of_example(ra, ra.top_heads(1)[0])
+    assert rows[1].split() == ["<|end|>", "·Paris", "⏎", "·Paris", "<b>&$x$"]
+    largest = abs(maps.strongest(1)[0].ra)
+    for i, row in enumerate(rows[2:7]):
+        cells = row.split()
+        assert cells[:2] == [str(i), rows[1].split()[i]]
+        for j, mark in enumerate(cells[2:]):
+            share = -maps.ra[i, j] / largest
+            tenths = round(10 * abs(share))
+            digit = "X" if tenths == 10 else str(tenths)
+            assert mark == ("·" if tenths == 0 else f"{'+' if share > 0 else '-'}{digit}")
+        assert len(cells) == 2 + i + 1
+    assert max(map(len, rows)) <= 80
+
+
+def test_a_long_prompt_shows_its_strongest_entries_only(
+    shared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ra = make((tuple(f" w{i}" for i in range(60)),))
+    text = printed(ra, shared("gpt2", KINDS[0]), 80, monkeypatch)
+    assert "Rows: from" not in text
+    assert sum("→" in line for line in text.splitlines()) == 10
+
+
+def test_tokens_are_not_read_as_markup(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ra = make((("[red]", "[/]", "[link=x]y", ":smile:"),))
+    text = printed(ra, shared("gpt2", KINDS[0]), 120, monkeypatch)
+    assert "[red][/][link=x]y:smile:·t" in text
+    assert "3 :smile:" in text
+
+
+def test_a_gradient_of_zero_is_said(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed(make(scale=0.0), shared("gpt2", KINDS[0]), 80, monkeypatch)
+    assert "The gradient is 0 in every cell." in text
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", ""], "prompt 0 is empty"),
+        (["-p", PROMPT, "-t", " nope"], "not a word that"),
+        (["-p", PROMPT, "-t", ""], "empty text"),
+        (["-p", " ".join(["w5"] * 40)], "reads at most 16"),
+        (["-p", PROMPT, "--layers", "7"], r"found layers=[7]"),
+        (["-p", PROMPT, "--layers", "x"], "found --layers 'x'"),
+        (["-p", PROMPT, "--device", "nodevice"], "cannot use --device nodevice"),
+        (["-p", PROMPT, "-o", "/nowhere/at/all.html"], "there is no folder /nowhere/at"),
+        (["-p", PROMPT, "-o", "-"], "a report is a file"),
+        (["-p", PROMPT, "-m", "./missing"], "there is no folder './missing'"),
+        (["-p", PROMPT, "-m", "/dev"], "has no config.json"),
+        (["-p", PROMPT, "-m", "no-such-model"], "could not load 'no-such-model'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(tiny: str, arguments: list[str], message: str) -> None:
+    model = [] if "-m" in arguments else ["-m", tiny]
+    result = call("run", *model, *arguments, "--json")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_a_path_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ra_lens.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
+    for command in (["run", "-p", PROMPT], ["demo"]):
+        result = call(*command, "-o", str(tmp_path))
+        assert (result.exit_code, "is a folder" in result.stderr) == (2, True)
+
+
+def test_a_run_that_fails_leaves_the_report_of_before(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.html"
+    path.write_text("old")
+    assert call("run", "-m", tiny, "-p", PROMPT, "-t", " nope", "-o", str(path)).exit_code == 2
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["out.html"])
+
+
+def test_the_unexpected_exits_1_and_shows_where_on_demand(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("ra_lens.cli.commands.load", broken)
+    result = call("run", "-m", tiny, "-p", PROMPT)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: ZeroDivisionError: two lines (unexpected; --debug shows where)\n"
+    )
+    result = call("run", "-m", tiny, "-p", PROMPT, "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_debug_shows_the_traceback_of_a_mistake_too(tiny: str) -> None:
+    result = call("run", "-m", tiny, "-p", "", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: prompt 0 is empty")
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "-p", "x", "--top", "0"], ["nope"], []])
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+def test_nothing_is_left_switched_off(tiny: str) -> None:
+    import logging
+
+    from transformers.utils import logging as bars
+
+    before = (logging.root.manager.disable, bars.is_progress_bar_enabled())
+    call("run", "-m", tiny, "-p", PROMPT)
+    call("run", "-m", "/dev", "-p", PROMPT)
+    assert (logging.root.manager.disable, bars.is_progress_bar_enabled()) == before
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def test_layers_are_numbers_and_ranges() -> None:
+    assert read_layers(None) is None
+    assert read_layers("3") == [3]
+    assert read_layers("0, 5-7,-1") == [0, 5, 6, 7, -1]
+    for wrong in ("", "a", "1-", "1..2", "1,,2"):
+        with pytest.raises(BadInput, match="found --layers"):
+            read_layers(wrong)
+
+
+def test_escapes_are_read_when_asked() -> None:
+    assert read_text(r"Q: a\nA:\t\\n", escapes=True) == "Q: a\nA:\t\\n"
+    assert read_text(r"Q: a\nA:", escapes=False) == r"Q: a\nA:"
+
+
+def test_slips_of_the_shell_are_pointed_out() -> None:
+    assert hints("Q: a\nA:", " b", escapes=False) == []
+    assert "add -e" in hints(r"Q: a\nA:", " b", escapes=False)[0]
+    assert hints(r"Q: a\nA:", " b", escapes=True) == []
+    assert "no leading space" in hints("the city of", "Paris", escapes=False)[0]
+    assert hints("the city of ", "Paris", escapes=False) == []
+
+
+# ---- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["demo", "-h"], ["--version"]]
+)
+def test_help_is_fast(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from ra_lens.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'plotly', 'pandas', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ra-lens" in done.stdout
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert call("--version").stdout == f"ra-lens {version('ra-lens')}\n"
+
+
+def test_every_option_is_in_the_help() -> None:
+    text = shell("run", "--help", env={**os.environ, "COLUMNS": "140"}).stdout
+    for option in ("--model", "--prompt", "--target", "--top", "--layers", "--kind", "--device",
+                   "--json", "--output", "--debug", "--escapes"):  # fmt: skip
+        assert option in text
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
+    block = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "sys.argv = ['ra-lens', 'demo']\n"
+        "from ra_lens.cli import main\n"
+        "main()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(tmp_path) == ["ra_report.html"]
+    assert f"Report: {tmp_path / 'ra_report.html'}" in done.stdout
+    assert "A patched prediction" in done.stdout
+    assert "A patched prediction" in (tmp_path / "ra_report.html").read_text()
+
+
+def test_the_patched_prediction_is_what_the_hooks_give() -> None:
+    from ra_lens import load_demo_model, load_task
+    from ra_lens.demo.showcase import patched_prediction
+
+    model: Any = load_demo_model(device="cpu")
+    found = patched_prediction(model, averaged=6, tested=5, scale=-3.0)
+    prompts = load_task(found.task).sample(11)
+    texts, answers = [p.text for p in prompts], [p.answer for p in prompts]
+    assert found.prompt == texts[6]
+    _, ra = run_with_ra(model, texts[:6], target=answers[:6])
+    with torch.no_grad():
+        before = model(model.to_tokens(texts[6:]))[:, -1]
+        with model.hooks(fwd_hooks=ra.mean().patch_hooks(scale=-3.0)):
+            after = model(model.to_tokens(texts[6:]))[:, -1]
+    ids = torch.tensor([model.to_single_token(answer) for answer in answers[6:]])
+    for logits, one, accuracy in (
+        (before, found.before, found.accuracy_before),
+        (after, found.after, found.accuracy_after),
+    ):
+        assert one.probability == pytest.approx(
+            logits[0].softmax(-1)[ids[0]].item(), rel=1e-3, abs=1e-7
+        )
+        assert one.rank == 1 + int((logits[0] > logits[0, ids[0]]).sum())
+        assert accuracy == pytest.approx((logits.argmax(-1) == ids).float().mean().item())
+    assert found.before.probability != found.after.probability
+
+
+def test_a_task_without_enough_questions_is_refused() -> None:
+    from ra_lens import load_demo_model
+    from ra_lens.demo.showcase import patched_prediction
+
+    with pytest.raises(BadInput, match="leaves none to test"):
+        patched_prediction(load_demo_model(device="cpu"), averaged=500)
