@@ -84,8 +84,11 @@ def main(
     kind: Annotated[str | None, typer.Option(help="Model class; default: every one here.")] = None,
     rounds: Annotated[int, typer.Option(help="Measurements of each route.")] = 7,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 12,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: torch's own.")] = None,
 ) -> None:
     """Print a table: seconds and ratio to the forward pass, per shape and route."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     table = Table("model", "batch × tokens", "route", "median s", "ratio")
     for model_kind in available_kinds() if kind is None else (kind,):
         model = gpt2_shaped(model_kind, layers)

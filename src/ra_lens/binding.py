@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from ra_lens.errors import BadInput
 from ra_lens.prompts import Prompts
 from ra_lens.sites import Lens
-from ra_lens.targets import Bound, Objective, Position, one_each
+from ra_lens.targets import Bound, Objective, Position, one_each, token_id
 
 
 def bind(
@@ -73,9 +71,10 @@ def _positions(position: Position | None, prompts: Prompts) -> list[int]:
     n = len(prompts)
     if position is None:
         return [length - 1 for length in prompts.lengths]
-    if isinstance(position, Tensor):
-        position = position.flatten().tolist() if position.ndim else int(position)
-    given = [position] * n if isinstance(position, int) else list(position)
+    asked = one_each(position, n)
+    given = [p for p in map(token_id, asked) if p is not None]
+    if len(given) != len(asked):
+        raise BadInput(f"found position={position!r}. Give one integer, or one per prompt.")
     if len(given) != n:
         raise BadInput(
             f"found {len(given)} positions for {n} prompts. Give one integer, or one per prompt."
@@ -110,15 +109,17 @@ def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[
 
 
 def _ids_of(lens: Lens, prompts: Prompts, i: int, token: object, what: str) -> list[int]:
-    if isinstance(token, bool):
-        raise BadInput(f"{what} {i} is {token}; give text or a token id.")
-    if isinstance(token, int):
-        return [token]
+    one = token_id(token)
+    if one is not None:
+        return [one]
     if isinstance(token, list | tuple):
-        ids: list[int] = [int(t) for t in token]
-        if not ids:
-            raise BadInput(f"{what} {i} is empty. Give at least one token.")
-        return ids
+        ids = [token_id(t) for t in token]
+        if not ids or None in ids:
+            raise BadInput(
+                f"{what} {i} is {token!r}; a list inside a list holds the token ids of one answer, "
+                "at least one. Give text as text: [' New York', ' Paris']."
+            )
+        return [t for t in ids if t is not None]
     if not isinstance(token, str):
         raise BadInput(f"{what} {i} is a {type(token).__name__}; give text or a token id.")
     if token == "":

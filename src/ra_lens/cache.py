@@ -7,7 +7,8 @@ Three kinds of map per attention layer, each `[batch, head, query, key]`:
 * `pattern`, `….hook_pattern`: A, as the softmax made it, before any edit by a hook.
 * `pattern_grad`, `….hook_pattern_grad`: G = ∂L/∂A.
 
-Rows and columns of padding are 0. Norms are kept whatever is stored.
+In a cache that `run_with_ra` made, rows and columns of padding are 0. Norms are kept whatever is
+stored.
 """
 
 from __future__ import annotations
@@ -168,6 +169,8 @@ class RACache:
 
     def top_heads(self, k: int = 10, kind: MapKind = "ra") -> list[HeadScore]:
         """Give the `k` heads with the largest norm, averaged over the examples."""
+        if k < 1:
+            raise BadInput(f"found k={k}; ask for at least one head.")
         scores = self.norms(kind)
         scores = scores.mean(dim=0) if self.has_batch_dim else scores
         values, order = scores.flatten().sort(descending=True, stable=True)
@@ -349,7 +352,7 @@ class RACache:
         if not self._is_kind(kind):
             raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
         if layer < 0:  # from the model's end, as in TransformerLens
-            layer = self.layers[layer] if -len(self.layers) <= layer else layer
+            layer += self.info.n_layers or self.layers[-1] + 1
         return map_name(layer, _KINDS[kind.removeprefix("hook_")])
 
     def _is_kind(self, kind: str) -> bool:
@@ -372,4 +375,5 @@ class RACache:
             loss=function(self.loss),
             _maps={name: function(value) for name, value in self._maps.items()},
             _norms={key: function(value) for key, value in self._norms.items()},
+            _running=None if self._running is None else self._running.mapped(function),
         )

@@ -33,7 +33,7 @@ def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
             "whose hook_pattern is observe-only that gives no gradients: use run_with_ra instead."
         )
     has_batch = bool(getattr(cache, "has_batch_dim", True))
-    new = RACache(sites=sites, info=RunInfo(model_name=lens.name))
+    new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers))
     for layer, site in sites.items():
         pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
         dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32

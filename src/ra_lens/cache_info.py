@@ -42,6 +42,7 @@ class RunInfo:
 
     Attributes:
         model_name: As TransformerLens has it.
+        n_layers: Layers of the model, from which negative layers count.
         objective: Kind of loss, `answer_nll`, `sequence_nll`, …; `unknown` where the user ran the
             backward pass.
         targets: What the loss asked for, as text, one per example; None for a metric of the user.
@@ -55,6 +56,7 @@ class RunInfo:
     """
 
     model_name: str = "unknown"
+    n_layers: int | None = None
     objective: str = "unknown"
     targets: tuple[str, ...] | None = None
     wrong: tuple[str, ...] | None = None

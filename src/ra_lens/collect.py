@@ -68,6 +68,10 @@ class _Tap(torch.autograd.Function):
         return grad_outputs[0], None, None
 
 
+def _discard(_site: Site, _maps: dict[MapKind, Tensor]) -> None:
+    """Receive maps of a run that is over."""
+
+
 class Collector:
     """Hands the maps of each layer to `deliver` when that layer's gradient has arrived."""
 
@@ -99,8 +103,14 @@ class Collector:
                 if site.observe_only is not False:
                     above = self._lens.block_input(layer)
                     stack.callback(above.register_forward_hook(self._tap_input).remove)
-            stack.callback(self._patterns.clear)
+            stack.callback(self._release)
             yield
+
+    def _release(self) -> None:
+        # The model may keep the last pattern, whose gradient hooks hold this collector: it must
+        # not hold the maps in turn.
+        self._patterns.clear()
+        self._deliver = _discard
 
     def _tap_input(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return self._tap(output, copy=True)
@@ -127,6 +137,12 @@ class Collector:
             pattern: The softmax output, as the model has it.
             copy: Whether other hooks may edit the tensor returned in place.
         """
+        if not torch.is_grad_enabled():
+            raise UnsupportedModel(
+                "found gradients switched off (torch.no_grad) in a forward pass whose hooks "
+                "collect them. Run the forward and the backward pass under torch.enable_grad(), "
+                "or use run_with_ra, which does."
+            )
         if layer in self._patterns:
             raise UnsupportedModel(
                 f"{self._sites[layer].pattern_name} fired twice before a backward pass. A model "

@@ -36,8 +36,9 @@ def get_ra_caching_hooks(
             loss.backward()
 
     Put these before hooks of your own that edit the pattern: R is taken where they stand in the
-    order. A loss averaged over the batch gives maps divided by its size. The backward pass is
-    yours: unless parameters are frozen it also fills their `.grad`.
+    order. A loss averaged over the batch gives maps divided by its size. What is padding is not
+    known here: its rows and columns are zero only if your mask and loss make them so. The backward
+    pass is yours: unless parameters are frozen it also fills their `.grad`.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
@@ -57,8 +58,10 @@ def get_ra_caching_hooks(
     """
     lens = as_lens(model)
     sites = choose_layers(lens, layers)
-    kept = keeps(names_filter)
-    cache = RACache(sites=sites, store=store, info=RunInfo(model_name=lens.name))
+    kept = keeps(names_filter, sites)
+    cache = RACache(
+        sites=sites, store=store, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers)
+    )
 
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
         for kind, value in maps.items():

@@ -7,9 +7,10 @@ prompts needs the memory of one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class MeanMaps:
         return self._maps[key]
 
     def patch_hooks(
-        self, *, scale: float, kind: str = "ra"
+        self, *, scale: int | float, kind: str = "ra"
     ) -> list[tuple[str, Callable[..., Any]]]:
         """Forward hooks that add `scale` times the mean maps to the pattern of every head.
 
@@ -67,15 +68,16 @@ class MeanMaps:
 
 @dataclass
 class RunningMean:
-    """Sums of maps, fed batch by batch."""
+    """Sums of maps, fed batch by batch; in float32 at least, whatever the mean is given in."""
 
     sites: dict[int, Site]
     count: int = 0
+    dtype: torch.dtype | None = None
     _sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     def add(self, name: str, value: Float[Tensor, "batch head query key"]) -> None:
         """Add the maps of one batch under their full name; the caller raises `count`."""
-        total = value.sum(dim=0)
+        total = value.sum(dim=0, dtype=torch.promote_types(value.dtype, torch.float32))
         if name in self._sums:
             if self._sums[name].shape != total.shape:
                 raise BadInput(
@@ -85,7 +87,11 @@ class RunningMean:
             total = self._sums[name] + total
         self._sums[name] = total
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> RunningMean:
+        """Give the same with every sum moved or converted."""
+        return replace(self, _sums={name: function(t) for name, t in self._sums.items()})
+
     def result(self) -> MeanMaps:
         """Give the mean of everything added so far."""
-        means = {name: total / self.count for name, total in self._sums.items()}
+        means = {name: (t / self.count).to(dtype=self.dtype) for name, t in self._sums.items()}
         return MeanMaps(self.sites, self.count, means)

@@ -18,7 +18,7 @@ from ra_lens.sites import Site
 
 
 def patch_hooks(
-    maps: Mapping[int, Tensor], sites: Mapping[int, Site], *, scale: float
+    maps: Mapping[int, Tensor], sites: Mapping[int, Site], *, scale: int | float
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Forward hooks that add `scale` times a map to the pattern of each layer.
 
@@ -52,7 +52,7 @@ def patch_hooks(
     ]
 
 
-def _adder(value: Tensor, scale: float, layer: int) -> Callable[..., Any]:
+def _adder(value: Tensor, scale: int | float, layer: int) -> Callable[..., Any]:
     def add_map(pattern: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
         if pattern.shape[-3:] != value.shape[-3:]:
             raise BadInput(

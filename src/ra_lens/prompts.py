@@ -159,7 +159,13 @@ def read_prompts(
             )
         if text == "":
             raise BadInput(f"prompt {i} is empty. Pass a text of at least one token.")
-        rows.append(tuple(lens.encode(text, prepend_bos=prepend_bos)))
+        row = tuple(lens.encode(text, prepend_bos=prepend_bos))
+        if not row:
+            raise BadInput(
+                f"prompt {i} ({text!r}) has no token for {lens.name}. Pass a text of at least one "
+                "token, or prepend_bos=True."
+            )
+        rows.append(row)
     prepended = all(_starts_with_bos(lens, t, r) for t, r in zip(texts, rows, strict=True))
     return Prompts(tuple(rows), prepended, side, texts=texts)
 

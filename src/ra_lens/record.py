@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ra_lens.cache import RACache, Store
 from ra_lens.cache_info import RunInfo, map_name
-from ra_lens.collect import MapKind
+from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput
 from ra_lens.mean import RunningMean
 from ra_lens.prompts import Batch
 from ra_lens.sites import Site
 
-_MAP_NAME = re.compile(r"^blocks\.\d+\.attn\.hook_(ra|pattern|pattern_grad)$")
-
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-def keeps(names_filter: NamesFilter) -> Callable[[str], bool]:
-    """Turn a TransformerLens names_filter into a predicate on full names.
+def keeps(names_filter: NamesFilter, layers: Iterable[int]) -> Callable[[str], bool]:
+    """Turn a TransformerLens names_filter into a predicate on full names of maps of `layers`.
 
     Raises:
-        BadInput: a name that is not that of a map.
+        BadInput: a name that is not that of a map of these layers.
     """
     if names_filter is None:
         return lambda _name: True
     if callable(names_filter):
         return names_filter
     names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    for name in names:
-        if not _MAP_NAME.match(name):
-            raise BadInput(
-                f"names_filter has {name!r}; maps are named blocks.{{layer}}.attn.hook_ra, "
-                "….hook_pattern and ….hook_pattern_grad."
-            )
+    collected = {map_name(layer, kind) for layer in layers for kind in MAP_KINDS}
+    unknown = sorted(names - collected)
+    if unknown:
+        raise BadInput(
+            f"names_filter has {unknown[0]!r}, which is no map of the layers collected; these are "
+            "named blocks.{layer}.attn.hook_ra, ….hook_pattern and ….hook_pattern_grad."
+        )
     return names.__contains__
 
 
@@ -58,7 +56,7 @@ class Recorder:
         self._keeps = keeps
         self._device = device
         self._dtype = dtype
-        self._running = RunningMean(sites) if store == "mean" else None
+        self._running = RunningMean(sites, dtype=dtype) if store == "mean" else None
         self._caches: list[RACache] = []
 
     def begin(self, batch: Batch) -> Callable[[Site, dict[MapKind, Tensor]], None]:
@@ -82,7 +80,8 @@ class Recorder:
                 if self.store == "maps":
                     cache.keep(site.layer, kind, self._placed(value))
                 elif self._running is not None:
-                    self._running.add(name, self._placed(value[..., start:end, start:end]))
+                    cut = value[..., start:end, start:end]
+                    self._running.add(name, cut.to(device=self._device))
 
         return deliver
 

@@ -125,7 +125,7 @@ def run_with_ra(
     all_logits = return_logits == "all" or bound.positions is None
     if store == "maps" or all_logits:  # what is joined afterwards needs one width
         prompts = replace(prompts, width=max(prompts.width, *prompts.lengths))
-    recorder = Recorder(sites, store, keeps(names_filter), device, dtype)
+    recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype)
     parts = list(prompts.batches(batch_size))
     results = [
         _run_batch(lens, part, bound.part(examples), list(fwd_hooks), recorder, all_logits)
@@ -204,6 +204,7 @@ def _finish(
     )
     info = RunInfo(
         model_name=lens.name,
+        n_layers=lens.n_layers,
         objective=bound.kind,
         targets=targets or None,
         wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
@@ -225,9 +226,8 @@ def choose_layers(lens: Lens, layers: Layers) -> dict[int, Site]:
     """
     if layers is None:
         return dict(lens.sites)
-    last = max(lens.sites)
     wanted = [layers] if isinstance(layers, int) else list(layers)
-    chosen = [layer + last + 1 if layer < 0 else layer for layer in wanted]
+    chosen = [layer + lens.n_layers if layer < 0 else layer for layer in wanted]
     unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in lens.sites]
     if unknown or not chosen:
         raise BadInput(

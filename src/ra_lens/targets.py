@@ -16,9 +16,10 @@ text becomes tokens and mistakes become errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -26,9 +27,9 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 
-Token = str | int
+Token = str | SupportsIndex
 Metric = Callable[[Tensor], Tensor]
-Position = int | Sequence[int] | Tensor
+Position = SupportsIndex | Sequence[SupportsIndex] | Tensor
 
 
 @dataclass(frozen=True)
@@ -195,16 +196,27 @@ def as_objective(
     return top_prediction() if target is None else answer_nll(target)
 
 
+def token_id(token: object) -> int | None:
+    """Give an integer of any type (int, NumPy, …) as int; None for everything else."""
+    if isinstance(token, bool | str):
+        return None
+    try:
+        return operator.index(token)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
 def one_each(tokens: Any, n: int) -> list[object]:
     """List `n` tokens: one for all repeated, or one per example as given."""
     if isinstance(tokens, Tensor):
         tokens = tokens.tolist()
-    return [tokens] * n if isinstance(tokens, str | int) else list(tokens)
+    single = isinstance(tokens, str) or not isinstance(tokens, Iterable)
+    return [tokens] * n if single else list(tokens)
 
 
 def _ids_without_model(tokens: object, n: int) -> list[int]:
     given = one_each(tokens, n)
-    ids = [t for t in given if isinstance(t, int)]
+    ids = [t for t in map(token_id, given) if t is not None]
     if len(ids) != len(given) or len(ids) != n:
         raise BadInput(
             f"found tokens {tokens!r} for logits of {n} examples; outside a run an objective "

@@ -86,6 +86,11 @@ class Lens:
         return str(getattr(self._model.cfg, "model_name", "") or type(self.module).__name__)
 
     @property
+    def n_layers(self) -> int:
+        """Layers of the model; those of a hybrid need not all have attention."""
+        return int(self._model.cfg.n_layers)
+
+    @property
     def n_ctx(self) -> int:
         """Longest prompt the model takes."""
         return int(self._model.cfg.n_ctx)

@@ -129,21 +129,21 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
     try:
         cfg = _hooked_transformer_config(conversion, path, device, dtype)
         state_dict = conversion.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=dtype)
-    except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
+        model = _class_of("HookedTransformer")(cfg, tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(
+            state_dict,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+        )
+    except (NotImplementedError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise BadInput(
             f"HookedTransformer cannot convert the model in {path} "
-            f"({type(hf_model).__name__}): {type(error).__name__}: {error}. "
+            f"({type(hf_model).__name__}): {type(error).__name__}: {str(error)[:300]}. "
             "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."
         ) from error
-    model = _class_of("HookedTransformer")(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state_dict,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return model.to(device)
+    return nn.Module.to(model, device)  # its own `to` prints
 
 
 def _hooked_transformer_config(conversion: Any, path: Path, device: str, dtype: torch.dtype) -> Any:

@@ -1,0 +1,82 @@
+"""Fixtures: the tiny models, loaded once per session, or fresh where a test needs its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+
+THIRD_PARTY_WARNINGS = [
+    "HookedTransformer is deprecated and will be removed in 4.0:DeprecationWarning",
+    "Backward hooks on hook_scale/hook_normalized require grad-connected:UserWarning",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for warning in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{warning}")
+    torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`folder("gpt2", **config overrides)`: a saved tiny model; the same for the same arguments."""
+    from tiny_models import write_folder
+
+    written: dict[Any, Path] = {}
+
+    def get(arch: str, **overrides: Any) -> Path:
+        key = (arch, *sorted(overrides.items()))
+        if key not in written:
+            written[key] = write_folder(arch, tmp_path_factory.mktemp(arch), **overrides)
+        return written[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def fresh(folder: Callable[..., Path]) -> Callable[..., Any]:
+    """`fresh(arch, kind, dtype)`: a model of the test's own, which no run has met."""
+    from tiny_models import load
+
+    def get(arch: str, kind: Any, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+        return load(folder(arch, **overrides), kind, dtype)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared(fresh: Callable[..., Any]) -> Callable[..., Any]:
+    """`shared(arch, kind, dtype)`: a model that other tests use too; leave it as it is."""
+    loaded: dict[Any, Any] = {}
+
+    def get(arch: str, kind: Any, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+        key = (arch, kind, dtype, *sorted(overrides.items()))
+        if key not in loaded:
+            loaded[key] = fresh(arch, kind, dtype, **overrides)
+        return loaded[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Callable[..., Path]) -> Callable[..., Any]:
+    """`reference(arch)`: the same weights in Hugging Face's own float64 eager model."""
+    from hf_reference import Reference
+
+    loaded: dict[Any, Any] = {}
+
+    def get(arch: str, **overrides: Any) -> Any:
+        key = (arch, *sorted(overrides.items()))
+        if key not in loaded:
+            loaded[key] = Reference(folder(arch, **overrides))
+        return loaded[key]
+
+    return get

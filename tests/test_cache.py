@@ -1,0 +1,224 @@
+"""RACache: read like an ActivationCache, and summed up as the paper does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from ra_lens import run_with_ra
+from ra_lens.errors import BadInput, NotStored
+from tiny_models import CASES, KINDS, N_HEADS, N_KV, N_LAYERS, random_ids, relative, text
+
+POS, TARGET = 6, [8, 9, 10]
+IDS = random_ids(3, POS)
+KIND_OF_MAP = ("ra", "pattern", "pattern_grad")
+
+
+@pytest.fixture(params=KINDS)
+def ra(request, shared):
+    return run_with_ra(shared("gpt2", request.param), IDS, target=TARGET)[1]
+
+
+@pytest.mark.parametrize("kind_of_map", KIND_OF_MAP)
+def test_both_forms_of_a_name_and_negative_layers(ra, kind_of_map):
+    for layer in range(N_LAYERS):
+        value = ra[kind_of_map, layer]
+        assert value.shape == (3, N_HEADS, POS, POS)
+        assert ra[f"blocks.{layer}.attn.hook_{kind_of_map}"] is value
+        assert ra[kind_of_map, layer - N_LAYERS] is value
+        assert ra[f"hook_{kind_of_map}", layer] is value
+        assert (kind_of_map, layer) in ra
+        assert f"blocks.{layer}.attn.hook_{kind_of_map}" in ra
+
+
+def test_it_is_a_mapping_from_full_names_to_maps(ra):
+    names = {f"blocks.{i}.attn.hook_{k}" for i in range(N_LAYERS) for k in KIND_OF_MAP}
+    assert set(ra) == set(ra.keys()) == names
+    assert len(ra) == len(names)
+    assert len(list(ra.values())) == len(names)
+    assert all(value is ra[name] for name, value in ra.items())
+    assert ra.n_bytes == len(names) * 3 * N_HEADS * POS * POS * 4
+    assert (ra.layers, ra.n_heads, ra.batch_size) == ([0, 1, 2], N_HEADS, 3)
+
+
+def test_what_is_not_there_is_said_with_what_is(ra):
+    for key in (("ra", N_LAYERS), ("ra", -4), "blocks.9.attn.hook_ra", "hook_ra"):
+        assert key not in ra
+        with pytest.raises(NotStored, match=r"not in this cache, which holds blocks.*layers \[0"):
+            ra[key]
+    assert ("z", 0) not in ra
+    with pytest.raises(NotStored, match=r"found kind 'z'.*ra, pattern, pattern_grad"):
+        ra["z", 0]
+    with pytest.raises(KeyError):
+        ra["z", 0]
+    assert 5 not in ra
+    assert None not in ra
+
+
+@pytest.mark.parametrize("strange", [("ra",), ("ra", 0, "attn"), ("ra", "0"), (0, "ra")])
+def test_asking_for_something_of_another_form_is_no_error(ra, strange):
+    assert strange not in ra
+
+
+def test_stack_and_norms_are_made_of_the_maps(ra):
+    for kind in KIND_OF_MAP:
+        stacked = ra.stack(kind)
+        assert stacked.shape == (N_LAYERS, 3, N_HEADS, POS, POS)
+        assert ra.norms(kind).shape == (3, N_LAYERS, N_HEADS)
+        for layer in range(N_LAYERS):
+            assert torch.equal(stacked[layer], ra[kind, layer])
+            for i in range(3):
+                for head in range(N_HEADS):
+                    wanted = torch.linalg.matrix_norm(ra[kind, layer][i, head].double())
+                    assert ra.norms(kind)[i, layer, head] == pytest.approx(float(wanted), rel=1e-5)
+    assert torch.equal(ra.stack(), ra.stack("ra"))
+    assert torch.equal(ra.norms(), ra.norms("ra"))
+
+
+def test_top_heads_are_sorted_by_mean_norm(ra):
+    mean = ra.norms().mean(0)
+    top = ra.top_heads(5)
+    order = sorted(
+        ((float(mean[i, h]), i, h) for i in range(N_LAYERS) for h in range(N_HEADS)), reverse=True
+    )
+    assert [(h.layer, h.head) for h in top] == [(i, h) for _, i, h in order[:5]]
+    assert [h.score for h in top] == pytest.approx([s for s, _, _ in order[:5]])
+    assert top[0].label == f"L{top[0].layer}H{top[0].head}"
+    assert len(ra.top_heads()) == 10
+    assert len(ra.top_heads(100)) == N_LAYERS * N_HEADS
+    by_pattern = [(h.layer, h.head) for h in ra.top_heads(12, "pattern")]
+    assert by_pattern != [(h.layer, h.head) for h in ra.top_heads(12)]
+
+
+def test_slicing_the_batch_keeps_what_belongs_to_each_example(ra):
+    whole = slice(0, 3, 2)
+    cases = [(1, [1]), (-1, [2]), (slice(1, None), [1, 2]), ([2, 0], [2, 0]), (whole, [0, 2])]
+    for given, chosen in cases:
+        cut = ra.apply_slice_to_batch_dim(given)
+        assert cut.has_batch_dim != isinstance(given, int)
+        for name, value in ra.items():
+            wanted = value[chosen[0]] if isinstance(given, int) else value[chosen]
+            assert torch.equal(cut[name], wanted)
+        assert torch.equal(cut.loss.flatten(), ra.loss[chosen])
+        assert cut.info.targets == tuple(ra.info.targets[i] for i in chosen)
+        assert torch.equal(cut.norms().reshape(-1, N_LAYERS, N_HEADS), ra.norms()[chosen])
+    assert ra.batch_size == 3  # the original is as it was
+    with pytest.raises(BadInput, match=r"selects none of the 3 examples"):
+        ra.apply_slice_to_batch_dim(slice(3, None))
+    with pytest.raises(IndexError):
+        ra.apply_slice_to_batch_dim(3)
+    with pytest.raises(BadInput, match="no batch dimension"):
+        ra.apply_slice_to_batch_dim(0).apply_slice_to_batch_dim(0)
+
+
+def test_one_example_can_lose_its_batch_dimension(ra):
+    with pytest.raises(BadInput, match=r"3 examples.*apply_slice_to_batch_dim\(0\)"):
+        ra.remove_batch_dim()
+    one = ra.apply_slice_to_batch_dim([1])
+    bare = one.remove_batch_dim()
+    assert bare["ra", 0].shape == (N_HEADS, POS, POS)
+    assert torch.equal(bare["ra", 0], ra["ra", 0][1])
+    assert bare.stack().shape == (N_LAYERS, N_HEADS, POS, POS)
+    assert bare.norms().shape == (N_LAYERS, N_HEADS)
+    assert bare.batch_size == 1
+    assert bare.loss.shape == ()
+    assert bare.str_tokens == ra.str_tokens[1]
+    assert bare.top_heads(3) == one.top_heads(3)
+    assert bare.remove_batch_dim() is bare
+    assert relative(bare.mean()["ra", 0], ra["ra", 0][1]) == 0
+    assert len(bare.to_dataframe()) == N_LAYERS * N_HEADS
+    assert "1 prompt," in repr(bare)
+
+
+def test_to_moves_and_converts_every_tensor(ra):
+    wide = ra.to(torch.float64)
+    assert {t.dtype for t in (*wide.values(), wide.norms(), wide.loss)} == {torch.float64}
+    assert relative(wide.stack(), ra.stack()) == 0
+    assert ra["ra", 0].dtype == torch.float32
+    assert ra.to("cpu")["ra", 0].device.type == "cpu"
+
+
+def test_means_need_equal_lengths(shared):
+    model = shared("gpt2", KINDS[0])
+    prompts = [text(random_ids(n)) for n in (4, 6)]
+    _, ra = run_with_ra(model, prompts, target=8)
+    with pytest.raises(BadInput, match=r"prompts of 5 to 7 tokens.*same length.*Group"):
+        ra.mean()
+    assert (
+        relative(ra.apply_slice_to_batch_dim([0]).mean()["ra", 1], ra["ra", 1][0, :, :5, :5]) == 0
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_means_of_an_example_leave_out_its_padding(side, shared):
+    model = shared("gpt2", KINDS[0])
+    _, ra = run_with_ra(model, [text(random_ids(n)) for n in (4, 6)], target=8, padding_side=side)
+    _, alone = run_with_ra(model, text(random_ids(4)), target=8)
+    mean = ra.apply_slice_to_batch_dim([0]).mean()
+    assert relative(mean["ra", 0], alone["ra", 0][0]) < 1e-5
+
+
+def test_repr_says_what_is_in_it(ra, shared):
+    said = repr(ra)
+    for part in ("gpt2", "3 prompts", "layers 0…2", "4 heads", "ra, pattern, pattern_grad"):
+        assert part in said
+    assert f"{ra.n_bytes / 1e6:.2f} MB" in said
+    assert "answer_nll of 'w8', 'w9', 'w10'" in said
+    shown = re.search(r"loss ([\d.]+) on average", said)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(float(ra.loss.mean()), abs=1e-4)
+    model = shared("gpt2", KINDS[0])
+    _, some = run_with_ra(model, "w4 w5", layers=[0, 2], store="norms")
+    said = repr(some)
+    for part in ("1 prompt,", "layers 0, 2", "norms only", "BOS prepended", "top prediction"):
+        assert part in said
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_kv_groups_are_those_of_the_model(arch, kind, shared):
+    _, ra = run_with_ra(shared(arch, kind), IDS, target=TARGET)
+    per_group = N_HEADS // N_KV if arch == "llama" else 1
+    assert [ra.kv_group(h) for h in range(N_HEADS)] == [h // per_group for h in range(N_HEADS)]
+    assert ra.kv_group(-1) == ra.kv_group(N_HEADS - 1)
+    with pytest.raises(BadInput, match=r"head 4.*heads 0 to 3"):
+        ra.kv_group(4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_query_heads_of_one_group_share_their_values(kind, shared):
+    # An oracle for kv_group: G = dL/dz Vᵀ, so the rows of G lie in the span of V's columns. With
+    # 14 tokens and 6 numbers per head only the right V spans them.
+    model, ids = shared("llama", kind), random_ids(1, 14)
+    _, ra = run_with_ra(model, ids, target=8)
+    _, cache = model.run_with_cache(ids)
+    value = cache["v", 0].reshape(14, N_KV, -1).double()
+    for head in range(N_HEADS):
+        rows = ra["pattern_grad", 0][0, head].double().T
+        for group in range(N_KV):
+            v = value[:, group]
+            off = relative(v @ torch.linalg.lstsq(v, rows).solution, rows)
+            assert (off < 1e-4) == (group == ra.kv_group(head))
+
+
+def test_to_activation_cache_holds_the_same_maps(ra, shared):
+    model = shared("gpt2", KINDS[0])
+    cache = ra.to_activation_cache(model)
+    assert type(cache).__name__ == "ActivationCache"
+    assert set(cache.keys()) == set(ra)
+    assert torch.equal(cache["blocks.1.attn.hook_ra"], ra["ra", 1])
+    assert torch.equal(cache["pattern", 1], ra["pattern", 1])
+
+
+def test_to_dataframe_has_a_row_per_prompt_layer_and_head(ra):
+    frame = ra.to_dataframe()
+    assert len(frame) == 3 * N_LAYERS * N_HEADS
+    for i, layer, head in ((0, 0, 0), (2, 1, 3), (1, 2, 2)):
+        row = frame[(frame.prompt == i) & (frame.layer == layer) & (frame["head"] == head)]
+        assert len(row) == 1
+        for kind in KIND_OF_MAP:
+            wanted = float(ra.norms(kind)[i, layer, head])
+            assert row[f"{kind}_norm"].item() == pytest.approx(wanted)
+        assert row.loss.item() == pytest.approx(float(ra.loss[i]))
+        assert row.target.item() == f"w{TARGET[i]}"

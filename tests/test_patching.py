@@ -1,0 +1,244 @@
+"""Adding maps to the pattern: exactly what is said, checked by doing it by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ra_lens import patch_hooks, run_with_ra
+from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.sites import as_lens
+from tiny_models import (
+    CASES,
+    EDITABLE,
+    KINDS,
+    N_HEADS,
+    N_LAYERS,
+    OBSERVE_ONLY,
+    random_ids,
+    relative,
+)
+
+POS, TARGET = 6, 8
+IDS = random_ids(3, POS)
+
+
+def pattern_of(layer):
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+def adding(value):
+    def hook(pattern, hook):
+        return pattern + value
+
+    return hook
+
+
+def logits_with(model, fwd_hooks, ids=IDS):
+    with torch.no_grad():
+        return model.run_with_hooks(ids, fwd_hooks=fwd_hooks)
+
+
+@pytest.mark.parametrize(("what", "scale"), [("ra", -30.0), ("pattern", 1.0), ("ra", 0.5)])
+@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+def test_patching_adds_scale_times_the_mean_map(arch, kind, what, scale, shared):
+    model = shared(arch, kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    by_hand = [
+        (pattern_of(i), adding(scale * ra[what, i].double().mean(0).float()))
+        for i in range(N_LAYERS)
+    ]
+    wanted = logits_with(model, by_hand)
+    assert relative(logits_with(model, []), wanted) > 1e-3
+    hooks = ra.mean().patch_hooks(scale=scale, kind=what)
+    assert relative(logits_with(model, hooks), wanted) < 1e-5
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        assert relative(model(IDS), wanted) < 1e-5
+    assert relative(logits_with(model, []), wanted) > 1e-3
+
+
+@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+def test_rows_stay_sums_of_one_with_ra_and_become_two_with_the_pattern(arch, kind, shared):
+    model = shared(arch, kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    for what, scale, total in (("ra", -30.0, 1.0), ("pattern", 1.0, 2.0)):
+        seen = {}
+        look = [
+            (pattern_of(i), lambda p, hook, i=i, seen=seen: seen.update({i: p.sum(-1)}))
+            for i in range(3)
+        ]
+        logits_with(model, [*ra.mean().patch_hooks(scale=scale, kind=what), *look])
+        for sums in seen.values():
+            torch.testing.assert_close(sums, torch.full_like(sums, total), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+def test_the_loss_moves_as_the_gradient_at_the_pattern_predicts(arch, kind, shared):
+    # new − old = scale · Σ G ⊙ R + O(scale²), layer by layer and head by head.
+    model, ids = shared(arch, kind, torch.float64), IDS[:1]
+    _, ra = run_with_ra(model, ids, target=TARGET)
+
+    def loss(layer, scale):
+        maps = {layer: ra["ra", layer][0]}
+        hooks = patch_hooks(maps, ra.sites, scale=scale)
+        return -logits_with(model, hooks, ids)[0, -1].log_softmax(-1)[TARGET]
+
+    for layer in range(N_LAYERS):
+        size = 1e-3 / float(ra["ra", layer].abs().max())
+        found = (loss(layer, size) - loss(layer, -size)) / (2 * size)
+        wanted = (ra["pattern_grad", layer] * ra["ra", layer]).sum()
+        assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+        # Σ G ⊙ R = scale · Σ A (G − rowsum(A ⊙ G))² ≥ 0: a negative factor is a descent step.
+        assert wanted > 0
+        assert loss(layer, -size) < loss(layer, 0.0) < loss(layer, size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_compose_with_other_hooks_in_their_order(kind, shared):
+    model = shared("gpt2", kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    one = patch_hooks({1: ra["ra", 1].mean(0)}, ra.sites, scale=-10.0)
+    half = [(pattern_of(1), lambda p, hook: 0.5 * p)]
+    value = -10 * ra["ra", 1].mean(0)
+    first = logits_with(model, [(pattern_of(1), lambda p, hook: 0.5 * (p + value))])
+    last = logits_with(model, [(pattern_of(1), lambda p, hook: 0.5 * p + value)])
+    assert relative(logits_with(model, [*one, *half]), first) < 1e-5
+    assert relative(logits_with(model, [*half, *one]), last) < 1e-5
+    assert relative(first, last) > 1e-4
+    # And run_with_ra gives the gradient of the patched model.
+    _, twice = run_with_ra(model, IDS, target=TARGET, fwd_hooks=one)
+    by_hand = [(pattern_of(1), adding(value))]
+    _, wanted = run_with_ra(model, IDS, target=TARGET, fwd_hooks=by_hand)
+    assert relative(twice.stack(), wanted.stack()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_compose_with_transformer_lens_activation_patching(kind, shared):
+    patching = pytest.importorskip("transformer_lens.patching")
+    model, corrupted = shared("llama", kind), random_ids(1, POS, seed=9)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    hooks = ra.mean().patch_hooks(scale=-20.0)
+    with torch.no_grad():
+        _, clean = model.run_with_cache(IDS[:1])
+
+    def metric(logits):
+        return logits[0, -1, TARGET]
+
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        table = patching.get_act_patch_resid_pre(model, corrupted, clean, metric)
+
+    def put_back(layer, position):
+        def hook(resid, hook):
+            resid[:, position] = clean["resid_pre", layer][:, position]
+            return resid
+
+        return [(f"blocks.{layer}.hook_resid_pre", hook)]
+
+    for layer, position in ((0, 1), (1, POS - 1), (2, 3)):
+        wanted = metric(logits_with(model, [*put_back(layer, position), *hooks], corrupted))
+        assert float(table[layer, position]) == pytest.approx(float(wanted), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+def test_maps_of_each_example_patch_that_example(arch, kind, shared):
+    model = shared(arch, kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    maps = {i: ra["ra", i] for i in range(N_LAYERS)}
+    together = logits_with(model, patch_hooks(maps, ra.sites, scale=-20.0))
+    for i in range(3):
+        own = {layer: value[i] for layer, value in maps.items()}
+        alone = logits_with(model, patch_hooks(own, ra.sites, scale=-20.0), IDS[i : i + 1])
+        assert relative(together[i], alone[0]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_of_another_length_is_refused(kind, shared):
+    model = shared("gpt2", kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    hooks = ra.mean().patch_hooks(scale=-30.0)
+    needed = (
+        r"pattern of 5×5 tokens and 4 heads at layer 0.*has 6×6 and 4.*Use prompts of the length"
+    )
+    with pytest.raises(BadInput, match=needed):
+        logits_with(model, hooks, IDS[:, :5])
+
+
+@pytest.mark.parametrize(("arch", "kind"), sorted(OBSERVE_ONLY & set(CASES)))
+def test_an_observed_pattern_cannot_be_patched_and_says_so(arch, kind, fresh):
+    model = fresh(arch, kind)
+    unknown = as_lens(model).sites
+    zeros = {0: torch.zeros(N_HEADS, POS, POS)}
+    with pytest.raises(UnsupportedModel, match=r"not known whether.*layers \[0\].*run_with_ra"):
+        patch_hooks(zeros, unknown, scale=1.0)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    needed = r"layers \[0, 1, 2\] is observe-only.*would do nothing.*HookedTransformer"
+    with pytest.raises(UnsupportedModel, match=needed):
+        ra.mean().patch_hooks(scale=-30.0)
+
+
+@pytest.fixture
+def toy():
+    """One attention layer, one head, two tokens; every number below is worked by hand.
+
+    Embeddings e0 = (1,0,0,0), e1 = (0,3,0,0); W_K = W_V = W_O = 1; W_Q takes e1 to (2 ln 3, 0,0,0)
+    and e0 to 0; logit 0 reads u = (2,1,0,0) from the residual stream; softmax scale 1/√4 = 1/2.
+    """
+    if "HookedTransformer" not in KINDS:
+        pytest.skip("TransformerBridge has no model without norms and MLPs to set by hand")
+    import transformer_lens
+
+    cfg = transformer_lens.HookedTransformerConfig(
+        n_layers=1,
+        d_model=4,
+        d_head=4,
+        n_heads=1,
+        n_ctx=2,
+        d_vocab=3,
+        attn_only=True,
+        normalization_type=None,
+        device="cpu",
+    )
+    model = transformer_lens.HookedTransformer(cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        attn, one = model.blocks[0].attn, torch.eye(4)
+        model.embed.W_E[0, 0], model.embed.W_E[1, 1] = 1.0, 3.0
+        attn.W_K[0], attn.W_V[0], attn.W_O[0] = one, one, one
+        attn.W_Q[0, 1, 0] = 2 * math.log(3) / 3
+        model.unembed.W_U[:, 0] = torch.tensor([2.0, 1.0, 0.0, 0.0])
+    return model
+
+
+def test_a_toy_on_paper(toy):
+    # Row 1: products q·k = (2 ln 3, 0), scores (ln 3, 0), A = (3/4, 1/4).
+    # logit 0 = u·(e1 + A e) = 3 + 3/4·2 + 1/4·3 = 21/4.
+    # G = (u·e0, u·e1) = (2, 3); A·G = 9/4; R~ = (3/4·(−1/4), 1/4·(3/4)) = (−3/16, 3/16).
+    # R = R~/2 = (−3/32, 3/32). Row 0 is not read.
+    logits, ra = run_with_ra(toy, torch.tensor([[0, 1]]), metric=lambda logits: logits[:, -1, 0])
+    expected = {
+        "pattern": [[1.0, 0.0], [0.75, 0.25]],
+        "pattern_grad": [[0.0, 0.0], [2.0, 3.0]],
+        "ra": [[0.0, 0.0], [-3 / 32, 3 / 32]],
+    }
+    for kind, values in expected.items():
+        torch.testing.assert_close(ra[kind, 0][0, 0], torch.tensor(values))
+    assert float(logits[0, -1, 0]) == pytest.approx(21 / 4)
+    assert float(ra.loss[0]) == pytest.approx(21 / 4)
+    assert ra.scale == {0: 0.5}
+    assert float(ra.norms()[0, 0, 0]) == pytest.approx(math.sqrt(2) * 3 / 32)
+    # With scale −8/3: A' = (3/4 + 1/4, 1/4 − 1/4) = (1, 0), so logit 0 = 3 + 2 = 5 < 21/4.
+    hooks = ra.mean().patch_hooks(scale=-8 / 3)
+    patched = toy.run_with_hooks(torch.tensor([[0, 1]]), fwd_hooks=hooks)
+    assert float(patched[0, -1, 0].detach()) == pytest.approx(5.0)
+
+
+def test_the_toy_with_a_probability(toy):
+    # L = −log p(0) with logits (21/4, 0, 0): dL/dlogit0 = p − 1, so R is (p − 1) times the above.
+    _, ra = run_with_ra(toy, torch.tensor([[0, 1]]), target=0)
+    p = math.exp(21 / 4) / (math.exp(21 / 4) + 2)
+    wanted = torch.tensor([[0.0, 0.0], [-3 / 32, 3 / 32]]) * (p - 1)
+    torch.testing.assert_close(ra["ra", 0][0, 0], wanted, rtol=1e-4, atol=1e-7)
+    assert float(ra.loss[0]) == pytest.approx(-math.log(p), rel=1e-4)

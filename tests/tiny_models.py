@@ -1,0 +1,142 @@
+"""Tiny random models of four architectures, saved as Hugging Face folders for every test to load.
+
+Sizes are all different (2 to 5 examples, 3 layers, 4 heads, 6 numbers per head, 7 or more tokens),
+so that a transposed axis shows. Weights are drawn larger than an initialisation would, and no bias
+is zero, so that attention is far from uniform and a forgotten bias matters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from ra_lens.sites import available_kinds, load_folder
+
+ARCHS = ("gpt2", "llama", "opt", "gptj")
+KINDS = available_kinds()
+CASES = [(arch, kind) for arch in ARCHS for kind in KINDS]
+# TransformerBridge leaves the attention of these to Hugging Face and only shows its pattern.
+OBSERVE_ONLY = {("opt", "TransformerBridge"), ("gptj", "TransformerBridge")}
+EDITABLE = [case for case in CASES if case not in OBSERVE_ONLY]
+
+N_LAYERS, N_HEADS, N_KV, D_HEAD, D_MODEL, D_VOCAB, N_CTX = 3, 4, 2, 6, 24, 34, 16
+BOS = {"gpt2": 0, "llama": 1, "opt": 1, "gptj": 0}
+
+
+def config(arch: str) -> Any:
+    """Hugging Face configuration of a tiny model."""
+    ids = {"vocab_size": D_VOCAB, "bos_token_id": BOS[arch]}
+    if arch.startswith("gpt2"):
+        return transformers.GPT2Config(
+            n_layer=N_LAYERS,
+            n_embd=D_MODEL,
+            n_head=N_HEADS,
+            n_positions=N_CTX,
+            eos_token_id=0,
+            **ids,
+        )
+    if arch == "gptj":
+        return transformers.GPTJConfig(
+            n_layer=N_LAYERS,
+            n_embd=D_MODEL,
+            n_head=N_HEADS,
+            rotary_dim=4,
+            n_positions=N_CTX,
+            eos_token_id=0,
+            **ids,
+        )
+    if arch == "opt":
+        return transformers.OPTConfig(
+            num_hidden_layers=N_LAYERS,
+            hidden_size=D_MODEL,
+            word_embed_proj_dim=D_MODEL,
+            num_attention_heads=N_HEADS,
+            ffn_dim=4 * D_MODEL,
+            max_position_embeddings=N_CTX,
+            eos_token_id=1,
+            pad_token_id=2,
+            **ids,
+        )
+    if arch == "llama":
+        return transformers.LlamaConfig(
+            num_hidden_layers=N_LAYERS,
+            hidden_size=D_MODEL,
+            num_attention_heads=N_HEADS,
+            num_key_value_heads=N_KV,
+            intermediate_size=4 * D_MODEL,
+            max_position_embeddings=N_CTX,
+            eos_token_id=1,
+            pad_token_id=2,
+            **ids,
+        )
+    raise ValueError(arch)
+
+
+def words(arch: str) -> list[str]:
+    """The vocabulary: special tokens, then w3, w4, …; the word is its id."""
+    special = ["<|endoftext|>", "<s>", "<pad>"]
+    return special + [f"w{i}" for i in range(3, D_VOCAB)]
+
+
+def tokenizer(arch: str) -> Any:
+    """Word-level tokenizer; in the GPT-2 family pad, BOS and EOS are one, elsewhere they differ."""
+    vocabulary = {word: i for i, word in enumerate(words(arch))}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    one = BOS[arch] == 0
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<|endoftext|>" if one else "<s>",
+        eos_token="<|endoftext|>" if one else "<s>",
+        pad_token="<|endoftext|>" if one else "<pad>",
+        unk_token="<pad>",
+    )
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter anew: norm gains around 1, the rest wide enough to matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.25 * noise)
+
+
+def write_folder(arch: str, where: Path, **overrides: Any) -> Path:
+    """Save a random model and its tokenizer; gives the folder."""
+    cfg = config(arch)
+    for name, value in overrides.items():
+        setattr(cfg, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(cfg)
+    randomise(model, seed=len(arch))
+    model.save_pretrained(str(where))
+    tokenizer(arch).save_pretrained(str(where))
+    return where
+
+
+def load(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a folder with one TransformerLens class, on the CPU."""
+    return load_folder(folder, kind=kind, device="cpu", dtype=dtype)
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Ids of ordinary words (no special token)."""
+    return torch.randint(3, D_VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(ids: Any) -> str:
+    """The prompt whose words have these ids."""
+    return " ".join(f"w{int(i)}" for i in ids)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of what is wanted."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    assert found.shape == wanted.shape, (found.shape, wanted.shape)
+    return float((found - wanted).norm() / wanted.norm())
