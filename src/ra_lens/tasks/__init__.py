@@ -1,0 +1,32 @@
+"""Word-pair tasks and the prompts made from them; needs neither torch nor transformers.
+
+A `Task` is a relation between words ("country" to "capital") with the way to ask for it. There are
+two kinds. An ``icl`` task is asked as ``Q: France\\nA:`` and does not say which relation is meant:
+the model has to infer it from solved demonstrations in front. A ``natural`` task is asked as a
+sentence that names its relation, ``The capital city of France is``.
+
+Example:
+    ```python
+    from ra_lens.tasks import load_task, task_names
+
+    task = load_task("country-capital")
+    for prompt in task.sample(3, shots=2, seed=0):
+        print(prompt.text, "->", prompt.answer)
+    ```
+"""
+
+from ra_lens.tasks.held_out import held_out_prompts, is_held_out_adjacency, is_held_out_query
+from ra_lens.tasks.library import load_task, task_names
+from ra_lens.tasks.task import Pair, Prompt, Task, TaskKind
+
+__all__ = [
+    "Pair",
+    "Prompt",
+    "Task",
+    "TaskKind",
+    "held_out_prompts",
+    "is_held_out_adjacency",
+    "is_held_out_query",
+    "load_task",
+    "task_names",
+]
