@@ -11,10 +11,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 from ra_lens import get_ra_caching_hooks, run_with_ra
-from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.sites import load_folder
+from ra_lens.errors import BadInput, NotStored, RALensWarning, UnsupportedModel
+from ra_lens.sites import Lens, load_folder
 from tiny_models import KINDS, random_ids, relative
 
 IDS = random_ids(2, 5)
@@ -38,7 +41,7 @@ def test_integers_of_numpy_are_ids_and_positions(model):
 UNTYPED = """
 import sys
 from ra_lens import run_with_ra
-from ra_lens.sites import load_folder
+from ra_lens.sites import Lens, load_folder
 
 model = load_folder(sys.argv[1], kind=sys.argv[2])
 for target in ([[4.7]], [["w4"]], [[]], [True], [None]):
@@ -134,3 +137,117 @@ def test_a_folder_without_weights(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder("gpt2") / "config.json").read_text())
     with pytest.raises(BadInput, match=r"cannot be loaded|cannot convert"):
         load_folder(tmp_path, kind=KINDS[0])
+
+
+def test_a_metric_finds_the_last_token_of_texts_of_different_length(model):
+    def metric(logits):
+        return -logits[:, -1].log_softmax(-1)[:, TARGET]
+
+    texts = ["w4 w5 w6 w7", "w8 w9"]
+    _, both = run_with_ra(model, texts, metric=metric)
+    for i, text in enumerate(texts):
+        _, alone = run_with_ra(model, text, metric=metric)
+        start, n = both.info.starts[i], len(alone.str_tokens[0])
+        cut = both.stack()[:, i, :, start : start + n, start : start + n]
+        assert relative(cut, alone.stack()[:, 0]) < 1e-5
+    with pytest.warns(RALensWarning, match="different lengths and are padded on the right"):
+        run_with_ra(model, texts, metric=metric, padding_side="right")
+
+
+@pytest.mark.skipif("TransformerBridge" not in KINDS, reason="no TransformerBridge here")
+def test_frozen_scores_on_a_first_run_do_not_make_a_bridge_observe_only(fresh):
+    model = fresh("gpt2", "TransformerBridge")
+
+    def frozen(scores, hook):
+        return scores.detach() * 0 + 1.0
+
+    run_with_ra(model, IDS, target=TARGET, fwd_hooks=[("blocks.1.attn.hook_attn_scores", frozen)])
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    assert [site.observe_only for site in ra.sites.values()] == [False, False, False]
+    assert len(ra.mean().patch_hooks(scale=-1.0)) == 3
+
+
+def test_a_mean_without_batch_dimension_keeps_every_head(model):
+    _, ra = run_with_ra(model, IDS[:1], target=TARGET, store="mean")
+    assert torch.equal(ra.remove_batch_dim().mean()["ra", -1], ra.mean()["ra", 2])
+
+
+def test_mean_maps_of_some_layers_patch_those_layers(model):
+    name = "blocks.1.attn.hook_ra"
+    _, ra = run_with_ra(model, IDS, target=TARGET, store="mean", names_filter=name)
+    assert [hook for hook, _ in ra.mean().patch_hooks(scale=-1.0)] == ["blocks.1.attn.hook_pattern"]
+    with pytest.raises(NotStored, match=r"not among the mean maps: blocks\.1\.attn\.hook_ra"):
+        ra.mean()["hook_pattern", 1]
+
+
+@pytest.mark.skipif("TransformerBridge" not in KINDS, reason="no TransformerBridge here")
+def test_a_hook_on_the_logits_sees_every_position(fresh):
+    model = fresh("gpt2", "TransformerBridge")
+    seen = []
+
+    def first_only(logits, hook):
+        seen.append(logits.shape[1])
+        logits[:, 0, TARGET] += 50
+        return logits
+
+    hooks = [("unembed.hook_out", first_only)]
+    _, plain = run_with_ra(model, IDS, target=TARGET)
+    _, ra = run_with_ra(model, IDS, target=TARGET, fwd_hooks=hooks)
+    assert seen == [5]
+    assert relative(ra.loss, plain.loss) < 1e-6
+
+
+def test_hooks_check_what_a_run_checks(model):
+    with pytest.raises(UnsupportedModel, match="dropout acts before hook_pattern"):
+        _train_with_dropout(model)
+
+
+def _train_with_dropout(model):
+    layer = torch.nn.Dropout(0.1)
+    model.add_module("a_dropout", layer)
+    try:
+        get_ra_caching_hooks(model)
+    finally:
+        del model.a_dropout
+
+
+def test_a_scalar_loss_belongs_to_no_example(model):
+    _, ra = run_with_ra(model, IDS, metric=lambda logits: logits[:, -1, TARGET].sum())
+    assert ra.apply_slice_to_batch_dim([0]).loss.isnan()
+
+
+def test_a_list_of_bools_selects(model):
+    _, ra = run_with_ra(model, IDS, target=[4, 5])
+    chosen = ra.apply_slice_to_batch_dim([False, True])
+    assert torch.equal(chosen.loss, ra.loss[1:])
+
+
+def test_caches_compare_and_hash_by_identity(model):
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    assert ra == ra
+    assert ra != run_with_ra(model, IDS, target=TARGET)[1]
+    assert ra in {ra}
+
+
+def test_norms_before_the_backward_pass_and_caches_without_maps(model):
+    cache, _, _ = get_ra_caching_hooks(model)
+    with pytest.raises(NotStored, match="run the backward pass first"):
+        cache.top_heads(1)
+    _, ra = run_with_ra(model, IDS, target=TARGET, store="norms")
+    with pytest.raises(NotStored, match="store='norms'"):
+        ra.to_activation_cache(model)
+
+
+def test_a_piece_of_text_is_tokenised_as_it_stands_in_a_sentence():
+    """SentencePiece puts a space in front of every text; inside one, " Paris" is one token."""
+    pieces = ["<unk>", "▁", "▁Paris", "Paris", "▁:", ":", "▁of"]
+    inner = Tokenizer(Unigram([(p, -float(i)) for i, p in enumerate(pieces)], unk_id=0))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    model = torch.nn.Module()
+    model.tokenizer = tokenizer
+    lens = Lens(model, KINDS[0])
+    assert tokenizer(" Paris", add_special_tokens=False)["input_ids"] == [1, 2]
+    assert lens.encode_fragment(" Paris") == [2]

@@ -22,21 +22,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.cache_info import HeadScore, RunInfo, map_name, spell_layers
+from ra_lens.cache_info import HeadScore, RunInfo, full_name, in_order, map_name, read_kind
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.mean import MeanMaps, RunningMean
-from ra_lens.sites import Site
+from ra_lens.sites import Site, as_lens, spell_layers
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
 Store = Literal["maps", "norms", "mean"]
-_KINDS: dict[str, MapKind] = {kind: kind for kind in MAP_KINDS}
 
 
-@dataclass
+@dataclass(eq=False)
 class RACache:
     """Reversed Attention of one run; see the module's text for the maps and their sign.
 
@@ -80,7 +79,10 @@ class RACache:
             case str():
                 return key in self._maps
             case (str() as kind, int() as layer):
-                return self._is_kind(kind) and self._full_name((kind, layer)) in self._maps
+                try:
+                    return self._full_name((kind, layer)) in self._maps
+                except NotStored:
+                    return False
             case _:
                 return False
 
@@ -94,8 +96,7 @@ class RACache:
 
     def keys(self) -> list[str]:
         """Full names of the maps, layer by layer."""
-        names = [map_name(layer, kind) for layer in self.layers for kind in MAP_KINDS]
-        return [name for name in names if name in self._maps]
+        return in_order(self._maps, self.layers)
 
     def values(self) -> list[Tensor]:
         """The maps, layer by layer."""
@@ -164,6 +165,9 @@ class RACache:
 
     def norms(self, kind: MapKind = "ra") -> Float[Tensor, "*batch layer head"]:
         """Frobenius norm of each head's map, per example (paper section 5.2)."""
+        if not self._norms:
+            raise NotStored("this cache is empty: run the backward pass first.")
+        kind = read_kind(kind)
         stacked = [self._norms[kind, layer].to(self._first_device) for layer in self.layers]
         return torch.stack(stacked, dim=-2)
 
@@ -187,28 +191,19 @@ class RACache:
             NotStored: the maps were not stored.
         """
         if self._running is not None:
-            return self._running.result()
+            return self._running.result(self._n_layers)
         if not self._maps:
             raise NotStored(self._why_not("ra"))
         running = RunningMean(self.sites)
         self.add_to(running)
-        return running.result()
+        return running.result(self._n_layers)
 
     def add_to(self, running: RunningMean) -> None:
         """Add the maps of every example to a running mean."""
-        tokens = self.info.str_tokens
-        lengths = None if tokens is None else sorted({len(row) for row in tokens})
-        starts = self.info.starts
-        first = 0 if starts is None else starts[0]
-        if lengths is not None and len(lengths) > 1:
-            raise BadInput(
-                f"found prompts of {lengths[0]} to {lengths[-1]} tokens; a mean adds position to "
-                "position, so all must have the same length. Group the prompts by length first."
-            )
-        end = None if lengths is None else first + lengths[0]
+        span = self.info.common_span()
         for name, value in self._maps.items():
             batched = value if self.has_batch_dim else value.unsqueeze(0)
-            running.add(name, batched[..., first:end, first:end])
+            running.add(name, batched[..., span, span])
         running.count += self.batch_size
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -221,7 +216,8 @@ class RACache:
 
     def to(self, device: str | torch.device | torch.dtype) -> RACache:
         """Move or convert every tensor; gives a new cache."""
-        return self._map_tensors(lambda t: t.to(device))
+        new = self._map_tensors(lambda t: t.to(device))
+        return replace(new, _running=None if self._running is None else self._running.to(device))
 
     def remove_batch_dim(self) -> RACache:
         """Drop the batch dimension of a cache of one example; gives a new cache."""
@@ -236,7 +232,11 @@ class RACache:
         return replace(new, has_batch_dim=False)
 
     def apply_slice_to_batch_dim(self, batch_slice: int | slice | Sequence[int]) -> RACache:
-        """Keep some of the examples; an int keeps one and drops the batch dimension."""
+        """Keep some of the examples; an int keeps one and drops the batch dimension.
+
+        A list may hold positions, or a bool for every example. The loss of a metric that gave one
+        scalar for the batch belongs to no example and becomes NaN.
+        """
         if not self.has_batch_dim:
             raise BadInput("this cache has no batch dimension to slice.")
         if self.store == "mean":
@@ -246,20 +246,27 @@ class RACache:
             chosen = [everything[batch_slice]]
         elif isinstance(batch_slice, slice):
             chosen = everything[batch_slice]
+        elif len(batch_slice) == len(everything) and all(isinstance(i, bool) for i in batch_slice):
+            chosen = [i for i, keep in zip(everything, batch_slice, strict=True) if keep]
         else:
             chosen = [everything[i] for i in batch_slice]
         if not chosen:
             raise BadInput(f"{batch_slice!r} selects none of the {self.batch_size} examples.")
         index = torch.tensor(chosen)
         new = self._map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t)
-        new = replace(new, info=self.info.part(chosen))
+        loss = new.loss if self.loss.ndim else torch.full_like(self.loss, float("nan"))
+        new = replace(new, info=self.info.part(chosen), loss=loss)
         return new.remove_batch_dim() if isinstance(batch_slice, int) else new
 
     def to_activation_cache(self, model: nn.Module) -> Any:
-        """Give the maps as a TransformerLens `ActivationCache` of `model`."""
-        from transformer_lens import ActivationCache
+        """Give the maps as a TransformerLens `ActivationCache` of `model`.
 
-        return ActivationCache(dict(self._maps), model, has_batch_dim=self.has_batch_dim)
+        Raises:
+            NotStored: the maps were not kept.
+        """
+        if not self._maps:
+            raise NotStored(self._why_not("ra"))
+        return as_lens(model).activation_cache(dict(self.items()), has_batch_dim=self.has_batch_dim)
 
     @staticmethod
     def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
@@ -323,7 +330,7 @@ class RACache:
             self._maps[name] = value
         else:
             kind, _, layer = name.partition("/")
-            self._norms[_KINDS[kind], int(layer)] = value
+            self._norms[read_kind(kind), int(layer)] = value
 
     @classmethod
     def joined(cls, parts: Sequence[RACache], *, running: RunningMean | None = None) -> RACache:
@@ -346,17 +353,11 @@ class RACache:
         return next(iter(self._norms.values())).device
 
     def _full_name(self, key: str | tuple[str, int]) -> str:
-        if isinstance(key, str):
-            return key
-        kind, layer = key
-        if not self._is_kind(kind):
-            raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
-        if layer < 0:  # from the model's end, as in TransformerLens
-            layer += self.info.n_layers or self.layers[-1] + 1
-        return map_name(layer, _KINDS[kind.removeprefix("hook_")])
+        return full_name(key, self._n_layers)
 
-    def _is_kind(self, kind: str) -> bool:
-        return kind.removeprefix("hook_") in _KINDS
+    @property
+    def _n_layers(self) -> int:
+        return self.info.n_layers or self.layers[-1] + 1
 
     def _why_not(self, key: object) -> str:
         if self.store != "maps":
@@ -365,7 +366,7 @@ class RACache:
                 f"{key!r} was not kept: this run had store={self.store!r}, which gives {other}. "
                 "Run again with store='maps'."
             )
-        names = list(self._maps)
+        names = self.keys()
         some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
         return f"{key!r} is not in this cache, which holds {some} (layers {self.layers})."
 
@@ -375,5 +376,4 @@ class RACache:
             loss=function(self.loss),
             _maps={name: function(value) for name, value in self._maps.items()},
             _norms={key: function(value) for key, value in self._norms.items()},
-            _running=None if self._running is None else self._running.mapped(function),
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ra_lens.collect import MapKind
+from ra_lens.collect import MAP_KINDS, MapKind
+from ra_lens.errors import BadInput, NotStored
 
 
 def map_name(layer: int, kind: MapKind) -> str:
@@ -14,12 +15,35 @@ def map_name(layer: int, kind: MapKind) -> str:
     return f"blocks.{layer}.attn.hook_{kind}"
 
 
-def spell_layers(layers: Sequence[int]) -> str:
-    """Spell layer indices: `0…11`, or `0, 3, 7` where they are not consecutive."""
-    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1))
-    if consecutive and len(layers) > 1:
-        return f"{layers[0]}…{layers[-1]}"
-    return ", ".join(map(str, layers))
+def full_name(key: str | tuple[str, int], n_layers: int) -> str:
+    """Full name of a map asked for by name, or as `(kind, layer)` with a layer from either end.
+
+    Raises:
+        NotStored: there is no such kind of map.
+    """
+    if isinstance(key, str):
+        return key
+    kind, layer = key
+    return map_name(layer + n_layers if layer < 0 else layer, read_kind(kind))
+
+
+def read_kind(kind: str) -> MapKind:
+    """Read the name of a kind of map, with or without `hook_`.
+
+    Raises:
+        NotStored: there is no such kind of map.
+    """
+    for known in MAP_KINDS:
+        if kind.removeprefix("hook_") == known:
+            return known
+    raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
+
+
+def in_order(names: Iterable[str], layers: Iterable[int]) -> list[str]:
+    """Sort full names of maps by layer, then by kind."""
+    present = set(names)
+    every = (map_name(layer, kind) for layer in layers for kind in MAP_KINDS)
+    return [name for name in every if name in present]
 
 
 @dataclass(frozen=True)
@@ -46,8 +70,8 @@ class RunInfo:
         objective: Kind of loss, `answer_nll`, `sequence_nll`, …; `unknown` where the user ran the
             backward pass.
         targets: What the loss asked for, as text, one per example; None for a metric of the user.
-        wrong: tuple[str, ...] | None = None
-    target_is_top_prediction: True if no target was given and the model's own was taken.
+        wrong: What a logit difference compares the targets with.
+        target_is_top_prediction: True if no target was given and the model's own was taken.
         str_tokens: Exactly what the model read, without padding, one list per example.
         answer_lengths: How many of each example's last tokens are the answer; None where none is
             appended.
@@ -80,6 +104,23 @@ class RunInfo:
             answer_lengths=cut(self.answer_lengths),
             starts=cut(self.starts),
         )
+
+    def common_span(self) -> slice:
+        """Columns of the tokens, where all examples have the same number of them.
+
+        Raises:
+            BadInput: examples of different lengths.
+        """
+        if self.str_tokens is None:
+            return slice(None)
+        lengths = sorted({len(row) for row in self.str_tokens})
+        if len(lengths) > 1:
+            raise BadInput(
+                f"found prompts of {lengths[0]} to {lengths[-1]} tokens; a mean adds position to "
+                "position, so all must have the same length. Group the prompts by length first."
+            )
+        first = 0 if self.starts is None else self.starts[0]
+        return slice(first, first + lengths[0])
 
     def describe(self, losses: Sequence[float]) -> str:
         """Tell in two lines what was read and what was differentiated."""

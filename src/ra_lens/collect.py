@@ -145,9 +145,10 @@ class Collector:
             )
         if layer in self._patterns:
             raise UnsupportedModel(
-                f"{self._sites[layer].pattern_name} fired twice before a backward pass. A model "
-                "that runs one layer repeatedly is not supported; with get_ra_caching_hooks, run "
-                "backward after each forward pass."
+                f"{self._sites[layer].pattern_name} fired twice before a backward pass. With "
+                "get_ra_caching_hooks: run backward after each forward pass, and make the hooks "
+                "again after a forward pass that failed or had none. Otherwise the model runs "
+                "one layer repeatedly, which is not supported."
             )
         observe_only = self._sites[layer].observe_only
         if observe_only and not pattern.requires_grad:
@@ -165,7 +166,7 @@ class Collector:
             pattern.register_hook(lambda grad: self._receive(layer, grad))
             tapped.register_hook(lambda _grad: self._consumed.add(layer))
         else:
-            tapped.register_hook(lambda grad: self._receive(layer, grad))
+            tapped.register_hook(lambda grad: self._receive(layer, grad, consumed=True))
         return tapped
 
     def root(self, residual: Tensor) -> Tensor:
@@ -174,7 +175,9 @@ class Collector:
 
     # ---- gradients ------------------------------------------------------------------------------
 
-    def _receive(self, layer: int, grad: Tensor) -> None:
+    def _receive(self, layer: int, grad: Tensor, *, consumed: bool = False) -> None:
+        if consumed:  # the gradient came through the tensor that was handed on
+            self._consumed.add(layer)
         pattern = self._patterns.pop(layer, None)
         if pattern is None:
             return  # a second backward pass through a graph that the user kept
@@ -214,8 +217,8 @@ class Collector:
             raise NothingToDifferentiate(
                 "found a loss that does not depend on the attention of "
                 f"layers {list(self._sites)}: no gradient reached hook_pattern. The metric must "
-                "be computed from the logits it is given, without detach() or .item(), and no "
-                "hook may replace everything above these layers."
+                "be computed from the logits it is given, without detach() or .item(), and hooks "
+                "must not freeze every pattern, nor replace everything above these layers."
             )
         undecided = [layer for layer in missing if self._sites[layer].observe_only is None]
         if undecided:

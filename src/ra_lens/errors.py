@@ -9,6 +9,10 @@ class RALensError(Exception):
     """Base of every exception that ra_lens raises on purpose."""
 
 
+class RALensWarning(UserWarning):
+    """Something was decided for the user that may not be what was meant."""
+
+
 class BadInput(RALensError, ValueError):
     """The input, target or option given cannot be used; the message says what can."""
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ra_lens.cache import RACache, Store
+from ra_lens.cache import RACache
 from ra_lens.cache_info import RunInfo, map_name
 from ra_lens.collect import Collector, MapKind
+from ra_lens.errors import BadInput
 from ra_lens.record import NamesFilter, keeps
-from ra_lens.run import Layers, choose_layers
-from ra_lens.sites import Site, as_lens
+from ra_lens.sites import Layers, Site, as_lens
 
 HookList = list[tuple[str, Callable[..., Any]]]
 
@@ -23,8 +23,9 @@ def get_ra_caching_hooks(
     *,
     layers: Layers = None,
     names_filter: NamesFilter = None,
-    store: Store = "maps",
+    store: Literal["maps", "norms"] = "maps",
     device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[RACache, HookList, HookList]:
     """Hooks that fill a cache during the user's own forward and backward pass.
 
@@ -38,7 +39,8 @@ def get_ra_caching_hooks(
     Put these before hooks of your own that edit the pattern: R is taken where they stand in the
     order. A loss averaged over the batch gives maps divided by its size. What is padding is not
     known here: its rows and columns are zero only if your mask and loss make them so. The backward
-    pass is yours: unless parameters are frozen it also fills their `.grad`.
+    pass is yours: unless parameters are frozen it also fills their `.grad`. Another one
+    replaces the maps.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
@@ -46,6 +48,7 @@ def get_ra_caching_hooks(
         names_filter: Which maps to keep, as in `run_with_ra`.
         store: `"maps"` or `"norms"`.
         device: Where to keep the maps.
+        dtype: In what to keep them.
 
     Returns:
         The cache, filled when the backward pass has run; forward hooks; backward hooks (empty: the
@@ -54,10 +57,13 @@ def get_ra_caching_hooks(
 
     Raises:
         BadInput: unknown layers or names.
-        UnsupportedModel: no hook_pattern, or an unknown softmax scale.
+        UnsupportedModel: no hook_pattern, an unknown softmax scale, or active dropout.
     """
     lens = as_lens(model)
-    sites = choose_layers(lens, layers)
+    if store not in ("maps", "norms"):
+        raise BadInput(f"found store={store!r}; give 'maps' or 'norms'.")
+    lens.refuse_dropout()
+    sites = lens.choose_layers(layers)
     kept = keeps(names_filter, sites)
     cache = RACache(
         sites=sites, store=store, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers)
@@ -67,7 +73,7 @@ def get_ra_caching_hooks(
         for kind, value in maps.items():
             cache.put_norms(site.layer, kind, value)
             if store == "maps" and kept(map_name(site.layer, kind)):
-                cache.keep(site.layer, kind, value.to(device=device))
+                cache.keep(site.layer, kind, value.to(device=device, dtype=dtype))
 
     collector = Collector(lens, sites, deliver)
 

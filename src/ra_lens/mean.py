@@ -14,22 +14,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ra_lens.cache_info import full_name, in_order, map_name, read_kind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.patching import patch_hooks
 from ra_lens.sites import Site
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeanMaps:
     """Maps averaged over examples of equal length.
 
     Attributes:
         sites: The attention layers, by layer.
         count: Number of examples averaged.
+        n_layers: Layers of the model, from which negative layers count.
     """
 
     sites: dict[int, Site]
     count: int
+    n_layers: int
     _maps: dict[str, Tensor] = field(repr=False)
 
     def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "head query key"]:
@@ -38,13 +41,10 @@ class MeanMaps:
         Raises:
             NotStored: that map was not averaged.
         """
-        if isinstance(key, tuple):
-            kind, layer = key
-            layer = list(self.sites)[layer] if layer < 0 else layer
-            key = f"blocks.{layer}.attn.hook_{kind}"
-        if key not in self._maps:
-            raise NotStored(f"{key!r} is not among the mean maps: {list(self._maps)[:6]} …")
-        return self._maps[key]
+        name = full_name(key, self.n_layers)
+        if name not in self._maps:
+            raise NotStored(f"{key!r} is not among the mean maps: {', '.join(self._maps)}.")
+        return self._maps[name]
 
     def patch_hooks(
         self, *, scale: int | float, kind: str = "ra"
@@ -62,11 +62,14 @@ class MeanMaps:
             NotStored: that kind was not averaged.
             UnsupportedModel: a layer where an edit of hook_pattern changes nothing.
         """
-        maps = {layer: self[kind, layer] for layer in self.sites}
+        names = {layer: map_name(layer, read_kind(kind)) for layer in self.sites}
+        maps = {layer: self._maps[name] for layer, name in names.items() if name in self._maps}
+        if not maps:
+            raise NotStored(f"found no mean maps of kind {kind!r}: {', '.join(self._maps)}.")
         return patch_hooks(maps, self.sites, scale=scale)
 
 
-@dataclass
+@dataclass(eq=False)
 class RunningMean:
     """Sums of maps, fed batch by batch; in float32 at least, whatever the mean is given in."""
 
@@ -87,11 +90,14 @@ class RunningMean:
             total = self._sums[name] + total
         self._sums[name] = total
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> RunningMean:
-        """Give the same with every sum moved or converted."""
-        return replace(self, _sums={name: function(t) for name, t in self._sums.items()})
+    def to(self, where: str | torch.device | torch.dtype) -> RunningMean:
+        """Move the sums, or have the mean given in another dtype."""
+        if isinstance(where, torch.dtype):
+            return replace(self, dtype=where)
+        return replace(self, _sums={name: t.to(where) for name, t in self._sums.items()})
 
-    def result(self) -> MeanMaps:
-        """Give the mean of everything added so far."""
-        means = {name: (t / self.count).to(dtype=self.dtype) for name, t in self._sums.items()}
-        return MeanMaps(self.sites, self.count, means)
+    def result(self, n_layers: int | None = None) -> MeanMaps:
+        """Give the mean of everything added so far; negative layers count from `n_layers`."""
+        sums = {name: self._sums[name] for name in in_order(self._sums, self.sites)}
+        means = {name: (t / self.count).to(dtype=self.dtype) for name, t in sums.items()}
+        return MeanMaps(self.sites, self.count, n_layers or max(self.sites) + 1, means)

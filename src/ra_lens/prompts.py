@@ -7,6 +7,7 @@ laid out, and its mask says where.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.sites import Lens
 
 PaddingSide = Literal["left", "right"]
@@ -82,8 +83,7 @@ class Prompts:
         step = len(self) if batch_size is None else batch_size
         for start in range(0, len(self), step):
             part = slice(start, min(start + step, len(self)))
-            texts = None if self.texts is None else self.texts[part]
-            yield part, replace(self, ids=self.ids[part], texts=texts)
+            yield part, replace(self, ids=self.ids[part], texts=None)
 
     def lay_out(self, lens: Lens) -> Batch:
         """Pad the examples to one width and move them to the model's device.
@@ -208,6 +208,15 @@ def _from_tokens(
         keep = mask != 0
     else:
         keep = _guess_mask(lens, ids)
+        special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+        if not bool(keep.all()) and lens.pad_token_id in special:
+            warnings.warn(
+                f"rows of the input begin or end with {lens.decode(lens.pad_token_id)!r}, which is "
+                "the pad token as well as a real one, and were taken as padded. Pass "
+                "attention_mask to say what is padding.",
+                RALensWarning,
+                stacklevel=4,
+            )
     return _strip(ids.cpu(), keep.cpu(), padding_side)
 
 

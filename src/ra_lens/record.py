@@ -54,7 +54,7 @@ class Recorder:
         self.sites = sites
         self.store: Store = store
         self._keeps = keeps
-        self._device = device
+        self.device = device
         self._dtype = dtype
         self._running = RunningMean(sites, dtype=dtype) if store == "mean" else None
         self._caches: list[RACache] = []
@@ -81,7 +81,7 @@ class Recorder:
                     cache.keep(site.layer, kind, self._placed(value))
                 elif self._running is not None:
                     cut = value[..., start:end, start:end]
-                    self._running.add(name, cut.to(device=self._device))
+                    self._running.add(name, cut.to(device=self.device))
 
         return deliver
 
@@ -92,4 +92,4 @@ class Recorder:
         return joined
 
     def _placed(self, value: Tensor) -> Tensor:
-        return value.to(device=self._device, dtype=self._dtype)
+        return value.to(device=self.device, dtype=self._dtype)

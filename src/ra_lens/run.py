@@ -11,6 +11,7 @@ batch it ran in.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,15 +23,13 @@ from torch import Tensor, nn
 
 from ra_lens.binding import bind
 from ra_lens.cache import RACache, Store
-from ra_lens.cache_info import RunInfo, spell_layers
+from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector
-from ra_lens.errors import BadInput, NothingToDifferentiate
+from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
 from ra_lens.prompts import Batch, PaddingSide, Prompts, read_prompts
 from ra_lens.record import NamesFilter, Recorder, keeps
-from ra_lens.sites import Lens, Site, as_lens
+from ra_lens.sites import Layers, Lens, as_lens
 from ra_lens.targets import Bound, Metric, Objective, Position, Token, as_objective
-
-Layers = int | Iterable[int] | None
 
 
 def run_with_ra(
@@ -63,11 +62,14 @@ def run_with_ra(
         input: A prompt, several prompts (padded as the tokenizer pads), or token ids
             (`Int[Tensor, "batch pos"]`).
         target: What the loss is −log p of: text, a token id, or one of either per example. Text
-            of several tokens is appended to the prompt and the loss is the mean over its tokens.
+            of several tokens is appended to the prompt and the loss is the mean over its tokens
+            (if one of several answers is such, all are appended).
             Or an objective from `ra_lens.targets`. Neither target nor metric: the model's own top
             prediction.
         metric: Instead of a target: any function of all logits (`[batch, pos, d_vocab]`) that
             gives `[batch]` or a scalar, differentiated as it is; something descent should lower.
+            Texts of different lengths are then padded on the left, so that `logits[:, -1]` is the
+            last token of each.
         position: Where to read, within each prompt (negative: from its end); one for all or one
             per prompt. Default: the last token.
         layers: Layers to collect; negative counts from the end. Default: all. The backward pass
@@ -76,16 +78,17 @@ def run_with_ra(
             (`blocks.5.attn.hook_ra`, `….hook_pattern`, `….hook_pattern_grad`). Default: all three.
         store: `"maps"`; `"norms"`, which drops each map once its norms are taken; or `"mean"`,
             which keeps only the running mean over the examples.
-        device: Where to keep the maps. Default: where they are made.
+        device: Where to keep maps and logits. Default: where they are made.
         dtype: In what to keep them. Default: float32 (float64 for a float64 model); R is computed
             in that before it is converted.
         fwd_hooks: TransformerLens hooks for this run, as in `run_with_hooks`.
         return_logits: `"read"`: logits at the positions the loss reads, `[:, -1]` being the last
-            of them. `"all"`: at every position. A metric of your own always gets all.
+            of them (for a metric of your own: at the last token). `"all"`: at every position.
         batch_size: Run so many prompts at a time, with a progress bar if there are several
             batches. Default: all at once.
         progress: False hides the progress bar.
-        attention_mask: For token ids with padding: 1 at real tokens.
+        attention_mask: For token ids with padding: 1 at real tokens. Without it, runs of the
+            tokenizer's pad token at the end (or start) of rows of a batch count as padding.
         prepend_bos: For text: overrides the model's default.
         padding_side: Overrides the tokenizer's side.
 
@@ -103,7 +106,7 @@ def run_with_ra(
     lens = as_lens(model)
     lens.refuse_inference_mode()
     lens.refuse_dropout()
-    sites = choose_layers(lens, layers)
+    sites = lens.choose_layers(layers)
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
     prompts = read_prompts(
@@ -122,13 +125,15 @@ def run_with_ra(
             "store='mean'; a mean adds position to position, so all must have the same length. "
             "Group the prompts by length first."
         )
-    all_logits = return_logits == "all" or bound.positions is None
-    if store == "maps" or all_logits:  # what is joined afterwards needs one width
+    if bound.positions is None and len(set(prompts.lengths)) > 1:
+        prompts = _for_a_metric(prompts, padding_side)
+    every = return_logits == "all"
+    if store == "maps" or every:  # what is joined afterwards needs one width
         prompts = replace(prompts, width=max(prompts.width, *prompts.lengths))
     recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype)
     parts = list(prompts.batches(batch_size))
     results = [
-        _run_batch(lens, part, bound.part(examples), list(fwd_hooks), recorder, all_logits)
+        _run_batch(lens, part, bound.part(examples), list(fwd_hooks), recorder, every=every)
         for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
     ]
     return _finish(lens, bound, prompts, recorder, results)
@@ -148,30 +153,47 @@ def _run_batch(
     bound: Bound,
     fwd_hooks: list[Any],
     recorder: Recorder,
-    all_logits: bool,
+    *,
+    every: bool,
 ) -> _BatchResult:
     batch = prompts.lay_out(lens)
-    columns = None if bound.positions is None else batch.columns(bound.positions)
+    columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
     collector = Collector(lens, recorder.sites, recorder.begin(batch))
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(lens.parameters_frozen())
         stack.enter_context(lens.hooks(fwd_hooks))
         stack.enter_context(collector.attached())
-        stack.enter_context(lens.reading(None if all_logits else columns))
+        whole = every or bound.positions is None or lens.logits_are_hooked
+        stack.enter_context(lens.reading(None if whole else columns))
         logits = lens.forward(batch.tokens, batch.attention_mask)
-        read = logits
-        if columns is not None and all_logits:
-            rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
-            read = logits[rows, columns.to(logits.device)]
+        rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
+        read = logits[rows, columns.to(logits.device)] if whole else logits
         if bool(read.detach().isnan().any()):
             raise NothingToDifferentiate(
                 f"the logits of {lens.name} contain NaN at the positions read. Check the weights "
                 "and hooks; for float16 models try bfloat16 or float32."
             )
-        loss = _checked_loss(bound, read, len(prompts))
+        loss = _checked_loss(bound, logits if bound.positions is None else read, len(prompts))
         collector.backward(loss.sum())
-    return _BatchResult(logits.detach(), loss.detach(), batch, bound.targets)
+    kept = (logits if every else read).detach().to(recorder.device)
+    return _BatchResult(kept, loss.detach(), batch, bound.targets)
+
+
+def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts:
+    """Lay prompts of different lengths out so that a metric finds their last tokens together."""
+    if prompts.padding_side == "left":
+        return prompts
+    if prompts.texts is not None and padding_side is None:
+        return replace(prompts, padding_side="left")
+    warnings.warn(
+        "the prompts have different lengths and are padded on the right: for the shorter ones "
+        "logits[:, -1] is padding. Use padding_side='left' with text, or let the metric index "
+        "each example's own last token.",
+        RALensWarning,
+        stacklevel=3,
+    )
+    return prompts
 
 
 def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
@@ -199,9 +221,7 @@ def _finish(
             f"the metric gave one scalar for each of {len(results)} batches, and their sum would "
             "depend on batch_size. Give one value per example, or leave batch_size out."
         )
-    targets = tuple(
-        "".join(lens.decode(token) for token in row) for r in results for row in r.targets or []
-    )
+    targets = tuple(lens.decode_text(row) for r in results for row in r.targets or [])
     info = RunInfo(
         model_name=lens.name,
         n_layers=lens.n_layers,
@@ -216,26 +236,6 @@ def _finish(
     )
     loss = results[0].loss if scalars else torch.cat([r.loss for r in results])
     return torch.cat([r.logits for r in results]), recorder.result(loss=loss, info=info)
-
-
-def choose_layers(lens: Lens, layers: Layers) -> dict[int, Site]:
-    """Sites of the layers asked for, in layer order.
-
-    Raises:
-        BadInput: a layer without attention, or none.
-    """
-    if layers is None:
-        return dict(lens.sites)
-    wanted = [layers] if isinstance(layers, int) else list(layers)
-    chosen = [layer + lens.n_layers if layer < 0 else layer for layer in wanted]
-    unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in lens.sites]
-    if unknown or not chosen:
-        raise BadInput(
-            f"found layers={unknown or wanted}; {lens.name} has attention at layers "
-            f"{spell_layers(list(lens.sites))}. Give one or several of these; negative counts from "
-            "the end."
-        )
-    return {layer: lens.sites[layer] for layer in sorted(set(chosen))}
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

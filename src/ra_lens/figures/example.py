@@ -1,6 +1,6 @@
 """One head on one example: its two maps cut to the tokens that were read, and their largest cells.
 
-Needs no plotly, so that the command line shares it with the figures.
+Plain data, which figures, report and command line share.
 """
 
 from __future__ import annotations

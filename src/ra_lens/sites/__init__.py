@@ -5,11 +5,12 @@ sees a `Lens`: sites (one per attention layer), tokens in, logits out, and the f
 attachment points that collecting gradients needs.
 """
 
-from ra_lens.sites.lens import Lens, as_lens
+from ra_lens.sites.lens import Layers, Lens, as_lens
 from ra_lens.sites.loading import ModelKind, available_kinds, load_folder, load_model
-from ra_lens.sites.site import Site, find_sites
+from ra_lens.sites.site import Site, find_sites, spell_layers
 
 __all__ = [
+    "Layers",
     "Lens",
     "ModelKind",
     "Site",
@@ -18,4 +19,5 @@ __all__ = [
     "find_sites",
     "load_folder",
     "load_model",
+    "spell_layers",
 ]

@@ -8,12 +8,13 @@ attached, and removing them cannot touch the user's.
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.sites.site import Site, find_sites
+from ra_lens.sites.site import Site, find_sites, spell_layers
 
 # Whether hook_pattern is only observed at a layer, as shown by an earlier run of the same model.
 _observed: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
+
+
+Layers = SupportsIndex | Iterable[SupportsIndex] | None
 
 
 def as_lens(model: nn.Module) -> Lens:
@@ -72,6 +76,32 @@ class Lens:
         return {
             layer: replace(site, observe_only=known.get(layer)) for layer, site in sites.items()
         }
+
+    def choose_layers(self, layers: Layers) -> dict[int, Site]:
+        """Sites of the layers asked for, in layer order; negative counts from the model's end.
+
+        Raises:
+            BadInput: a layer without attention, or none.
+        """
+        if layers is None:
+            return dict(self.sites)
+        given = list(layers) if isinstance(layers, Iterable) else [layers]
+        wanted = [operator.index(i) for i in given]
+        chosen = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
+        unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in self.sites]
+        if unknown or not chosen:
+            raise BadInput(
+                f"found layers={unknown or wanted}; {self.name} has attention at layers "
+                f"{spell_layers(list(self.sites))}. Give one or several of these; negative counts "
+                "from the end."
+            )
+        return {layer: self.sites[layer] for layer in sorted(set(chosen))}
+
+    def activation_cache(self, maps: dict[str, Tensor], *, has_batch_dim: bool) -> Any:
+        """Put maps into a TransformerLens ActivationCache of this model."""
+        from transformer_lens import ActivationCache
+
+        return ActivationCache(maps, self._model, has_batch_dim=has_batch_dim)
 
     def learn_route(self, layer: int, *, observe_only: bool) -> None:
         """Remember, for later runs of this model, whether hook_pattern of a layer is observed."""
@@ -127,8 +157,18 @@ class Lens:
     def encode_fragment(self, text: str) -> list[int]:
         """Token ids of a piece of text in the middle of a prompt: no special tokens."""
         self._need_tokenizer()
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+
+        def ids_of(piece: str) -> list[int]:
+            return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+
+        # SentencePiece tokenizers put a space of their own in front of a text, so that " Paris"
+        # alone is two tokens. Tokenised after something it is one; what that drops must be blank.
+        before, joint, alone = ids_of(":"), ids_of(":" + text), ids_of(text)
+        rest = joint[len(before) :]
+        if not rest or joint != before + rest or alone[-len(rest) :] != rest:
+            return alone
+        dropped = "".join(map(self.decode, alone[: -len(rest)]))
+        return alone if dropped.replace("▁", "").strip() else rest
 
     def decode(self, token: int) -> str:
         """Text of one token; `#id` for a model without a tokenizer."""
@@ -136,6 +176,12 @@ class Lens:
             return f"#{token}"
         text = self.tokenizer.batch_decode([[token]], clean_up_tokenization_spaces=False)[0]
         return str(text)
+
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        """Text of several tokens together."""
+        if self.tokenizer is None:
+            return "".join(map(self.decode, tokens))
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def _need_tokenizer(self) -> None:
         if self.tokenizer is None:
@@ -172,6 +218,12 @@ class Lens:
         finally:
             if was_caching is not None:
                 self._model.is_caching = was_caching
+
+    @property
+    def logits_are_hooked(self) -> bool:
+        """Whether a hook of the user's waits where the logits come out, at every position."""
+        point: Any = self.hook_points.get("unembed.hook_out")
+        return point is not None and bool(point.fwd_hooks)
 
     @contextmanager
     def reading(self, positions: Int[Tensor, "batch read"] | None) -> Generator[None, None, None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ def load_model(
         name: A name TransformerLens knows (`"gpt2"`, `"EleutherAI/pythia-70m"`), or a folder with
             `config.json`, weights and tokenizer.
         kind: `"HookedTransformer"` or `"TransformerBridge"`. Default: HookedTransformer where the
-            installed TransformerLens has it, else TransformerBridge.
+            installed TransformerLens has it and it knows the model, else TransformerBridge.
         device: Where to put the model. Default: a GPU if there is one.
         dtype: Data type of the weights.
 
@@ -54,28 +55,29 @@ def load_model(
     Raises:
         BadInput: the kind is not in this TransformerLens, or the model cannot be found or loaded.
     """
-    chosen = _choose_kind(kind)
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
-        return load_folder(folder, kind=chosen, device=device, dtype=dtype)
+        return load_folder(folder, kind=kind, device=device, dtype=dtype)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise BadInput(f"there is no folder {str(name)!r}. Give a folder with a config.json.")
-    cls = _class_of(chosen)
-    load = (
-        cls.from_pretrained_no_processing
-        if chosen == "HookedTransformer"
-        else cls.boot_transformers
-    )
-    try:
-        model = load(str(name), device=None if device is None else str(device), dtype=dtype)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-        raise BadInput(
-            f"{chosen} could not load {str(name)!r}: {type(error).__name__}: {first_line} "
-            "Give a name that TransformerLens knows and that can be downloaded, a local folder "
-            "with config.json, weights and tokenizer, or call load_demo_model()."
-        ) from error
-    return model.eval()
+    kinds = available_kinds() if kind is None else (_choose_kind(kind),)
+    where = None if device is None else str(device)
+    for chosen in kinds:
+        cls = _class_of(chosen)
+        hooked = chosen == "HookedTransformer"
+        load = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
+        try:
+            return load(str(name), device=where, dtype=dtype).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+            # A name that HookedTransformer does not know may be one that the bridge loads; what
+            # cannot be downloaded cannot be by either.
+            if isinstance(error, OSError) or chosen == kinds[-1]:
+                raise BadInput(
+                    f"{chosen} could not load {str(name)!r}: {_first_line(error)} Give a name that "
+                    "TransformerLens knows and that can be downloaded, a local folder with "
+                    "config.json, weights and tokenizer, or call load_demo_model()."
+                ) from error
+    raise AssertionError("unreachable: the last kind returns or raises")
 
 
 def load_folder(
@@ -90,20 +92,32 @@ def load_folder(
     Raises:
         BadInput: no `config.json` there, or an architecture this TransformerLens cannot convert.
     """
-    chosen = _choose_kind(kind)
-    path = Path(folder)
+    path = Path(folder).expanduser()
+    kinds = available_kinds() if kind is None else (_choose_kind(kind),)
     if not (path / "config.json").is_file():
         raise BadInput(
             f"{path} has no config.json. A model folder holds config.json, the weights and the "
             "tokenizer, as Hugging Face's save_pretrained writes them."
         )
     try:
-        return _loaded(path, chosen, device, dtype)
+        for other in kinds[:-1]:
+            with suppress(_CannotConvert):  # architectures that only the bridge knows
+                return _loaded(path, other, device, dtype)
+        return _loaded(path, kinds[-1], device, dtype)
     except OSError as error:
         raise BadInput(
-            f"{path} cannot be loaded: {str(error).strip().splitlines()[0][:200]} A model folder "
-            "holds config.json, the weights and the tokenizer, as save_pretrained writes them."
+            f"{path} cannot be loaded: {_first_line(error)} A model folder holds config.json, the "
+            "weights and the tokenizer, as save_pretrained writes them."
         ) from error
+
+
+class _CannotConvert(BadInput):
+    """HookedTransformer has no conversion for an architecture."""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _loaded(
@@ -138,7 +152,7 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
             fold_value_biases=False,
         )
     except (NotImplementedError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise BadInput(
+        raise _CannotConvert(
             f"HookedTransformer cannot convert the model in {path} "
             f"({type(hf_model).__name__}): {type(error).__name__}: {str(error)[:300]}. "
             "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."

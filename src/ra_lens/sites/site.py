@@ -10,7 +10,7 @@ Granite and every model that scales by layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,14 @@ def softmax_scale(attn: Any, layer: int) -> float:
         f"{[name for name, _ in _SCALE_ATTRIBUTES]}. Reversed Attention is defined with that "
         "scale (R = scale · dL/dscores); please report the architecture."
     )
+
+
+def spell_layers(layers: Sequence[int]) -> str:
+    """Spell layer indices: `0…11`, or `0, 3, 7` where they are not consecutive."""
+    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1))
+    if consecutive and len(layers) > 1:
+        return f"{layers[0]}…{layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 def _describe(model: Any) -> str:
