@@ -36,13 +36,14 @@ def read_layers(text: str | None) -> list[int] | None:
     layers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
-        if match is None:
+        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
+        several = range(int(first), int(last) + 1)
+        if not several:  # no match, or a range that runs backwards
             raise BadInput(
-                f"found --layers {text!r}; give numbers and ranges with commas between, such as "
-                "0,5-8,-1 (negative: from the end)."
+                f"found --layers {text!r}; give numbers and rising ranges with commas between, "
+                "such as 0,5-8,-1 (negative: from the end)."
             )
-        first = int(match[1])
-        layers += range(first, int(match[2]) + 1) if match[2] is not None else [first]
+        layers += several
     return layers
 
 
