@@ -45,6 +45,16 @@ class Site:
         """Full hook name of the pattern."""
         return f"{self.prefix}.hook_pattern"
 
+    @property
+    def value_name(self) -> str:
+        """Full hook name of the values, `[batch, pos, key/value head, d_head]`."""
+        return f"{self.prefix}.hook_v"
+
+    @property
+    def z_name(self) -> str:
+        """Full hook name of what the heads give to W_O, `[batch, pos, head, d_head]`."""
+        return f"{self.prefix}.hook_z"
+
     def kv_group(self, head: int) -> int:
         """Index of the key/value head that query head `head` reads (grouped queries)."""
         return head // (self.n_heads // self.n_key_value_heads)

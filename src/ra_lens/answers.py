@@ -1,0 +1,162 @@
+"""Asking a model questions and marking its answers, as the paper's experiments do.
+
+A question is read at its last position only, and its answer is the first token that the answer
+would add to it: rank of that token among all, its probability, and its logit against the best other
+one. Accuracy top-k is the share of questions whose answer has a rank of at most k.
+
+Cost: one forward pass without gradients, unembedding one position per question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ra_lens.binding import bind
+from ra_lens.errors import NothingToDifferentiate
+from ra_lens.prompts import Prompts, read_prompts
+from ra_lens.sites import Lens
+from ra_lens.targets import sequence_nll
+from ra_lens.tasks import Prompt
+
+FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts as token ids, each with the ids of its right answer.
+
+    Attributes:
+        prompts: What the model reads.
+        answers: Ids of the whole answer, one list per question; its first token is what counts.
+    """
+
+    prompts: Prompts
+    answers: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        """Give the number of questions."""
+        return len(self.answers)
+
+    @property
+    def first_tokens(self) -> Int[Tensor, "question"]:
+        """First token of each answer."""
+        return torch.tensor([answer[0] for answer in self.answers])
+
+
+def read_questions(
+    lens: Lens, prompts: Sequence[Prompt], *, prepend_bos: bool | None = None
+) -> Questions:
+    """Tokenise the prompts of a task, and their answers as they go on from them.
+
+    Args:
+        lens: The model.
+        prompts: Of a task.
+        prepend_bos: Overrides the model's default.
+
+    Raises:
+        BadInput: no prompts, an empty prompt or answer, a word the model does not know.
+    """
+    read = read_prompts(lens, [prompt.text for prompt in prompts], prepend_bos=prepend_bos)
+    bound, _ = bind(sequence_nll([prompt.answer for prompt in prompts]), lens, read, None)
+    return Questions(read, tuple(tuple(row) for row in bound.targets or ()))
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """How a model answered: one value per question.
+
+    Attributes:
+        rank: 1 where the right answer is the top prediction.
+        logit_diff: Logit of the right answer minus that of the best other token.
+        probability: Of the right answer, in float64.
+    """
+
+    rank: Int[Tensor, "question"]
+    logit_diff: Float[Tensor, "question"]
+    probability: Float[Tensor, "question"]
+
+    def accuracy(self, k: int = 1) -> float:
+        """Share of the questions whose answer is among the top `k`."""
+        return float((self.rank <= k).double().mean())
+
+
+@torch.no_grad()
+def last_logits(
+    lens: Lens, prompts: Prompts, fwd_hooks: FwdHooks = ()
+) -> Float[Tensor, "question d_vocab"]:
+    """Run the model once on all prompts and give the logits at the last position of each.
+
+    Args:
+        lens: The model.
+        prompts: What it reads, all in one batch.
+        fwd_hooks: TransformerLens hooks for this run.
+
+    Raises:
+        NothingToDifferentiate: NaN logits, which rank nothing.
+    """
+    batch = prompts.lay_out(lens)
+    columns = batch.columns([[n - 1] for n in batch.lengths])
+    # A hook where the logits come out expects every position.
+    whole = lens.logits_are_hooked
+    with lens.hooks(list(fwd_hooks)), lens.reading(None if whole else columns):
+        logits = lens.forward(batch.tokens, batch.attention_mask)
+    if whole:
+        rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
+        logits = logits[rows, columns.to(logits.device)]
+    last = logits[:, 0]
+    if bool(last.isnan().any()):
+        raise NothingToDifferentiate(
+            f"the logits of {lens.name} contain NaN at the last token of a prompt. Check the "
+            "weights and hooks; for float16 models try bfloat16 or float32."
+        )
+    return last
+
+
+def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "question"]) -> Marks:
+    """Mark answers against the logits at the last position of their questions.
+
+    Args:
+        logits: At the last position.
+        answers: Id of the first token of each right answer.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    ids = answers.to(wide.device).unsqueeze(1)
+    right = wide.gather(1, ids)
+    others = wide.scatter(1, ids, float("-inf"))
+    return Marks(
+        rank=((wide > right).sum(dim=1) + 1).cpu(),
+        logit_diff=(right.squeeze(1) - others.amax(dim=1)).cpu(),
+        probability=wide.double().softmax(dim=1).gather(1, ids).squeeze(1).cpu(),
+    )
+
+
+def ask(
+    lens: Lens,
+    questions: Questions,
+    hooks_of: Callable[[slice], FwdHooks] | None = None,
+    *,
+    batch_size: int = 32,
+) -> Marks:
+    """Ask every question and mark the answers.
+
+    Args:
+        lens: The model.
+        questions: What to ask.
+        hooks_of: Gives the hooks for a batch, told which questions are in it.
+        batch_size: Questions per forward pass.
+    """
+    parts: list[Marks] = []
+    for part, prompts in questions.prompts.batches(batch_size):
+        hooks = () if hooks_of is None else hooks_of(part)
+        parts.append(mark(last_logits(lens, prompts, hooks), questions.first_tokens[part]))
+    return Marks(
+        rank=torch.cat([p.rank for p in parts]),
+        logit_diff=torch.cat([p.logit_diff for p in parts]),
+        probability=torch.cat([p.probability for p in parts]),
+    )

@@ -1,0 +1,61 @@
+"""Masking heads: what they write is set to zero, at every position.
+
+Zeroing z (what a head gives to W_O) is zeroing the head's rows of W_O, which is how the paper masks
+heads; the output bias stays. The two differ where value biases have been folded into the output
+bias (`Lens.value_biases_folded`): zeroing z then leaves behind what the head's value bias wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ra_lens.errors import BadInput
+from ra_lens.sites import Site
+
+
+def mask_hooks(
+    sites: Mapping[int, Site],
+    keep: Bool[Tensor, "layer head"] | Bool[Tensor, "batch layer head"],
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Forward hooks that set z of the heads not kept to zero, at every position.
+
+    Args:
+        sites: The attention layers, by layer.
+        keep: True for the heads left as they are; rows of layers in the order of `sites`. With a
+            batch dimension, each example has heads of its own.
+
+    Returns:
+        `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`; layers all of whose heads are
+        kept get none.
+
+    Raises:
+        BadInput: `keep` is not of the shape of the model's heads.
+    """
+    n_heads = next(iter(sites.values())).n_heads
+    if tuple(keep.shape[-2:]) != (len(sites), n_heads):
+        raise BadInput(
+            f"found a mask of shape {tuple(keep.shape)} for {len(sites)} layers of {n_heads} heads."
+            f" Give [layer, head] = [{len(sites)}, {n_heads}], or that for each example."
+        )
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+    for i, site in enumerate(sites.values()):
+        of_layer = keep[..., i, :]
+        if not bool(of_layer.all()):
+            hooks.append((site.z_name, _zeroing(of_layer)))
+    return hooks
+
+
+def _zeroing(keep: Tensor) -> Callable[..., Any]:
+    # [head] or [batch, head] to [1 or batch, 1, head, 1]
+    factors = keep.reshape(-1, 1, keep.shape[-1], 1)
+
+    def zero_heads(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
+        # Not a product with 0, which would keep NaN and infinities.
+        return torch.where(factors.to(z.device), z, torch.zeros((), dtype=z.dtype, device=z.device))
+
+    return zero_heads
