@@ -26,7 +26,11 @@ class NothingToDifferentiate(RALensError, RuntimeError):
 
 
 class BadFile(RALensError, ValueError):
-    """A file is not a cache written by ra_lens, or is damaged."""
+    """A file is missing, damaged, or not of the kind that is read here."""
+
+
+class DownloadFailed(RALensError, OSError):
+    """A published file cannot be had now: no network, no such file, or a broken connection."""
 
 
 class NotStored(RALensError, KeyError):

@@ -12,21 +12,29 @@ Example:
     task = load_task("country-capital")
     for prompt in task.sample(3, shots=2, seed=0):
         print(prompt.text, "->", prompt.answer)
+
+    split = task.split()  # 70 % train, 9 % valid, 21 % test
+    questions = split.prompts("test", shots=5)  # demonstrations come from train
     ```
 """
 
 from ra_lens.tasks.held_out import held_out_prompts, is_held_out_adjacency, is_held_out_query
 from ra_lens.tasks.library import load_task, task_names
-from ra_lens.tasks.task import Pair, Prompt, Task, TaskKind
+from ra_lens.tasks.same_length import same_length_sets
+from ra_lens.tasks.task import Pair, Part, Prompt, Split, SplitRule, Task, TaskKind
 
 __all__ = [
     "Pair",
+    "Part",
     "Prompt",
+    "Split",
+    "SplitRule",
     "Task",
     "TaskKind",
     "held_out_prompts",
     "is_held_out_adjacency",
     "is_held_out_query",
     "load_task",
+    "same_length_sets",
     "task_names",
 ]

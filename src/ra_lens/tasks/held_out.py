@@ -9,6 +9,9 @@ A fact has to be seen to be known, so what is held out is never a fact but a pro
   without demonstrations cannot be held out: it is the fact itself.
 
 The training script and the tests both ask the functions below, which depend on the words alone.
+`Task.split` of a built-in task keeps to the same rule: the test part of a list task consists of
+such triples, and test prompts with demonstrations end in such a step (`ra_lens.tasks.split`). A
+same-length set counts as the task that it was taken from.
 """
 
 import random
@@ -25,7 +28,7 @@ _ADJACENCY_ONE_IN = 10
 
 def is_held_out_query(task: Task, query: Pair) -> bool:
     """Return whether no training sequence contains `query`; possible in list tasks only."""
-    if task.name not in LIST_TASKS:
+    if task.base_name not in LIST_TASKS:
         return False
     words = sorted(query.input.split(SEPARATOR))
     return stable_int("held-out triple", *words) % _LIST_ONE_IN == 0
@@ -33,9 +36,9 @@ def is_held_out_query(task: Task, query: Pair) -> bool:
 
 def is_held_out_adjacency(task: Task, demonstration: Pair, query: Pair) -> bool:
     """Return whether `query` never follows directly on `demonstration` in training."""
-    if task.name in LIST_TASKS:
+    if task.base_name in LIST_TASKS:
         return is_held_out_query(task, demonstration) or is_held_out_query(task, query)
-    key = stable_int("held-out adjacency", task.name, demonstration.input, query.input)
+    key = stable_int("held-out adjacency", task.base_name, demonstration.input, query.input)
     return key % _ADJACENCY_ONE_IN == 0
 
 
@@ -58,7 +61,7 @@ def held_out_prompts(task: Task, n: int, *, shots: int, seed: int = 0) -> list[P
             f"n={n} and shots={shots}; task {task.name!r} with its {len(task.pairs)} pairs needs "
             f"n of at least 1 and shots from 0 to {len(task.pairs) - 1}."
         )
-    is_list = task.name in LIST_TASKS
+    is_list = task.base_name in LIST_TASKS
     queries = [pair for pair in task.pairs if is_held_out_query(task, pair) or not is_list]
     prompts: list[Prompt] = []
     order: list[Pair] = []

@@ -1,4 +1,6 @@
-"""The built-in tasks: fifteen learnt in context and six asked in a sentence.
+"""Tasks by name: from the package, from a folder, or downloaded.
+
+Built in are fifteen tasks learnt in context and six asked in a sentence.
 
 The names are those of Katz & Wolf, "Reversed Attention"; the pairs are ra_lens's own and live as
 tables in the folder ``words``. Every word is a single word, and most words serve several tasks, so
@@ -12,14 +14,14 @@ kind and name, as in ``icl/antonym``.
 import difflib
 import functools
 from importlib import resources
+from pathlib import Path
 
 from ra_lens.errors import BadInput
+from ra_lens.tasks.folder import ICL_AFTER, ICL_BEFORE, folder_names, load_from_folder
 from ra_lens.tasks.lists import LIST_TASKS, list_pairs
 from ra_lens.tasks.task import Pair, Task, TaskKind
 
 _LIST_TASK_SIZE = 300
-
-_ICL_BEFORE, _ICL_AFTER = "Q: ", "\nA:"
 
 _ICL_NAMES = (
     "adjective_v_verb_3",
@@ -50,43 +52,55 @@ _NATURAL = {
 }
 
 
-def task_names(kind: TaskKind | None = None) -> tuple[str, ...]:
-    """Return the names that `load_task` takes, the tasks of `kind` only where it is given."""
+def task_names(kind: TaskKind | None = None, source: str | Path = "builtin") -> tuple[str, ...]:
+    """Return the names that `load_task` takes, the tasks of `kind` only where it is given.
+
+    Args:
+        kind: "icl", "natural" or None for both.
+        source: as for `load_task`.
+
+    Raises:
+        BadInput: there is no such kind or folder.
+    """
+    if kind not in ("icl", "natural", None):
+        raise BadInput(f"kind={kind!r}; needed is 'icl', 'natural' or None for both.")
+    if source == "download":
+        from ra_lens.tasks.download import FILES
+
+        return () if kind == "natural" else tuple(FILES)
+    if source != "builtin":
+        return folder_names(source, kind)
     natural = tuple(f"natural/{name}" if name in _ICL_NAMES else name for name in _NATURAL)
     by_kind: dict[TaskKind | None, tuple[str, ...]] = {
         None: _ICL_NAMES + natural,
         "icl": _ICL_NAMES,
         "natural": natural,
     }
-    if kind not in by_kind:
-        raise BadInput(f"kind={kind!r}; needed is 'icl', 'natural' or None for both.")
     return by_kind[kind]
 
 
-@functools.cache
-def load_task(name: str) -> Task:
-    """Return a built-in task.
+def load_task(name: str, source: str | Path = "builtin") -> Task:
+    """Return a task.
 
     Args:
         name: one of `task_names`, or its kind and name as in ``icl/antonym``.
+        source: "builtin" for ra_lens's own lists, on which the embedded model was trained;
+            "download" for the pairs of Todd et al. as the paper uses them (see
+            `ra_lens.tasks.download`); or a folder with files of pairs (see
+            `ra_lens.tasks.folder`). A folder of one of these two names is ``Path("download")``.
 
     Raises:
-        BadInput: there is no such task; the message names close ones.
+        BadInput: there is no such task or folder; the message names close ones.
+        BadFile: the file of the task is not as it has to be.
+        DownloadFailed: the file cannot be downloaded; the message says what to do instead.
     """
-    kind, _, bare = name.rpartition("/")
-    if bare in _ICL_NAMES and kind in ("", "icl"):
-        return Task(bare, "icl", _icl_pairs(bare), _ICL_BEFORE, _ICL_AFTER)
-    if bare in _NATURAL and kind in ("", "natural"):
-        table, before, after = _NATURAL[bare]
-        unique = f"natural/{bare}" if bare in _ICL_NAMES else bare
-        return Task(unique, "natural", _read_pairs(table), before, after)
-    names = task_names()
-    close = difflib.get_close_matches(name.lower().replace(" ", "-"), names, n=3, cutoff=0.5)
-    hint = f"Close names: {', '.join(close)}. " if close else ""
-    raise BadInput(
-        f"There is no task {name!r}. {hint}"
-        f"ra_lens.tasks.task_names() lists the {len(names)} built-in tasks."
-    )
+    if source == "builtin":
+        return _built_in(name)
+    if source == "download":
+        from ra_lens.tasks.download import load_published  # late: loads what talks to the network
+
+        return load_published(name)
+    return load_from_folder(name, source)
 
 
 def word_pools() -> dict[str, tuple[str, ...]]:
@@ -95,6 +109,24 @@ def word_pools() -> dict[str, tuple[str, ...]]:
     for word, pool in _read_table("pools"):
         pools[pool] = (*pools.get(pool, ()), word)
     return pools
+
+
+@functools.cache
+def _built_in(name: str) -> Task:
+    kind, _, bare = name.rpartition("/")
+    if bare in _ICL_NAMES and kind in ("", "icl"):
+        return Task(bare, "icl", _icl_pairs(bare), ICL_BEFORE, ICL_AFTER, source="builtin")
+    if bare in _NATURAL and kind in ("", "natural"):
+        table, before, after = _NATURAL[bare]
+        unique = f"natural/{bare}" if bare in _ICL_NAMES else bare
+        return Task(unique, "natural", _read_pairs(table), before, after, source="builtin")
+    names = task_names()
+    close = difflib.get_close_matches(name.lower().replace(" ", "-"), names, n=3, cutoff=0.5)
+    hint = f"Close names: {', '.join(close)}. " if close else ""
+    raise BadInput(
+        f"There is no task {name!r}. {hint}"
+        f"ra_lens.tasks.task_names() lists the {len(names)} built-in tasks."
+    )
 
 
 def _icl_pairs(name: str) -> tuple[Pair, ...]:

@@ -6,15 +6,23 @@ Decoding in Transformer Language Models" (2024), as used by Katz & Wolf, "Revers
 Nothing here adds a beginning-of-text token: that is the business of the model's tokenizer.
 """
 
+from __future__ import annotations
+
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ra_lens.errors import BadInput
 from ra_lens.tasks._stable import draw, stable_int
 
 TaskKind = Literal["icl", "natural"]
+SplitRule = Literal["code", "text"]
+Part = Literal["train", "valid", "test"]
+
+# What `ra_lens.tasks.same_length_sets` appends to the name of the task it takes pairs from.
+_LENGTH_SUFFIX = re.compile(r"_len_\d+_\d+$")
 
 
 @dataclass(frozen=True)
@@ -32,14 +40,32 @@ class Prompt:
     Attributes:
         text: what the model reads; it ends where the answer has to begin, without a space.
         answer: what the model has to produce next, with its leading space.
-        query: the pair that is asked for.
+        query: the pair that is asked for; None for a text that is of no task.
         demonstrations: the solved pairs in front of the question, in order.
+        task: the task that asks; None for a text that is of no task. Not part of equality.
     """
 
     text: str
     answer: str
-    query: Pair
-    demonstrations: tuple[Pair, ...]
+    query: Pair | None = None
+    demonstrations: tuple[Pair, ...] = ()
+    task: Task | None = field(default=None, repr=False, compare=False)
+
+    def with_demonstrations(self, demonstrations: Sequence[Pair]) -> Prompt:
+        """Return the prompt that asks the same after other solved pairs.
+
+        The pairs need not be the task's own, so that labels can be shuffled, for example.
+
+        Raises:
+            BadInput: the prompt does not know the task or the pair it asks for.
+        """
+        if self.task is None or self.query is None:
+            missing = "task" if self.task is None else "query"
+            raise BadInput(
+                f"the prompt {self.text!r} has no {missing}, so it cannot be asked after other "
+                "demonstrations. Make it with Task.build, Task.sample or Split.prompts."
+            )
+        return self.task.build(self.query, demonstrations)
 
 
 @dataclass(frozen=True)
@@ -47,11 +73,14 @@ class Task:
     """A relation between words, with the text that goes around a word to ask for it.
 
     Attributes:
-        name: what `ra_lens.tasks.load_task` calls it; unique.
+        name: what `ra_lens.tasks.load_task` calls it; unique within a source.
         kind: "icl" (the relation shows in demonstrations only) or "natural" (the text names it).
-        pairs: every solved example.
+        pairs: every solved example; an input may occur more than once.
         before_subject: text in front of the input.
-        after_subject: text after the input; the answer follows it.
+        after_subject: text after the input; one space and the answer follow it.
+        separator: text after the answer of each solved example.
+        opening: text in front of the whole prompt.
+        source: where the pairs are from: "builtin", "download:" and a commit, the folder, or "own".
     """
 
     name: str
@@ -59,6 +88,14 @@ class Task:
     pairs: tuple[Pair, ...]
     before_subject: str
     after_subject: str
+    separator: str = "\n\n"
+    opening: str = ""
+    source: str = "own"
+
+    @property
+    def base_name(self) -> str:
+        """Name of the task that a same-length set was taken from; else the task's own name."""
+        return _LENGTH_SUFFIX.sub("", self.name)
 
     def answer(self, pair: Pair) -> str:
         """Return the text a model has to produce for `pair`: its output after one space."""
@@ -74,8 +111,40 @@ class Task:
         Returns:
             A text that ends right where the answer has to begin, without a trailing space.
         """
-        solved = (self._ask(pair.input) + self.answer(pair) + "\n\n" for pair in demonstrations)
-        return "".join(solved) + self._ask(query.input if isinstance(query, Pair) else query)
+        solved = "".join(
+            self._ask(pair.input) + self.answer(pair) + self.separator for pair in demonstrations
+        )
+        return self.opening + solved + self._ask(query.input if isinstance(query, Pair) else query)
+
+    def with_format(
+        self,
+        *,
+        before_subject: str | None = None,
+        after_subject: str | None = None,
+        separator: str | None = None,
+        opening: str | None = None,
+    ) -> Task:
+        """Return the same pairs asked for in another way; what is None stays as it is.
+
+        The prompts that the text of the paper shows begin with a line break and have single ones
+        between examples: ``opening="\\n", separator="\\n"``. A natural question in the frame of an
+        ICL one: ``before_subject=f"Q: {task.before_subject}"`` and
+        ``after_subject=f"{task.after_subject}\\nA:"``. As an answer brings its own space,
+        `after_subject` should not end in one.
+
+        Args:
+            before_subject: text in front of the input.
+            after_subject: text after the input.
+            separator: text after the answer of each solved example.
+            opening: text in front of the whole prompt.
+        """
+        return replace(
+            self,
+            before_subject=self.before_subject if before_subject is None else before_subject,
+            after_subject=self.after_subject if after_subject is None else after_subject,
+            separator=self.separator if separator is None else separator,
+            opening=self.opening if opening is None else opening,
+        )
 
     def sample(self, n: int, *, shots: int = 0, seed: int = 0) -> list[Prompt]:
         """Return `n` prompts, the same for the same arguments on every machine.
@@ -116,7 +185,24 @@ class Task:
             answer=self.answer(query),
             query=query,
             demonstrations=tuple(demonstrations),
+            task=self,
         )
+
+    def split(self, rule: SplitRule = "code", *, seed: int = 42) -> Split:
+        """Divide the pairs into three parts; `ra_lens.tasks.split` says how.
+
+        Args:
+            rule: "code" for the parts that the paper's code makes (70 % train, 9 % valid, 21 %
+                test) or "text" for those that its text describes (a third test).
+            seed: of the permutation; 42 gives the published parts.
+
+        Raises:
+            BadInput: too few pairs for three parts, or no such rule or seed.
+        """
+        from ra_lens.tasks.split import divide
+
+        train, valid, test = divide(self, rule, seed)
+        return Split(self, train, valid, test)
 
     def _ask(self, subject: str) -> str:
         return self.before_subject + subject + self.after_subject
@@ -128,3 +214,54 @@ class Task:
             raise BadInput(f"shots={shots}; the number of demonstrations is 0 or more.")
         if not self.pairs:
             raise BadInput(f"Task {self.name!r} has no pairs; at least 1 is needed to ask for.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The pairs of a task in three parts, each in the order in which it is used.
+
+    Attributes:
+        task: the task; the prompts are asked in its format.
+        train: pairs to learn from; every demonstration is one of these.
+        valid: pairs to choose with.
+        test: pairs to measure on.
+    """
+
+    task: Task
+    train: tuple[Pair, ...]
+    valid: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+
+    def prompts(
+        self,
+        part: Part,
+        *,
+        shots: int = 0,
+        n: int | None = None,
+        seed: int = 0,
+        with_replacement: bool = False,
+    ) -> list[Prompt]:
+        """Return prompts that ask for the pairs of one part, after demonstrations from `train`.
+
+        The first `n` pairs are asked for, in the order of the part. Demonstrations are drawn anew
+        for each query, without replacement, and never have the query's input. They depend on the
+        task's name, the part, `seed`, `shots` and the query's place, so that a smaller `n` gives
+        the first prompts of a larger one.
+
+        The last demonstration of a test prompt of a built-in task is one that the embedded model
+        never saw in front of that query, wherever `train` has one; see `ra_lens.tasks.held_out`.
+
+        Args:
+            part: "train", "valid" or "test".
+            shots: how many demonstrations in front of each question.
+            n: how many prompts; None for as many as the part has pairs.
+            seed: another seed gives other demonstrations (and queries, where they are drawn).
+            with_replacement: draw the queries at random, so that one may come twice and `n` may be
+                larger than the part. The queries do not depend on `shots`.
+
+        Raises:
+            BadInput: there is no such part, or `n` or `shots` is out of range.
+        """
+        from ra_lens.tasks.split import ask
+
+        return ask(self, part, shots, n, seed, with_replacement)
