@@ -2,7 +2,7 @@
 
 Nothing here comes from ra_lens or TransformerLens. During a forward pass `torch.softmax` of the
 attention is replaced by one that keeps its input S (so that autograd gives dL/dS) and can add a
-perturbation to it (so that finite differences do).
+perturbation to it (so that finite differences do), or to its output A.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Reference:
 
     @contextmanager
     def _open_softmax(
-        self, deltas: dict[int, Tensor]
+        self, deltas: dict[int, Tensor], pattern_deltas: dict[int, Tensor]
     ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         original = nn.functional.softmax
         scores: list[Tensor] = []
@@ -63,7 +63,8 @@ class Reference:
                 x.retain_grad()
             scores.append(x)
             patterns.append(original(x, dim=-1))
-            return patterns[-1]
+            added = pattern_deltas.get(len(patterns) - 1)
+            return patterns[-1] if added is None else patterns[-1] + added
 
         nn.functional.softmax = softmax
         try:
@@ -72,14 +73,26 @@ class Reference:
         finally:
             nn.functional.softmax = original
 
-    def logits(self, ids: Tensor, deltas: dict[int, Tensor] | None = None) -> Tensor:
-        """Logits, with `deltas` (by layer) added to the softmax inputs."""
-        with torch.no_grad(), self._open_softmax(deltas or {}):
-            return self.model(ids).logits
+    def logits(
+        self,
+        ids: Tensor,
+        deltas: dict[int, Tensor] | None = None,
+        pattern_deltas: dict[int, Tensor] | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """Logits, with `deltas` (by layer) added to the softmax inputs and `pattern_deltas` to
+        the softmax outputs; `inputs` are further arguments of the model."""
+        with torch.no_grad(), self._open_softmax(deltas or {}, pattern_deltas or {}):
+            return self.model(ids, **inputs).logits
 
-    def score_gradients(self, ids: Tensor, loss: Loss) -> tuple[list[Tensor], list[Tensor]]:
+    def score_gradients(
+        self, ids: Tensor, loss: Loss, pattern_deltas: dict[int, Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """dL/dS and A per layer, each [batch, head, query, key], by autograd."""
-        with torch.enable_grad(), self._open_softmax({}) as (scores, patterns):
+        with (
+            torch.enable_grad(),
+            self._open_softmax({}, pattern_deltas or {}) as (scores, patterns),
+        ):
             total = loss(self.model(ids).logits)
             gradients = torch.autograd.grad(total, scores)
         return list(gradients), [p.detach() for p in patterns]

@@ -9,7 +9,7 @@ import torch
 
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.sites import as_lens
+from ra_lens.sites import Site
 from tiny_models import (
     CASES,
     EDITABLE,
@@ -23,6 +23,7 @@ from tiny_models import (
 
 POS, TARGET = 6, 8
 IDS = random_ids(3, POS)
+IDS_TOY = torch.tensor([[0, 1]])
 
 
 def pattern_of(layer):
@@ -74,7 +75,7 @@ def test_rows_stay_sums_of_one_with_ra_and_become_two_with_the_pattern(arch, kin
             torch.testing.assert_close(sums, torch.full_like(sums, total), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+@pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_the_loss_moves_as_the_gradient_at_the_pattern_predicts(arch, kind, shared):
     # new − old = scale · Σ G ⊙ R + O(scale²), layer by layer and head by head.
     model, ids = shared(arch, kind, torch.float64), IDS[:1]
@@ -141,7 +142,7 @@ def test_patches_compose_with_transformer_lens_activation_patching(kind, shared)
         assert float(table[layer, position]) == pytest.approx(float(wanted), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+@pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_maps_of_each_example_patch_that_example(arch, kind, shared):
     model = shared(arch, kind)
     _, ra = run_with_ra(model, IDS, target=TARGET)
@@ -153,29 +154,71 @@ def test_maps_of_each_example_patch_that_example(arch, kind, shared):
         assert relative(together[i], alone[0]) < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_of_another_length_is_refused(kind, shared):
-    model = shared("gpt2", kind)
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_prompt_of_another_length_is_refused(arch, kind, shared):
+    model = shared(arch, kind)
     _, ra = run_with_ra(model, IDS, target=TARGET)
     hooks = ra.mean().patch_hooks(scale=-30.0)
     needed = (
-        r"pattern of 5×5 tokens and 4 heads at layer 0.*has 6×6 and 4.*Use prompts of the length"
+        r"found 5 tokens at layer 0, but the map to add has 6, and align='exact' needs both equal. "
+        r"Use prompts of the length.*align='left'.*align='right'"
     )
     with pytest.raises(BadInput, match=needed):
         logits_with(model, hooks, IDS[:, :5])
+    assert relative(logits_with(model, []), model(IDS).detach()) < 1e-6
 
 
-@pytest.mark.parametrize(("arch", "kind"), sorted(OBSERVE_ONLY & set(CASES)))
-def test_an_observed_pattern_cannot_be_patched_and_says_so(arch, kind, fresh):
-    model = fresh(arch, kind)
-    unknown = as_lens(model).sites
+@pytest.mark.parametrize("what", ["ra", "pattern"])
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_patching_is_adding_to_the_softmax_output_in_hugging_face(
+    arch, kind, what, shared, reference
+):
+    model, scale = shared(arch, kind), {"ra": -30.0, "pattern": 1.0}[what]
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    deltas = {i: scale * ra[what, i].double().mean(0) for i in range(N_LAYERS)}
+    wanted = reference(arch).logits(IDS, pattern_deltas=deltas)
+    assert relative(logits_with(model, []), wanted) > 1e-2
+    found = logits_with(model, ra.mean().patch_hooks(scale=scale, kind=what))
+    assert relative(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+def test_adding_to_the_scores_is_adding_to_the_softmax_input_in_hugging_face(
+    arch, kind, shared, reference
+):
+    model = shared(arch, kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    # Large steps: e^200 would overflow if exponentials were taken as they are.
+    for scale in (-30.0, 200 / float(ra.stack().abs().max())):
+        deltas = {i: scale * ra["ra", i].double().mean(0) for i in range(N_LAYERS)}
+        wanted = reference(arch).logits(IDS, deltas)
+        found = logits_with(model, ra.mean().patch_hooks(scale=scale, at="scores"))
+        assert relative(found, wanted) < 1e-4
+        assert relative(logits_with(model, []), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"renormalise": True}, {"at": "scores"}])
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_bfloat16_models_are_patched(arch, kind, options, shared):
+    if options and (arch, kind) in OBSERVE_ONLY:
+        pytest.skip("refused on observed patterns, which another test shows")
+    model, wide = shared(arch, kind, torch.bfloat16), shared(arch, kind)
+    _, ra = run_with_ra(wide, IDS, target=TARGET)
+    hooks = ra.mean().patch_hooks(scale=-10.0, **options)
+    wanted = logits_with(wide, hooks)
+    found = logits_with(model, hooks)
+    assert relative(found, wanted) < 0.2
+    assert relative(found, wanted) < 0.5 * relative(logits_with(wide, []), wanted)
+
+
+def test_it_must_be_known_whether_an_edit_changes_anything():
+    bridges = [case for case in CASES if case[1] == "TransformerBridge"]
+    if not bridges:
+        pytest.skip("HookedTransformer always goes on with the pattern hooked")
+    sites = {0: Site(0, "blocks.0.attn", N_HEADS, N_HEADS, 1.0, observe_only=None)}
     zeros = {0: torch.zeros(N_HEADS, POS, POS)}
     with pytest.raises(UnsupportedModel, match=r"not known whether.*layers \[0\].*run_with_ra"):
-        patch_hooks(zeros, unknown, scale=1.0)
-    _, ra = run_with_ra(model, IDS, target=TARGET)
-    needed = r"layers \[0, 1, 2\] is observe-only.*would do nothing.*HookedTransformer"
-    with pytest.raises(UnsupportedModel, match=needed):
-        ra.mean().patch_hooks(scale=-30.0)
+        patch_hooks(zeros, sites, scale=1.0)
 
 
 @pytest.fixture
@@ -233,6 +276,44 @@ def test_a_toy_on_paper(toy):
     hooks = ra.mean().patch_hooks(scale=-8 / 3)
     patched = toy.run_with_hooks(torch.tensor([[0, 1]]), fwd_hooks=hooks)
     assert float(patched[0, -1, 0].detach()) == pytest.approx(5.0)
+
+
+def test_variants_on_paper(toy):
+    # A = (3/4, 1/4), R = (−3/32, 3/32); logit 0 = 3 + 2 A'_0 + 3 A'_1. Row 0 of R is 0.
+    _, ra = run_with_ra(toy, IDS_TOY, metric=lambda logits: logits[:, -1, 0])
+    mean = ra.mean()
+
+    def logit(**options):
+        hooks = mean.patch_hooks(**options)
+        return float(toy.run_with_hooks(IDS_TOY, fwd_hooks=hooks)[0, -1, 0].detach())
+
+    # −8: D = (3/4, −3/4), A + D = (3/2, −1/2): logit 3 + 3 − 3/2 = 9/2;
+    # renormalised (3/2, 0) / (3/2) = (1, 0): logit 5.
+    assert logit(scale=-8.0) == pytest.approx(9 / 2)
+    assert logit(scale=-8.0, renormalise=True) == pytest.approx(5.0)
+    # +1 · A: A + A = (3/2, 1/2), logit 3 + 3 + 3/2 = 15/2; renormalised it is A again: 21/4.
+    assert logit(scale=1.0, kind="pattern") == pytest.approx(15 / 2)
+    assert logit(scale=1.0, kind="pattern", renormalise=True) == pytest.approx(21 / 4)
+    # At the scores with D = (ln 2/2, −ln 2/2): odds 3 · 2 = 6, A' = (6/7, 1/7), logit 36/7.
+    step = -math.log(2) * 16 / 3
+    assert logit(scale=step, at="scores") == pytest.approx(3 + 15 / 7)
+    # Only row 1 is read; row 0 has nothing to add.
+    assert logit(scale=-8.0, rows=1) == pytest.approx(9 / 2)
+    assert logit(scale=-8.0, rows=[-1]) == pytest.approx(9 / 2)
+    assert logit(scale=-8.0, rows=slice(0, 1)) == pytest.approx(21 / 4)
+    assert logit(scale=1.0, kind="pattern", rows=0) == pytest.approx(21 / 4)
+    assert logit(scale=-8.0, heads=["L0H0"]) == pytest.approx(9 / 2)
+
+
+def test_alignment_on_paper(toy):
+    # Maps of one token are [[x]]; with A = (3/4, 1/4) at row 1, x = 1 goes to (0, 0) with "left",
+    # which is not read, and to (1, 1) with "right": A' = (3/4, 5/4), logit 3 + 3/2 + 15/4.
+    _, ra = run_with_ra(toy, IDS_TOY, metric=lambda logits: logits[:, -1, 0])
+    ones = {0: torch.ones(1, 1, 1)}
+    for align, wanted in (("left", 21 / 4), ("right", 33 / 4)):
+        hooks = patch_hooks(ones, ra.sites, scale=1.0, align=align)
+        found = toy.run_with_hooks(IDS_TOY, fwd_hooks=hooks)[0, -1, 0]
+        assert float(found.detach()) == pytest.approx(wanted)
 
 
 def test_the_toy_with_a_probability(toy):

@@ -6,9 +6,7 @@ prompts needs the memory of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from ra_lens.cache_info import full_name, in_order, map_name, read_kind
 from ra_lens.errors import BadInput, NotStored
-from ra_lens.patching import patch_hooks
-from ra_lens.sites import Site
+from ra_lens.patching import Align, Heads, HookPairs, Rows, Where, patch_hooks
+from ra_lens.sites import Layers, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +45,64 @@ class MeanMaps:
         return self._maps[name]
 
     def patch_hooks(
-        self, *, scale: int | float, kind: str = "ra"
-    ) -> list[tuple[str, Callable[..., Any]]]:
-        """Forward hooks that add `scale` times the mean maps to the pattern of every head.
+        self,
+        *,
+        scale: int | float,
+        kind: str = "ra",
+        heads: Heads = None,
+        layers: Layers = None,
+        rows: Rows = None,
+        align: Align = "exact",
+        renormalise: bool = False,
+        at: Where = "pattern",
+        attention_mask: Tensor | None = None,
+    ) -> HookPairs:
+        """Forward hooks that add `scale` times the mean maps to the pattern: A' = A + scale · map.
+
+        They work in `model.hooks`, `run_with_hooks`, `run_with_ra` and `model.generate`; what
+        generated tokens get is told in `ra_lens.patching.patch_hooks`.
 
         Args:
             scale: Factor; the paper uses −30 for RA (a descent step) and +1 for `pattern`.
             kind: `"ra"` or `"pattern"`.
+            heads: `(layer, head)` pairs, labels like `"L3H5"`, or a ranking's `top(k)`. Default:
+                all.
+            layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
+                heads given that lie in these layers.
+            rows: Query rows of the maps to add: ints (negative: from the map's end) or a slice.
+                Default: all.
+            align: For prompts of other lengths than the maps: `"left"` lays the maps on the
+                beginning, `"right"` on the end. `"exact"` refuses them.
+            renormalise: Set negative entries of A' to 0 and give each row the sum it had.
+            at: `"scores"` adds to the softmax input instead of to the softmax output.
+            attention_mask: `[batch, pos]`, 1 at real tokens: aligns within each example's own
+                tokens in batches with padding.
 
         Returns:
-            `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)` or `run_with_hooks`.
+            `(hook name, hook)` pairs.
 
         Raises:
             NotStored: that kind was not averaged.
-            UnsupportedModel: a layer where an edit of hook_pattern changes nothing.
+            BadInput: options that cannot be used, or heads, layers or rows there are no maps for.
+            UnsupportedModel: a layer where this cannot be added exactly.
         """
         names = {layer: map_name(layer, read_kind(kind)) for layer in self.sites}
         maps = {layer: self._maps[name] for layer, name in names.items() if name in self._maps}
         if not maps:
             raise NotStored(f"found no mean maps of kind {kind!r}: {', '.join(self._maps)}.")
-        return patch_hooks(maps, self.sites, scale=scale)
+        return patch_hooks(
+            maps,
+            self.sites,
+            scale=scale,
+            heads=heads,
+            layers=layers,
+            rows=rows,
+            align=align,
+            renormalise=renormalise,
+            at=at,
+            attention_mask=attention_mask,
+            n_layers=self.n_layers,
+        )
 
 
 @dataclass(eq=False)

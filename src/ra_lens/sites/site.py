@@ -31,6 +31,8 @@ class Site:
         scale: Softmax scale c, so that the softmax input is c·q·k.
         observe_only: True where hook_pattern only shows a copy of what the model has already used:
             an edit there changes nothing. None until a run has shown which it is.
+        window: Keys that a query reaches, itself included, where attention is local; a key/value
+            cache drops what lies outside.
     """
 
     layer: int
@@ -39,6 +41,7 @@ class Site:
     n_key_value_heads: int
     scale: float
     observe_only: bool | None = None
+    window: int | None = None
 
     @property
     def pattern_name(self) -> str:
@@ -54,6 +57,11 @@ class Site:
     def z_name(self) -> str:
         """Full hook name of what the heads give to W_O, `[batch, pos, head, d_head]`."""
         return f"{self.prefix}.hook_z"
+
+    @property
+    def block_output_name(self) -> str:
+        """Full hook name of the residual stream after the block (TransformerBridge)."""
+        return f"blocks.{self.layer}.hook_out"
 
     def kv_group(self, head: int) -> int:
         """Index of the key/value head that query head `head` reads (grouped queries)."""
@@ -85,6 +93,7 @@ def find_sites(model: Any, hook_names: Iterable[str]) -> dict[int, Site]:
             n_heads=n_heads,
             n_key_value_heads=n_kv,
             scale=softmax_scale(model.blocks[layer].attn, layer),
+            window=attention_window(model.blocks[layer].attn),
         )
         for layer in layers
     }
@@ -120,6 +129,18 @@ def softmax_scale(attn: Any, layer: int) -> float:
         f"{[name for name, _ in _SCALE_ATTRIBUTES]}. Reversed Attention is defined with that "
         "scale (R = scale · dL/dscores); please report the architecture."
     )
+
+
+def attention_window(attn: Any) -> int | None:
+    """Read from a Hugging Face attention module how many keys a query reaches; None: all.
+
+    HookedTransformer has local attention too, but its key/value cache drops nothing.
+    """
+    original = getattr(attn, "original_component", None)
+    # Modules whose layers differ hold their own; others leave it in the configuration.
+    owner = original if hasattr(original, "sliding_window") else getattr(original, "config", None)
+    window = getattr(owner, "sliding_window", None)
+    return int(window) if isinstance(window, int) else None
 
 
 def spell_layers(layers: Sequence[int]) -> str:

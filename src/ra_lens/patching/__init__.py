@@ -1,0 +1,21 @@
+"""Attention patching: add scaled maps to the pattern, without touching weights (paper section 5.3).
+
+    A' = A + scale · map
+
+after the softmax, and not renormalised: rows of R sum to 0, so rows of A' still sum to 1; with a
+forward pattern added they do not. RA's scale is negative, a descent step. Two variants stay
+attention: `renormalise=True` and `at="scores"` (see `ra_lens.patching.edits`).
+
+    hooks.py      the `(name, hook)` pairs
+    choose.py     which heads, layers and rows
+    place.py      where a map lies in a pattern of another length, under padding and caches
+    edits.py      what is done to the pattern
+    through_z.py  the same addition where an edit of the pattern is discarded
+"""
+
+from ra_lens.patching.choose import Heads, Rows
+from ra_lens.patching.edits import Where
+from ra_lens.patching.hooks import HookPairs, patch_hooks
+from ra_lens.patching.place import Align
+
+__all__ = ["Align", "Heads", "HookPairs", "Rows", "Where", "patch_hooks"]

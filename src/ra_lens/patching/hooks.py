@@ -1,0 +1,196 @@
+"""`patch_hooks`: `(hook name, hook)` pairs that add maps to the pattern of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.patching.addition import Addition, Placer
+from ra_lens.patching.choose import Heads, Rows, choose_heads, choose_rows
+from ra_lens.patching.edits import Where, added, renormalised, stepped
+from ra_lens.patching.place import ALIGNMENTS, Align, read_mask
+from ra_lens.patching.through_z import ThroughZ
+from ra_lens.sites import Layers, Site
+
+HookPairs = list[tuple[str, Callable[..., Any]]]
+
+
+def patch_hooks(
+    maps: Mapping[int, Tensor],
+    sites: Mapping[int, Site],
+    *,
+    scale: int | float,
+    heads: Heads = None,
+    layers: Layers = None,
+    rows: Rows = None,
+    align: Align = "exact",
+    renormalise: bool = False,
+    at: Where = "pattern",
+    attention_mask: Tensor | None = None,
+    n_layers: int | None = None,
+) -> HookPairs:
+    """Forward hooks that add `scale` times a map to the pattern of each layer.
+
+    Keys after the query never get anything. In `model.generate`, what newly generated tokens get
+    depends on `align`. `"left"`: nothing, with and without a key/value cache. `"right"`: the map
+    ends at the newest token. Without a cache the whole map moves along at every step; with one,
+    each new token gets the last row of the map when it is generated, and what earlier tokens got
+    stays with them; so the two generate different texts. `"exact"`: a BadInput at the first of
+    them.
+
+    Where an edit of hook_pattern is discarded (`site.observe_only`: OPT, GPT-J and others on the
+    TransformerBridge), the same addition is made through z, which costs two products of a pattern
+    with the values, and is checked in every forward pass. It needs all values in that pass:
+    with a key/value cache only tokens that get nothing can follow, as with RA maps and
+    `align="left"`; else it raises, and `generate` needs `use_past_kv_cache=False`.
+
+    Args:
+        maps: By layer, `[head, query, key]` (the same for all examples) or with a batch dimension.
+        sites: The attention layers, by layer.
+        scale: Factor; negative for RA, whose descent lowers the loss.
+        heads: `(layer, head)` pairs (negative: from the end), labels like `"L3H5"`, or
+            `HeadScore`s, such as a ranking's `top(k)`. Default: all.
+        layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
+            heads given that lie in these layers.
+        rows: Query rows of the maps to add, counted in the map: ints (negative: from its end) or
+            a slice. Default: all.
+        align: Where a map of N tokens goes in a prompt of n. `"exact"`: n must be N. `"left"`:
+            row and column i go to position i; positions beyond the map get nothing, and a longer
+            map is cropped at its end. `"right"`: the ends lie on each other; a longer map is
+            cropped at its beginning.
+        renormalise: Set negative entries of A' to 0 and give each row the sum it had (1; padding
+            rows of 0 stay 0; a row in which nothing is left becomes 0).
+        at: `"pattern"`, or `"scores"`: the addition is made to the softmax input instead, in
+            units of the scores. Computed from the pattern, so it stays where hook_pattern is in
+            the order of hooks; entries of A that are 0 stay 0. With attention sinks, the share
+            that goes to the sink is kept.
+        attention_mask: `[batch, pos]`, 1 at real tokens, for batches with padding: positions are
+            then counted within each example, and padding gets nothing. Tokens generated beyond
+            its width count as real. Without it maps are placed by column, whatever is in it: with
+            padding, `"left"` and `"exact"` (padding on the left) or `"right"` (on the right)
+            would lay the map on padding.
+        n_layers: Layers of the model, from which negative layers count. Default: up to the last
+            of `sites`.
+
+    Returns:
+        `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`, `run_with_hooks` or
+        `run_with_ra`; they compose with other hooks in the order of registration. Where the
+        addition is made through z, they must come before other hooks that change z. A hook raises
+        BadInput when the pattern it meets does not fit, and UnsupportedModel where the addition
+        cannot be made exactly.
+
+    Raises:
+        BadInput: options that cannot be used, or heads, layers or rows there are no maps for.
+        UnsupportedModel: a layer of which it is not known whether an edit changes anything, or
+            `renormalise` or `at="scores"` where the pattern is only observed.
+    """
+    _check_options(scale, align, at, renormalise=renormalise)
+    _check_maps(maps, sites)
+    present = {layer: sites[layer] for layer in sorted(maps)}
+    total = n_layers or max(sites) + 1
+    chosen = choose_heads(present, heads=heads, layers=layers, n_layers=total)
+    _check_routes([sites[layer] for layer in chosen], variant=renormalise or at == "scores")
+    placer = Placer(align, read_mask(attention_mask))
+    pairs: HookPairs = []
+    for layer, of_layer in chosen.items():
+        addition = Addition(
+            maps[layer],
+            float(scale),
+            layer=layer,
+            heads=of_layer,
+            rows=choose_rows(rows, maps[layer].shape[-1]),
+            placer=placer,
+        )
+        if sites[layer].observe_only:
+            pairs.extend(ThroughZ(sites[layer], addition).pairs())
+        else:
+            hook = _editing(sites[layer], addition, at=at, renormalise=renormalise)
+            pairs.append((sites[layer].pattern_name, hook))
+    return pairs
+
+
+def _editing(site: Site, addition: Addition, *, at: Where, renormalise: bool) -> Callable[..., Any]:
+    def add_map(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
+        n_examples, n_heads, n_queries, n_keys = pattern.shape
+        if _dropped_keys(site, n_queries, n_keys):
+            if _beyond(addition, n_keys - n_queries):
+                return None
+            raise UnsupportedModel(
+                f"layer {site.layer} attends to the last {site.window} tokens, and its key/value "
+                "cache has dropped earlier ones, so positions cannot be told. Generate with "
+                "use_past_kv_cache=False."
+            )
+        placed = addition.on(n_examples, n_heads, n_queries, n_keys, pattern.device)
+        if placed is None:
+            return None
+        if at == "scores":
+            return stepped(pattern, placed.addition, placed.reached)
+        if renormalise:
+            return renormalised(pattern, placed.addition, placed.reached)
+        return added(pattern, placed.addition)
+
+    return add_map
+
+
+def _dropped_keys(site: Site, n_queries: int, n_keys: int) -> bool:
+    """Whether a key/value cache may hold fewer keys than there were tokens."""
+    return site.window is not None and n_queries < n_keys and n_keys >= site.window
+
+
+def _beyond(addition: Addition, first: int) -> bool:
+    """Whether queries at position `first` or later get nothing, wherever they are."""
+    placer = addition.placer
+    return placer.align == "left" and placer.mask is None and first >= addition.n_tokens
+
+
+def _check_options(scale: float, align: str, at: str, *, renormalise: bool) -> None:
+    if not math.isfinite(scale):
+        raise BadInput(f"found scale={scale}; give a finite number.")
+    if align not in ALIGNMENTS:
+        raise BadInput(f"found align={align!r}; give one of {', '.join(map(repr, ALIGNMENTS))}.")
+    if at not in ("pattern", "scores"):
+        raise BadInput(f"found at={at!r}; give 'pattern' or 'scores'.")
+    if renormalise and at == "scores":
+        raise BadInput(
+            "found renormalise=True with at='scores', which keeps the sum of every row by itself. "
+            "Leave renormalise out."
+        )
+
+
+def _check_maps(maps: Mapping[int, Tensor], sites: Mapping[int, Site]) -> None:
+    if not maps:
+        raise BadInput("found no maps to add. Give one for each layer to patch.")
+    for layer, value in maps.items():
+        if layer not in sites:
+            raise BadInput(
+                f"found a map for layer {layer}, but sites has layers {sorted(sites)}. Give both "
+                "from the same model."
+            )
+        square = value.ndim in (3, 4) and value.shape[-1] == value.shape[-2]
+        if not square or value.shape[-3] != sites[layer].n_heads:
+            raise BadInput(
+                f"found a map of shape {tuple(value.shape)} for layer {layer}; [head, query, key] "
+                f"or [batch, head, query, key] with {sites[layer].n_heads} heads and as many "
+                "queries as keys is needed."
+            )
+
+
+def _check_routes(sites: list[Site], *, variant: bool) -> None:
+    unknown = [site.layer for site in sites if site.observe_only is None]
+    if unknown:
+        raise UnsupportedModel(
+            f"it is not known whether an edit of hook_pattern at layers {unknown} changes anything "
+            "in this model. Get the maps from run_with_ra, which finds out."
+        )
+    observed = [site.layer for site in sites if site.observe_only]
+    if observed and variant:
+        raise UnsupportedModel(
+            f"hook_pattern of layers {observed} is observe-only in this model: an edit there is "
+            "discarded. Maps can be added through z, but renormalise=True and at='scores' need "
+            "the pattern before it is used. Leave them out, or load the model as a "
+            "HookedTransformer (TransformerLens 2 or 3)."
+        )
