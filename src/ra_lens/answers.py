@@ -10,7 +10,7 @@ Cost: one forward pass without gradients, unembedding one position per question.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,11 @@ class Questions:
         """First token of each answer."""
         return torch.tensor([answer[0] for answer in self.answers])
 
+    def repeated(self, times: int) -> Questions:
+        """The same questions several times over."""
+        prompts = replace(self.prompts, ids=self.prompts.ids * times, texts=None)
+        return Questions(prompts, self.answers * times)
+
 
 def read_questions(
     lens: Lens, prompts: Sequence[Prompt], *, prepend_bos: bool | None = None
@@ -72,7 +77,8 @@ class Marks:
     """How a model answered: one value per question.
 
     Attributes:
-        rank: 1 where the right answer is the top prediction.
+        rank: 1 where the right answer is the top prediction; one that shares its logit with others
+            ranks after them, so that a model whose logits are all equal answers nothing.
         logit_diff: Logit of the right answer minus that of the best other token.
         probability: Of the right answer, in float64.
     """
@@ -80,6 +86,10 @@ class Marks:
     rank: Int[Tensor, "question"]
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
+
+    def part(self, questions: slice) -> Marks:
+        """The marks of some of the questions."""
+        return Marks(self.rank[questions], self.logit_diff[questions], self.probability[questions])
 
     def accuracy(self, k: int = 1) -> float:
         """Share of the questions whose answer is among the top `k`."""
@@ -129,10 +139,11 @@ def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "questi
     ids = answers.to(wide.device).unsqueeze(1)
     right = wide.gather(1, ids)
     others = wide.scatter(1, ids, float("-inf"))
+    exact = wide.cpu() if wide.device.type == "mps" else wide  # which has no float64
     return Marks(
-        rank=((wide > right).sum(dim=1) + 1).cpu(),
+        rank=((others >= right).sum(dim=1) + 1).cpu(),
         logit_diff=(right.squeeze(1) - others.amax(dim=1)).cpu(),
-        probability=wide.double().softmax(dim=1).gather(1, ids).squeeze(1).cpu(),
+        probability=exact.double().softmax(dim=1).gather(1, ids.to(exact.device)).squeeze(1).cpu(),
     )
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ra_lens.errors import BadInput
-from ra_lens.sites import Site
+from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.sites import Lens, Site
 
 
 def mask_hooks(
@@ -50,12 +50,36 @@ def mask_hooks(
     return hooks
 
 
+def by_head(z: Float[Tensor, "batch pos *rest"], n_heads: int) -> Tensor:
+    """Give z as `[batch, pos, head, d_head]`, heads as the pattern counts them.
+
+    TransformerBridge splits z of models with latent attention (MLA) into another number of heads.
+    """
+    return z.reshape(z.shape[0], z.shape[1], n_heads, -1)
+
+
+def need_heads(lens: Lens) -> None:
+    """Raise if what the heads give to W_O cannot be reached.
+
+    Raises:
+        UnsupportedModel: a layer without hook_z, whose hooks TransformerBridge would ignore.
+    """
+    missing = [site.z_name for site in lens.sites.values() if site.z_name not in lens.hook_points]
+    if missing:
+        raise UnsupportedModel(
+            f"{lens.name} has no hook point {missing[0]!r}, so single heads can be neither zeroed "
+            "nor replaced. Use a method that reads maps only, such as 'ra'."
+        )
+
+
 def _zeroing(keep: Tensor) -> Callable[..., Any]:
     # [head] or [batch, head] to [1 or batch, 1, head, 1]
+    n_heads = keep.shape[-1]
     factors = keep.reshape(-1, 1, keep.shape[-1], 1)
 
     def zero_heads(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
         # Not a product with 0, which would keep NaN and infinities.
-        return torch.where(factors.to(z.device), z, torch.zeros((), dtype=z.dtype, device=z.device))
+        zero = torch.zeros((), dtype=z.dtype, device=z.device)
+        return torch.where(factors.to(z.device), by_head(z, n_heads), zero).reshape(z.shape)
 
     return zero_heads

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.sites.folding import value_biases_folded
 from ra_lens.sites.site import Site, find_sites, spell_layers
 
 # Whether hook_pattern is only observed at a layer, as shown by an earlier run of the same model.
@@ -145,6 +146,14 @@ class Lens:
         """Id written at padded positions; what it is never matters, they are masked."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
+
+    @property
+    def value_biases_folded(self) -> bool:
+        """Whether value biases were moved into output biases, so that zeroing z leaves them behind.
+
+        Read from the weights (see `ra_lens.sites.folding`), as they are now.
+        """
+        return value_biases_folded(self._model, self.sites)
 
     # ---- text -----------------------------------------------------------------------------------
 

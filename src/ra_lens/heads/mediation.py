@@ -1,0 +1,221 @@
+"""Causal mediation: what the answer's probability does when one head is changed.
+
+    cm1[l, h] = mean over prompts of  p(answer) − p(answer | head zeroed)
+    cm2[l, h] = mean over prompts of  p(answer | head := its mean) − p(answer)
+
+p is that of the answer's first token at the last position of the prompt, in float64. Both are
+positive for a head that matters; the published code gives CM1 with the opposite sign.
+
+CM1 sets z of the head to zero at every position (`ra_lens.masking`); `cm1_last` at the last token
+only, as section 5.2 of the paper may be read. CM2 follows Todd et al., "Function Vectors in Large
+Language Models" (2024): z of each head at the last token is averaged over the prompts given, whose
+demonstrations are right, and put at the last token of the same prompts with shuffled labels. With
+no or one demonstration nothing can be shuffled: the mean then replaces what the head knew of this
+query, and the heads that matter have negative scores.
+
+Cost per prompt: 1 forward pass for CM1 and 2 for CM2, and one row of a batch for every head.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ra_lens.answers import FwdHooks, Questions, ask, last_logits, mark
+from ra_lens.errors import RALensWarning
+from ra_lens.heads.registry import RankingContext, ranking_method
+from ra_lens.masking import by_head, mask_hooks, need_heads
+from ra_lens.prompts import Prompts
+from ra_lens.tasks import Pair, Prompt
+
+# One row of a batch: which question, and which head of it is changed, as indices of the scores.
+Row = tuple[int, int, int]
+Edit = Callable[[Sequence[Row], Prompts], FwdHooks]
+
+
+@ranking_method("cm1", title="causal mediation, head zeroed")
+def cm1_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """What the answer's probability loses when a head is zero at every position."""
+
+    def edit(rows: Sequence[Row], _prompts: Prompts) -> FwdHooks:
+        keep = torch.ones(len(rows), *context.shape, dtype=torch.bool)
+        for row, (_, layer, head) in enumerate(rows):
+            keep[row, layer, head] = False
+        return mask_hooks(context.lens.sites, keep)
+
+    return _lost(context, edit)
+
+
+@ranking_method("cm1_last", title="causal mediation, last token zeroed")
+def cm1_last_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """What the answer's probability loses when a head is zero at the last token of the prompt."""
+
+    def edit(rows: Sequence[Row], prompts: Prompts) -> FwdHooks:
+        return _set_last(context, rows, prompts, None)
+
+    return _lost(context, edit)
+
+
+@ranking_method("cm2", title="causal mediation, mean put into shuffled labels", split="valid")
+def cm2_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """What the answer's probability gains when a head's last token gets its mean z."""
+    _check(context)
+    means = _mean_z(context)
+    shuffled = tuple(
+        shuffle_labels(prompt, seed=context.seed, index=i)
+        for i, prompt in enumerate(context.prompts)
+    )
+    questions = context.read(shuffled)
+
+    def edit(rows: Sequence[Row], prompts: Prompts) -> FwdHooks:
+        return _set_last(context, rows, prompts, means)
+
+    before = ask(context.lens, questions, batch_size=context.batch_size).probability
+    after = _probabilities(context, questions, edit)
+    return (after - before[:, None, None]).mean(dim=0)
+
+
+def shuffle_labels(prompt: Prompt, *, seed: int, index: int = 0) -> Prompt:
+    """Give the outputs of a prompt's demonstrations to each other, in a seeded random order.
+
+    The order of outputs is never the right one, unless it cannot be helped: with fewer than two
+    demonstrations, or outputs that are all the same, the prompt stays as it is.
+
+    Args:
+        prompt: Of a task.
+        seed: Another seed gives another order.
+        index: Position in the list of prompts; another one gives another order too.
+
+    Raises:
+        BadInput: the prompt does not know its task, so it cannot be written anew.
+    """
+    right = [pair.output for pair in prompt.demonstrations]
+    if len(set(right)) < 2:
+        return prompt
+    # As in the random order: only `random()` is the same on every version of Python.
+    generator = random.Random(f"ra_lens shuffled labels {seed} {index}")
+    outputs = right
+    while outputs == right:
+        keys = [generator.random() for _ in right]
+        outputs = [right[i] for i in sorted(range(len(right)), key=keys.__getitem__)]
+    pairs = zip(prompt.demonstrations, outputs, strict=True)
+    return prompt.with_demonstrations([Pair(pair.input, output) for pair, output in pairs])
+
+
+def _lost(context: RankingContext, edit: Edit) -> Tensor:
+    _check(context)
+    if context.lens.value_biases_folded:
+        warnings.warn(
+            f"the value biases of {context.lens.name} are folded into its output biases, so a head "
+            "set to zero still writes its value bias, unlike one whose rows of W_O are zero. Load "
+            "the model without folding, as ra_lens.load_model does, to rank as in the paper.",
+            RALensWarning,
+            stacklevel=4,
+        )
+    questions = context.questions
+    before = ask(context.lens, questions, batch_size=context.batch_size).probability
+    return (before[:, None, None] - _probabilities(context, questions, edit)).mean(dim=0)
+
+
+def _check(context: RankingContext) -> None:
+    context.lens.refuse_dropout()
+    need_heads(context.lens)
+
+
+def _probabilities(
+    context: RankingContext, questions: Questions, edit: Edit
+) -> Float[Tensor, "question layer head"]:
+    """Probability of each answer with each head changed, one (question, head) per row of a batch.
+
+    Rows of one question are neighbours, so that little is padded.
+    """
+    from tqdm.auto import tqdm
+
+    n_layers, n_heads = context.shape
+    rows = [
+        (question, layer, head)
+        for question in range(len(questions))
+        for layer in range(n_layers)
+        for head in range(n_heads)
+    ]
+    result = torch.zeros(len(rows), dtype=torch.float64)
+    first_tokens = questions.first_tokens
+    shown = context.progress and len(rows) > context.batch_size
+    with tqdm(
+        total=len(rows), desc="Causal mediation", unit="row", disable=not shown, leave=False
+    ) as bar:
+        for start in range(0, len(rows), context.batch_size):
+            part = rows[start : start + context.batch_size]
+            which = [question for question, _, _ in part]
+            ids = tuple(questions.prompts.ids[question] for question in which)
+            prompts = replace(questions.prompts, ids=ids, texts=None)
+            logits = last_logits(context.lens, prompts, edit(part, prompts))
+            marks = mark(logits, first_tokens[which])
+            result[start : start + len(part)] = marks.probability
+            bar.update(len(part))
+    return result.reshape(len(questions), n_layers, n_heads)
+
+
+def _last_columns(context: RankingContext, prompts: Prompts) -> Tensor:
+    batch = prompts.lay_out(context.lens)
+    return batch.columns([[n - 1] for n in batch.lengths])[:, 0]
+
+
+def _set_last(
+    context: RankingContext,
+    rows: Sequence[Row],
+    prompts: Prompts,
+    values: Sequence[Tensor] | None,
+) -> FwdHooks:
+    """Hooks that set z of each row's head at its last token to `values[layer][head]`, or to 0."""
+    columns = _last_columns(context, prompts)
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+    for i, site in enumerate(context.lens.sites.values()):
+        cells = [(row, head) for row, (_, layer, head) in enumerate(rows) if layer == i]
+        if cells:
+            where = torch.tensor(cells)
+            of_layer = None if values is None else values[i]
+            hooks.append((site.z_name, _setter(where, columns, of_layer, site.n_heads)))
+    return hooks
+
+
+def _setter(
+    cells: Tensor, columns: Tensor, values: Tensor | None, n_heads: int
+) -> Callable[..., Any]:
+    rows, heads = cells.unbind(dim=1)
+
+    def set_heads(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
+        new = by_head(z, n_heads).clone()
+        index = tuple(t.to(z.device) for t in (rows, columns[rows], heads))
+        new[index] = 0.0 if values is None else values[heads].to(new)
+        return new.reshape(z.shape)
+
+    return set_heads
+
+
+@torch.no_grad()
+def _mean_z(context: RankingContext) -> list[Tensor]:
+    """Mean z at the last token over the prompts: `[head, d_head]` in float64 for each layer."""
+    sites = list(context.lens.sites.values())
+    totals: dict[int, Tensor] = {}
+    for _, prompts in context.questions.prompts.batches(context.batch_size):
+        columns = _last_columns(context, prompts)
+
+        def look(layer: int, n_heads: int, columns: Tensor = columns) -> Callable[..., None]:
+            def at_z(z: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
+                rows = torch.arange(z.shape[0], device=z.device)
+                last = by_head(z, n_heads)[rows, columns.to(z.device)].cpu().double().sum(dim=0)
+                totals[layer] = totals[layer] + last if layer in totals else last
+
+            return at_z
+
+        hooks = [(site.z_name, look(i, site.n_heads)) for i, site in enumerate(sites)]
+        last_logits(context.lens, prompts, hooks)
+    return [totals[i] / len(context.prompts) for i in range(len(sites))]

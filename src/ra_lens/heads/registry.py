@@ -1,0 +1,154 @@
+"""The registry of ranking methods: a method is one function from a `RankingContext` to scores.
+
+A new one is registered with a decorator and is then a name like the others:
+
+    @ranking_method("early", title="early layers first")
+    def early(context):
+        n_layers, n_heads = context.shape
+        return -torch.arange(n_layers)[:, None].expand(n_layers, n_heads).double()
+
+    rank_heads(model, prompts, method="early").top(3)
+
+Scores of every method point the same way: larger = more important.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ra_lens.answers import Questions, read_questions
+from ra_lens.errors import BadInput
+from ra_lens.sites import Lens
+from ra_lens.tasks import Prompt
+
+Part = Literal["train", "valid"]
+
+
+@dataclass(frozen=True, eq=False)
+class RankingContext:
+    """What a ranking method gets.
+
+    Attributes:
+        lens: The model, as `ra_lens.sites.Lens`.
+        model: The model itself.
+        prompts: The questions to rank heads on, each with its right answer.
+        seed: For methods that draw something.
+        draw: Which of several random orders.
+        answer_in_input: Whether methods that read maps append the answer to the prompt.
+        prepend_bos: Overrides the model's default.
+        batch_size: Rows per forward pass.
+        progress: Whether progress bars may be shown.
+    """
+
+    lens: Lens
+    model: nn.Module
+    prompts: tuple[Prompt, ...]
+    seed: int = 0
+    draw: int = 0
+    answer_in_input: bool = True
+    prepend_bos: bool | None = None
+    batch_size: int = 32
+    progress: bool = True
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The prompts as token ids, each with the ids of its answer."""
+        return self.read(self.prompts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers with attention, and heads per layer: the shape of the scores."""
+        return len(self.lens.sites), next(iter(self.lens.sites.values())).n_heads
+
+    def read(self, prompts: tuple[Prompt, ...]) -> Questions:
+        """Tokenise other prompts than the given ones."""
+        return read_questions(self.lens, prompts, prepend_bos=self.prepend_bos)
+
+
+RankingFunction = Callable[[RankingContext], Tensor]
+
+
+@dataclass(frozen=True)
+class RankingMethod:
+    """A way to rank heads.
+
+    Attributes:
+        name: What `rank_heads(method=...)` calls it.
+        title: What it is, in a few words, for tables and figures.
+        function: Gives `Float[Tensor, "layer head"]`, larger = more important.
+        split: Part of a task whose questions it is computed on.
+        random: Whether another `draw` gives another order.
+    """
+
+    name: str
+    title: str
+    function: RankingFunction
+    split: Part = "train"
+    random: bool = False
+
+
+_methods: dict[str, RankingMethod] = {}
+
+
+def ranking_method(
+    name: str,
+    *,
+    title: str | None = None,
+    split: Part = "train",
+    random: bool = False,
+    replace: bool = False,
+) -> Callable[[RankingFunction], RankingFunction]:
+    """Register the decorated function as a ranking method.
+
+    Args:
+        name: What `rank_heads(method=...)` is to call it.
+        title: What it is, in a few words. Default: the name.
+        split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
+        random: Whether it gives another order for another `draw`; experiments then average draws.
+        replace: True to put it in the place of a method of the same name.
+
+    Raises:
+        BadInput: the name is taken, or empty; an unknown part.
+    """
+    if not name:
+        raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
+    if name in _methods and not replace:
+        raise BadInput(
+            f"there already is a ranking method {name!r} ({_methods[name].title}). Choose another "
+            "name, or put yours in its place with replace=True."
+        )
+    if split not in ("train", "valid"):
+        raise BadInput(f"found split={split!r} for method {name!r}; give 'train' or 'valid'.")
+
+    def register(function: RankingFunction) -> RankingFunction:
+        _methods[name] = RankingMethod(name, title or name, function, split, random)
+        return function
+
+    return register
+
+
+def ranking_methods() -> dict[str, RankingMethod]:
+    """Give the ranking methods by name, built-in ones first."""
+    return dict(_methods)
+
+
+def find_method(name: str) -> RankingMethod:
+    """Give a method by its name.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    if name in _methods:
+        return _methods[name]
+    close = difflib.get_close_matches(name.lower(), list(_methods), n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise BadInput(
+        f"there is no ranking method {name!r}.{hint} There are {', '.join(map(repr, _methods))}; "
+        "add your own with ra_lens.heads.ranking_method."
+    )

@@ -1,0 +1,184 @@
+"""The registry of ranking methods: adding one's own, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ra_lens import load_demo_model, load_task
+from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.heads import (
+    RankingContext,
+    RankingMethod,
+    rank_heads,
+    ranking_method,
+    ranking_methods,
+    registry,
+)
+from ra_lens.tasks import Prompt
+from test_leaves_nothing import changes, snapshot
+from tiny_models import KINDS, N_HEADS, N_LAYERS
+
+PROMPTS = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8", " w9")]
+BUILT_IN = ["ra", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"]
+
+
+def unchecked(function):
+    """The function without the type checker of these tests, which users do not have."""
+    return getattr(function, "__wrapped__", function)
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Methods that are registered here are gone afterwards."""
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+
+@pytest.fixture
+def model(shared):
+    return shared("gpt2", KINDS[0])
+
+
+def test_the_built_in_methods_are_there():
+    methods = ranking_methods()
+    assert list(methods) == BUILT_IN
+    assert all(isinstance(method, RankingMethod) for method in methods.values())
+    assert {name for name, method in methods.items() if method.split == "valid"} == {"cm2"}
+    assert {name for name, method in methods.items() if method.random} == {"random"}
+    assert len({method.title for method in methods.values()}) == len(BUILT_IN)
+    methods.clear()  # a copy
+    assert list(ranking_methods()) == BUILT_IN
+
+
+def test_a_function_becomes_a_method(own, model):
+    seen = []
+
+    @ranking_method("mine", title="last head first", split="valid", random=True)
+    def mine(context: RankingContext):
+        seen.append(context)
+        return torch.arange(context.shape[0] * context.shape[1]).reshape(context.shape)
+
+    scores = rank_heads(model, PROMPTS, method="mine", seed=4, draw=2, batch_size=7)
+    assert scores.order()[:2] == [(2, 3), (2, 2)]
+    assert (scores.method, scores.title, scores.n_examples) == ("mine", "last head first", 2)
+    assert (scores.seed, scores.draw, scores.scores.dtype) == (4, 2, torch.float64)
+    assert ranking_methods()["mine"] == RankingMethod(
+        "mine", "last head first", mine, "valid", True
+    )
+    (context,) = seen
+    assert context.model is model
+    assert context.prompts == tuple(PROMPTS)
+    assert (context.seed, context.draw, context.batch_size) == (4, 2, 7)
+    assert context.questions.answers == ((6,), (9,))
+    assert context.shape == (N_LAYERS, N_HEADS)
+
+
+def test_a_name_is_taken_once_unless_replaced(own, model):
+    with pytest.raises(BadInput, match=r"already is a ranking method 'ra' \(norm.*replace=True"):
+        ranking_method("ra")(lambda context: torch.zeros(context.shape))
+    ranking_method("ra", replace=True)(lambda context: torch.zeros(context.shape))
+    assert rank_heads(model, PROMPTS).scores.abs().max() == 0
+    assert list(ranking_methods()) == BUILT_IN
+    assert ranking_methods()["ra"].title == "ra"
+    with pytest.raises(BadInput, match="empty name"):
+        ranking_method("")
+    with pytest.raises(BadInput, match=r"split='test' for method 'm'; give 'train' or 'valid'"):
+        unchecked(ranking_method)("m", split="test")
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.zeros(N_HEADS, N_LAYERS), r"'bad' gave scores of shape \(4, 3\).*= \[3, 4\]"),
+        (torch.zeros(N_LAYERS), r"'bad' gave scores of shape \(3,\)"),
+        ([[0.0] * 4] * 3, r"'bad' gave a list; a tensor \[layer, head\] = \[3, 4\] is needed"),
+        (None, "'bad' gave a NoneType"),
+        (torch.full((3, 4), torch.nan), r"'bad' gave NaN for 12 of 12 heads \(L0H0, L0H1, .*…\)"),
+    ],
+)
+def test_scores_that_cannot_be_used_name_their_method(result, message, own, model):
+    ranking_method("bad")(lambda context: result)
+    with pytest.raises(BadInput, match=message):
+        rank_heads(model, PROMPTS, method="bad")
+
+
+def test_an_unknown_method_gets_close_names_and_the_list(model):
+    needed = (
+        r"no ranking method 'CM'. Did you mean 'cm.*'\? There are 'ra', .*'index'; add your own"
+    )
+    with pytest.raises(BadInput, match=needed):
+        rank_heads(model, PROMPTS, method="CM")
+    with pytest.raises(BadInput, match=r"no ranking method 'xyzzy'. There are 'ra'"):
+        rank_heads(model, PROMPTS, method="xyzzy")
+
+
+def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
+    for prompts, found in (("w3 w4", "type str"), (["w3 w4"], r"prompts\[0\] is a str")):
+        with pytest.raises(BadInput, match=found + r".*Prompt is needed.*load_task"):
+            unchecked(rank_heads)(model, prompts)
+    for method in BUILT_IN[:6]:
+        with pytest.raises(BadInput, match=r"empty list of prompts"):
+            rank_heads(model, [], method=method)
+        with pytest.raises(BadInput, match=r"prompt of 1[78] tokens"):
+            rank_heads(model, [Prompt(" ".join(["w3"] * 16), " w4")], method=method)
+    with pytest.raises(BadInput, match="batch_size=0; give a positive number"):
+        rank_heads(model, PROMPTS, batch_size=0)
+    with pytest.raises(UnsupportedModel, match="HookedTransformer or TransformerBridge"):
+        rank_heads(torch.nn.Linear(1, 1), PROMPTS)
+
+
+def test_random_orders_are_those_written_down_and_touch_no_generator(model):
+    before = torch.get_rng_state()
+    scores = rank_heads(model, [], method="random")
+    assert torch.equal(torch.get_rng_state(), before)
+    # Python's generator for the text "ra_lens random order 0 0": the same everywhere.
+    first = [0.052567653572330175, 0.7030536087834104, 0.013836617704328869]
+    assert scores.scores[0, :3].tolist() == first
+    torch.manual_seed(5)
+    assert torch.equal(rank_heads(model, PROMPTS, method="random").scores, scores.scores)
+    orders = {
+        tuple(rank_heads(model, [], method="random", seed=seed, draw=draw).order())
+        for seed in range(3)
+        for draw in range(20)
+    }
+    assert len(orders) == 60
+
+
+def test_index_is_first_layer_first_head_first(model):
+    scores = rank_heads(model, [], method="index")
+    every = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
+    assert scores.order() == every
+    assert scores.reversed().order() == every[::-1]
+
+
+def test_no_two_methods_give_the_same_order_on_the_embedded_model():
+    model, prompts = load_demo_model(), load_task("antonym").sample(4, shots=2)
+    found = {
+        name: rank_heads(model, prompts, method=name, progress=False) for name in ranking_methods()
+    }
+    orders = {name: tuple(scores.order()) for name, scores in found.items()}
+    orders |= {f"{name} reversed": tuple(s.reversed().order()) for name, s in found.items()}
+    orders["another draw"] = tuple(rank_heads(model, [], method="random", draw=1).order())
+    assert len(set(orders.values())) == len(orders) == 2 * len(BUILT_IN) + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranking_leaves_nothing_on_the_model(kind, fresh):
+    model = fresh("opt", kind)
+    with torch.no_grad():
+        model(torch.tensor([[3, 4]]))  # a bridge attaches hooks of its own in its first run
+    prompts = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8 w9", " w9")]
+    before = snapshot(model)
+    for name in BUILT_IN:
+        rank_heads(model, prompts, method=name, progress=False)
+        assert not changes(before, snapshot(model)), name
+
+
+def test_a_progress_bar_counts_rows_where_there_are_several_batches(model, capsys):
+    rank_heads(model, PROMPTS, method="cm1", batch_size=10)
+    shown = capsys.readouterr().err
+    assert "Causal mediation" in shown
+    assert "24/24" in shown
+    rank_heads(model, PROMPTS, method="cm1", batch_size=10, progress=False)
+    rank_heads(model, PROMPTS, method="cm1", batch_size=24)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,255 @@
+"""Masking heads through z, against rows of W_O set to zero in a separate Hugging Face model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from hf_heads import HFHeads
+from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.masking import mask_hooks, need_heads
+from ra_lens.sites import as_lens, load_folder
+from ra_lens.sites.folding import value_biases_folded
+from tiny_models import (
+    CASES,
+    KINDS,
+    N_HEADS,
+    N_LAYERS,
+    random_ids,
+    randomise,
+    relative,
+    tokenizer,
+)
+
+IDS = random_ids(3, 7)
+# Both have value biases; the others have none.
+FOLDABLE = [(arch, kind) for arch, kind in CASES if arch in ("gpt2", "opt")]
+ONE = [[(layer, head)] for layer in range(N_LAYERS) for head in (0, 2, 3)]
+SEVERAL = [[(0, 1), (0, 3), (2, 0)], [(1, h) for h in range(N_HEADS)]]
+EVERY = [[(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]]
+
+
+def masked_by(heads, *, n_layers=N_LAYERS):
+    keep = torch.ones(n_layers, N_HEADS, dtype=torch.bool)
+    for layer, head in heads:
+        keep[layer, head] = False
+    return keep
+
+
+def logits_with(model, keep, ids=IDS, more=()):
+    hooks = mask_hooks(as_lens(model).sites, keep)
+    with torch.no_grad():
+        return model.run_with_hooks(ids, fwd_hooks=[*hooks, *more])
+
+
+def fold(model, kind, **options):
+    """Fold as the two classes do; by default nothing but value biases."""
+    only = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, **options}
+    only = {"fold_value_biases": True, **only}
+    if kind == "TransformerBridge":
+        model.enable_compatibility_mode(disable_warnings=True, **only)
+    else:
+        model.load_and_process_state_dict(model.state_dict(), **only)
+        if only["fold_ln"]:  # TransformerLens 2 leaves what it has folded in the norms
+            for norm in (m for b in model.blocks for m in (b.ln1, b.ln2)):
+                reset_norm(norm)
+            reset_norm(model.ln_final)
+    return model
+
+
+def reset_norm(norm):
+    with torch.no_grad():
+        for name, value in (("w", 1.0), ("b", 0.0)):
+            if hasattr(norm, name):
+                getattr(norm, name).fill_(value)
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_masking_is_zeroing_rows_of_w_o(arch, kind, shared, folder):
+    model, reference = shared(arch, kind), HFHeads(folder(arch))
+    clean = reference.logits(IDS)
+    for heads in ONE + SEVERAL + EVERY:
+        with reference.zeroed(heads):
+            wanted = reference.logits(IDS)
+        assert relative(clean, wanted) > 1e-3, heads
+        assert relative(logits_with(model, masked_by(heads)), wanted) < 1e-5, heads
+    assert relative(logits_with(model, masked_by([])), clean) < 1e-5
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_every_example_can_have_heads_of_its_own(arch, kind, shared, folder):
+    model, reference = shared(arch, kind), HFHeads(folder(arch))
+    of_rows = [*SEVERAL, [(2, 3)]]
+    found = logits_with(model, torch.stack([masked_by(heads) for heads in of_rows]))
+    for row, heads in enumerate(of_rows):
+        with reference.zeroed(heads):
+            wanted = reference.logits(IDS[row : row + 1])
+        assert relative(found[row : row + 1], wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("arch", "kind"), FOLDABLE)
+def test_the_output_bias_stays(arch, kind, shared, folder):
+    model, reference = shared(arch, kind), HFHeads(folder(arch))
+    for layer in range(N_LAYERS):
+        reference.output(layer).bias.data.zero_()
+    with reference.zeroed(EVERY[0]):
+        without_bias = reference.logits(IDS)
+    assert relative(logits_with(model, masked_by(EVERY[0])), without_bias) > 1e-2
+
+
+@pytest.mark.parametrize(("arch", "kind"), FOLDABLE)
+def test_folded_value_biases_stay_behind_and_are_all_that_does(arch, kind, shared, fresh, folder):
+    heads, reference = SEVERAL[0], HFHeads(folder(arch))
+    with reference.zeroed(heads):
+        wanted = reference.logits(IDS)
+    folded = fold(fresh(arch, kind), kind)
+    assert relative(logits_with(folded, masked_by([])), reference.logits(IDS)) < 1e-5
+    unfolded_error = relative(logits_with(shared(arch, kind), masked_by(heads)), wanted)
+    folded_error = relative(logits_with(folded, masked_by(heads)), wanted)
+    assert unfolded_error < 1e-5 < 1e-2 < folded_error
+
+    # What stays behind is b_V·W_O of the heads masked: without it the two agree.
+    def without(layer):
+        left = torch.zeros(())
+        for head in (h for i, h in heads if i == layer):
+            weight, rows = reference.rows(layer, head)
+            left = left + reference.value_bias(layer)[rows] @ weight[rows]
+        return lambda out, hook: out - left
+
+    more = [(f"blocks.{layer}.hook_attn_out", without(layer)) for layer in {i for i, _ in heads}]
+    assert relative(logits_with(folded, masked_by(heads), more=more), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_folding_is_seen_where_there_is_something_to_fold(arch, kind, fresh):
+    model = fresh(arch, kind)
+    assert as_lens(model).value_biases_folded is False
+    fold(model, kind, fold_value_biases=False)
+    assert as_lens(model).value_biases_folded is False
+    model = fold(fresh(arch, kind), kind)
+    assert as_lens(model).value_biases_folded is (arch in ("gpt2", "opt"))
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_the_usual_processing_folds_the_shift_of_layer_norms_too(arch, kind, fresh, folder):
+    # GPT-J has no value bias, but its layer norm has a shift, which becomes one and is folded.
+    processed = {"fold_ln": True, "center_writing_weights": True, "center_unembed": True}
+    model = fold(fresh(arch, kind), kind, **processed)
+    folded = arch != "llama"
+    assert as_lens(model).value_biases_folded is folded
+    reference, heads = HFHeads(folder(arch)), [(0, 1), (1, 2)]
+    with reference.zeroed(heads):
+        wanted = reference.logits(IDS).log_softmax(-1)
+    found = logits_with(model, masked_by(heads)).log_softmax(-1)
+    assert (relative(found, wanted) > 1e-2) is folded
+    if not folded:
+        assert relative(found, wanted) < 1e-5
+
+
+def saved(cfg, where):
+    model = transformers.AutoModelForCausalLM.from_config(cfg)
+    randomise(model, seed=1)
+    model.save_pretrained(str(where))
+    tokenizer("gpt2").save_pretrained(str(where))
+    return where
+
+
+SIZES = {"vocab_size": 34, "hidden_size": 24, "bos_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_output_bias_without_value_biases_is_not_taken_for_folding(kind, tmp_path):
+    cfg = transformers.GPTNeoConfig(
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=16,
+        window_size=8,
+        **SIZES,
+    )
+    model = load_folder(saved(cfg, tmp_path), kind=kind, device="cpu")
+    assert value_biases_folded(model, range(2)) is False
+    assert value_biases_folded(fold(model, kind), range(2)) is False
+    # The shift of the layer norm becomes a value bias when it is folded, and that can be folded on.
+    model = fold(load_folder(tmp_path, kind=kind, device="cpu"), kind, fold_ln=True)
+    assert value_biases_folded(model, range(2)) is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_biases_folded_into_an_output_bias_that_was_not_there_are_seen(kind, tmp_path):
+    cfg = transformers.Qwen2Config(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        **SIZES,
+    )
+    model = load_folder(saved(cfg, tmp_path), kind=kind, device="cpu")
+    assert as_lens(model).value_biases_folded is False
+    assert as_lens(fold(model, kind)).value_biases_folded is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_head_that_is_nan_is_zero_all_the_same(kind, shared, folder):
+    model, reference = shared("gpt2", kind), HFHeads(folder("gpt2"))
+
+    def spoil(z, hook):
+        z = z.clone()
+        z[:, :, 2] = float("nan")
+        return z
+
+    with reference.zeroed([(1, 2)]):
+        wanted = reference.logits(IDS)
+    hooks = mask_hooks(as_lens(model).sites, masked_by([(1, 2)]))
+    with torch.no_grad():
+        found = model.run_with_hooks(IDS, fwd_hooks=[("blocks.1.attn.hook_z", spoil), *hooks])
+    assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_kept_whole_get_no_hook_and_a_wrong_mask_is_refused(kind, shared):
+    lens = as_lens(shared("gpt2", kind))
+    assert mask_hooks(lens.sites, masked_by([])) == []
+    assert [name for name, _ in mask_hooks(lens.sites, masked_by([(1, 0)]))] == [
+        "blocks.1.attn.hook_z"
+    ]
+    with pytest.raises(BadInput, match=r"shape \(3, 3\) for 3 layers of 4 heads.*= \[3, 4\]"):
+        mask_hooks(lens.sites, torch.ones(3, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_without_z_says_so(kind, shared):
+    lens = as_lens(shared("gpt2", kind))
+    need_heads(lens)
+    lens.hook_points.pop("blocks.1.attn.hook_z")
+    needed = r"no hook point 'blocks.1.attn.hook_z'.*neither zeroed nor replaced.*such as 'ra'"
+    with pytest.raises(UnsupportedModel, match=needed):
+        need_heads(lens)
+
+
+@pytest.mark.skipif("TransformerBridge" not in KINDS, reason="HookedTransformer has no MLA")
+def test_heads_of_latent_attention_are_those_of_the_pattern(tmp_path):
+    cfg = transformers.DeepseekV3Config(
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        first_k_dense_replace=2,
+        q_lora_rank=12,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=6,
+        v_head_dim=5,
+        max_position_embeddings=16,
+        **SIZES,
+    )
+    folder = saved(cfg, tmp_path)
+    model, reference = load_folder(folder, device="cpu"), HFHeads(folder)
+    for heads in ([(0, 1)], [(1, 3), (0, 0)]):
+        with reference.zeroed(heads):
+            wanted = reference.logits(IDS)
+        assert relative(reference.logits(IDS), wanted) > 1e-3
+        assert relative(logits_with(model, masked_by(heads, n_layers=2)), wanted) < 1e-5
