@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ra_lens.cache import RACache
     from ra_lens.demo import load_demo_model
+    from ra_lens.experiments import perturbation_test
+    from ra_lens.heads import rank_heads
     from ra_lens.hooks import get_ra_caching_hooks
     from ra_lens.patching import patch_hooks
     from ra_lens.run import run_with_ra
@@ -23,6 +25,8 @@ _HOMES = {
     "load_model": "ra_lens.sites",
     "load_task": "ra_lens.tasks",
     "patch_hooks": "ra_lens.patching",
+    "perturbation_test": "ra_lens.experiments",
+    "rank_heads": "ra_lens.heads",
     "run_with_ra": "ra_lens.run",
 }
 
@@ -33,6 +37,8 @@ __all__ = [
     "load_model",
     "load_task",
     "patch_hooks",
+    "perturbation_test",
+    "rank_heads",
     "run_with_ra",
 ]
 

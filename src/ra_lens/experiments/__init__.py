@@ -1,0 +1,22 @@
+"""The paper's experiments, each one function that gives a tidy table and can write it.
+
+`rank_tasks`, `perturbation_test` and `patching_sweep` take a model and tasks; with `out=` they
+write the table and, when they are killed, go on where they stopped. `area_under_curve` sums up a
+perturbation test.
+"""
+
+from ra_lens.experiments.auc import area_under_curve
+from ra_lens.experiments.perturbation import perturbation_test
+from ra_lens.experiments.ranking import rank_tasks
+from ra_lens.experiments.results import read_results, write_results
+from ra_lens.experiments.sweep import PAPER_SCALES, patching_sweep
+
+__all__ = [
+    "PAPER_SCALES",
+    "area_under_curve",
+    "patching_sweep",
+    "perturbation_test",
+    "rank_tasks",
+    "read_results",
+    "write_results",
+]

@@ -1,0 +1,137 @@
+"""What a long experiment has done so far, on disk, so that a killed run goes on where it stopped.
+
+An experiment is a list of units, each with a key. A unit's result is appended to a journal beside
+the output file as soon as it is there, one JSON line each; a run that finds the journal of the same
+settings takes results from it instead of computing them. Units do not depend on each other's
+batches and numbers survive JSON unchanged, so the result is the same as that of a run in one piece.
+
+The output file appears when all is done, and the journal goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ra_lens.errors import BadFile, BadInput
+from ra_lens.files import check_output
+
+_FORMAT = 1
+
+
+def journal_path(out: str | Path) -> Path:
+    """Where the journal of an output file lies: beside it, hidden, under its name."""
+    destination = Path(out).expanduser().resolve()
+    return destination.with_name(f".{destination.name}.journal")
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """A short text that differs where the settings of two experiments do."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Journal:
+    """Results by key; on disk as well where a file was given."""
+
+    def __init__(self, done: dict[str, Any], file: IO[str] | None) -> None:
+        """Start from what is done; use `open_journal`."""
+        self._done = done
+        self._file = file
+
+    def __contains__(self, key: str) -> bool:
+        """Tell whether a unit is done."""
+        return key in self._done
+
+    def unit(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Give the result of a unit, computing it if it is not there yet.
+
+        Args:
+            key: Names the unit within the experiment.
+            compute: Gives its result, as JSON has it: dicts, lists, texts, numbers.
+        """
+        if key not in self._done:
+            result = compute()
+            if self._file is not None:
+                line = json.dumps({"key": key, "result": result})
+                # Through JSON also when it is fresh, so that a resumed run cannot differ.
+                result = json.loads(line)["result"]
+                self._file.write(line + "\n")
+                self._file.flush()
+            self._done[key] = result
+        return self._done[key]
+
+
+@contextmanager
+def open_journal(
+    out: str | Path | None, settings: dict[str, Any]
+) -> Generator[Journal, None, None]:
+    """Open the journal of an output file, or one in memory where there is no output file.
+
+    When the context is left without an exception, the journal on disk is removed: write the output
+    file before.
+
+    Args:
+        out: Where the results will be written; None: nowhere.
+        settings: Everything that the results depend on, as JSON has it.
+
+    Raises:
+        BadInput: `out` cannot be written, or its journal belongs to other settings.
+        BadFile: the journal is not one.
+    """
+    if out is None:
+        yield Journal({}, None)
+        return
+    check_output(out)
+    path = journal_path(out)
+    done = _read(path, settings) if path.exists() else {}
+    with path.open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write(json.dumps({"ra_lens_journal": _FORMAT, "settings": settings}) + "\n")
+            file.flush()
+        yield Journal(done, file)
+    path.unlink(missing_ok=True)
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):  # the run was killed in the middle of a line
+        with path.open("r+b") as file:
+            file.truncate(end)
+    lines = data[:end].decode("utf-8").splitlines()
+    if not lines:
+        return {}
+    try:
+        head = json.loads(lines[0])
+        known, was = head["ra_lens_journal"], head["settings"]
+        entries = [json.loads(line) for line in lines[1:]]
+        done = {entry["key"]: entry["result"] for entry in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadFile(
+            f"{path} is not the journal of an experiment ({error}). Delete it to start afresh."
+        ) from error
+    now = json.loads(json.dumps(settings))
+    if known != _FORMAT or was != now:
+        raise BadInput(_what_differs(path, was, now))
+    return done
+
+
+def _what_differs(path: Path, was: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    name = names[0] if names else "format"
+    before, after = (_short(values.get(name)) for values in (was, now))
+    more = f" (and {len(names) - 1} more)" * (len(names) > 1)
+    return (
+        f"{path} holds an unfinished run with {name}={before}{more}; this one has {after}. "
+        "Repeat that run to finish it, give another output file, or delete the journal."
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

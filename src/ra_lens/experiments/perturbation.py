@@ -1,0 +1,332 @@
+"""The perturbation test: zero every head, then unmask them in order of importance (section 5.2).
+
+A good order restores the accuracy with few heads. At each share p of the heads, ⌊p·H⌋ heads of the
+order are kept and the others zeroed (`ra_lens.masking`); the model answers the test questions, and
+accuracy top-1, top-2, top-3 and the logit difference are noted. Both the order and its reverse are
+tested: most important first, and least important first.
+
+Cost per task, number of demonstrations and order: (1/step − 1) forward passes over the test
+questions, batched over shares; the two ends, no head and all heads, are the same for every order
+and are evaluated once. Rankings: see `ra_lens.heads`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ra_lens.answers import Marks, Questions, ask, read_questions
+from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.journal import Journal, open_journal
+from ra_lens.experiments.prompts import (
+    SHOTS,
+    Tasks,
+    asked,
+    check_counts,
+    learned,
+    read_shots,
+    read_tasks,
+    task_facts,
+)
+from ra_lens.experiments.ranking import METHODS, read_methods
+from ra_lens.experiments.results import (
+    as_frame,
+    finished_results,
+    model_facts,
+    prompts_hash,
+    write_results,
+)
+from ra_lens.heads import HeadScores, rank_heads, ranking_methods
+from ra_lens.masking import mask_hooks, need_heads
+from ra_lens.sites import Lens, as_lens
+from ra_lens.tasks import Split, SplitRule, Task
+
+Direction = Literal["forward", "reversed"]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Options:
+    methods: list[str]
+    directions: list[Direction]
+    steps: int
+    random_orders: int
+    n_rank: int
+    n_test: int | None
+    rank_shots: int | None
+    split: SplitRule
+    answer_in_input: bool
+    seed: int
+    prepend_bos: bool | None
+    batch_size: int
+    progress: bool
+
+
+def perturbation_test(
+    model: nn.Module,
+    task: Tasks,
+    *,
+    methods: str | Sequence[str] = METHODS,
+    shots: int | Sequence[int] = SHOTS,
+    step: float = 0.1,
+    directions: Sequence[Direction] = ("forward", "reversed"),
+    random_orders: int = 20,
+    n_rank: int = 25,
+    n_test: int | None = None,
+    rank_shots: int | None = None,
+    split: SplitRule = "code",
+    answer_in_input: bool = True,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Zero all heads and unmask them in the order of each ranking method (paper section 5.2).
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        task: A task, the name of a built-in one, `"all"`, or several.
+        methods: Names of `ra_lens.heads.ranking_methods()`.
+        shots: Numbers of demonstrations.
+        step: Share of the heads unmasked at a time; 1/step is a whole number.
+        directions: `"forward"`: most important first; `"reversed"`: least important first.
+        random_orders: How many orders to draw for random methods; they have no direction.
+        n_rank: Prompts per ranking.
+        n_test: Test questions at most. Default: the whole test part.
+        rank_shots: Demonstrations in the prompts that heads are ranked with. Default: as many as
+            in the questions.
+        split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
+            for test, as in its text.
+        answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
+            or on the prompt alone.
+        seed: Demonstrations, and random orders.
+        prepend_bos: Overrides the model's default.
+        batch_size: Rows per forward pass.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        progress: False hides the progress bar.
+
+    Returns:
+        One row per task, number of demonstrations, method, direction, draw and share of the heads
+        unmasked: `heads_kept`, accuracy `top1`, `top2`, `top3` (first answer token, at the last
+        position of the prompt), and `logit_diff` (the answer's logit minus the best other one,
+        mean); then what is needed to repeat it.
+
+    Raises:
+        BadInput: an option that cannot be used, or `out` holds something else.
+        UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
+    """
+    tasks, counts = read_tasks(task), read_shots(shots)
+    check_counts(random_orders=random_orders, n_rank=n_rank, n_test=n_test, batch_size=batch_size)
+    options = _Options(
+        methods=read_methods(methods),
+        directions=_read_directions(directions),
+        steps=_read_step(step),
+        random_orders=random_orders,
+        n_rank=n_rank,
+        n_test=n_test,
+        rank_shots=rank_shots,
+        split=split,
+        answer_in_input=answer_in_input,
+        seed=seed,
+        prepend_bos=prepend_bos,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    lens = as_lens(model)
+    lens.refuse_dropout()
+    need_heads(lens)
+    settings = {
+        "experiment": "perturbation",
+        **model_facts(lens),
+        **{name: value for name, value in vars(options).items() if name != "progress"},
+        "tasks": [task_facts(one) for one in tasks],
+        "shots": counts,
+    }
+    _warn_if_folded(lens)
+    if (finished := finished_results(out, settings)) is not None:
+        return finished
+    rows: list[Row] = []
+    with open_journal(out, settings) as journal:
+        cells = [(one, n) for one in tasks for n in counts]
+        orders = len(list(_orders(options)))
+        bar = tqdm(total=len(cells) * orders, desc="Perturbation test", disable=not progress)
+        with bar:
+            for one, n in cells:
+                bar.set_postfix_str(f"{one.name}, {n} shots")
+                rows += _Cell(lens, one, n, options, journal).rows(bar.update)
+        frame = as_frame("perturbation", rows, settings)
+        if out is not None:
+            write_results(frame, out)
+    return frame
+
+
+class _Cell:
+    """One task with one number of demonstrations."""
+
+    def __init__(
+        self, lens: Lens, task: Task, shots: int, options: _Options, journal: Journal
+    ) -> None:
+        self._lens = lens
+        self._task = task
+        self._shots = shots
+        self._options = options
+        self._journal = journal
+        self._split: Split = task.split(options.split)
+        self._asked = asked(self._split, shots=shots, n=options.n_test, seed=options.seed)
+        self._questions: Questions | None = None
+
+    def rows(self, advance: Callable[[], object]) -> list[Row]:
+        """Rows of every order, in the order of the methods given."""
+        rows: list[Row] = []
+        ends = self._unit("ends", lambda: self._evaluate([], [0, self._n_heads]))
+        for method, draw, direction in _orders(self._options):
+            inner = self._unit(
+                f"curve|{method}|{direction}|{draw}",
+                lambda m=method, w=draw, d=direction: self._curve(m, w, d),
+            )
+            advance()
+            about = self._about(method, direction, draw)
+            shares = [i / self._options.steps for i in range(self._options.steps + 1)]
+            for share, row in zip(shares, [ends[0], *inner, ends[1]], strict=True):
+                rows.append({**about, "share": share, **row, "n_test": len(self._asked)})
+        for row in rows:
+            row["prompts_hash"] = prompts_hash(self._asked)
+        return rows
+
+    # ---- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _n_heads(self) -> int:
+        return sum(site.n_heads for site in self._lens.sites.values())
+
+    def _unit(self, name: str, compute: Callable[[], Any]) -> Any:
+        return self._journal.unit(f"{self._task.name}|{self._shots}|{name}", compute)
+
+    def _about(self, method: str, direction: str, draw: int) -> Row:
+        return {
+            "task": self._task.name,
+            "kind": self._task.kind,
+            "n_shots": self._shots,
+            "method": method,
+            "direction": direction,
+            "draw": draw,
+        }
+
+    def _curve(self, method: str, draw: int, direction: str) -> list[Row]:
+        ranked = self._unit(f"scores|{method}|{draw}", lambda: self._scores(method, draw))
+        order = [(int(layer), int(head)) for layer, head in ranked]
+        if direction == "reversed":
+            order = order[::-1]
+        steps = self._options.steps
+        return self._evaluate(order, [i * self._n_heads // steps for i in range(1, steps)])
+
+    def _scores(self, method: str, draw: int) -> list[tuple[int, int]]:
+        return self._ranked(method, draw).order()
+
+    def _ranked(self, method: str, draw: int) -> HeadScores:
+        options = self._options
+        shots = self._shots if options.rank_shots is None else options.rank_shots
+        part = ranking_methods()[method].split
+        return rank_heads(
+            self._lens.module,
+            learned(self._split, part, shots=shots, n=options.n_rank, seed=options.seed),
+            method=method,
+            seed=options.seed,
+            draw=draw,
+            answer_in_input=options.answer_in_input,
+            prepend_bos=options.prepend_bos,
+            batch_size=options.batch_size,
+            progress=options.progress,
+        )
+
+    def _evaluate(self, order: list[tuple[int, int]], kept: list[int]) -> list[Row]:
+        """Ask all questions with the first `kept` heads of the order, for each number of heads."""
+        questions = self._read()
+        n = len(questions)
+        place = self._places(order)
+        # One row per number of heads and question, so that a batch holds several numbers.
+        every = questions.repeated(len(kept))
+        heads = torch.tensor(kept).repeat_interleave(n)
+        marks = ask(
+            self._lens,
+            every,
+            lambda part: mask_hooks(self._lens.sites, place < heads[part, None, None]),
+            batch_size=self._options.batch_size,
+        )
+        return [
+            {"heads_kept": k, **marked(marks.part(slice(i * n, (i + 1) * n)))}
+            for i, k in enumerate(kept)
+        ]
+
+    def _places(self, order: list[tuple[int, int]]) -> Tensor:
+        """Place of each head in the order, `[layer, head]`; any order does for none and all."""
+        sites = list(self._lens.sites)
+        place = torch.zeros(len(sites), self._lens.sites[sites[0]].n_heads, dtype=torch.long)
+        for i, (layer, head) in enumerate(order):
+            place[sites.index(layer), head] = i
+        return place
+
+    def _read(self) -> Questions:
+        if self._questions is None:
+            options = self._options
+            self._questions = read_questions(
+                self._lens, self._asked, prepend_bos=options.prepend_bos
+            )
+        return self._questions
+
+
+def marked(marks: Marks) -> Row:
+    """Accuracy and logit difference of some answers, as columns of a table."""
+    return {
+        "top1": marks.accuracy(1),
+        "top2": marks.accuracy(2),
+        "top3": marks.accuracy(3),
+        "logit_diff": float(marks.logit_diff.double().mean()),
+    }
+
+
+def _orders(options: _Options) -> Iterator[tuple[str, int, str]]:
+    """Methods with their draws and directions."""
+    for method in options.methods:
+        if ranking_methods()[method].random:
+            yield from ((method, draw, "none") for draw in range(options.random_orders))
+        else:
+            yield from ((method, 0, direction) for direction in options.directions)
+
+
+def _read_step(step: float) -> int:
+    steps = round(1 / step) if step > 0 else 0
+    if steps < 2 or abs(steps * step - 1) > 1e-9:
+        raise BadInput(
+            f"found step={step}; give a share of the heads that divides 1 into at least two parts, "
+            "such as 0.1."
+        )
+    return steps
+
+
+def _read_directions(directions: Iterable[Direction]) -> list[Direction]:
+    given = list(directions)
+    if not given or len(set(given)) < len(given) or set(given) - {"forward", "reversed"}:
+        raise BadInput(f"found directions={directions!r}; give 'forward', 'reversed' or both.")
+    return given
+
+
+def _warn_if_folded(lens: Lens) -> None:
+    if lens.value_biases_folded:
+        warnings.warn(
+            f"the value biases of {lens.name} are folded into its output biases, so a head whose "
+            "z is zeroed still writes its value bias: the test is not the paper's (zeroed rows of "
+            "W_O). Load the model with ra_lens.load_model, which does not fold. Recorded in the "
+            "column value_biases_folded.",
+            RALensWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,160 @@
+"""Rankings of the heads over tasks, numbers of demonstrations and methods, in one table.
+
+Protocol (paper section 5.2 and its code): 25 prompts per ranking. RA, forward attention and causal
+mediation by zeroing take the first 25 training pairs, causal mediation by mean activations 25 pairs
+of the validation part; demonstrations come from the training part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ra_lens.errors import BadInput
+from ra_lens.experiments.journal import open_journal
+from ra_lens.experiments.prompts import (
+    SHOTS,
+    Tasks,
+    check_counts,
+    learned,
+    read_shots,
+    read_tasks,
+    task_facts,
+)
+from ra_lens.experiments.results import (
+    as_frame,
+    finished_results,
+    model_facts,
+    prompts_hash,
+    write_results,
+)
+from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads.registry import find_method
+from ra_lens.sites import as_lens
+from ra_lens.tasks import Prompt, SplitRule, Task
+
+METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
+"""The paper's methods."""
+
+
+def ranking_prompts(
+    task: Task, method: str, *, shots: int, n: int, split: SplitRule, seed: int
+) -> list[Prompt]:
+    """Prompts that a method ranks heads with."""
+    return learned(task.split(split), find_method(method).split, shots=shots, n=n, seed=seed)
+
+
+def read_methods(methods: str | Sequence[str]) -> list[str]:
+    """Read names of ranking methods.
+
+    Raises:
+        BadInput: none, one twice, or an unknown one.
+    """
+    given = [methods] if isinstance(methods, str) else list(methods)
+    if not given or len(set(given)) < len(given):
+        raise BadInput(f"found methods={methods!r}; give at least one, each once.")
+    return [find_method(name).name for name in given]
+
+
+def rank_tasks(
+    model: nn.Module,
+    task: Tasks,
+    *,
+    methods: str | Sequence[str] = METHODS,
+    shots: int | Sequence[int] = SHOTS,
+    n_rank: int = 25,
+    split: SplitRule = "code",
+    answer_in_input: bool = True,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Rank the heads of a model for each task, number of demonstrations and method.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        task: A task, the name of a built-in one, `"all"`, or several.
+        methods: Names of `ra_lens.heads.ranking_methods()`.
+        shots: Numbers of demonstrations.
+        n_rank: Prompts per ranking.
+        split: `"code"`: 70/9/21 % for train/valid/test; `"text"`: a third for test.
+        answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
+            or on the prompt alone.
+        seed: Demonstrations, and random orders.
+        prepend_bos: Overrides the model's default.
+        batch_size: Rows per forward pass.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        progress: False hides the progress bar.
+
+    Returns:
+        One row per task, number of demonstrations, method, layer and head: `score` (larger = more
+        important) and `rank` (1 = most important), with what is needed to repeat it.
+
+    Raises:
+        BadInput: an option that cannot be used, or `out` holds something else.
+        UnsupportedModel: a model whose attention cannot be read.
+    """
+    tasks, counts, names = read_tasks(task), read_shots(shots), read_methods(methods)
+    check_counts(n_rank=n_rank, batch_size=batch_size)
+    lens = as_lens(model)
+    settings: dict[str, Any] = {
+        "experiment": "ranking",
+        **model_facts(lens),
+        "tasks": [task_facts(one) for one in tasks],
+        "methods": names,
+        "shots": counts,
+        "n_rank": n_rank,
+        "split": split,
+        "answer_in_input": answer_in_input,
+        "seed": seed,
+        "prepend_bos": prepend_bos,
+        "batch_size": batch_size,
+    }
+    if (finished := finished_results(out, settings)) is not None:
+        return finished
+    cells = [(one, n, name) for one in tasks for n in counts for name in names]
+    rows: list[dict[str, Any]] = []
+    with open_journal(out, settings) as journal:
+        for one, n, name in tqdm(cells, desc="Ranking heads", unit="ranking", disable=not progress):
+            prompts = ranking_prompts(one, name, shots=n, n=n_rank, split=split, seed=seed)
+
+            def scores(prompts: list[Prompt] = prompts, name: str = name) -> list[list[float]]:
+                return rank_heads(
+                    model,
+                    prompts,
+                    method=name,
+                    seed=seed,
+                    answer_in_input=answer_in_input,
+                    prepend_bos=prepend_bos,
+                    batch_size=batch_size,
+                    progress=progress,
+                ).scores.tolist()
+
+            ranked = HeadScores(
+                method=name,
+                title=find_method(name).title,
+                scores=torch.tensor(
+                    journal.unit(f"{one.name}|{n}|{name}", scores), dtype=torch.float64
+                ),
+                layers=tuple(lens.sites),
+                n_examples=len(prompts),
+                model_name=lens.name,
+            )
+            about = {"task": one.name, "kind": one.kind, "n_shots": n}
+            made = {"prompts_hash": prompts_hash(prompts)}
+            columns = ["method", "draw", "layer", "head", "label", "score", "rank"]
+            table = ranked.to_dataframe()[columns]
+            for values in table.itertuples(index=False, name=None):
+                rows.append({**about, **dict(zip(columns, values, strict=True)), **made})
+        frame = as_frame("ranking", rows, settings)
+        if out is not None:
+            write_results(frame, out)
+    return frame

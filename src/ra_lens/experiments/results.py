@@ -1,0 +1,148 @@
+"""Tables of results: one tidy frame per experiment; each row says how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ra_lens.errors import BadFile, BadInput
+from ra_lens.experiments.journal import settings_hash
+from ra_lens.files import check_output, whole_file
+from ra_lens.sites import Lens
+from ra_lens.tasks import Prompt
+
+_SUFFIXES = (".parquet", ".csv")
+SETTINGS = "settings_hash"
+
+
+def check_results_path(path: str | Path) -> Path:
+    """Find out, before any work, whether results can be written to `path`.
+
+    Raises:
+        BadInput: neither `.parquet` nor `.csv`, or it cannot be written.
+    """
+    if Path(path).suffix not in _SUFFIXES:
+        raise BadInput(f"found results file {str(path)!r}; its name must end in .parquet or .csv.")
+    return check_output(path)
+
+
+def write_results(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a table of results as Parquet or CSV, by the ending of `path`; whole or not at all.
+
+    Raises:
+        BadInput: another ending, or a path that cannot be written.
+    """
+    check_results_path(path)
+    with whole_file(path) as temporary:
+        if Path(path).suffix == ".csv":
+            frame.to_csv(temporary, index=False)
+        else:
+            frame.to_parquet(temporary, index=False)
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """Read a table written by `write_results`.
+
+    Raises:
+        BadFile: missing, damaged, or without the columns of an experiment.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise BadFile(f"there is no file {path}. Give the results of ra-lens rank, perturb, patch.")
+    try:
+        frame = _read(path)
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
+        raise BadFile(f"{path} cannot be read as a table: {str(error)[:200]}") from error
+    if "experiment" not in frame or "model" not in frame:
+        raise BadFile(
+            f"{path} is a table without the columns of an experiment (experiment, model, task, …). "
+            "Give a file that ra-lens rank, perturb or patch wrote."
+        )
+    return frame
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if path.suffix == ".csv":
+        # Not "none" and "NA": they are names here. An empty cell is a missing number. Before its
+        # version 3, pandas read numbers one digit short unless told otherwise.
+        exact: dict[str, Any] = (
+            {"float_precision": "round_trip"} if int(pd.__version__.split(".")[0]) < 3 else {}
+        )
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], **exact)
+    return pd.read_parquet(path)
+
+
+def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.DataFrame | None:
+    """Results that an earlier run with the same settings has written to `out`, if any.
+
+    Raises:
+        BadInput: there is a file, of something else.
+    """
+    if out is None or not check_results_path(out).exists():
+        return None
+    try:
+        frame = read_results(out)
+    except BadFile as error:
+        raise BadInput(f"{out} exists and is something else: {error} Give another name.") from error
+    if SETTINGS not in frame or set(frame[SETTINGS]) != {settings_hash(dict(settings))}:
+        raise BadInput(
+            f"{out} holds the results of a run with other settings. Give another name, or delete "
+            "it first."
+        )
+    return frame
+
+
+def as_frame(
+    experiment: str, rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Make the table of an experiment: what it is and of which model, the rows, how it was made."""
+    made = {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
+    first = {"experiment": experiment, "model": made.pop("model")}
+    made.pop("experiment", None)
+    made[SETTINGS] = settings_hash(dict(settings))
+    return pd.DataFrame([{**first, **row, **made} for row in rows])
+
+
+def model_facts(lens: Lens) -> dict[str, Any]:
+    """Which model, in which class and precision, with which versions of what runs it."""
+    some = next(lens.module.parameters())
+    return {
+        "model": lens.name,
+        "model_class": lens.kind,
+        "dtype": str(some.dtype).removeprefix("torch."),
+        "device": some.device.type,
+        "weights_hash": weights_hash(lens.module),
+        "value_biases_folded": lens.value_biases_folded,
+        "ra_lens": version("ra-lens"),
+        "transformer_lens": version("transformer-lens"),
+        "transformers": version("transformers"),
+        "torch": version("torch"),
+    }
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short text that tells the weights of two models apart: some numbers of each parameter."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        picked = torch.linspace(0, values.numel() - 1, min(64, values.numel())).long()
+        numbers = values[picked.to(values.device)].double().cpu().tolist()
+        digest.update(f"{name}{tuple(parameter.shape)}{numbers}".encode())
+    return digest.hexdigest()
+
+
+def prompts_hash(*groups: Sequence[Prompt]) -> str:
+    """A short text that tells sets of prompts apart, by what the model reads and has to answer."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompts in groups:
+        for prompt in prompts:
+            digest.update(f"{prompt.text}\x1f{prompt.answer}\x1e".encode())
+        digest.update(b"\x1d")
+    return digest.hexdigest()

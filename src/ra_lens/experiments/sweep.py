@@ -1,0 +1,266 @@
+"""Attention patching over a range of scales (paper section 5.3, Figure 12, Tables 3 and 13).
+
+The maps of 25 training questions of one length are averaged entry by entry, multiplied by a scale
+and added to the attention of every head on the test questions. Maps are taken on prompt and answer,
+with the mean cross-entropy over the answer as the loss, separately for each number of
+demonstrations. The published scales are −30 for RA, a descent step, and +1 for forward attention.
+
+Questions of one length: pairs whose answer is one token, grouped by the number of tokens of prompt
+and answer (`ra_lens.tasks.same_length_sets`); the largest group is taken unless a length is given.
+
+The test questions are read without their answer, and the map's row for the answer falls away:
+attention is causal, so the prediction at the end of the prompt is that of the published protocol,
+which reads them with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from torch import nn
+from tqdm.auto import tqdm
+
+from ra_lens.answers import FwdHooks, Questions, ask, read_questions
+from ra_lens.errors import BadInput
+from ra_lens.experiments.journal import Journal, open_journal
+from ra_lens.experiments.perturbation import marked
+from ra_lens.experiments.prompts import (
+    SHOTS,
+    Tasks,
+    asked,
+    check_counts,
+    learned,
+    read_shots,
+    read_tasks,
+    task_facts,
+)
+from ra_lens.experiments.results import (
+    as_frame,
+    finished_results,
+    model_facts,
+    prompts_hash,
+    write_results,
+)
+from ra_lens.mean import MeanMaps
+from ra_lens.run import run_with_ra
+from ra_lens.sites import Lens, as_lens
+from ra_lens.targets import sequence_nll
+from ra_lens.tasks import Prompt, SplitRule, Task, same_length_sets
+
+MapName = Literal["ra", "pattern"]
+Row = dict[str, Any]
+
+PAPER_SCALES = (
+    3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
+    -25.0, -30.0, -35.0, -40.0, -60.0, -80.0, -100.0, -120.0,
+)  # fmt: skip
+"""The 24 scales of the paper's code, in its order."""
+
+_AT_LEAST, _AT_LEAST_BUILT_IN = 100, 40
+
+
+def patching_sweep(
+    model: nn.Module,
+    task: Tasks,
+    *,
+    scales: Sequence[int | float] = PAPER_SCALES,
+    kinds: Sequence[MapName] = ("ra", "pattern"),
+    shots: int | Sequence[int] = SHOTS,
+    n_mean: int = 25,
+    n_test: int | None = None,
+    length: int | None = None,
+    at_least: int | None = None,
+    split: SplitRule = "code",
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Add scaled mean maps to the attention of other questions and note the accuracy.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        task: A task, the name of a built-in one, `"all"`, or several.
+        scales: What the mean maps are multiplied by.
+        kinds: `"ra"` (Reversed Attention), `"pattern"` (forward attention).
+        shots: Numbers of demonstrations.
+        n_mean: Training questions whose maps are averaged.
+        n_test: Test questions at most. Default: the whole test part.
+        length: Tokens of prompt and answer, without demonstrations. Default: the length that most
+            pairs have.
+        at_least: Smallest number of pairs of one length. Default: 100, as published; 40 for the
+            built-in tasks, whose lists are shorter.
+        split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
+            for test, as in its text.
+        seed: Demonstrations.
+        prepend_bos: Overrides the model's default.
+        batch_size: Questions per forward pass.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        progress: False hides the progress bar.
+
+    Returns:
+        One row per task, number of demonstrations, map and scale: accuracy `top1`, `top2`, `top3`
+        and `logit_diff` as in `perturbation_test`; map `"none"` is the unpatched model, whose
+        rows with demonstrations are the n-shot accuracy; then what is needed to repeat it.
+
+    Raises:
+        BadInput: an option that cannot be used, too few questions of one length, or `out` holds
+            something else.
+        UnsupportedModel: a model whose attention cannot be edited.
+    """
+    tasks, counts = read_tasks(task), read_shots(shots)
+    check_counts(n_mean=n_mean, n_test=n_test, at_least=at_least, batch_size=batch_size)
+    _check_maps(kinds, scales)
+    lens = as_lens(model)
+    sets = [_one_length(lens, one, length, at_least, prepend_bos) for one in tasks]
+    settings = {
+        "experiment": "patching",
+        **model_facts(lens),
+        "tasks": [task_facts(one) for one in sets],
+        "kinds": list(kinds),
+        "scales": list(map(float, scales)),
+        "shots": counts,
+        "n_mean": n_mean,
+        "n_test": n_test,
+        "split": split,
+        "seed": seed,
+        "prepend_bos": prepend_bos,
+        "batch_size": batch_size,
+    }
+    if (finished := finished_results(out, settings)) is not None:
+        return finished
+    rows: list[Row] = []
+    with open_journal(out, settings) as journal:
+        cells = [(one, n) for one in sets for n in counts]
+        each = 1 + len(kinds) * len(scales)
+        with tqdm(total=len(cells) * each, desc="Patching", disable=not progress) as bar:
+            for one, n in cells:
+                bar.set_postfix_str(f"{one.name}, {n} shots")
+                parts = one.split(split)
+                cell = _Cell(
+                    lens,
+                    one,
+                    n,
+                    learned(parts, "train", shots=n, n=n_mean, seed=seed),
+                    asked(parts, shots=n, n=n_test, seed=seed),
+                    journal,
+                    prepend_bos=prepend_bos,
+                    batch_size=batch_size,
+                )
+                rows += cell.row("none", None)
+                bar.update()
+                for kind in kinds:
+                    for scale in scales:
+                        rows += cell.row(kind, float(scale))
+                        bar.update()
+        frame = as_frame("patching", rows, settings).astype({"scale": float})
+        if out is not None:
+            write_results(frame, out)
+    return frame
+
+
+class _Cell:
+    """One set of questions of one length with one number of demonstrations."""
+
+    def __init__(
+        self,
+        lens: Lens,
+        task: Task,
+        shots: int,
+        learned: list[Prompt],
+        asked: list[Prompt],
+        journal: Journal,
+        *,
+        prepend_bos: bool | None,
+        batch_size: int,
+    ) -> None:
+        self._lens, self._task, self._shots = lens, task, shots
+        self._learned, self._asked, self._journal = learned, asked, journal
+        self._prepend_bos, self._batch_size = prepend_bos, batch_size
+        self._mean: MeanMaps | None = None
+        self._questions: Questions | None = None
+
+    def row(self, kind: str, scale: float | None) -> list[Row]:
+        """The row of one map and scale; the unpatched model where there is no scale."""
+        about = {
+            "task": self._task.name,
+            "kind": self._task.kind,
+            "n_shots": self._shots,
+            "map": kind,
+            "scale": scale,
+        }
+        key = f"{self._task.name}|{self._shots}|{kind}|{scale}"
+        return [{**about, **self._journal.unit(key, lambda: self._evaluate(kind, scale))}]
+
+    def _evaluate(self, kind: str, scale: float | None) -> Row:
+        questions = self._read()
+        hooks: FwdHooks = ()
+        if scale is not None:
+            if self._mean is None:
+                self._mean = self._mean_maps()
+            hooks = self._mean.patch_hooks(scale=scale, kind=kind, align="left")
+        marks = ask(self._lens, questions, lambda _part: hooks, batch_size=self._batch_size)
+        return {
+            **marked(marks),
+            "n_tokens": questions.prompts.lengths[0],
+            "n_test": len(questions),
+            "prompts_hash": prompts_hash(self._learned, self._asked),
+        }
+
+    def _mean_maps(self) -> MeanMaps:
+        _, ra = run_with_ra(
+            self._lens.module,
+            [prompt.text for prompt in self._learned],
+            target=sequence_nll([prompt.answer for prompt in self._learned]),
+            store="mean",
+            prepend_bos=self._prepend_bos,
+            batch_size=self._batch_size,
+            progress=False,
+        )
+        return ra.mean()
+
+    def _read(self) -> Questions:
+        if self._questions is None:
+            read = read_questions(self._lens, self._asked, prepend_bos=self._prepend_bos)
+            if len(set(read.prompts.lengths)) > 1:
+                raise BadInput(
+                    f"the questions of {self._task.name} with {self._shots} demonstrations have "
+                    f"{min(read.prompts.lengths)} to {max(read.prompts.lengths)} tokens, though "
+                    "they have one length without: this tokenizer joins tokens across "
+                    "demonstrations. Patch without demonstrations (shots=0), or another task."
+                )
+            self._questions = read
+        return self._questions
+
+
+def _one_length(
+    lens: Lens, task: Task, length: int | None, at_least: int | None, prepend_bos: bool | None
+) -> Task:
+    if at_least is None:
+        at_least = _AT_LEAST_BUILT_IN if task.source == "builtin" else _AT_LEAST
+    every = same_length_sets(
+        task, lambda text: lens.encode(text, prepend_bos=prepend_bos), at_least=1
+    )
+    sizes = {n: len(one.pairs) for n, one in every.items()}
+    fitting = {n: size for n, size in sizes.items() if size >= at_least}
+    chosen = length if length is not None else max(fitting, key=lambda n: fitting[n], default=0)
+    if chosen not in fitting:
+        found = ", ".join(f"{n} tokens: {sizes[n]}" for n in sorted(sizes)) or "none"
+        wanted = "" if length is None else f" of {length} tokens"
+        raise BadInput(
+            f"task {task.name!r} has no {at_least} pairs{wanted} with a one-token answer and one "
+            f"length (pairs by length of prompt and answer: {found}). Give at_least= or length=, "
+            "or another task."
+        )
+    return every[chosen]
+
+
+def _check_maps(kinds: Sequence[str], scales: Sequence[int | float]) -> None:
+    if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - {"ra", "pattern"}:
+        raise BadInput(f"found kinds={kinds!r}; give 'ra', 'pattern' or both.")
+    if not scales or len(set(scales)) < len(scales):
+        raise BadInput(f"found scales={scales!r}; give at least one, each once.")

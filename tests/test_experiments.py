@@ -1,0 +1,364 @@
+"""The experiments: by hand on a toy, against loops over a Hugging Face model, and after a kill."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+from ra_lens import load_demo_model, load_task, run_with_ra
+from ra_lens.demo import demo_model_folder
+from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments import (
+    PAPER_SCALES,
+    area_under_curve,
+    patching_sweep,
+    perturbation_test,
+    rank_tasks,
+    read_results,
+)
+from ra_lens.experiments.journal import journal_path
+from ra_lens.heads import rank_heads, ranking_method
+from ra_lens.heads import registry as registry_of_methods
+from ra_lens.sites import as_lens
+from ra_lens.targets import sequence_nll
+from ra_lens.tasks import same_length_sets
+from tiny_models import KINDS
+from toys import knowing_task, load_toy
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo_model(device="cpu")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def toy(request, tmp_path_factory):
+    return load_toy(tmp_path_factory.mktemp("toy"), request.param)
+
+
+# ---- by hand ------------------------------------------------------------------------------------
+
+
+def test_the_head_that_knows_comes_first(toy):
+    prompts = knowing_task().sample(6)
+    for method in ("ra", "cm1", "cm1_last", "index"):
+        ranked = rank_heads(toy, prompts, method=method, progress=False)
+        assert ranked.order() == [(0, 0), (0, 1)], method
+        if method.startswith("cm1"):
+            assert float(ranked.scores[0, 0]) > 1.5 * float(ranked.scores[0, 1]), method
+
+
+def test_the_curve_of_the_toy_by_hand(toy):
+    # Heads kept: none (all logits equal: nothing is right), one, both. Head 0 alone is right, head
+    # 1 alone is wrong, both are right. So the areas are 0/2 + ... = (0+1)/4 + (1+1)/4 = 3/4 and
+    # (0+0)/4 + (0+1)/4 = 1/4.
+    frame = perturbation_test(
+        toy, knowing_task(), methods=["ra", "random"], shots=0, step=0.5, random_orders=4,
+        n_rank=5, **QUIET,
+    )  # fmt: skip
+    curves = frame.pivot_table(
+        index=["method", "direction", "draw"], columns="share", values="top1"
+    )
+    assert curves.loc["ra", "forward", 0].tolist() == [0, 1, 1]
+    assert curves.loc["ra", "reversed", 0].tolist() == [0, 0, 1]
+    for draw in range(4):
+        assert curves.loc["random", "none", draw].tolist() in ([0, 1, 1], [0, 0, 1])
+    areas = area_under_curve(frame).set_index(["method", "direction"])["auc"]
+    assert areas["ra", "forward"] == pytest.approx(0.75)
+    assert areas["ra", "reversed"] == pytest.approx(0.25)
+    right = [
+        curves.loc[
+            "random",
+            "none",
+            draw,
+        ][0.5]
+        for draw in range(4)
+    ]
+    assert areas["random", "none"] == pytest.approx(0.25 + 0.5 * sum(right) / 4)
+    # With one head the right word and every other differ by what the head alone writes: with head
+    # 1 kept the answer has the logit of the words not written, and the wrong word's is above it.
+    diffs = frame[(frame.method == "ra") & (frame.direction == "reversed")].set_index("share")
+    assert diffs.logit_diff[0.5] < diffs.logit_diff[0.0] < 0 < diffs.logit_diff[1.0]
+    assert set(frame.heads_kept[frame.share == 0.5]) == {1}
+
+
+# ---- against Hugging Face -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hugging_face():
+    folder = str(demo_model_folder())
+    load = transformers.GPT2LMHeadModel.from_pretrained
+    return load(folder, attn_implementation="eager").eval()
+
+
+def answered(model, tokenizer, prompt):
+    """Logits at the end of a prompt, and the first token of its answer, one prompt at a time."""
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt.text, add_special_tokens=False)["input_ids"]]
+    answer = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].double(), answer
+
+
+def test_masking_is_zeroing_rows_of_the_output_matrix(demo, hugging_face):
+    task = load_task("antonym")
+    frame = perturbation_test(
+        demo, task, methods=["ra"], directions=["forward"], shots=1, n_rank=5, n_test=12,
+        batch_size=7, **QUIET,
+    )  # fmt: skip
+    split = task.split()
+    order = rank_heads(demo, split.prompts("train", shots=1, n=5), progress=False).order()
+    questions = split.prompts("test", shots=1, n=12)
+    originals = [block.attn.c_proj.weight.detach().clone() for block in hugging_face.transformer.h]
+    for share in (0.0, 0.3, 0.8, 1.0):
+        kept = math.floor(share * 32)
+        with torch.no_grad():
+            for layer, block in enumerate(hugging_face.transformer.h):
+                block.attn.c_proj.weight.copy_(originals[layer])
+                for head in range(8):
+                    if (layer, head) not in order[:kept]:
+                        block.attn.c_proj.weight[16 * head : 16 * head + 16] = 0
+        ranks, diffs = [], []
+        for prompt in questions:
+            logits, answer = answered(hugging_face, demo.tokenizer, prompt)
+            ranks.append(logits.argsort(descending=True).tolist().index(answer))
+            others = torch.cat([logits[:answer], logits[answer + 1 :]])
+            diffs.append(float(logits[answer] - others.max()))
+        row = frame[frame.share == share].iloc[0]
+        assert row.heads_kept == kept
+        for k in (1, 2, 3):
+            assert row[f"top{k}"] == pytest.approx(sum(r < k for r in ranks) / 12), (share, k)
+        assert row.logit_diff == pytest.approx(sum(diffs) / 12, abs=1e-4)
+    with torch.no_grad():
+        for layer, block in enumerate(hugging_face.transformer.h):
+            block.attn.c_proj.weight.copy_(originals[layer])
+
+
+def test_patching_is_adding_the_mean_map_to_the_pattern(demo, hugging_face):
+    task = same_length_sets(load_task("capitalize"), lambda t: demo.to_tokens(t)[0].tolist())[6]
+    assert task.name == "capitalize_len_6_1"
+    frame = patching_sweep(
+        demo,
+        load_task("capitalize"),
+        scales=[-30, 1],
+        shots=[0, 2],
+        n_mean=6,
+        n_test=9,
+        batch_size=4,
+        **QUIET,
+    )
+    lengths = {0: 6, 2: 6 + 2 * 6}  # <bos> Q: word ⏎ A: answer; Q: word ⏎ A: answer ⏎⏎
+    split = task.split()
+    for shots in (0, 2):
+        sums = {"ra": None, "pattern": None}
+        for prompt in split.prompts("train", shots=shots, n=6):
+            _, ra = run_with_ra(demo, prompt.text, target=sequence_nll(prompt.answer))
+            for kind, total in sums.items():
+                sums[kind] = ra.stack(kind)[:, 0] + (0 if total is None else total)
+        # The published protocol reads the questions with their answer, so that lengths fit.
+        questions = split.prompts("test", shots=shots, n=9)
+        for kind, scale in (("none", None), ("ra", -30.0), ("pattern", 1.0)):
+            hooks = []
+            if scale is not None:
+                hooks = [
+                    (f"blocks.{i}.attn.hook_pattern", lambda a, hook, m=m, s=scale: a + s * m)
+                    for i, m in enumerate(sums[kind] / 6)
+                ]
+            right, diffs = [], []
+            for prompt in questions:
+                ids = demo.to_tokens(prompt.text + prompt.answer)
+                with torch.no_grad(), demo.hooks(fwd_hooks=hooks):
+                    logits = demo(ids)[0, -2]
+                answer = ids[0, -1]
+                right.append(int(logits.argmax()) == int(answer))
+                diffs.append(float(logits[answer] - logits[logits != logits[answer]].max()))
+            chosen = (frame.n_shots == shots) & (frame["map"] == kind)
+            row = frame[chosen & (frame.scale.isna() if scale is None else frame.scale == scale)]
+            assert len(row) == 1
+            row = row.iloc[0]
+            assert row.top1 == pytest.approx(sum(right) / 9), (shots, kind)
+            assert row.logit_diff == pytest.approx(sum(diffs) / 9, rel=1e-3, abs=1e-3)
+            if shots == 0 and kind == "none":
+                oracle = [answered(hugging_face, demo.tokenizer, q) for q in questions]
+                hits = [int(logits.argmax()) == answer for logits, answer in oracle]
+                assert row.top1 == pytest.approx(sum(hits) / 9)
+        assert set(frame.n_tokens[frame.n_shots == shots]) == {lengths[shots] - 1}
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def test_a_ranking_table_holds_the_scores_of_rank_heads(demo):
+    task = load_task("antonym")
+    frame = rank_tasks(demo, task, methods=["fa", "cm2"], shots=2, n_rank=4, **QUIET)
+    split = task.split()
+    prompts = {
+        "fa": split.prompts("train", shots=2, n=4),
+        "cm2": split.prompts("valid", shots=2, n=4, with_replacement=True),
+    }
+    for method, given in prompts.items():
+        ranked = rank_heads(demo, given, method=method, batch_size=64, progress=False)
+        found = frame[frame.method == method].sort_values("rank")
+        assert list(zip(found.layer, found["head"], strict=True)) == ranked.order()
+        assert (
+            found.sort_values(["layer", "head"]).score.tolist() == ranked.scores.flatten().tolist()
+        )
+        assert found["rank"].tolist() == list(range(1, 33))
+
+
+def test_rows_say_how_they_were_made(demo):
+    frame = perturbation_test(
+        demo, ["antonym", load_task("natural/present-past")], methods="index", shots=[0, 1],
+        n_rank=2, n_test=3, seed=5, **QUIET,
+    )  # fmt: skip
+    one = frame.iloc[0]
+    assert (one.experiment, one.model, one["dtype"]) == ("perturbation", "ra-lens-demo", "float32")
+    assert one.model_class == as_lens(demo).kind
+    assert (one.seed, one.n_rank, one.n_test, one.split) == (5, 2, 3, "code")
+    assert one.torch.startswith(torch.__version__.split("+")[0])
+    assert not one.value_biases_folded
+    assert frame.groupby(["task", "n_shots"]).prompts_hash.nunique().tolist() == [1, 1, 1, 1]
+    assert frame.prompts_hash.nunique() == 4
+    assert frame.settings_hash.nunique() == 1
+    assert frame.kind[frame.task == "natural/present-past"].unique().tolist() == ["natural"]
+    # Without ranking prompts or draws there is nothing else that a seed could change.
+    other = perturbation_test(demo, "antonym", methods="index", shots=1, n_test=3, **QUIET)
+    same = frame[(frame.task == "antonym") & (frame.n_shots == 1)]
+    assert other.prompts_hash.iloc[0] != same.prompts_hash.iloc[0]
+
+
+def test_all_means_the_twenty_one_tasks(demo):
+    frame = rank_tasks(demo, "all", methods="index", shots=0, n_rank=1, **QUIET)
+    assert frame.task.nunique() == 21
+    assert frame.groupby("kind").task.nunique().to_dict() == {"icl": 15, "natural": 6}
+
+
+def test_a_method_of_ones_own_is_tested_like_the_others(demo):
+    @ranking_method("late", title="last layer first")
+    def late(context):
+        n_layers, n_heads = context.shape
+        return torch.arange(n_layers)[:, None].expand(n_layers, n_heads).double()
+
+    try:
+        frame = perturbation_test(demo, "antonym", methods="late", shots=0, n_test=5, **QUIET)
+    finally:
+        registry_of_methods._methods.pop("late")
+    assert frame.method.unique().tolist() == ["late"]
+    assert frame.groupby("direction").size().to_dict() == {"forward": 11, "reversed": 11}
+
+
+def test_a_folded_model_is_warned_about_and_recorded(fresh):
+    model = fresh("gpt2", KINDS[0])
+    if hasattr(model, "enable_compatibility_mode"):
+        model.enable_compatibility_mode(disable_warnings=True)
+    else:
+        model.load_and_process_state_dict(
+            model.state_dict(),
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=True,
+        )
+    with pytest.warns(RALensWarning, match="folded into its output biases"):
+        frame = perturbation_test(
+            model, knowing_task(), methods="index", shots=0, n_rank=2, n_test=2, step=0.5, **QUIET
+        )
+    assert frame.value_biases_folded.all()
+
+
+# ---- killed -------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from ra_lens import load_demo_model
+from ra_lens.experiments import {name}
+{name}(load_demo_model(device="cpu"), ["antonym", "capitalize"], out=sys.argv[1], **{options!r})
+"""
+RUNS = {
+    "perturbation_test": {
+        "methods": ["ra", "cm1", "random"], "shots": [0, 1], "random_orders": 6, "n_rank": 3,
+        "n_test": 9, "progress": False,
+    },
+    "patching_sweep": {"shots": [0, 1], "n_mean": 5, "n_test": 9, "scales": [-30.0, -3.0, 0.0, 1.0],
+                       "progress": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"), [("perturbation_test", "csv"), ("patching_sweep", "parquet")]
+)
+def test_a_killed_run_gives_the_identical_result(tmp_path, demo, name, ending):
+    function = {"perturbation_test": perturbation_test, "patching_sweep": patching_sweep}[name]
+    options, tasks = RUNS[name], ["antonym", "capitalize"]
+    out = tmp_path / f"killed.{ending}"
+    script = SCRIPT.format(name=name, options=options)
+    process = subprocess.Popen([sys.executable, "-c", script, str(out)], stderr=subprocess.PIPE)
+    journal = journal_path(out)
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 8:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = journal.read_bytes().count(b"\n")
+    assert not out.exists(), "the run ended before it was killed"
+    resumed = function(demo, tasks, out=out, **options)
+    assert not journal.exists()
+    whole = function(demo, tasks, out=tmp_path / f"whole.{ending}", **options)
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
+    assert out.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+    assert done > 4
+    # Asked again, the finished results are read, and other settings are refused.
+    again = function(demo, tasks, out=out, **options)
+    pd.testing.assert_frame_equal(again, read_results(out), check_exact=True)
+    with pytest.raises(BadInput, match="holds the results of a run with other settings"):
+        function(demo, tasks, out=out, **{**options, "seed": 1})
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
+    cases = [
+        ({"methods": "rra"}, r"no ranking method 'rra'"),
+        ({"methods": ["ra", "ra"]}, r"give at least one, each once"),
+        ({"shots": [0, -1]}, r"found shots=\[0, -1\]; give different numbers from 0"),
+        ({"step": 0.3}, r"found step=0.3; give a share of the heads that divides 1"),
+        ({"directions": []}, r"give 'forward', 'reversed' or both"),
+        ({"n_rank": 0}, r"found n_rank=0; it must be at least 1"),
+        ({"shots": 500}, r"shots=500"),
+        ({"out": tmp_path / "x.json"}, r"must end in \.parquet or \.csv"),
+    ]
+    for options, message in cases:
+        with pytest.raises(BadInput, match=message):
+            perturbation_test(demo, "antonym", **{"n_test": 2, **QUIET, **options})
+    with pytest.raises(BadInput, match="task 'antonym' twice"):
+        perturbation_test(demo, ["antonym", "all"], **QUIET)
+    with pytest.raises(BadInput, match="found no task"):
+        perturbation_test(demo, [], **QUIET)
+    for options, message in [
+        ({"kinds": []}, r"give 'ra', 'pattern' or both"),
+        ({"scales": []}, r"give at least one, each once"),
+        ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
+        ({"at_least": 5000}, r"has no 5000 pairs"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            patching_sweep(demo, "capitalize", **{**QUIET, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scales_are_those_of_the_paper():
+    assert len(PAPER_SCALES) == len(set(PAPER_SCALES)) == 24
+    assert {-30.0, 1.0, 0.0, 3.0, -120.0} <= set(PAPER_SCALES)

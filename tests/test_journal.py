@@ -1,0 +1,142 @@
+"""Journals and results files: what is done stays done, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from ra_lens.errors import BadFile, BadInput
+from ra_lens.experiments import read_results, write_results
+from ra_lens.experiments.journal import journal_path, open_journal, settings_hash
+from ra_lens.experiments.results import as_frame, finished_results
+
+SETTINGS = {"model": "toy", "seed": 1, "shots": [0, 1]}
+
+
+class Killed(Exception):
+    pass
+
+
+def run(out, upto, settings=SETTINGS):
+    """Three units, stopping before number `upto`; gives the results and which were computed."""
+    computed = []
+
+    def compute(i):
+        if i == upto:
+            raise Killed
+        computed.append(i)
+        return {"value": 0.1 * i + 1 / 3, "name": f"unit “{i}”"}
+
+    with open_journal(out, settings) as journal:
+        results = [journal.unit(f"unit {i}", lambda i=i: compute(i)) for i in range(3)]
+    return results, computed
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    out = tmp_path / "results.csv"
+    whole, _ = run(tmp_path / "other.csv", upto=None)
+    with pytest.raises(Killed):
+        run(out, upto=2)
+    assert journal_path(out).exists()
+    results, computed = run(out, upto=None)
+    assert computed == [2]
+    assert results == whole
+    assert not journal_path(out).exists()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_line_cut_in_the_middle_is_computed_again(tmp_path, cut):
+    out = tmp_path / "results.csv"
+    with pytest.raises(Killed):
+        run(out, upto=2)
+    path = journal_path(out)
+    path.write_bytes(path.read_bytes()[:-cut])
+    results, computed = run(out, upto=None)
+    assert computed == [1, 2]
+    assert results == run(None, upto=None)[0]
+
+
+def test_a_journal_cut_in_its_first_line_starts_afresh(tmp_path):
+    out = tmp_path / "results.csv"
+    with pytest.raises(Killed):
+        run(out, upto=2)
+    path = journal_path(out)
+    path.write_bytes(path.read_bytes()[:10])
+    assert run(out, upto=None)[1] == [0, 1, 2]
+
+
+def test_a_journal_of_other_settings_is_refused_and_kept(tmp_path):
+    out = tmp_path / "results.csv"
+    with pytest.raises(Killed):
+        run(out, upto=1)
+    before = journal_path(out).read_bytes()
+    with pytest.raises(BadInput, match=r"unfinished run with seed=1; this one has 2\. Repeat"):
+        run(out, upto=None, settings={**SETTINGS, "seed": 2})
+    assert journal_path(out).read_bytes() == before
+    journal_path(out).write_text("not a journal\n")
+    with pytest.raises(BadFile, match="is not the journal of an experiment"):
+        run(out, upto=None)
+
+
+def test_without_a_file_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(None, upto=None)[1] == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def frame():
+    rows = [
+        {"task": "antonym", "map": "none", "scale": None, "top1": 0.1 + 0.2, "ok": True},
+        {"task": "NA", "map": "ra", "scale": -30.0, "top1": 1 / 3, "ok": False},
+    ]
+    return as_frame("patching", rows, SETTINGS).astype({"scale": float})
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.parquet"])
+def test_tables_come_back_as_they_were_written(tmp_path, name):
+    write_results(frame(), tmp_path / name)
+    back = read_results(tmp_path / name)
+    pd.testing.assert_frame_equal(back, frame(), check_exact=True, check_dtype=False)
+    assert back["task"].tolist() == ["antonym", "NA"]
+    assert math.isnan(back["scale"][0])
+    assert back["seed"].tolist() == [1, 1]
+    assert "shots" not in back  # a list; it is in the hash of the settings and in the rows
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_finished_results_are_found_again_and_others_are_refused(tmp_path):
+    out = tmp_path / "results.parquet"
+    assert finished_results(None, SETTINGS) is None
+    assert finished_results(out, SETTINGS) is None
+    write_results(frame(), out)
+    found = finished_results(out, SETTINGS)
+    assert found is not None
+    assert found["top1"].tolist() == frame()["top1"].tolist()
+    with pytest.raises(BadInput, match="holds the results of a run with other settings"):
+        finished_results(out, {**SETTINGS, "shots": [0]})
+
+
+def test_files_that_are_no_results_are_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"must end in \.parquet or \.csv"):
+        write_results(frame(), tmp_path / "results.json")
+    with pytest.raises(BadInput, match="there is no folder"):
+        write_results(frame(), tmp_path / "nowhere" / "results.csv")
+    with pytest.raises(BadFile, match="there is no file"):
+        read_results(tmp_path / "missing.csv")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(BadFile, match="cannot be read as a table"):
+        read_results(tmp_path / "broken.parquet")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(BadFile, match="without the columns of an experiment"):
+        read_results(tmp_path / "other.csv")
+    with pytest.raises(BadInput, match="exists and is something else"):
+        finished_results(tmp_path / "other.csv", SETTINGS)
+
+
+def test_the_hash_depends_on_what_settings_say_and_not_on_their_order():
+    assert settings_hash(SETTINGS) == settings_hash(dict(reversed(SETTINGS.items())))
+    assert settings_hash(SETTINGS) != settings_hash({**SETTINGS, "shots": [0]})
+    assert settings_hash(SETTINGS) == settings_hash(json.loads(json.dumps(SETTINGS)))

@@ -1,0 +1,70 @@
+"""A model small enough to work out: two heads, one of which knows the answers.
+
+One layer. Words lie in the first 34 dimensions of the residual stream, what is read off lies in the
+others. Queries and keys are 0, so both heads look everywhere alike; BOS is the zero vector and
+writes nothing. Head 0 writes the word three places on with gain 2, head 1 the word five places on
+with gain 1/2. So the answer "three places on" is right with head 0 alone and with both heads, wrong
+with head 1 alone, and without a head all logits are equal, which answers nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from ra_lens.tasks import Pair, Task
+from tiny_models import D_VOCAB, load, tokenizer
+
+RIGHT, WRONG = 3, 5
+FIRST, LAST = 3, D_VOCAB - 1
+
+
+def follow(word: int, places: int) -> int:
+    """The word some places on, among ordinary words."""
+    return FIRST + (word - FIRST + places) % (LAST - FIRST + 1)
+
+
+def knowing_task(name: str = "three-on") -> Task:
+    """Asks for the word three places on."""
+    pairs = [Pair(f"w{i}", f"w{follow(i, RIGHT)}") for i in range(FIRST, LAST + 1)]
+    return Task(name, "icl", tuple(pairs), "", "", separator=" ")
+
+
+def write_toy(where: Path) -> Path:
+    """Save the toy as a Hugging Face folder."""
+    n = D_VOCAB
+    config = transformers.GPT2Config(
+        vocab_size=n,
+        n_layer=1,
+        n_head=2,
+        n_embd=2 * n,
+        n_positions=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_gain = "ln_" in name and name.endswith("weight")
+            parameter.fill_(1.0 if is_gain else 0.0)
+        block = model.transformer.h[0].attn
+        for word in range(FIRST, n):
+            model.transformer.wte.weight[word, word] = 1.0
+            model.lm_head.weight[word, n + word] = 1.0
+            for head, (places, gain) in enumerate(((RIGHT, 2.0), (WRONG, 0.5))):
+                block.c_attn.weight[word, 2 * 2 * n + head * n + word] = 1.0  # values
+                block.c_proj.weight[head * n + word, n + follow(word, places)] = gain
+    model.save_pretrained(str(where))
+    tokenizer("gpt2").save_pretrained(str(where))
+    return where
+
+
+def load_toy(where: Path, kind: object) -> object:
+    """Load it with one TransformerLens class."""
+    return load(write_toy(where), kind)
