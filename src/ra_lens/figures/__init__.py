@@ -1,10 +1,22 @@
-"""Pictures: one function each, a cache in, a plotly figure out, nothing displayed or changed.
+"""Pictures: one function each, data in, a plotly figure out, nothing displayed or changed.
 
 Maps show −R by default, where gradient descent moves attention: red cells get more, blue less.
-`sign="gradient"` shows R itself. The colour bar says which.
+`sign="gradient"` shows R itself. The colour bar says which. Curves and tables take the frames of
+`ra_lens.experiments`.
 """
 
+from ra_lens.figures.curves import perturbation_curves
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.maps import Sign, head_map, head_maps
+from ra_lens.figures.sweep import patching_sweep_curve
+from ra_lens.figures.tables import auc_table
 
-__all__ = ["Sign", "head_grid", "head_map", "head_maps"]
+__all__ = [
+    "Sign",
+    "auc_table",
+    "head_grid",
+    "head_map",
+    "head_maps",
+    "patching_sweep_curve",
+    "perturbation_curves",
+]

@@ -1,0 +1,227 @@
+"""Perturbation curves: what a model still gets right while its heads are unmasked in some order.
+
+One line per method and direction: solid for its order, most important head first, dashed for the
+reverse. Random orders are a line, the mean of the draws, in a band from the smallest draw to the
+largest. Where a panel holds several tasks, each draw is first averaged over the tasks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ra_lens.errors import BadInput
+from ra_lens.figures.methods import (
+    METRICS,
+    MethodStyle,
+    Metric,
+    method_styles,
+    order_name,
+    read_frame,
+    shots_name,
+    subtitle_of,
+    tasks_averaged,
+    with_subtitle,
+)
+from ra_lens.figures.style import finish
+from ra_lens.figures.tokens import plotly_text
+
+Facet = Literal["n_shots", "task"]
+
+_CELL = ("task", "n_shots", "method", "direction", "draw", "share")
+
+
+def perturbation_curves(
+    frame: pd.DataFrame,
+    *,
+    metric: Metric = "top1",
+    facet: Facet = "n_shots",
+    title: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    template: str = "plotly_white",
+) -> go.Figure:
+    """Draw a metric against the share of heads unmasked, a line per method and direction.
+
+    Args:
+        frame: From `perturbation_test`, of one model.
+        metric: Which column: `top1`, `top2`, `top3` (shares of questions) or `logit_diff`.
+        facet: `"n_shots"`, a panel per number of shots, each the mean over the tasks; or `"task"`,
+            a panel per task, each the mean over the numbers of shots. A line under the title says
+            over what was averaged.
+        title: Above the figure. Default: that line only.
+        width: In pixels. Default: as wide as its container.
+        height: In pixels. Default: by the number of panels.
+        template: Plotly template, for this figure only.
+
+    Returns:
+        A figure with a trace per panel, method and direction, named as in the legend, and before
+        it, where there are several draws, a trace for their band.
+
+    Raises:
+        BadInput: not such a frame, several models in it, or an unknown `metric` or `facet`.
+    """
+    if metric not in METRICS:
+        raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
+    if facet not in ("n_shots", "task"):
+        raise BadInput(f"found facet={facet!r}; give 'n_shots' or 'task'.")
+    read_frame(frame, what="perturbation_test()", columns=["task", *_CELL[1:], metric], cell=_CELL)
+    values = sorted(frame["n_shots"].unique()) if facet == "n_shots" else frame["task"].unique()
+    names = [shots_name(int(v)) if facet == "n_shots" else plotly_text(str(v)) for v in values]
+    columns = panel_columns(len(names))
+    rows = -(-len(names) // columns)
+    each = {1: 400, 2: 320}.get(rows, 240)
+    pixels = height or rows * each + 110
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        shared_yaxes="all",  # type: ignore[arg-type]
+        horizontal_spacing=0.05 if columns > 1 else 0,
+        vertical_spacing=0 if rows == 1 else min(0.5 / rows, 62 / max(pixels - 110, 1)),
+        subplot_titles=names,
+        x_title="share of heads unmasked",
+        y_title=METRICS[metric],
+    )
+    styles = method_styles(frame["method"])
+    counts: list[int] = []
+    listed: set[object] = set()
+    for i, value in enumerate(values):
+        panel: Any = frame[frame[facet] == value]
+        for trace, count in _panel(panel, metric, styles, "task" if facet == "n_shots" else None):
+            counts.append(count)
+            trace.showlegend = trace.mode is not None and trace.name not in listed
+            if trace.showlegend:
+                listed.add(trace.name)
+            figure.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
+    averaged = tasks_averaged(counts) if facet == "n_shots" else _shots_averaged(frame)
+    finish(
+        figure,
+        title=with_subtitle(title, subtitle_of(frame, averaged)),
+        width=width,
+        height=pixels,
+        template=template,
+    )
+    figure.update_layout(
+        plot_bgcolor=None,
+        margin={"l": 72, "r": 12, "t": 66 if title is None else 88, "b": 58},
+        legend={
+            "title": {"text": "heads unmasked<br>in the order of"},
+            "font": {"size": 12},
+            "y": 1,
+            "tracegroupgap": 2,
+        },
+        title_y=1 - 14 / pixels,
+        title_yanchor="top",
+    )
+    figure.update_xaxes(
+        range=[-0.02, 1.02],
+        tickformat=".0%",
+        tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1] if columns < 3 else [0, 0.5, 1],
+        tickangle=0,
+        showticklabels=True,
+    )
+    low, high = _limits(figure, metric)
+    figure.update_yaxes(range=[low, high])
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+def panel_columns(n: int) -> int:
+    """Choose how many panels stand beside each other: four as two by two."""
+    return {1: 1, 2: 2, 4: 2}.get(n, 3)
+
+
+def _panel(
+    panel: Any, metric: str, styles: dict[str, MethodStyle], over: str | None
+) -> list[tuple[go.Scatter, int]]:
+    """The traces of one panel, bands below all lines, with how many tasks each averages."""
+    bands: list[tuple[go.Scatter, int]] = []
+    lines: list[tuple[go.Scatter, int]] = []
+    for method, style in styles.items():
+        of_method = panel[panel["method"] == method]
+        for direction in sorted(of_method["direction"].unique()):  # forward, none, reversed
+            of_order = of_method[of_method["direction"] == direction]
+            # One curve per draw, then their mean: a draw is one order.
+            draws = of_order.groupby(["draw", "share"])[metric].mean().unstack("share")
+            count = of_order["task"].nunique()
+            said = f"<br>mean over {count} tasks" if over == "task" and count > 1 else ""
+            if len(draws) > 1:
+                bands.append((_band(draws, style, direction), count))
+            lines.append((_line(draws, style, direction, metric, said), count))
+    return [*bands, *lines]
+
+
+def _line(
+    draws: pd.DataFrame, style: MethodStyle, direction: str, metric: str, said: str
+) -> go.Scatter:
+    name = _name(style, direction, len(draws))
+    back = direction == "reversed"
+    shown = ":.1%" if metric != "logit_diff" else ":.3g"
+    extremes = ""
+    if len(draws) > 1:
+        low, high = f"%{{customdata[0]{shown}}}", f"%{{customdata[1]{shown}}}"
+        extremes = f"<br>mean of {len(draws)} draws, from {low} to {high}"
+    return go.Scatter(
+        x=draws.columns.to_numpy(float),
+        y=draws.mean(axis=0).to_numpy(float),
+        customdata=pd.concat([draws.min(axis=0), draws.max(axis=0)], axis=1).to_numpy(float),
+        mode="lines+markers",
+        name=name,
+        legendgroup=name,
+        line={"color": style.colour, "dash": "5px,4px" if back else "solid", "width": 2},
+        marker={
+            "symbol": style.symbol,
+            "size": 6,
+            "color": "white" if back else style.colour,
+            "line": {"color": style.colour, "width": 1.3},
+        },
+        hovertemplate=(
+            f"<b>{order_name(style, direction)}</b><br>%{{x:.0%}} of heads unmasked<br>"
+            f"{_short(metric)} %{{y{shown}}}{extremes}{said}<extra></extra>"
+        ),
+    )
+
+
+def _band(draws: pd.DataFrame, style: MethodStyle, direction: str) -> go.Scatter:
+    x = draws.columns.to_numpy(float)
+    red, green, blue = (int(style.colour[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=[*x, *x[::-1]],
+        y=[*draws.max(axis=0), *draws.min(axis=0)[::-1]],
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},0.22)",
+        line={"width": 0},
+        hoverinfo="skip",
+        name=f"{order_name(style, direction)}, band",
+        legendgroup=_name(style, direction, len(draws)),
+    )
+
+
+def _name(style: MethodStyle, direction: str, n_draws: int) -> str:
+    name, _, note = order_name(style, direction).partition(" (")
+    if n_draws > 1:
+        note = f"mean and range of {n_draws})"
+    return f'{name}<br><span style="font-size:11px">({note}</span>' if note else name
+
+
+def _short(metric: str) -> str:
+    return "logit difference" if metric == "logit_diff" else "accuracy"
+
+
+def _shots_averaged(frame: pd.DataFrame) -> str | None:
+    shots = [str(int(n)) for n in sorted(frame["n_shots"].unique())]
+    if len(shots) == 1:
+        return shots_name(int(shots[0]))
+    return f"mean over {', '.join(shots[:-1])} and {shots[-1]} shots"
+
+
+def _limits(figure: Any, metric: str) -> tuple[float, float]:
+    if metric != "logit_diff":
+        return -0.02, 1.02
+    values = [float(y) for trace in figure.data for y in trace.y if y == y]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    room = 0.04 * ((high - low) or 1.0)
+    return low - room, high + room
