@@ -2,10 +2,11 @@
 
 `rank_tasks`, `perturbation_test` and `patching_sweep` take a model and tasks; with `out=` they
 write the table and, when they are killed, go on where they stopped. `area_under_curve` sums up a
-perturbation test.
+perturbation test, and `compare_with_paper` lays results beside the published numbers.
 """
 
 from ra_lens.experiments.auc import area_under_curve
+from ra_lens.experiments.compare import compare_with_paper, read_paper
 from ra_lens.experiments.perturbation import perturbation_test
 from ra_lens.experiments.ranking import rank_tasks
 from ra_lens.experiments.results import read_results, write_results
@@ -14,9 +15,11 @@ from ra_lens.experiments.sweep import PAPER_SCALES, patching_sweep
 __all__ = [
     "PAPER_SCALES",
     "area_under_curve",
+    "compare_with_paper",
     "patching_sweep",
     "perturbation_test",
     "rank_tasks",
+    "read_paper",
     "read_results",
     "write_results",
 ]

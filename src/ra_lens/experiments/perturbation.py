@@ -161,7 +161,7 @@ def perturbation_test(
         bar = tqdm(total=len(cells) * orders, desc="Perturbation test", disable=not progress)
         with bar:
             for one, n in cells:
-                bar.set_postfix_str(f"{one.name}, {n} shots")
+                bar.set_postfix_str(f"{one.name}, shots: {n}")
                 rows += _Cell(lens, one, n, options, journal).rows(bar.update)
         frame = as_frame("perturbation", rows, settings)
         if out is not None:

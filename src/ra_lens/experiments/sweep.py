@@ -105,7 +105,8 @@ def patching_sweep(
     Returns:
         One row per task, number of demonstrations, map and scale: accuracy `top1`, `top2`, `top3`
         and `logit_diff` as in `perturbation_test`; map `"none"` is the unpatched model, whose
-        rows with demonstrations are the n-shot accuracy; then what is needed to repeat it.
+        rows with demonstrations are the n-shot accuracy; `n_tokens` of the questions as read,
+        without their answer (the name of a set counts it); then what is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
@@ -139,7 +140,7 @@ def patching_sweep(
         each = 1 + len(kinds) * len(scales)
         with tqdm(total=len(cells) * each, desc="Patching", disable=not progress) as bar:
             for one, n in cells:
-                bar.set_postfix_str(f"{one.name}, {n} shots")
+                bar.set_postfix_str(f"{one.name}, shots: {n}")
                 parts = one.split(split)
                 cell = _Cell(
                     lens,
