@@ -1,4 +1,4 @@
-"""The command line: `ra-lens run` and `ra-lens demo`, a thin shell over the package.
+"""The command line, a thin shell over the package: `ra-lens run`, `demo` and the experiments.
 
 Results go to standard output, warnings and errors to standard error. Exit code 0: done; 2: the
 input cannot be used, as one line `error: ...`; 1: anything unexpected. `--debug` adds tracebacks.
@@ -9,17 +9,14 @@ This module imports neither torch nor plotly, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
-import traceback
-from collections.abc import Generator
-from contextlib import contextmanager
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ra_lens.errors import RALensError
+from ra_lens.cli.experiments import register
+from ra_lens.cli.options import DebugOption, DeviceOption, JsonOption, KindOption, reported
 
 app = typer.Typer(
     name="ra-lens",
@@ -29,28 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Kind(str, Enum):
-    """TransformerLens classes, as choices of `--kind`."""
-
-    HOOKED_TRANSFORMER = "HookedTransformer"
-    TRANSFORMER_BRIDGE = "TransformerBridge"
-
-
-KindOption = Annotated[
-    Kind | None,
-    typer.Option(
-        help="TransformerLens class. Default: the one installed; HookedTransformer first."
-    ),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
-]
-DebugOption = Annotated[
-    bool, typer.Option("--debug", help="Show tracebacks and what other libraries print.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def main() -> None:
@@ -116,7 +91,7 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Run a prompt; show the loss, the heads its gradient reaches most, and where it moves them."""
-    with _reported(debug=debug):
+    with reported(debug=debug):
         from ra_lens.cli.commands import Options, run_prompt
 
         run_prompt(
@@ -147,7 +122,7 @@ def demo(
     debug: DebugOption = False,
 ) -> None:
     """Show it all on the embedded model, offline: maps of a prompt, and a patched prediction."""
-    with _reported(debug=debug):
+    with reported(debug=debug):
         from ra_lens.cli.commands import run_demo
 
         run_demo(
@@ -166,19 +141,4 @@ def _say(wanted: bool) -> bool:
     return wanted
 
 
-@contextmanager
-def _reported(*, debug: bool) -> Generator[None]:
-    """Turn exceptions into one line and an exit code."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, BrokenPipeError):
-        raise
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        text = " ".join(str(error).split())
-        expected = isinstance(error, RALensError)
-        if not expected:
-            text = f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
-        typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(2 if expected else 1) from None
+register(app)

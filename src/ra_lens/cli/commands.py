@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import typer
 from torch import nn
 
@@ -106,7 +107,14 @@ def run_demo(
         show.print_section(showcase.as_section(patched))
 
 
-def load(name: str, kind: ModelKind | None, device: str | None, *, debug: bool) -> nn.Module:
+def load(
+    name: str,
+    kind: ModelKind | None,
+    device: str | None,
+    *,
+    debug: bool,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """Load the embedded model, a folder, or a model TransformerLens knows.
 
     Raises:
@@ -116,10 +124,10 @@ def load(name: str, kind: ModelKind | None, device: str | None, *, debug: bool) 
         if name == DEMO:
             from ra_lens.demo import load_demo_model
 
-            return load_demo_model(kind=kind, device=device)
+            return load_demo_model(kind=kind, device=device, dtype=dtype)
         from ra_lens.sites import load_model
 
-        return load_model(name, kind=kind, device=device)
+        return load_model(name, kind=kind, device=device, dtype=dtype)
 
 
 def _tell(

@@ -1,0 +1,281 @@
+"""What `ra-lens rank`, `perturb`, `patch` and `compare` do, in the order they do it; imports torch.
+
+What can be wrong without a model is found before one is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ra_lens.cli import show_comparison, show_experiments, show_sweep
+from ra_lens.cli.commands import DEMO, load
+from ra_lens.cli.many_values import numbers, split_values, whole_numbers
+from ra_lens.cli.quiet import offline, quiet
+from ra_lens.cli.reading import check_device, read_text
+from ra_lens.errors import BadInput
+from ra_lens.experiments import (
+    PAPER_SCALES,
+    area_under_curve,
+    patching_sweep,
+    perturbation_test,
+    rank_tasks,
+    read_results,
+    write_results,
+)
+from ra_lens.experiments.auc import Measure, Rule
+from ra_lens.experiments.compare import compare_with_paper
+from ra_lens.experiments.prompts import SHOTS, read_shots
+from ra_lens.experiments.ranking import METHODS, read_methods
+from ra_lens.experiments.results import check_results_path
+from ra_lens.files import check_output
+from ra_lens.sites import ModelKind
+from ra_lens.tasks import SplitRule, Task, load_task, task_names
+
+_GROUPS: dict[str, Literal["icl", "natural"] | None] = {
+    "all": None,
+    "icl": "icl",
+    "natural": "natural",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the three experiments have in common, as typed."""
+
+    model: str
+    task: Sequence[str]
+    source: str
+    shots: Sequence[str] | None
+    seed: int
+    split: SplitRule
+    separator: str | None
+    natural: Literal["template", "qa"]
+    bos: bool | None
+    batch_size: int
+    device: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    kind: ModelKind | None
+    out: Path | None
+    figure: Path | None
+    as_json: bool
+    quiet: bool
+    debug: bool
+
+    def prepared(self, methods: Sequence[str] | None = None) -> tuple[list[Task], list[int]]:
+        """Check what was typed, before a model is loaded; give the tasks and numbers of shots."""
+        if self.model == DEMO or Path(self.model).is_dir():
+            offline()
+        if self.out is not None:
+            check_results_path(self.out)
+        _check_figure(self.figure)
+        check_device(self.device)
+        read_methods(METHODS if methods is None else methods)
+        counts = read_shots(whole_numbers(self.shots, "--shots") or list(SHOTS))
+        return read_tasks(self), counts
+
+    def load(self) -> nn.Module:
+        """Load the model."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return load(self.model, self.kind, self.device, debug=self.debug, dtype=dtype)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments that all three experiments take."""
+        return {
+            "split": self.split,
+            "seed": self.seed,
+            "prepend_bos": self.bos,
+            "batch_size": self.batch_size,
+            "out": self.out,
+            "progress": not self.quiet,
+        }
+
+
+def read_tasks(setup: Setup) -> list[Task]:
+    """Read the tasks and the way to ask them.
+
+    Raises:
+        BadInput: one is not there, or none is.
+    """
+    names: list[str] = []
+    for name in split_values(setup.task):
+        if name in _GROUPS:
+            found = task_names(_GROUPS[name], source=setup.source)
+            if not found:
+                raise BadInput(
+                    f"found --task {name}, but there are no such tasks in --source {setup.source}; "
+                    f"it has {', '.join(task_names(source=setup.source)) or 'none at all'}."
+                )
+            names += found
+        else:
+            names.append(name)
+    return [_asked(load_task(name, source=setup.source), setup) for name in names]
+
+
+def rank(
+    setup: Setup,
+    *,
+    methods: Sequence[str] | None,
+    n_rank: int,
+    answer_in_input: bool,
+    top: int,
+) -> None:
+    """`ra-lens rank`."""
+    chosen = _methods(methods)
+    tasks, shots = setup.prepared(chosen)
+    model = setup.load()
+    with quiet(debug=setup.debug):
+        frame = rank_tasks(
+            model,
+            tasks,
+            methods=chosen,
+            shots=shots,
+            n_rank=n_rank,
+            answer_in_input=answer_in_input,
+            **setup.common,
+        )
+    if setup.as_json:
+        show_experiments.print_ranking_json(frame, top=top, out=setup.out)
+    else:
+        show_experiments.print_ranking(frame, top=top, out=setup.out)
+
+
+def perturb(
+    setup: Setup,
+    *,
+    methods: Sequence[str] | None,
+    n_rank: int,
+    rank_shots: int | None,
+    n_test: int | None,
+    step: float,
+    random_orders: int,
+    metric: Measure,
+    rule: Rule,
+    answer_in_input: bool,
+) -> None:
+    """`ra-lens perturb`."""
+    chosen = _methods(methods)
+    tasks, shots = setup.prepared(chosen)
+    model = setup.load()
+    with quiet(debug=setup.debug):
+        frame = perturbation_test(
+            model,
+            tasks,
+            methods=chosen,
+            shots=shots,
+            step=step,
+            random_orders=random_orders,
+            n_rank=n_rank,
+            n_test=n_test,
+            rank_shots=rank_shots,
+            answer_in_input=answer_in_input,
+            **setup.common,
+        )
+    areas = area_under_curve(frame, metric=metric, rule=rule)
+    if setup.figure is not None:
+        from ra_lens.cli.figure_page import write_perturbation_page
+
+        write_perturbation_page(frame, areas, setup.figure, metric=metric)
+    if setup.as_json:
+        show_experiments.print_areas_json(
+            frame, areas, metric=metric, rule=rule, out=setup.out, figure=setup.figure
+        )
+    else:
+        show_experiments.print_areas(
+            frame, areas, metric=metric, out=setup.out, figure=setup.figure
+        )
+
+
+def patch(
+    setup: Setup,
+    *,
+    scales: Sequence[str] | None,
+    kinds: Sequence[str] | None,
+    n_mean: int,
+    n_test: int | None,
+    length: int | None,
+    at_least: int | None,
+    metric: Measure,
+) -> None:
+    """`ra-lens patch`."""
+    factors = numbers(scales, "--scales") or list(PAPER_SCALES)
+    maps: Any = ["ra", "pattern"] if kinds is None else split_values(kinds)
+    unknown = [name for name in maps if name not in ("ra", "pattern")]
+    if unknown:
+        raise BadInput(f"found --kinds {unknown[0]}; give ra, pattern or both.")
+    tasks, shots = setup.prepared()
+    model = setup.load()
+    with quiet(debug=setup.debug):
+        frame = patching_sweep(
+            model,
+            tasks,
+            scales=factors,
+            kinds=maps,
+            shots=shots,
+            n_mean=n_mean,
+            n_test=n_test,
+            length=length,
+            at_least=at_least,
+            **setup.common,
+        )
+    if setup.figure is not None:
+        from ra_lens.cli.figure_page import write_sweep_page
+
+        write_sweep_page(frame, setup.figure, metric=metric)
+    if setup.as_json:
+        show_sweep.print_sweep_json(frame, metric=metric, out=setup.out, figure=setup.figure)
+    else:
+        show_sweep.print_sweep(frame, metric=metric, out=setup.out, figure=setup.figure)
+
+
+def compare(
+    results: Sequence[Path],
+    paper: Path,
+    *,
+    as_model: str | None,
+    metric: Measure,
+    rule: Rule,
+    every: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """`ra-lens compare`."""
+    if out is not None:
+        check_results_path(out)
+    frames = [read_results(path) for path in results]
+    compared = compare_with_paper(frames, paper, as_model=as_model, metric=metric, rule=rule)
+    if out is not None:
+        write_results(compared, out)
+    if as_json:
+        show_comparison.print_comparison_json(compared, out=out)
+    else:
+        show_comparison.print_comparison(compared, every=every, out=out)
+
+
+def _methods(methods: Sequence[str] | None) -> list[str]:
+    return list(METHODS) if methods is None else split_values(methods)
+
+
+def _asked(task: Task, setup: Setup) -> Task:
+    """Put a task into the format asked for."""
+    if setup.separator is not None:
+        task = task.with_format(separator=read_text(setup.separator, escapes=True))
+    if setup.natural == "qa" and task.kind == "natural":
+        task = task.with_format(
+            before_subject=f"Q: {task.before_subject}", after_subject=f"{task.after_subject}\nA:"
+        )
+    return task
+
+
+def _check_figure(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise BadInput(f"found --figure {path}; it is a page, so give a name that ends in .html.")
+    check_output(path)

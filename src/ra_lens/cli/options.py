@@ -1,0 +1,171 @@
+"""Options that several commands share, and how a command's mistakes are told.
+
+This module imports neither torch nor plotly, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ra_lens.errors import RALensError
+
+
+class Kind(str, Enum):
+    """TransformerLens classes, as choices of `--kind`."""
+
+    HOOKED_TRANSFORMER = "HookedTransformer"
+    TRANSFORMER_BRIDGE = "TransformerBridge"
+
+
+class Split(str, Enum):
+    """How the pairs of a task are divided, as choices of `--split`."""
+
+    CODE = "code"
+    TEXT = "text"
+
+
+class Natural(str, Enum):
+    """How natural questions are asked, as choices of `--natural`."""
+
+    TEMPLATE = "template"
+    QA = "qa"
+
+
+class DType(str, Enum):
+    """Number formats of weights, as choices of `--dtype`."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Metric(str, Enum):
+    """What is measured, as choices of `--metric`."""
+
+    TOP1 = "top1"
+    TOP2 = "top2"
+    TOP3 = "top3"
+    LOGIT_DIFF = "logit_diff"
+
+
+class AucRule(str, Enum):
+    """How the area under a curve is taken, as choices of `--auc-rule`."""
+
+    TRAPEZOID = "trapezoid"
+    MEAN = "mean"
+
+
+KindOption = Annotated[
+    Kind | None,
+    typer.Option(
+        help="TransformerLens class. Default: the one installed; HookedTransformer first."
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks and what other libraries print.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="demo (the embedded model), a name TransformerLens knows, or a local folder.",
+    ),
+]
+TaskOption = Annotated[
+    list[str],
+    typer.Option(
+        "--task", "-t", help="Tasks, one or many: antonym country-capital; or all, icl, natural."
+    ),
+]
+SourceOption = Annotated[
+    str,
+    typer.Option(help="Where the tasks are from: builtin, download, or a folder with their files."),
+]
+ShotsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Solved examples per question, one number or many. Default: 0 1 5 10."),
+]
+MethodsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Ways to rank heads. Default: ra fa cm1 cm2 index random."),
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Seed of the solved examples and of the random orders.")
+]
+SplitOption = Annotated[
+    Split,
+    typer.Option(
+        help="Parts of a task: code (70 % train, 9 % valid, 21 % test) or text (a third test)."
+    ),
+]
+NTestOption = Annotated[
+    int | None, typer.Option(min=1, help="Test questions at most. Default: the whole test part.")
+]
+NRankOption = Annotated[int, typer.Option(min=1, help="Questions that heads are ranked on.")]
+AnswerOption = Annotated[
+    bool,
+    typer.Option(
+        "--answer-in-input/--prompt-only",
+        help="What RA and FA rankings read: the prompt with its answer, or the prompt alone.",
+    ),
+]
+BosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="Put a beginning-of-text token in front. Default: the model's own."
+    ),
+]
+SeparatorOption = Annotated[
+    str | None,
+    typer.Option(help=r"Text between solved examples, \n being a line break. Default: \n\n."),
+]
+NaturalOption = Annotated[
+    Natural,
+    typer.Option(help="Ask natural questions as their template alone, or as qa: Q: …, newline, A:"),
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+DTypeOption = Annotated[DType, typer.Option(help="Number format of the weights.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o",
+        help="Results file, .parquet or .csv. The same command goes on where it was killed.",
+    ),
+]  # fmt: skip
+FigureOption = Annotated[
+    Path | None, typer.Option(help="Also draw the results: one self-contained HTML file.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+MetricOption = Annotated[Metric, typer.Option(help="What is shown, and what areas are taken of.")]
+AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve is taken.")]
+
+
+@contextmanager
+def reported(*, debug: bool) -> Generator[None]:
+    """Turn exceptions into one line and an exit code."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split())
+        expected = isinstance(error, RALensError)
+        if not expected:
+            text = f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(2 if expected else 1) from None

@@ -1,0 +1,347 @@
+"""The commands of the experiments: what they read, what they print, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from ra_lens import load_demo_model, load_task
+from ra_lens.cli import app
+from ra_lens.errors import BadInput
+from ra_lens.experiments import (
+    area_under_curve,
+    patching_sweep,
+    perturbation_test,
+    rank_tasks,
+    read_results,
+)
+from ra_lens.experiments.compare import compare_with_paper
+
+SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
+PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",
+           "--n-rank", "3", "--random-orders", "2", "--step", "0.5"]  # fmt: skip
+PATCH = ["patch", *SMALL, "--shots", "0", "1", "--scales", "-30", "1", "--n-mean", "4"]
+
+TABLE = """table,model,task,kind,n_shots,method,direction,auc,note
+1,GPT2-xl,antonym,icl,1,Random,none,0.02,
+1,GPT2-xl,antonym,icl,1,RA,forward,0.07,
+1,GPT2-xl,synonym,icl,1,RA,forward,0.09,
+"""
+
+
+def two(value: float) -> str:
+    """As the tables write an accuracy."""
+    return f"{value:.2f}".removeprefix("0") if value < 0.995 else "1.0"
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def done(*arguments: str) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_demo_model()
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a small perturbation test, as the command wrote them."""
+    path = tmp_path_factory.mktemp("results") / "curves.parquet"
+    done(*PERTURB, "--out", str(path))
+    return path
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def test_perturb_prints_the_areas_that_the_function_gives(model: Any, curves: Path) -> None:
+    frame = perturbation_test(
+        model, "antonym", methods=("ra", "random", "index"), shots=(0, 1), n_rank=3, n_test=6,
+        random_orders=2, step=0.5, progress=False,
+    )  # fmt: skip
+    written = read_results(curves)
+    pd.testing.assert_frame_equal(written, frame, check_dtype=False)
+    found = json.loads(done(*PERTURB, "--out", str(curves), "--json"))  # finished: read back
+    expected = area_under_curve(frame)
+    assert len(found["auc"]) == len(expected) == 2 * 5
+    for got, row in zip(found["auc"], expected.to_dict("records"), strict=True):
+        assert {k: row[k] for k in got} == got
+    assert found["model"] == "ra-lens-demo"
+    assert (found["tasks"], found["shots"]) == (["antonym"], [0, 1])
+    assert (found["seed"], found["split"], found["n_rank"]) == (0, "code", 3)
+    assert found["out"] == str(curves)
+    text = done(*PERTURB, "--out", str(curves))
+    areas = {(r["n_shots"], r["method"], r["direction"]): r["auc"] for r in found["auc"]}
+    line = next(line.split() for line in text.splitlines() if line.startswith("1 shot"))
+    full = frame[(frame.n_shots == 1) & (frame.share == 1.0)].top1.iloc[0]
+
+    both = [
+        f"{two(areas[1, m, 'forward'])}/{two(areas[1, m, 'reversed'])}" for m in ("ra", "index")
+    ]
+    assert line == ["1", "shot", *both, two(areas[1, "random", "none"]), two(full)]
+    assert f"Results: {curves}" in text
+
+
+def test_rule_and_metric_reach_the_areas(curves: Path) -> None:
+    options = ["--metric", "top3", "--auc-rule", "mean"]
+    found = json.loads(done(*PERTURB, "--out", str(curves), "--json", *options))
+    expected = area_under_curve(read_results(curves), metric="top3", rule="mean")
+    assert [row["auc"] for row in found["auc"]] == list(expected.auc)
+    assert (found["metric"], found["auc_rule"]) == ("top3", "mean")
+
+
+def test_patch_prints_what_the_function_gives(model: Any, tmp_path: Path) -> None:
+    out, page = tmp_path / "sweep.csv", tmp_path / "sweep.html"
+    frame = patching_sweep(
+        model, "antonym", scales=(-30.0, 1.0), shots=(0, 1), n_mean=4, n_test=6, progress=False
+    )
+    text = done(*PATCH, "--out", str(out), "--figure", str(page))
+    top1 = {(r.n_shots, r.map, r.scale): r.top1 for r in frame.itertuples() if r.map != "none"}
+    plain = {r.n_shots: r.top1 for r in frame.itertuples() if r.map == "none"}
+
+    rows = [line.split() for line in text.splitlines() if line.startswith("antonym")]
+    assert rows == [
+        ["antonym_len_6_1", f"{two(plain[0])}/{two(plain[1])}"]
+        + [two(top1[n, kind, scale]) for kind in ("ra", "pattern") for scale in (-30.0, 1.0)]
+        for n in (0, 1)
+    ]
+    assert "RA −30" in text
+    found = json.loads(done(*PATCH, "--out", str(out), "--json"))
+    assert len(found["cells"]) == len(frame)
+    assert {c["scale"] for c in found["cells"] if c["map"] == "none"} == {None}
+    assert [c["top1"] for c in found["cells"]] == list(frame.top1)
+    html = page.read_text()
+    assert "Attention patching: ra-lens-demo" in html
+    assert "src=" not in html.split("<body>")[1].split("<script")[0]
+
+
+def test_rank_lists_the_top_heads(model: Any, tmp_path: Path) -> None:
+    out = tmp_path / "ranks.csv"
+    command = ["rank", "-t", "antonym", "--shots", "1", "--methods", "ra,fa", "--n-rank", "3",
+               "--top", "4", "-q", "--out", str(out)]  # fmt: skip
+    text = done(*command)
+    frame = rank_tasks(model, "antonym", methods=("ra", "fa"), shots=1, n_rank=3, progress=False)
+    for method, name in (("ra", "RA"), ("fa", "FA")):
+        top = frame[frame.method == method].sort_values("rank").label.head(4)
+        assert [name, *top] in [line.split() for line in text.splitlines()]
+    found = json.loads(done(*command, "--json"))
+    assert [r["method"] for r in found["rankings"]] == ["ra", "fa"]
+    first = frame[(frame.method == "ra") & (frame["rank"] == 1)].iloc[0]
+    assert found["rankings"][0]["heads"][0]["label"] == first.label
+    assert found["rankings"][0]["heads"][0]["score"] == pytest.approx(first.score)
+    assert len(read_results(out)) == len(frame)
+
+
+def test_several_tasks_have_their_mean(tmp_path: Path) -> None:
+    command = ["perturb", "-t", "antonym", "natural/country-capital", "--shots", "1", "--n-test",
+               "4", "--methods", "index", "--step", "0.5", "-q"]  # fmt: skip
+    page = tmp_path / "p.html"
+    text = done(*command, "--figure", str(page))
+    assert "mean of 2 tasks" in text
+    found = json.loads(done(*command, "--json"))
+    for direction in ("forward", "reversed"):
+        values = [r["auc"] for r in found["auc"] if r["direction"] == direction]
+        mean = next(m for m in found["means"] if m["direction"] == direction)
+        assert (mean["tasks"], mean["auc"]) == (2, pytest.approx(sum(values) / 2))
+    assert "natural/country-capital" in page.read_text()
+
+
+def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def recorded(model: Any, tasks: Any, **options: Any) -> Any:
+        seen.append((tasks, options))
+        raise BadInput("seen")
+
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.rank_tasks", recorded)
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: None)
+    call("rank", "-t", "all", "--natural", "qa", "--separator", r"\n", "--prompt-only", "--no-bos",
+         "--split", "text", "--seed", "7", "--n-rank", "9", "--batch-size", "3")  # fmt: skip
+    tasks, options = seen[0]
+    assert len(tasks) == 21
+    assert {task.separator for task in tasks} == {"\n"}
+    by_name = {task.name: task for task in tasks}
+    capital = by_name["natural/country-capital"]
+    assert capital.prompt("France") == "Q: The capital city of France is\nA:"
+    assert by_name["antonym"].prompt("hot") == load_task("antonym").prompt("hot")
+    assert options["shots"] == [0, 1, 5, 10]
+    assert (options["answer_in_input"], options["prepend_bos"]) == (False, False)
+    assert (options["split"], options["seed"], options["n_rank"]) == ("text", 7, 9)
+    assert (options["batch_size"], options["progress"]) == (3, True)
+    call("rank", "-t", "natural", "--bos", "-q")
+    tasks, options = seen[1]
+    assert len(tasks) == 6
+    assert {task.separator for task in tasks} == {"\n\n"}
+    assert (options["prepend_bos"], options["progress"]) == (True, False)
+    assert capital.name in {task.name for task in tasks}
+
+
+def test_tasks_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [{"input": f"w{i}", "output": f"v{i}"} for i in range(30)]
+    (tmp_path / "mine.json").write_text(json.dumps(pairs))
+    seen: list[Any] = []
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: None)
+
+    def recorded(model: Any, tasks: Any, **options: Any) -> Any:
+        seen.extend(tasks)
+        raise BadInput("seen")
+
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.rank_tasks", recorded)
+    call("rank", "-t", "all", "--source", str(tmp_path))
+    assert [(task.name, len(task.pairs)) for task in seen] == [("mine", 30)]
+    result = call("rank", "-t", "natural", "--source", str(tmp_path))
+    assert (result.exit_code, "no such tasks" in result.stderr) == (2, True)
+
+
+def test_compare_lists_paper_ours_and_the_difference(curves: Path, tmp_path: Path) -> None:
+    paper = tmp_path / "paper"
+    paper.mkdir()
+    (paper / "table1.csv").write_text(TABLE)
+    out = tmp_path / "cells.csv"
+    command = ["compare", "--paper", str(paper), str(curves), "--as-model", "gpt2-xl"]
+    text = done(*command, "--out", str(out))
+    compared = compare_with_paper(read_results(curves), paper, as_model="gpt2-xl")
+    ra = compared[(compared.method == "RA") & (compared.found == "both")].iloc[0]
+    row = next(line.split() for line in text.splitlines() if "ra forward" in line)
+    assert row[:4] == ["antonym", "1", "RA", ".07"]
+    assert row[5] == f"{ra.difference:+.2f}"
+    assert "Table 1, GPT2-xl" in text
+    flat = " ".join(text.split())
+    assert "2 published numbers with a result" in flat
+    assert "1 of these models without a result; 8 results without a published number" in flat
+    assert "synonym" in done(*command, "--all")
+    assert len(pd.read_csv(out)) == len(compared)
+    found = json.loads(done(*command, "--json"))
+    assert found["counts"] == {"both": 2, "paper": 1, "ours": 8}
+    assert len(found["cells"]) == 11
+    assert found["cells"][-1]["paper"] is None
+
+
+def test_json_is_all_that_is_on_standard_output(curves: Path) -> None:
+    command = [sys.executable, "-m", "ra_lens.cli", *PERTURB, "--json"]
+    command.remove("-q")
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    expected = area_under_curve(read_results(curves))
+    assert [row["auc"] for row in found["auc"]] == list(expected.auc)
+    assert not any(math.isnan(row["auc"]) for row in found["auc"])
+    assert "Perturbation test" in result.stderr  # the progress bar
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-t", "antonymm"], "There is no task 'antonymm'. Close names: antonym"),
+        (["-t", "antonym", "antonym"], "antonym"),
+        (["-t", ","], "found no task"),
+        (["-t", "antonym", "--shots", "x"], "found --shots x; give whole numbers"),
+        (["-t", "antonym", "--shots", "-1"], "shots=[-1]"),
+        (["-t", "antonym", "--shots", "5000"], "shots=5000"),
+        (["-t", "antonym", "--source", "/no/such"], "no folder '/no/such'"),
+        (["-t", "antonym", "--device", "nodevice"], "cannot use --device nodevice"),
+        (["-t", "antonym", "-m", "./missing"], "there is no folder './missing'"),
+        (["-t", "antonym", "--out", "x.txt"], "must end in .parquet or .csv"),
+        (["-t", "antonym", "--out", "/no/such/x.csv"], "there is no folder /no/such"),
+    ],
+)
+@pytest.mark.parametrize("command", ["rank", "perturb", "patch"])
+def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], message: str) -> None:
+    result = call(command, *arguments, "--json", "-q")
+    assert (result.exit_code, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["perturb", *SMALL, "--methods", "cm9"], "no ranking method 'cm9'. Did you mean"),
+        (["rank", "-t", "antonym", "--methods", "ra", "ra"], "each once"),
+        (["perturb", *SMALL, "--step", "0.3"], "found step=0.3"),
+        (["perturb", *SMALL, "--figure", "x.png"], "a name that ends in .html"),
+        (["patch", *SMALL, "--figure", "/no/such/x.html"], "there is no folder /no/such"),
+        (["patch", *SMALL, "--kinds", "fa"], "found --kinds fa; give ra, pattern"),
+        (["patch", *SMALL, "--scales", "1", "b"], "found --scales 1 b; give numbers"),
+        (["patch", *SMALL, "--length", "99"], "of 99 tokens"),
+        (["patch", *SMALL, "--at-least", "9999"], "no 9999 pairs"),
+        (["compare", "--paper", "/no/such", "missing.csv"], "there is no file missing.csv"),
+    ],
+)
+def test_mistakes_of_a_command_are_one_line_too(arguments: list[str], message: str) -> None:
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert message in result.stderr
+
+
+def test_results_of_other_settings_are_not_touched(curves: Path) -> None:
+    before = curves.read_bytes()
+    result = call(*PERTURB, "--seed", "3", "--out", str(curves))
+    assert result.exit_code == 2
+    assert "other settings" in result.stderr
+    assert curves.read_bytes() == before
+
+
+def test_where_to_write_is_checked_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.load", lambda *a, **k: pytest.fail("loaded"))
+    for command in ("rank", "perturb", "patch"):
+        result = call(command, "-t", "antonym", "--out", str(tmp_path))
+        assert (result.exit_code, result.stderr[:6]) == (2, "error:")
+    for wrong in (["-t", "nope"], ["-t", "antonym", "--shots", "x"]):
+        assert call("perturb", *wrong).exit_code == 2
+    assert call("perturb", "-t", "antonym", "--methods", "nope").exit_code == 2
+
+
+def test_compare_says_which_model_it_does_not_know(curves: Path, tmp_path: Path) -> None:
+    (tmp_path / "table1.csv").write_text(TABLE)
+    result = call("compare", "--paper", str(tmp_path), str(curves))
+    assert result.exit_code == 2
+    assert "results are of ra-lens-demo" in result.stderr
+    assert "--as-model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["rank"], ["perturb"], ["patch", "--shots"], ["compare"], ["rank", "--split", "x"]],
+)
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["rank", "perturb", "patch", "compare"])
+def test_help_names_the_options_and_is_fast(command: str) -> None:
+    code = (
+        "import sys\n"
+        "from ra_lens.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'plotly', 'pandas', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert ("--paper" if command == "compare" else "--shots") in result.stdout
