@@ -6,6 +6,7 @@ counting (tokens of every prompt that is run, layers, parameters).
 
     python examples/reproduction_cost.py                     # float32 on the CPU
     python examples/reproduction_cost.py --device cuda --batch-size 64
+    python examples/reproduction_cost.py --assume-tflops 15  # hours at that speed instead
 
 Not counted: loading the model, and the unembedding, of which one position per prompt is computed.
 """
@@ -148,12 +149,19 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 16,
     pos: Annotated[int, typer.Option(help="Tokens of the prompts timed.")] = 48,
     repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 3,
+    assume_tflops: Annotated[
+        float | None,
+        typer.Option(help="Give the hours at this speed; only the cost of RA is then measured."),
+    ] = None,
 ) -> None:
     """Print the expected hours and gigabytes for each of the paper's models."""
     warnings.simplefilter("ignore")
     columns = ["model", "parameters", "forward tokens/s", "RA tokens/s", "TFLOP/s"]
     columns += ["perturb antonym", "perturb all", "patch antonym", "patch all", "weights", "graph"]
-    table = Table(*columns, title=f"{device}, float32, batches of {batch_size} × {pos} tokens")
+    how = f"{device}, float32, batches of {batch_size} × {pos} tokens"
+    table = Table(title=how if assume_tflops is None else f"{how}, at {assume_tflops:g} TFLOP/s")
+    for name in columns:
+        table.add_column(name, overflow="fold")
     for name, shape in MODELS.items():
         model = shape.two_layers(device)
         tokens = torch.randint(0, 1000, (batch_size, pos), device=device)
@@ -168,6 +176,10 @@ def main(
         share = 2 / shape.n_layers  # two layers were timed
         speed = batch_size * pos / timed(forward, device, repeats) * share
         ra_speed = batch_size * pos / timed(ra, device, repeats) * share
+        if assume_tflops is not None:
+            ratio, body = speed / ra_speed, shape.parameters - shape.d_vocab * shape.d_model
+            speed = assume_tflops * 1e12 / (2 * body)
+            ra_speed = speed / ratio
         longest = torch.randint(0, 1000, (batch_size, prompt_tokens(8, 10) + 1), device=device)
         graph = kept_for_backward(model, longest) / share
         flops = 2 * (shape.parameters - shape.d_vocab * shape.d_model) * speed
