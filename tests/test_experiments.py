@@ -195,6 +195,32 @@ def test_patching_is_adding_the_mean_map_to_the_pattern(demo, hugging_face):
         assert set(frame.n_tokens[frame.n_shots == shots]) == {lengths[shots] - 1}
 
 
+def test_the_variants_of_patching_reach_the_model(demo):
+    options = {"scales": [-30], "kinds": ["ra"], "shots": 0, "n_mean": 6, "n_test": 9, **QUIET}
+    at_scores = patching_sweep(demo, "capitalize", at="scores", **options).iloc[1]
+    task = same_length_sets(load_task("capitalize"), lambda t: demo.to_tokens(t)[0].tolist())[6]
+    prompts = task.split().prompts("train", n=6)
+    _, ra = run_with_ra(
+        demo, [p.text for p in prompts], target=sequence_nll([p.answer for p in prompts])
+    )
+    mean = ra.stack().mean(dim=1)
+    hooks = [
+        (f"blocks.{i}.attn.hook_attn_scores", lambda s, hook, m=m: s - 30 * m[:, :5, :5])
+        for i, m in enumerate(mean)
+    ]
+    diffs = []
+    for prompt in task.split().prompts("test", n=9):
+        with torch.no_grad(), demo.hooks(fwd_hooks=hooks):
+            logits = demo(demo.to_tokens(prompt.text))[0, -1]
+        answer = int(demo.to_tokens(prompt.answer, prepend_bos=False)[0, 0])
+        others = torch.cat([logits[:answer], logits[answer + 1 :]])
+        diffs.append(float(logits[answer] - others.max()))
+    assert at_scores.logit_diff == pytest.approx(sum(diffs) / 9, rel=1e-3, abs=1e-3)
+    renormalised = patching_sweep(demo, "capitalize", renormalise=True, **options).iloc[1]
+    plain = patching_sweep(demo, "capitalize", **options).iloc[1]
+    assert len({at_scores.logit_diff, renormalised.logit_diff, plain.logit_diff}) == 3
+
+
 # ---- tables -------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from ra_lens.experiments.prompts import SHOTS, read_shots
 from ra_lens.experiments.ranking import METHODS, read_methods
 from ra_lens.experiments.results import check_results_path
 from ra_lens.files import check_output
+from ra_lens.patching import Where
 from ra_lens.sites import ModelKind
 from ra_lens.tasks import SplitRule, Task, load_task, task_names
 
@@ -201,6 +202,8 @@ def patch(
     n_test: int | None,
     length: int | None,
     at_least: int | None,
+    renormalise: bool,
+    at: Where,
     metric: Measure,
 ) -> None:
     """`ra-lens patch`."""
@@ -222,6 +225,8 @@ def patch(
             n_test=n_test,
             length=length,
             at_least=at_least,
+            renormalise=renormalise,
+            at=at,
             **setup.common,
         )
     if setup.figure is not None:

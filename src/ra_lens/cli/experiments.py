@@ -134,6 +134,12 @@ def patch(
         int | None,
         typer.Option(min=1, help="Pairs of one length needed. Default: 100; builtin tasks: 40."),
     ] = None,
+    renormalise: Annotated[
+        bool, typer.Option("--renormalise", help="Keep every row of the pattern a distribution.")
+    ] = False,
+    at: Annotated[
+        opt.Where, typer.Option(help="What maps are added to: the pattern, or the scores.")
+    ] = opt.Where.PATTERN,
     metric: opt.MetricOption = opt.Metric.TOP1,
     seed: opt.SeedOption = 0,
     split: opt.SplitOption = opt.Split.CODE,
@@ -167,6 +173,8 @@ def patch(
             n_test=n_test,
             length=length,
             at_least=at_least,
+            renormalise=renormalise,
+            at=at.value,
             metric=metric.value,
         )
 

@@ -38,6 +38,13 @@ class Natural(str, Enum):
     QA = "qa"
 
 
+class Where(str, Enum):
+    """What maps are added to, as choices of `--at`."""
+
+    PATTERN = "pattern"
+    SCORES = "scores"
+
+
 class DType(str, Enum):
     """Number formats of weights, as choices of `--dtype`."""
 

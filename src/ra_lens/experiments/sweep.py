@@ -45,6 +45,7 @@ from ra_lens.experiments.results import (
     write_results,
 )
 from ra_lens.mean import MeanMaps
+from ra_lens.patching import Where
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, as_lens
 from ra_lens.targets import sequence_nll
@@ -73,6 +74,8 @@ def patching_sweep(
     n_test: int | None = None,
     length: int | None = None,
     at_least: int | None = None,
+    renormalise: bool = False,
+    at: Where = "pattern",
     split: SplitRule = "code",
     seed: int = 0,
     prepend_bos: bool | None = None,
@@ -94,6 +97,8 @@ def patching_sweep(
             pairs have.
         at_least: Smallest number of pairs of one length. Default: 100, as published; 40 for the
             built-in tasks, whose lists are shorter.
+        renormalise: Set negative attention to 0 and let rows keep their sum; not the paper's.
+        at: `"pattern"` (the paper's), or `"scores"`: what the maps are added to.
         split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
             for test, as in its text.
         seed: Demonstrations.
@@ -127,6 +132,8 @@ def patching_sweep(
         "shots": counts,
         "n_mean": n_mean,
         "n_test": n_test,
+        "renormalise": renormalise,
+        "at": at,
         "split": split,
         "seed": seed,
         "prepend_bos": prepend_bos,
@@ -151,6 +158,7 @@ def patching_sweep(
                     journal,
                     prepend_bos=prepend_bos,
                     batch_size=batch_size,
+                    variant={"renormalise": renormalise, "at": at},
                 )
                 rows += cell.row("none", None)
                 bar.update()
@@ -178,10 +186,11 @@ class _Cell:
         *,
         prepend_bos: bool | None,
         batch_size: int,
+        variant: dict[str, Any],
     ) -> None:
         self._lens, self._task, self._shots = lens, task, shots
         self._learned, self._asked, self._journal = learned, asked, journal
-        self._prepend_bos, self._batch_size = prepend_bos, batch_size
+        self._prepend_bos, self._batch_size, self._variant = prepend_bos, batch_size, variant
         self._mean: MeanMaps | None = None
         self._questions: Questions | None = None
 
@@ -203,7 +212,7 @@ class _Cell:
         if scale is not None:
             if self._mean is None:
                 self._mean = self._mean_maps()
-            hooks = self._mean.patch_hooks(scale=scale, kind=kind, align="left")
+            hooks = self._mean.patch_hooks(scale=scale, kind=kind, align="left", **self._variant)
         marks = ask(self._lens, questions, lambda _part: hooks, batch_size=self._batch_size)
         return {
             **marked(marks),

@@ -1,0 +1,189 @@
+"""The paper's experiments on the embedded model, all of them, in one command.
+
+Runs the perturbation test (21 tasks, all methods, 0/1/5/10 examples) and the patching sweep (24
+scales), and refreshes the tables and figures of docs/results-demo.md. What has been computed is
+kept in the results folder: a run that was stopped goes on, and a second one only draws.
+
+    python examples/results_demo.py --results results
+
+Figures are written as PNG, for which plotly needs kaleido and a Chrome or Chromium.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from ra_lens import load_demo_model
+from ra_lens.experiments import area_under_curve, patching_sweep, perturbation_test
+from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
+from ra_lens.files import write_whole
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "results-demo.md"
+ROWS = {
+    ("ra", "forward"): "RA",
+    ("ra", "reversed"): "RA reversed",
+    ("fa", "forward"): "FA",
+    ("fa", "reversed"): "FA reversed",
+    ("cm1", "forward"): "CM1",
+    ("cm1", "reversed"): "CM1 reversed",
+    ("cm2", "forward"): "CM2",
+    ("cm2", "reversed"): "CM2 reversed",
+    ("index", "forward"): "first layer first",
+    ("index", "reversed"): "last layer first",
+    ("random", "none"): "random (mean of 20)",
+}
+
+
+def markdown(table: pd.DataFrame, digits: int = 3) -> str:
+    """A table of numbers as Markdown; its index is the first column."""
+    head = ["", *map(str, table.columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in zip(table.index, table.to_numpy().tolist(), strict=True):
+        cells = ["" if pd.isna(v) else v if isinstance(v, str) else f"{v:.{digits}f}" for v in row]
+        lines.append("| " + " | ".join([str(name), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def by_method(areas: pd.DataFrame) -> pd.DataFrame:
+    """Mean over tasks: rows methods and directions, columns numbers of examples."""
+    table = areas.groupby(["method", "direction", "n_shots"]).auc.mean().unstack("n_shots")
+    return table.loc[list(ROWS)].set_axis(list(ROWS.values()), axis=0)
+
+
+def by_task(areas: pd.DataFrame) -> pd.DataFrame:
+    """Rows tasks; each cell the areas at the numbers of examples, one after the other."""
+    texts: dict[str, dict[str, str]] = {}
+    for task, of_task in areas.groupby("task", sort=False):
+        texts[str(task)] = {}
+        for key, name in ROWS.items():
+            of_cell = of_task[(of_task.method == key[0]) & (of_task.direction == key[1])]
+            values = of_cell.sort_values("n_shots").auc
+            texts[str(task)][name] = " ".join(f"{v:.2f}".replace("0.", ".") for v in values)
+    columns = [name for name in ROWS.values() if "reversed" not in name and "layer" not in name]
+    return pd.DataFrame(texts).T[[*columns[:1], "RA reversed", *columns[1:]]]
+
+
+def wins(areas: pd.DataFrame) -> pd.DataFrame:
+    """In how many cells (task and number of examples) one order beats another."""
+    wide = areas.set_index(["task", "n_shots", "method", "direction"]).auc.unstack(
+        ["method", "direction"]
+    )
+    pairs = [
+        (("ra", "forward"), ("ra", "reversed")),
+        (("ra", "forward"), ("random", "none")),
+        (("ra", "forward"), ("fa", "forward")),
+        (("ra", "forward"), ("cm1", "forward")),
+        (("ra", "forward"), ("cm2", "forward")),
+        (("fa", "forward"), ("fa", "reversed")),
+        (("cm1", "forward"), ("cm1", "reversed")),
+        (("cm2", "forward"), ("cm2", "reversed")),
+        (("index", "forward"), ("index", "reversed")),
+    ]
+    found: dict[str, dict[str, str]] = {}
+    for one, other in pairs:
+        row: dict[str, str] = {}
+        for shots, cells in wide.groupby("n_shots"):
+            row[str(shots)] = f"{int((cells[one] > cells[other]).sum())} of {len(cells)}"
+        found[f"{ROWS[one]} above {ROWS[other]}"] = row
+    return pd.DataFrame(found).T
+
+
+def patched(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracy over tasks: unpatched, at the paper's scales, and at the best scale of all."""
+    rows: dict[str, Any] = {}
+    of = {name: sweep[sweep["map"] == name] for name in ("none", "ra", "pattern")}
+    rows["unpatched"] = of["none"].groupby("n_shots").top1.mean()
+    for name, title, scale in (("ra", "RA × −30", -30.0), ("pattern", "FA × 1", 1.0)):
+        chosen = of[name][of[name].scale == scale]
+        rows[title] = chosen.groupby("n_shots").top1.mean()
+    for name, title in (("ra", "RA"), ("pattern", "FA")):
+        means = of[name].groupby(["n_shots", "scale"]).top1.mean().unstack("scale")
+        best = [f"{row.max():.3f} (× {row.idxmax():g})" for _, row in means.iterrows()]
+        rows[f"{title}, best of 24 scales"] = pd.Series(best, index=means.index)
+    return pd.DataFrame(rows).T
+
+
+def patched_by_task(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Rows tasks, without examples: unpatched, RA × −30, FA × 1, and unpatched with examples."""
+    names = sweep.task.drop_duplicates()
+    none = sweep[sweep["map"] == "none"].set_index(["task", "n_shots"]).top1
+    zero = sweep[sweep.n_shots == 0].set_index(["task", "map", "scale"]).top1
+    rows = {
+        name.rpartition("_len_")[0]: {
+            "unpatched": none[name, 0],
+            "RA × −30": zero[name, "ra", -30.0],
+            "FA × 1": zero[name, "pattern", 1.0],
+            **{f"{n} examples": none[name, n] for n in (1, 5, 10)},
+        }
+        for name in names
+    }
+    return pd.DataFrame(rows).T
+
+
+def refresh(sections: dict[str, str]) -> None:
+    """Put new text between the marks of each section of the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, new in sections.items():
+        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
+        if found != 1:
+            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
+    write_whole(DOCUMENT, text)
+
+
+def draw(curves: pd.DataFrame, areas: pd.DataFrame, sweep: pd.DataFrame) -> None:
+    """Write the three figures beside the document."""
+    folder = DOCUMENT.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    figures = {
+        "perturbation": perturbation_curves(curves, width=1100),
+        "patching": patching_sweep_curve(sweep, width=1100),
+        "auc": auc_table(areas, width=1500),
+    }
+    for name, figure in figures.items():
+        figure.write_image(folder / f"demo-{name}.png", scale=1.5)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results"),
+    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
+) -> None:
+    """Run the experiments and refresh the document."""
+    results.mkdir(parents=True, exist_ok=True)
+    model = load_demo_model(device="cpu")
+    start = time.perf_counter()
+    curves = perturbation_test(model, "all", out=results / "perturbation.parquet")
+    middle = time.perf_counter()
+    sweep = patching_sweep(model, "all", out=results / "patching.parquet")
+    end = time.perf_counter()
+    typer.echo(f"perturbation test {middle - start:.0f} s, patching sweep {end - middle:.0f} s")
+    areas = area_under_curve(curves)
+    icl, natural = (areas[areas.kind == kind] for kind in ("icl", "natural"))
+    full = curves[(curves.share == 1) & (curves.method == "ra") & (curves.direction == "forward")]
+    accuracy = full.pivot_table(index="kind", columns="n_shots", values="top1")
+    accuracy.index = ["15 in-context tasks", "6 natural questions"]
+    refresh(
+        {
+            "accuracy": markdown(accuracy),
+            "auc": markdown(by_method(areas)),
+            "auc icl": markdown(by_method(icl)),
+            "auc natural": markdown(by_method(natural)),
+            "wins": markdown(wins(icl)),
+            "auc logit": markdown(by_method(area_under_curve(curves, metric="logit_diff")), 2),
+            "auc tasks": markdown(by_task(areas)),
+            "patching": markdown(patched(sweep[sweep.kind == "icl"])),
+            "patching tasks": markdown(patched_by_task(sweep)),
+        }
+    )
+    if images:
+        draw(curves, areas, sweep)
+
+
+if __name__ == "__main__":
+    typer.run(main)
