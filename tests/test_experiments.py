@@ -253,12 +253,15 @@ def test_rows_say_how_they_were_made(demo):
     assert (one.seed, one.n_rank, one.n_test, one.split) == (5, 2, 3, "code")
     assert one.torch.startswith(torch.__version__.split("+")[0])
     assert not one.value_biases_folded
+    assert set(frame.n_test) == {3}
     assert frame.groupby(["task", "n_shots"]).prompts_hash.nunique().tolist() == [1, 1, 1, 1]
     assert frame.prompts_hash.nunique() == 4
     assert frame.settings_hash.nunique() == 1
     assert frame.kind[frame.task == "natural/present-past"].unique().tolist() == ["natural"]
     # Without ranking prompts or draws there is nothing else that a seed could change.
     other = perturbation_test(demo, "antonym", methods="index", shots=1, n_test=3, **QUIET)
+    whole = perturbation_test(demo, "antonym", methods="index", shots=0, **QUIET)
+    assert set(whole.n_test) == {len(load_task("antonym").split().test)}
     same = frame[(frame.task == "antonym") & (frame.n_shots == 1)]
     assert other.prompts_hash.iloc[0] != same.prompts_hash.iloc[0]
 

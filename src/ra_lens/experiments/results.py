@@ -107,7 +107,10 @@ def as_frame(
     first = {"experiment": experiment, "model": made.pop("model")}
     made.pop("experiment", None)
     made[SETTINGS] = settings_hash(dict(settings))
-    return pd.DataFrame([{**first, **row, **made} for row in rows])
+    # What a row says of itself counts: a setting may be an upper limit only (`n_test`).
+    return pd.DataFrame(
+        [{**first, **row, **{k: v for k, v in made.items() if k not in row}} for row in rows]
+    )
 
 
 def model_facts(lens: Lens) -> dict[str, Any]:
