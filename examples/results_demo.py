@@ -119,7 +119,7 @@ def patched_by_task(sweep: pd.DataFrame) -> pd.DataFrame:
             "unpatched": none[name, 0],
             "RA × −30": zero[name, "ra", -30.0],
             "FA × 1": zero[name, "pattern", 1.0],
-            **{f"{n} examples": none[name, n] for n in (1, 5, 10)},
+            **{f"unpatched, {n} shots": none[name, n] for n in (1, 5, 10)},
         }
         for name in names
     }
@@ -147,7 +147,7 @@ def draw(curves: pd.DataFrame, areas: pd.DataFrame, sweep: pd.DataFrame) -> None
         "auc": auc_table(areas, width=1500),
     }
     for name, figure in figures.items():
-        figure.write_image(folder / f"demo-{name}.png", scale=1.5)
+        figure.write_image(folder / f"demo-{name}.png", scale=1.25)
 
 
 def main(

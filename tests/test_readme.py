@@ -30,6 +30,28 @@ def test_the_example_prints_what_the_readme_shows(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_experiments_of_the_readme_run(tmp_path):
+    section = README.partition("## The paper's experiments")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.S)[1]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    areas = {
+        tuple(line.split()[1:3]): float(line.split()[3])
+        for line in run.stdout.splitlines()
+        if re.match(r"\d", line)
+    }
+    assert set(areas) == {
+        *((method, way) for method in ("ra", "cm1") for way in ("forward", "reversed")),
+        ("random", "none"),
+    }
+    assert areas["cm1", "forward"] > areas["random", "none"] > areas["cm1", "reversed"]
+
+
 def test_the_two_commands_are_there_and_name_what_exists():
     assert "python -m pip install -c constraints.txt -e . && ra-lens demo" in README
     assert 'python -m pip install -c constraints.txt -e ".[test]" && python -m pytest' in README
