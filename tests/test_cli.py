@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from ra_lens import run_with_ra
 from ra_lens.cli import app, show
 from ra_lens.cli.reading import hints, read_layers, read_text, unknown_words
+from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
-from ra_lens.figures.example import head_of_example
 from test_figures import make
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
@@ -115,6 +115,46 @@ def test_a_report_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     text = path.read_text()
     assert f"ra-lens run --model {tiny} --prompt &#x27;{PROMPT}&#x27; --target &#x27;w8 w9" in text
     assert "mean of −log p" in text
+
+
+def test_several_prompts_go_into_one_report(tiny: str, shared: Any, tmp_path: Path) -> None:
+    path = tmp_path / "out.html"
+    texts, targets = ["w5 w7 w9", "w4 w6"], [" w8", " w9"]
+    words = ["-p", texts[0], "-p", texts[1], "-t", targets[0], "-t", targets[1]]
+    result = call("run", "-m", tiny, *words, "-o", str(path), "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    _, ra = run_with_ra(shared("gpt2", KINDS[0]), texts, target=targets)
+    assert [one["prompt"] for one in found["prompts"]] == texts
+    losses = [one["loss"] for one in found["prompts"]]
+    assert losses == pytest.approx(ra.loss.tolist(), rel=1e-5)
+    assert [h["label"] for h in found["top_heads"]] == [s.label for s in ra.top_heads(10)]
+    cell, norms = found["prompts"][1]["strongest_cells"][0], ra.norms()[1]
+    assert (cell["layer"], cell["head"]) == divmod(int(norms.argmax()), N_HEADS)
+    values = ra["ra", cell["layer"]][1, cell["head"]]
+    assert cell["ra"] == pytest.approx(values[cell["query"], cell["key"]].item(), rel=1e-4)
+    text = path.read_text()
+    assert "prompt 2 of 2" in text
+    assert text.count("What comes next") == 2
+    printed = call("run", "-m", tiny, *words).stdout
+    for wanted in ("Prompt 1", "Prompt 2", "mean of 2 prompts"):
+        assert wanted in printed
+
+
+def test_neither_a_run_nor_its_report_loads_plotly(tiny: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from ra_lens.cli.commands import Options, run_prompt\n"
+        f"for output in (None, {str(tmp_path / 'r.html')!r}):\n"
+        f"    options = Options(('w5 w7',), model={tiny!r}, as_json=True)\n"
+        "    from dataclasses import replace\n"
+        "    from pathlib import Path\n"
+        "    run_prompt(replace(options, output=output and Path(output)))\n"
+        "assert 'plotly' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.html").exists()
 
 
 def test_a_prompt_can_come_from_standard_input(tiny: str) -> None:
@@ -213,6 +253,8 @@ def test_a_gradient_of_zero_is_said(shared: Any, monkeypatch: pytest.MonkeyPatch
         (["-p", PROMPT, "--device", "nodevice"], "cannot use --device nodevice"),
         (["-p", PROMPT, "-o", "/nowhere/at/all.html"], "there is no folder /nowhere/at"),
         (["-p", PROMPT, "-o", "-"], "a report is a file"),
+        (["-p", "a", "-p", "b", "-p", "c", "-t", "x", "-t", "y"], "2 targets for 3 prompts"),
+        (["-p", "-", "-t", "-"], "standard input can be read only once"),
         (["-p", PROMPT, "-m", "./missing"], "there is no folder './missing'"),
         (["-p", PROMPT, "-m", "/dev"], "has no config.json"),
         (["-p", PROMPT, "-m", "no-such-model"], "could not load 'no-such-model'"),

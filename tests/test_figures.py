@@ -13,11 +13,11 @@ import torch
 
 from ra_lens import run_with_ra
 from ra_lens.cache import HeadScore, RACache, RunInfo
+from ra_lens.display.maps import head_of_example
+from ra_lens.display.tokens import distinct, plotly_text, shorten, thinned, visible
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.figures import head_grid, head_map, head_maps
-from ra_lens.figures.example import head_of_example
 from ra_lens.figures.maps import largest
-from ra_lens.figures.tokens import distinct, plotly_text, shorten, thinned, visible
 from ra_lens.sites import Site
 from tiny_models import KINDS
 
@@ -88,7 +88,7 @@ def test_the_grid_shows_the_mean_norms(ra: RACache, kind: Any) -> None:
 
 def test_the_grid_ranks_heads_and_frames_the_first(ra: RACache) -> None:
     figure = head_grid(ra, top=2)
-    ranks, values = np.asarray(figure.data[0].customdata), z(figure)
+    ranks, values = np.asarray(figure.data[0].customdata)[..., 0], z(figure)
     assert values.ravel()[np.argsort(ranks.ravel())].tolist() == sorted(values.ravel())[::-1]
     marks = np.asarray(figure.data[0].text)
     assert (marks[ranks == 1].item(), marks[ranks == 2].item()) == ("1", "2")
@@ -131,8 +131,14 @@ def test_maps_show_the_cache_without_padding(side: str, example: int) -> None:
         r = lower(-ra["ra", layer][example, head, kept, kept])
         np.testing.assert_array_equal(z(figure, 2 * i), a)
         np.testing.assert_array_equal(z(figure, 2 * i + 1), r)
-        np.testing.assert_array_equal(np.asarray(figure.data[2 * i].customdata, float), r)
-        np.testing.assert_array_equal(np.asarray(figure.data[2 * i + 1].customdata, float), a)
+        for trace, other in ((figure.data[2 * i], r), (figure.data[2 * i + 1], a)):
+            told = np.asarray(trace.customdata, float)
+            np.testing.assert_array_equal(told[..., 0], other)
+            for row in range(n):  # the rank of |R| in the row, counted by hand
+                sizes = [abs(v) for v in r[row, : row + 1].tolist()]
+                ranks = [1 + sorted(sizes, reverse=True).index(size) for size in sizes]
+                assert told[row, : row + 1, 1].tolist() == ranks
+                assert not told[row, row + 1 :, 1].any()
 
 
 def test_red_is_more_attention_and_the_bar_says_so(ra: RACache) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -14,17 +16,32 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 from plotly.offline import get_plotlyjs
 
 from ra_lens import files as file_module
-from ra_lens.cache import RACache
+from ra_lens import run_with_ra
+from ra_lens.cache import RACache, RunInfo
+from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput, NotStored
-from ra_lens.figures import head_grid, head_map
-from ra_lens.report import Section, Table, check_output, write_report
-from test_figures import make
+from ra_lens.report import (
+    PatchedPrompt,
+    Predictions,
+    Section,
+    Table,
+    check_output,
+    patched_predictions,
+    write_report,
+)
+from ra_lens.report.packing import pack, unpack
+from ra_lens.sites import Site
+from test_figures import lower, make
+from tiny_models import KINDS
 
 EVIL = "</script><script>alert(1)</script>"
-HOSTILE = (EVIL, "\"'`", "🙂", "שלום", "<!--", "%{y}", "&lt;", "\u202eabc", "\n", "]]>")
+HOSTILE = (
+    EVIL, "\"'`", "🙂", "שלום", "<!--", "%{y}", "&lt;", "\u202eabc", "\n", "]]>", "\x00"
+)  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -60,13 +77,16 @@ class Page(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
 
-    def figures(self) -> list[Any]:
+    def blocks(self) -> list[tuple[dict[str, str | None], str]]:
+        """Scripts with their attributes; those with a type are data."""
         kinds = [attrs for tag, attrs in self.tags if tag == "script"]
-        return [
-            go.Figure(json.loads(text))
-            for text, attrs in zip(self.scripts, kinds, strict=True)
-            if attrs.get("type") == "application/json"
-        ]
+        return list(zip(kinds, self.scripts, strict=True))
+
+    def data(self) -> Any:
+        return json.loads(next(text for attrs, text in self.blocks() if attrs.get("id")))
+
+    def maps(self) -> dict[str, str]:
+        return {str(a["data-map"]): text for a, text in self.blocks() if "data-map" in a}
 
 
 @pytest.fixture
@@ -83,14 +103,15 @@ def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def numbers(value: Any) -> np.ndarray:
-    if isinstance(value, dict):  # plotly's own form of an array
-        kinds = {"f4": np.float32, "f8": np.float64}
-        import base64
-
-        flat = np.frombuffer(base64.b64decode(value["bdata"]), kinds[value["dtype"]])
-        return flat.reshape([int(n) for n in str(value["shape"]).split(",")]).astype(float)
-    return np.asarray(value, dtype=float)
+def lower_triangles(text: str, limit: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and R of a page's block, read without the package: halves, row by row."""
+    flat = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
+    both = []
+    for part, factor in ((flat[: len(flat) // 2], 1.0), (flat[len(flat) // 2 :], limit)):
+        square = np.full((n, n), np.nan)
+        square[np.tril_indices(n)] = part * factor
+        both.append(square)
+    return both[0], both[1]
 
 
 def test_it_tells_the_run(ra: RACache, path: Path) -> None:
@@ -99,27 +120,72 @@ def test_it_tells_the_run(ra: RACache, path: Path) -> None:
     page = read(path)
     for wanted in (
         "Reversed Attention of toy", "Model toy", "0, 2; 3 heads each", "5, BOS prepended",
-        "Target “·t”", "1.0000, −log p of the target; p(target) = 0.368",
-        "2; this page shows number 0", "averaged over 2 examples", "A paragraph.", "Small.",
+        "Target “·t”", "1.0000, −log p of the target; p(target) = 0.368", "p(target) = 0.135",
+        "prompt 1 of 2", "means over 2 prompts", "A paragraph.", "Small.",
         "ra-lens run -p 'x'", "transformer-lens", "Red cells would get more attention",
     ):  # fmt: skip
         assert wanted in page.text, wanted
     chips = [attrs["class"] for tag, attrs in page.tags if tag == "bdi" and "class" in attrs]
-    assert chips == ["token special", *["token"] * 4, "token target"]
+    first = ["token special", *["token"] * 4, "token target next"]
+    assert chips == [*first, "token special", *["token"] * 2, "token target next"]
 
 
-def test_its_figures_hold_the_values_of_the_cache(ra: RACache, path: Path) -> None:
-    write_report(ra, path, top=2, example=1, sign="gradient")
-    grid, *maps = read(path).figures()
-    np.testing.assert_array_equal(numbers(grid.data[0].z), numbers(head_grid(ra).data[0].z))
-    assert len(maps) == 4
-    for i, score in enumerate(ra.top_heads(2)):
-        for j, kind in enumerate(("pattern", "ra")):
-            wanted: Any = head_map(ra, score, kind=kind, example=1, sign="gradient")
-            found = maps[2 * i + j].data[0]
-            np.testing.assert_array_equal(numbers(found.z), numbers(wanted.data[0].z))
-            assert found.name == f"{score.label} {kind}"
-    assert maps[1].data[0].zmax == maps[3].data[0].zmax
+def test_it_holds_the_maps_of_every_head_and_prompt(ra: RACache, path: Path) -> None:
+    write_report(ra, path)
+    page = read(path)
+    data, maps = page.data(), page.maps()
+    assert len(maps) == 2 * len(ra.layers) * ra.n_heads
+    for example, n in enumerate((5, 3)):
+        for layer in ra.layers:
+            for head in range(ra.n_heads):
+                facts = data["examples"][example]["maps"][f"{layer}.{head}"]
+                assert facts["rows"] == facts["columns"] == ["input", 0, n]
+                r = ra["ra", layer][example, head, :n, :n]
+                assert facts["limit"] == r.abs().max().item()
+                a_found, r_found = lower_triangles(
+                    maps[f"{example}.{layer}.{head}"], facts["limit"], n
+                )
+                wanted = lower(ra["pattern", layer][example, head, :n, :n])
+                np.testing.assert_allclose(a_found, wanted, rtol=5e-4, atol=1e-7)
+                np.testing.assert_allclose(r_found, lower(r), rtol=5e-4, atol=1e-6)
+    norms = np.asarray(data["examples"][1]["norms"])
+    np.testing.assert_allclose(norms, ra.norms()[1].numpy(), rtol=1e-4)
+    np.testing.assert_allclose(data["norms"], ra.norms().mean(0).numpy(), rtol=1e-4)
+
+
+def test_packed_maps_keep_three_digits_and_what_is_no_number() -> None:
+    ra = make()
+    r = ra["ra", 0][0, 0]
+    r[4, :5] = torch.tensor([1e-3, -3e-8, torch.nan, 5e-6, -4e-4]) * 1e-9
+    ra["ra", 0][0, 0] = r.tril() * (torch.arange(5) == 4)[:, None]
+    maps = head_of_example(ra, (0, 0))
+    packed = pack(maps)
+    a, found = unpack(packed, (5, 5))
+    np.testing.assert_allclose(a, maps.pattern, rtol=5e-4)
+    np.testing.assert_allclose(found, maps.ra, rtol=5e-4, atol=3e-8 * packed.limit)
+    assert packed.limit == pytest.approx(1e-12)
+    assert np.isnan(found[4, 2])
+
+
+def test_the_heads_with_the_largest_norms_are_kept_where_space_is_short(
+    ra: RACache, path: Path
+) -> None:
+    cells = 5 * 6 // 2 + 3 * 4 // 2
+    write_report(ra, path, max_megabytes=3 * cells * 4 * 4 / 3 / 1e6)
+    page = read(path)
+    kept = {f"{i}.{s.layer}.{s.head}" for i in (0, 1) for s in ra.top_heads(3)}
+    assert set(page.maps()) == kept
+    assert "the maps of the 3 heads with the largest norms; the other 3" in page.text
+
+
+def test_some_of_the_prompts_can_be_shown(ra: RACache, path: Path) -> None:
+    write_report(ra, path, examples=[1])
+    page = read(path)
+    assert len(page.data()["examples"]) == 1
+    assert "p(target) = 0.135" in page.text
+    assert "p(target) = 0.368" not in page.text
+    facts = page.data()["examples"][0]["maps"]["0.0"]
+    assert facts["limit"] == ra["ra", 0][1, 0].abs().max().item()
 
 
 def test_the_table_says_what_the_strongest_entries_are(ra: RACache, path: Path) -> None:
@@ -143,50 +209,103 @@ def hostile() -> RACache:
 def test_hostile_text_stays_text(hostile: RACache, path: Path) -> None:
     figure = go.Figure(go.Heatmap(z=[[1.0]], x=[EVIL], y=["<!--<script>"]))
     section = Section(EVIL, (EVIL,), Table((EVIL,), ((EVIL,),)), ((EVIL, (figure,)),), (EVIL,))
-    write_report(hostile, path, command=EVIL, sections=[section])
+    one = Predictions(((EVIL, 0.5), ("\ud800", 0.25)), 0.5, 1)
+    patched = [PatchedPrompt(-30.0, one, one)]
+    write_report(hostile, path, command=EVIL, sections=[section], patched=patched)
     text, page = path.read_text(encoding="utf-8"), read(path)
-    write_report(make((tuple("abcdefghij"),)), path, command="c", sections=[
-        Section("s", ("p",), Table(("c",), (("v",),)), (("h", (figure,)),), ("n",))
-    ])  # fmt: skip
+    calm = Predictions((("a", 0.5), ("b", 0.25)), 0.5, 1)
+    write_report(
+        make((tuple("abcdefghijk"),)),
+        path,
+        command="c",
+        patched=[PatchedPrompt(-30.0, calm, calm)],
+        sections=[Section("s", ("p",), Table(("c",), (("v",),)), (("h", (figure,)),), ("n",))],
+    )
     plain = read(path)
     breaks = ("br", "wbr")  # a line ends where a token ends one
     names = [tag for tag, _ in page.tags if tag not in breaks]
     assert names == [tag for tag, _ in plain.tags if tag not in breaks]  # none is the text's
     assert text.replace(get_plotlyjs(), "").count("alert(1)<") == 0
-    assert page.text.count(EVIL) == 12
-    for token in ("\"'`", "🙂", "שלום", "<!--", "%{y}", "&lt;", "U+202Eabc", "⏎", "]]>"):
+    assert page.text.count(EVIL) >= 12
+    for token in ("\"'`", "🙂", "שלום", "<!--", "%{y}", "&lt;", "U+202Eabc", "⏎", "]]>", "U+0000",
+                  "“U+D800” 25.0 %"):  # fmt: skip
         assert token in page.text
-    labels = list(page.figures()[1].data[0].x)
-    assert labels[0] == "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt; (0)"
+    assert "\x00" not in text
 
 
-def test_it_loads_nothing(ra: RACache, path: Path) -> None:
+def test_it_loads_nothing_and_runs_only_its_own_script(ra: RACache, path: Path) -> None:
     write_report(ra, path)
     page = read(path)
     assert not [tag for tag, _ in page.tags if tag in ("link", "img", "iframe", "object", "base")]
     assert not [a for _, a in page.tags if {"src", "href", "srcset", "action"} & set(a)]
     policy = next(a["content"] for _, a in page.tags if "http-equiv" in a)
     assert policy is not None
-    assert policy.startswith("default-src 'none'")
-    assert "http" not in policy
-    own = path.read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
+    scripts = [text for attrs, text in page.blocks() if not attrs]
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    assert len(scripts) == 1
+    assert f"script-src 'sha256-{hashes[0]}';" in policy
+    own = path.read_text(encoding="utf-8")
     assert "://" not in own
     assert "@import" not in own
     assert "url(" not in own
+    assert "Plotly" not in own
+
+
+def test_plotly_is_in_a_page_once_and_only_with_a_plotly_figure(ra: RACache, path: Path) -> None:
+    figure = go.Figure(go.Scatter(y=[1]))
+    write_report(ra, path, sections=[Section("s", figures=(("", (figure, figure)),))])
+    page = read(path)
     assert page.scripts.count(get_plotlyjs()) == 1
-    assert sum(len(script) > 100_000 for script in page.scripts) == 1
+    policy = next(str(a["content"]) for _, a in page.tags if "http-equiv" in a)
+    for script in (text for attrs, text in page.blocks() if not attrs):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
 
 
-def test_it_fits_phones_and_both_themes(ra: RACache, path: Path) -> None:
+def test_the_size_for_a_small_model_is_small(path: Path) -> None:
+    """12 layers of 12 heads on 64 tokens, as GPT-2 small has them."""
+    n, heads = 64, 12
+    generator = torch.Generator().manual_seed(0)
+    tokens = tuple(f" w{i}" for i in range(n))
+    ra = RACache(
+        sites={i: Site(i, f"blocks.{i}.attn", heads, heads, 0.125) for i in range(12)},
+        info=RunInfo(str_tokens=(tokens,), starts=(0,)),
+    )
+    for layer in range(12):
+        for kind in ("ra", "pattern"):
+            ra.put(layer, kind, torch.rand(1, heads, n, n, generator=generator).tril())
     write_report(ra, path)
-    text = path.read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    assert path.stat().st_size < 1.8e6
+
+
+def test_ten_thousand_tokens_are_text_and_their_end_has_maps(path: Path) -> None:
+    n = 10_000
+    ra = RACache(
+        sites={0: Site(0, "blocks.0.attn", 2, 2, 0.125)},
+        info=RunInfo(str_tokens=(tuple(f" w{i}" for i in range(n)),), starts=(0,)),
+    )
+    zero = torch.zeros(1).expand(1, 2, n, n)  # takes no memory
+    for kind in ("ra", "pattern"):
+        ra.put_norms(0, kind, torch.ones(1, 2, 1, 1))
+        ra.keep(0, kind, zero)
+    write_report(ra, path, max_tokens=40)
+    page = read(path)
+    assert sum(tag == "bdi" and "token" in str(a.get("class")) for tag, a in page.tags) == n
+    assert page.data()["examples"][0]["maps"]["0.1"]["rows"] == ["input", 9960, 40]
+    assert path.stat().st_size < 1.2e6
+
+
+def test_it_fits_phones_and_both_themes_and_paper(ra: RACache, path: Path) -> None:
+    write_report(ra, path)
+    text = path.read_text(encoding="utf-8")
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     assert "prefers-color-scheme: dark" in text
-    assert "responsive: true" in text
-    assert all(figure.layout.width is None for figure in read(path).figures())
+    assert "@media print" in text
 
 
-def test_answers_of_several_tokens_are_marked_once(ra: RACache, path: Path) -> None:
+def test_answers_of_several_tokens_are_tokens_of_the_prompt(ra: RACache, path: Path) -> None:
     ra.info = replace(
         ra.info,
         objective="sequence_nll",
@@ -194,24 +313,78 @@ def test_answers_of_several_tokens_are_marked_once(ra: RACache, path: Path) -> N
         answer_lengths=(2, 0),
         str_tokens=(("<|end|>", " x", "\n", " Paris", "<b>"), ra.info.str_tokens[1]),
     )
-    write_report(ra, path, top=1)
+    write_report(ra, path, top=1, examples=[0])
     page = read(path)
     chips = [attrs["class"] for tag, attrs in page.tags if tag == "bdi" and "class" in attrs]
-    assert chips == ["token special", "token", "token", "token target"]
+    assert chips == ["token special", "token", "token", "token target", "token target"]
     assert "mean of −log p over the target's tokens" in page.text
     assert "p(target)" not in page.text
-
-
-def test_a_long_prompt_shows_its_end_and_says_so(path: Path) -> None:
-    write_report(make((tuple(f" w{i}" for i in range(140)),)), path, top=1)
-    page = read(path)
-    assert "The maps show the last 128 of 140 tokens." in page.text
-    assert numbers(page.figures()[1].data[0].z).shape == (128, 128)
 
 
 def test_the_same_cache_gives_the_same_file(ra: RACache, tmp_path: Path) -> None:
     first, second = (write_report(ra, tmp_path / name) for name in ("a.html", "b.html"))
     assert first.read_bytes() == second.read_bytes()
+
+
+# ---- predictions before and after ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [" w8", None])
+def test_predictions_are_those_of_the_model_before_and_after(shared: Any, target: Any) -> None:
+    model = shared("gpt2", KINDS[0])
+    prompts = ["w5 w7 w9", "w4 w6 w8 w10"]
+    _, ra = run_with_ra(model, prompts, target=target)
+    found = patched_predictions(model, prompts, ra, target=target, scale=-3.0, top=3)
+    for i, text in enumerate(prompts):
+        tokens = model.to_tokens(text)
+        n = tokens.shape[1]
+        with torch.no_grad():
+            before = model(tokens)[0, -1].softmax(-1)
+            hooks = []
+            for layer in ra.layers:
+                added = -3.0 * ra["ra", layer][i, :, :n, :n]
+
+                def add(pattern: Any, hook: Any, added: Any = added) -> Any:
+                    return pattern + added
+
+                hooks.append((f"blocks.{layer}.attn.hook_pattern", add))
+            after = model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1].softmax(-1)
+        wanted = int(before.argmax()) if target is None else int(model.to_tokens(target)[0, -1])
+        for chances, one in ((before, found[i].before), (after, found[i].after)):
+            assert one.target == pytest.approx(chances[wanted].item(), rel=1e-4)
+            assert one.rank == 1 + int((chances > chances[wanted]).sum())
+            values = chances.sort(descending=True).values[:3].tolist()
+            assert [chance for _, chance in one.top] == pytest.approx(values, rel=1e-4)
+        assert found[i].after.target > found[i].before.target  # a small step of descent
+
+
+def test_the_probability_of_several_tokens_is_that_of_all_of_them(shared: Any) -> None:
+    model = shared("gpt2", KINDS[0])
+    _, ra = run_with_ra(model, "w5 w7", target=" w8 w9")
+    one = patched_predictions(model, "w5 w7", ra, target=" w8 w9")[0].before
+    with torch.no_grad():
+        chances = model(model.to_tokens("w5 w7 w8 w9")).softmax(-1)[0]
+    ids = model.to_tokens("w5 w7 w8 w9")[0]
+    assert one.target == pytest.approx((chances[-3, ids[-2]] * chances[-2, ids[-1]]).item(), 1e-4)
+    assert one.rank == 1 + int((chances[-3] > chances[-3, ids[-2]]).sum())
+
+
+def test_predictions_stand_in_the_page(ra: RACache, path: Path) -> None:
+    before = Predictions(((" Rome", 0.25), (" Oslo", 0.0012)), 0.25, 1)
+    after = Predictions(((" Rome", 0.75),), 0.75, 1)
+    write_report(ra, path, examples=[0], patched=[PatchedPrompt(-30.0, before, after)])
+    text = read(path).text
+    assert "As it is 25.0 % 1 “·Rome” 25.0 % · “·Oslo” 0.120 %" in text
+    assert "Patched 75.0 % 1 “·Rome” 75.0 %" in text
+    assert "−30 times this prompt’s own R" in text
+
+
+def test_predictions_of_other_prompts_are_refused(ra: RACache, shared: Any, path: Path) -> None:
+    one = Predictions(())
+    with pytest.raises(BadInput, match="of 1 prompts for a report on 2"):
+        write_report(ra, path, patched=[PatchedPrompt(-30.0, one, one)])
+    with pytest.raises(BadInput, match="found 1 prompts for a cache of 2"):
+        patched_predictions(shared("gpt2", KINDS[0]), "w5", ra)
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -288,7 +461,13 @@ def test_a_folder_that_takes_no_file_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"top": 0}, "top=0"), ({"example": 2}, "example=2")]
+    ("options", "message"),
+    [
+        ({"top": 0}, "top=0"),
+        ({"examples": [2]}, "example=2"),
+        ({"examples": []}, r"examples=\[\]"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+    ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
     ra: RACache, path: Path, options: Any, message: str

@@ -54,7 +54,10 @@ def about(
 @app.command()
 def run(
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="Text to run on; - reads standard input.")
+        list[str],
+        typer.Option(
+            "--prompt", "-p", help="Text to run on; - reads standard input. Several: -p … -p …."
+        ),
     ],
     model: Annotated[
         str,
@@ -65,12 +68,12 @@ def run(
         ),
     ] = "demo",
     target: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--target",
             "-t",
-            help="What the loss asks for, leading space included: ' Paris'. "
-            "Default: the model's own top prediction.",
+            help="What the loss asks for, leading space included: ' Paris'; one for all prompts or "
+            "one for each. Default: the model's own top prediction.",
         ),
     ] = None,
     escapes: Annotated[
@@ -90,15 +93,15 @@ def run(
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run a prompt; show the loss, the heads its gradient reaches most, and where it moves them."""
+    """Run prompts; show the loss, the heads its gradient reaches most, and where it moves them."""
     with reported(debug=debug):
         from ra_lens.cli.commands import Options, run_prompt
 
         run_prompt(
             Options(
-                prompt=prompt,
+                prompts=tuple(prompt),
                 model=model,
-                target=target,
+                targets=tuple(target or ()),
                 escapes=escapes,
                 top=top,
                 layers=layers,

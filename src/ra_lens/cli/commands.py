@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import typer
@@ -17,6 +19,9 @@ from ra_lens.cli.reading import check_device, hints, read_layers, read_text, unk
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.sites import ModelKind, as_lens
 
+if TYPE_CHECKING:
+    from ra_lens.report import PatchedPrompt
+
 DEMO = "demo"
 
 
@@ -24,9 +29,9 @@ DEMO = "demo"
 class Options:
     """Options of `ra-lens run`, as typed."""
 
-    prompt: str
+    prompts: tuple[str, ...]
     model: str = DEMO
-    target: str | None = None
+    targets: tuple[str, ...] = ()
     escapes: bool = False
     top: int = 10
     layers: str | None = None
@@ -36,10 +41,12 @@ class Options:
     output: Path | None = None
     debug: bool = False
 
-    def command(self, prompt: str, target: str | None) -> str:
+    def command(self, prompts: Sequence[str], targets: Sequence[str]) -> str:
         """The command that would give the same again."""
-        words = ["ra-lens", "run", "--model", self.model, "--prompt", prompt]
-        given = {"--target": target, "--layers": self.layers, "--kind": self.kind}
+        words = ["ra-lens", "run", "--model", self.model]
+        words += [word for prompt in prompts for word in ("--prompt", prompt)]
+        words += [word for target in targets for word in ("--target", target)]
+        given = {"--layers": self.layers, "--kind": self.kind}
         for name, value in given.items():
             words += [] if value is None else [name, value]
         return shlex.join(words)
@@ -49,28 +56,57 @@ def run_prompt(options: Options) -> None:
     """`ra-lens run`."""
     if options.model == DEMO or Path(options.model).is_dir():
         offline()
-    prompt = read_text(options.prompt, escapes=options.escapes)
-    target = options.target
-    target = None if target is None else read_text(target, escapes=options.escapes)
+    prompts, targets = _read(options)
     layers = read_layers(options.layers)
     check_device(options.device)
     _check_output(options.output)
-    for hint in hints(prompt, target, escapes=options.escapes):
+    each = [None] * len(prompts) if not targets else targets * (len(prompts) // len(targets))
+    slips = [
+        hint
+        for prompt, target in zip(prompts, each, strict=True)
+        for hint in hints(prompt, target, escapes=options.escapes)
+    ]
+    for hint in dict.fromkeys(slips):
         _warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)
-    _warn_of_unknown_words(model, prompt)
+    _warn_of_unknown_words(model, "\n".join(prompts))
+    target = None if not targets else targets[0] if len(targets) == 1 else targets
     with quiet(debug=options.debug):
         from ra_lens.run import run_with_ra
 
-        _, ra = run_with_ra(model, prompt, target=target, layers=layers, progress=False)
+        _, ra = run_with_ra(model, prompts, target=target, layers=layers, progress=False)
     ra = ra.to("cpu")
     written = None
     if options.output is not None:
         from ra_lens.report import write_report
 
-        command = options.command(prompt, target)
-        written = write_report(ra, options.output, top=min(options.top, 6), command=command)
-    _tell(ra, model, prompt, top=options.top, written=written, as_json=options.as_json)
+        refusal, patched = None, ()
+        with quiet(debug=options.debug):
+            try:
+                patched = _patched(model, prompts, ra, target)
+            except UnsupportedModel as error:  # its patterns can be read but not edited
+                refusal = str(error)
+        command = options.command(prompts, targets)
+        written = write_report(ra, options.output, command=command, patched=patched)
+        if refusal is not None:
+            _warn("warning", f"no patched prediction: {refusal}")
+    _tell(ra, model, prompts, top=options.top, written=written, as_json=options.as_json)
+
+
+def _read(options: Options) -> tuple[list[str], list[str]]:
+    """Read prompts and targets.
+
+    Raises:
+        BadInput: standard input is asked for twice, or another number of targets than prompts.
+    """
+    texts = [*options.prompts, *options.targets]
+    if texts.count("-") > 1:
+        raise BadInput("found - more than once; standard input can be read only once.")
+    n, given = len(options.prompts), len(options.targets)
+    if given not in (0, 1, n):
+        raise BadInput(f"found {given} targets for {n} prompts. Give one for all, or one for each.")
+    read = [read_text(text, escapes=options.escapes) for text in texts]
+    return read[:n], read[n:]
 
 
 def run_demo(
@@ -96,11 +132,13 @@ def run_demo(
             refusal = str(error)
     ra = ra.to("cpu")
     sections = () if patched is None else (showcase.as_section(patched),)
-    written = write_report(ra, output, command="ra-lens demo", sections=sections)
+    with quiet(debug=debug):
+        own = () if patched is None else _patched(model, prompt.text, ra, prompt.answer)
+    written = write_report(ra, output, command="ra-lens demo", sections=sections, patched=own)
     extra: dict[str, object] = {}
     if patched is not None:
         extra["patched"] = showcase.as_json(patched)
-    _tell(ra, model, prompt.text, top=6, written=written, as_json=as_json, extra=extra)
+    _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
     if patched is None:
         _warn("warning", f"no patched prediction: {refusal}")
     elif not as_json:
@@ -130,10 +168,18 @@ def load(
         return load_model(name, kind=kind, device=device, dtype=dtype)
 
 
+def _patched(
+    model: nn.Module, prompts: str | Sequence[str], ra: RACache, target: str | Sequence[str] | None
+) -> tuple[PatchedPrompt, ...]:
+    from ra_lens.report import patched_predictions
+
+    return patched_predictions(model, prompts, ra, target=target)
+
+
 def _tell(
     ra: RACache,
     model: nn.Module,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     top: int,
     written: Path | None,
@@ -143,7 +189,7 @@ def _tell(
     from ra_lens.cli import show
 
     if as_json:
-        facts = {**show.as_json(ra, model, prompt, top=top), **(extra or {})}
+        facts = {**show.as_json(ra, model, prompts, top=top), **(extra or {})}
         facts["report"] = None if written is None else str(written)
         show.print_json(facts)
         return

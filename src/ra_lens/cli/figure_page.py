@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from ra_lens.display.methods import METRICS
 from ra_lens.experiments.auc import Measure
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
-from ra_lens.figures.methods import METRICS
 from ra_lens.files import write_whole
 from ra_lens.report import page
 from ra_lens.report.page import Section

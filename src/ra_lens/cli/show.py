@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,20 +17,25 @@ from rich.text import Text
 from torch import nn
 
 from ra_lens.cache import RACache
-from ra_lens.figures.example import HeadMaps, head_of_example
-from ra_lens.figures.tokens import shorten, visible
+from ra_lens.display.maps import HeadMaps, head_of_example
+from ra_lens.display.run import example_facts, loss_of, prompt_tokens, run_facts
+from ra_lens.display.tokens import shorten, visible
 from ra_lens.report.page import Section
-from ra_lens.report.write import prompt_tokens, run_facts
 from ra_lens.sites import as_lens
 
 _LABEL = 14
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)
 
 
-def as_json(ra: RACache, model: nn.Module, prompt: str, *, top: int) -> dict[str, object]:
-    """What a run gave, as plain data; `ra` is R itself, negative where descent wants more."""
-    info, maps = ra.info, _strongest_head(ra)
-    return {
+def as_json(
+    ra: RACache, model: nn.Module, prompts: Sequence[str], *, top: int
+) -> dict[str, object]:
+    """What a run gave, as plain data; `ra` is R itself, negative where descent wants more.
+
+    Of several prompts the norms are means, and each has an entry of its own in `prompts`.
+    """
+    info = ra.info
+    facts: dict[str, object] = {
         "ra_lens": version("ra-lens"),
         "transformer_lens": version("transformer-lens"),
         "model": {
@@ -38,25 +44,33 @@ def as_json(ra: RACache, model: nn.Module, prompt: str, *, top: int) -> dict[str
             "layers": ra.layers,
             "n_heads": ra.n_heads,
         },
-        "prompt": prompt,
-        "tokens": list(maps.tokens),
-        "bos_prepended": info.bos_prepended,
-        "target": None if info.targets is None else info.targets[0],
-        "target_is_top_prediction": info.target_is_top_prediction,
         "objective": info.objective,
-        "loss": float(ra.loss.flatten()[0]),
+        "bos_prepended": info.bos_prepended,
+        "target_is_top_prediction": info.target_is_top_prediction,
         "top_heads": [
             {"layer": s.layer, "head": s.head, "label": s.label, "ra_norm": s.score}
             for s in ra.top_heads(top)
         ],
+    }
+    each = [_example_json(ra, prompt, i, top=top) for i, prompt in enumerate(prompts)]
+    return {**facts, **(each[0] if len(each) == 1 else {"prompts": each})}
+
+
+def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[str, object]:
+    maps = _strongest_head(ra, example)
+    return {
+        "prompt": prompt,
+        "tokens": list(maps.tokens),
+        "target": None if ra.info.targets is None else ra.info.targets[example],
+        "loss": loss_of(ra, example),
         "strongest_cells": [
             {
                 "layer": maps.layer,
                 "head": maps.head,
                 "query": cell.query,
                 "key": cell.key,
-                "query_token": maps.tokens[cell.query],
-                "key_token": maps.tokens[cell.key],
+                "query_token": maps.query_token(cell),
+                "key_token": maps.key_token(cell),
                 "ra": cell.ra,
                 "pattern": cell.pattern,
                 "descent_wants": cell.moves,
@@ -77,11 +91,15 @@ def print_line(text: str) -> None:
 
 
 def print_run(ra: RACache, model: nn.Module, *, top: int) -> None:
-    """Print the facts of a run, its top heads, and the strongest map."""
+    """Print the facts of a run, its top heads, and the strongest map of each prompt."""
     console = Console(highlight=False, markup=False, soft_wrap=False)
-    maps = _strongest_head(ra)
-    parts: list[RenderableType] = [_facts(ra, model), "", _heads(ra, top), ""]
-    parts += _map(maps, console.width)
+    several = ra.batch_size > 1
+    facts = [_facts(ra, model, i) for i in range(ra.batch_size)]
+    parts: list[RenderableType] = [part for table in facts for part in (table, "")]
+    parts += [_heads(ra, top), ""]
+    for i in range(ra.batch_size):
+        parts += [Text(f"Prompt {i + 1}", style="bold")] if several else []
+        parts += [*_map(_strongest_head(ra, i), console.width), *[""] * several]
     for part in parts:
         console.print(part)
 
@@ -101,28 +119,33 @@ def print_section(section: Section) -> None:
         console.print(Text(note, style="dim"))
 
 
-def _strongest_head(ra: RACache) -> HeadMaps:
-    return head_of_example(ra, ra.top_heads(1)[0])
+def _strongest_head(ra: RACache, example: int) -> HeadMaps:
+    norms = ra.norms()[example] if ra.has_batch_dim else ra.norms()
+    row, head = divmod(int(norms.argmax()), ra.n_heads)
+    return head_of_example(ra, (ra.layers[row], head), example=example)
 
 
-def _facts(ra: RACache, model: nn.Module) -> Table:
+def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     styles = {"": "", "special": "dim", "target": "bold red"}
     prompt = Text()
-    for i, (text, kind) in enumerate(prompt_tokens(ra, 0)):
+    for i, (text, kind) in enumerate(prompt_tokens(ra, example)):
         after_line = i > 0 and prompt.plain.endswith("⏎")
         prompt.append(("\n" if after_line else "") + text, style=styles[kind])
-    grid.add_row("Prompt", prompt)
-    for name, value in run_facts(ra, 0):
+    grid.add_row(f"Prompt {example + 1}" if ra.batch_size > 1 else "Prompt", prompt)
+    for name, value in run_facts(ra, 0) if example == 0 else example_facts(ra, example):
         shown = f"{value} ({as_lens(model).kind})" if name == "Model" else value
         grid.add_row(name, Text(shown))
     return grid
 
 
 def _heads(ra: RACache, top: int) -> Table:
-    table = _table("rank", "head", "‖R‖", "", title="Top heads: norm of the Reversed Attention")
+    of = f", mean of {ra.batch_size} prompts" if ra.batch_size > 1 else ""
+    table = _table(
+        "rank", "head", "‖R‖", "", title="Top heads: norm of the Reversed Attention" + of
+    )
     scores = ra.top_heads(top)
     for rank, score in enumerate(scores, start=1):
         bar = "█" * math.ceil(20 * score.score / (scores[0].score or 1.0))
@@ -137,9 +160,8 @@ def _map(maps: HeadMaps, width: int) -> list[RenderableType]:
         return [Text(title, style="bold"), Text("The gradient is 0 in every cell.")]
     table = _table("from (query)", "", "to (key)", "−R", "attention", "descent wants", title=title)
     for cell in cells:
-        query, key = (
-            f"{shorten(visible(maps.tokens[i]), 24)} ({i})" for i in (cell.query, cell.key)
-        )
+        query = f"{shorten(visible(maps.query_token(cell)), 24)} ({cell.query})"
+        key = f"{shorten(visible(maps.key_token(cell)), 24)} ({cell.key})"
         wants = Text(cell.moves, style="red" if cell.moves == "more" else "blue")
         table.add_row(Text(query), "→", Text(key), f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", wants)
     grid = _grid(maps, width)
@@ -152,21 +174,21 @@ def _grid(maps: HeadMaps, width: int) -> Text | None:
     A cell's digit is |R| in tenths of the largest, X being that, with `+` where descent wants more
     attention and `-` where it wants less.
     """
-    n = len(maps.tokens)
     names = [shorten(visible(token), _LABEL) for token in maps.tokens]
-    left = max(map(cell_len, names)) + 5
+    heads = [shorten(visible(token), _LABEL) for token in maps.key_tokens]
+    n, left = len(heads), max(map(cell_len, names)) + 5
     if left + 3 * n > width:
         return None
-    column = min(max(map(cell_len, names)) + 1, (width - left) // n)
+    column = min(max(map(cell_len, heads)) + 1, (width - left) // n)
     wide = column > 4  # room for tokens above the columns, not only their positions
     text = Text("Rows: from (query). Columns: to (key). |R| in tenths of the largest (X).\n")
-    heads = names if wide else [str(i % 100) for i in range(n)]
+    heads = heads if wide else [str(i % 100) for i in range(n)]
     head = "".join(_right(shorten(name, column - 1), column) for name in heads)
     text.append(" " * left + head + "\n", style="dim")
     largest = max(abs(cell.ra) for cell in maps.strongest(1))
     for i, name in enumerate(names):
         text.append(set_cell_size(f"{i:>3} {name}", left), style="dim")
-        for j in range(i + 1):
+        for j in range(i + 1 if maps.causal else n):
             share = -float(maps.ra[i, j]) / largest
             tenths = round(10 * abs(share))
             digit = "X" if tenths == 10 else str(tenths)

@@ -20,8 +20,8 @@ from ra_lens.cli.tables import (
     print_files,
     records,
 )
+from ra_lens.display.numbers import scale_name
 from ra_lens.experiments.compare import count_cells
-from ra_lens.figures.sweep import scale_name
 
 
 def print_comparison(compared: pd.DataFrame, *, every: bool, out: Path | None) -> None:

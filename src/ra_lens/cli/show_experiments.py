@@ -24,8 +24,8 @@ from ra_lens.cli.tables import (
     print_files,
     records,
 )
-from ra_lens.figures.methods import METRICS, method_styles, shots_name
-from ra_lens.figures.tables import short, table_rows
+from ra_lens.display.methods import METRICS, method_styles, shots_name
+from ra_lens.display.numbers import short, table_rows
 
 # ---- rankings -----------------------------------------------------------------------------------
 

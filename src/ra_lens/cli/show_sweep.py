@@ -20,9 +20,8 @@ from ra_lens.cli.tables import (
     print_files,
     records,
 )
-from ra_lens.figures.methods import METRICS, shots_name
-from ra_lens.figures.sweep import scale_name
-from ra_lens.figures.tables import table_rows
+from ra_lens.display.methods import METRICS, shots_name
+from ra_lens.display.numbers import scale_name, table_rows
 
 _MAPS = {"ra": "RA", "pattern": "FA"}
 _PAPER_SCALE = {"ra": -30.0, "pattern": 1.0}

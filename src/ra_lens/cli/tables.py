@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ra_lens.figures.tables import short
+from ra_lens.display.numbers import short
 
 METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
 _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",

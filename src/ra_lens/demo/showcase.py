@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ra_lens.display.tokens import visible
 from ra_lens.errors import BadInput
-from ra_lens.figures.tokens import visible
 from ra_lens.report.page import Section, Table
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, as_lens

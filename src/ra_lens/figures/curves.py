@@ -13,8 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ra_lens.errors import BadInput
-from ra_lens.figures.methods import (
+from ra_lens.display.methods import (
     METRICS,
     MethodStyle,
     Metric,
@@ -26,8 +25,9 @@ from ra_lens.figures.methods import (
     tasks_averaged,
     with_subtitle,
 )
+from ra_lens.display.tokens import plotly_text
+from ra_lens.errors import BadInput
 from ra_lens.figures.style import finish
-from ra_lens.figures.tokens import plotly_text
 
 Facet = Literal["n_shots", "task"]
 

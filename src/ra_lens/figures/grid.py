@@ -1,102 +1,246 @@
-"""Which heads matter: one cell per head, coloured by the norm of its map."""
+"""Which heads matter: one cell per head, coloured by its score; several scores side by side.
+
+Norms and other scores that are never negative go from 0 up (viridis). Scores with both signs, such
+as effects of ablation, have 0 in the middle of a diverging scale: red for important heads. Heads
+without a score (NaN, infinite) are grey.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float, Int
+from plotly.subplots import make_subplots
 
 from ra_lens.cache import RACache
 from ra_lens.collect import MapKind
-from ra_lens.figures.style import MARK, SEQUENTIAL, finish
-from ra_lens.figures.tokens import thinned
+from ra_lens.display.tokens import plotly_text, thinned
+from ra_lens.errors import BadInput
+from ra_lens.figures.style import DIVERGING, MARK, SEQUENTIAL, finish
+from ra_lens.heads import HeadScores
+
+Scores = RACache | HeadScores
+Order = Literal["index", "score"]
 
 _NAMES = {"ra": "‖R‖", "pattern": "‖A‖", "pattern_grad": "‖∂L/∂A‖"}
+_TITLES = {
+    "ra": "Reversed Attention ‖R‖",
+    "pattern": "forward attention ‖A‖",
+    "pattern_grad": "gradient ‖∂L/∂A‖",
+}
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One grid.
+
+    Attributes:
+        name: Of its colour bar.
+        title: Above it.
+        layers: Layers of its rows.
+        values: The scores.
+        ranks: 1 for the most important head.
+    """
+
+    name: str
+    title: str
+    layers: tuple[int, ...]
+    values: Float[np.ndarray, "layer head"]
+    ranks: Int[np.ndarray, "layer head"]
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        known = self.values[np.isfinite(self.values)]
+        low, high = float(known.min(initial=0.0)), float(known.max(initial=0.0))
+        return low, high
 
 
 def head_grid(
-    ra: RACache,
+    scores: Scores | Sequence[Scores],
     *,
-    kind: MapKind = "ra",
+    kind: MapKind | Sequence[MapKind] = "ra",
+    order: Order = "index",
+    shared_scale: bool = False,
     top: int = 10,
+    titles: Sequence[str] | None = None,
     title: str | None = None,
     width: int | None = None,
     height: int | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
-    """Draw layers × heads, coloured by the Frobenius norm of a map, averaged over the examples.
+    """Draw layers × heads, coloured by a score; several scores side by side.
 
     Args:
-        ra: A cache; norms are enough (`store="norms"`).
-        kind: Whose norm: `ra`, `pattern` or `pattern_grad`.
-        top: So many of the largest are framed and numbered.
+        scores: A cache, whose norms are averaged over the examples (norms are enough:
+            `store="norms"`); a `HeadScores` of `rank_heads`; or several of either.
+        kind: Of a cache, whose norm: `ra`, `pattern` or `pattern_grad`, or several of them.
+        order: `"index"`: a column per head. `"score"`: in each layer the heads from most to least
+            important, so that columns are places, not heads; hover tells which head it is.
+        shared_scale: Colour all grids on one scale, so that they compare; False: each its own.
+        top: So many of the most important are framed and numbered, in each grid.
+        titles: Above each grid. Default, where there are several: what they show.
         title: Above the figure. Default: none.
         width: In pixels. Default: as wide as its container.
         height: In pixels. Default: by the number of layers.
         template: Plotly template, for this figure only.
 
     Returns:
-        A figure whose one heatmap holds the norms, `[layer, head]`.
+        A figure with a heatmap per grid, `z` being the scores, `[layer, head]` or, in order of
+        score, `[layer, place]`; `customdata[..., 0]` the ranks and `customdata[..., 1]` the heads.
+
+    Raises:
+        BadInput: nothing to show, an unknown `order`, or other than one of `titles` per grid.
+        NotStored: the cache has no such norms.
     """
-    norms = ra.norms(kind)
-    values = (norms.mean(dim=0) if ra.has_batch_dim else norms).detach().cpu().float().numpy()
-    ranked = ra.top_heads(values.size, kind)
-    rows = {layer: i for i, layer in enumerate(ra.layers)}
-    ranks = [[0] * ra.n_heads for _ in rows]
-    marks = [[""] * ra.n_heads for _ in rows]
-    frames: list[dict[str, Any]] = []
-    for rank, score in enumerate(ranked, start=1):
-        i, j = rows[score.layer], score.head
-        ranks[i][j] = rank
-        if rank <= top:
-            marks[i][j] = str(rank)
-            frames.append(_frame(i, j))
-    name = _NAMES[kind]
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=[f"H{head}" for head in range(ra.n_heads)],
-            y=[f"L{layer}" for layer in rows],
-            zmin=0,
-            zmax=float(values.max()) or 1.0,
-            colorscale=SEQUENTIAL,
-            colorbar={
-                "title": {"text": name, "side": "top"},
-                "thickness": 12,
-                "outlinewidth": 0,
-                "exponentformat": "e",
-            },
-            customdata=ranks,
-            text=marks,
-            texttemplate="%{text}",
-            hovertemplate=(
-                "<b>%{y}%{x}</b><br>"
-                f"{name} = %{{z:.4g}}<br>rank %{{customdata}} of {values.size}<extra></extra>"
-            ),
-            xgap=1,
-            ygap=1,
-        )
+    if order not in ("index", "score"):
+        raise BadInput(f"found order={order!r}; give 'index' or 'score'.")
+    given: list[Scores] = [scores] if isinstance(scores, RACache | HeadScores) else list(scores)
+    kinds: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
+    panels = [panel for one in given for panel in _panels(one, kinds)]
+    if not panels:
+        raise BadInput("found nothing to show. Give a cache, or scores from rank_heads().")
+    if titles is not None and len(titles) != len(panels):
+        raise BadInput(f"found {len(titles)} titles for {len(panels)} grids. Give one for each.")
+    n = len(panels)
+    names = [panel.title for panel in panels] if titles is None and n > 1 else list(titles or ())
+    gap = 0.12 / (n - 1) ** 0.5 if n > 1 else 0.0
+    figure = make_subplots(
+        rows=1,
+        cols=n,
+        horizontal_spacing=gap,
+        subplot_titles=[plotly_text(name) for name in names] or None,
     )
-    figure.update_layout(shapes=frames)
-    columns, lines = thinned(ra.n_heads, 24), thinned(len(rows), 32)
-    names = [f"L{layer}" for layer in rows]
-    figure.update_xaxes(
-        type="category", title_text="head", showgrid=False, tickmode="array",
-        tickvals=[f"H{j}" for j in columns], ticktext=[str(j) for j in columns], tickangle=0,
-    )  # fmt: skip
-    figure.update_yaxes(
-        type="category", title_text="layer", showgrid=False, autorange="reversed",
-        tickmode="array", tickvals=[names[i] for i in lines],
-        ticktext=[names[i].removeprefix("L") for i in lines],
-    )  # fmt: skip
+    figure.update_annotations(font_size=13)
+    ends = [panel.limits for panel in panels]
+    both = (min(low for low, _ in ends), max(high for _, high in ends))
+    for i, panel in enumerate(panels):
+        axis: Any = figure.layout[f"xaxis{i + 1 if i else ''}"]
+        bar = None
+        if not shared_scale:
+            bar = {"x": axis.domain[1] + 0.01 / n, "xanchor": "left"}
+        elif i == n - 1:
+            bar = (
+                {}
+                if len({p.name for p in panels}) == 1
+                else {"title": {"text": "score", "side": "top"}}
+            )
+        limits = both if shared_scale else ends[i]
+        _add(figure, panel, i + 1, limits, order=order, top=top, bar=bar, shown=n)
+    rows = max(len(panel.layers) for panel in panels)
     finish(
         figure,
         title=title,
         width=width,
-        height=height or 110 + max(18, min(34, 900 // len(rows))) * len(rows),
+        height=height or 110 + max(18, min(34, 900 // rows)) * rows + 24 * bool(names),
         template=template,
     )
+    if names:
+        figure.update_layout(margin_t=32 if title is None else 80)
     return figure
+
+
+def _panels(scores: Scores, kinds: Sequence[MapKind]) -> list[_Panel]:
+    if isinstance(scores, HeadScores):
+        # As the method gave them: reversing an order negates the scores it is told by.
+        values = scores.scores.double().numpy()
+        name = scores.method + " reversed" * scores.is_reversed
+        title = f"{scores.title}{', reversed' * scores.is_reversed}"
+        return [_Panel(name, title, scores.layers, values, _ranks(scores.order(), scores))]
+    panels: list[_Panel] = []
+    for kind in kinds:
+        norms = scores.norms(kind)
+        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).detach().cpu().float()
+        heads = scores.top_heads(mean.numel(), kind)
+        order = [(head.layer, head.head) for head in heads]
+        ranks = _ranks(order, scores)
+        panels.append(
+            _Panel(_NAMES[kind], _TITLES[kind], tuple(scores.layers), mean.numpy(), ranks)
+        )
+    return panels
+
+
+def _ranks(order: Sequence[tuple[int, int]], scores: Scores) -> Int[np.ndarray, "layer head"]:
+    rows = {layer: i for i, layer in enumerate(scores.layers)}
+    ranks = np.zeros((len(rows), scores.n_heads), dtype=np.int64)
+    for rank, (layer, head) in enumerate(order, start=1):
+        ranks[rows[layer], head] = rank
+    return ranks
+
+
+def _add(
+    figure: Any,
+    panel: _Panel,
+    column: int,
+    limits: tuple[float, float],
+    *,
+    order: Order,
+    top: int,
+    bar: dict[str, Any] | None,
+    shown: int,
+) -> None:
+    n_heads = panel.values.shape[1]
+    heads = np.tile(np.arange(n_heads), (len(panel.layers), 1))
+    if order == "score":
+        heads = panel.ranks.argsort(axis=1, kind="stable")
+    values = np.take_along_axis(panel.values, heads, axis=1)
+    ranks = np.take_along_axis(panel.ranks, heads, axis=1)
+    low, high = limits
+    signed = low < 0
+    most = max(abs(low), abs(high)) or 1.0
+    rows = [f"L{layer}" for layer in panel.layers]
+    columns = [f"H{j}" if order == "index" else str(j + 1) for j in range(n_heads)]
+    where: dict[str, Any] = {"row": 1, "col": column}
+    figure.add_trace(
+        go.Heatmap(
+            z=np.where(np.isfinite(values), values, np.nan),
+            x=columns,
+            y=rows,
+            zmin=-most if signed else 0,
+            zmid=0 if signed else None,
+            zmax=most,
+            colorscale=DIVERGING if signed else SEQUENTIAL,
+            showscale=bar is not None,
+            colorbar={
+                "title": {"text": plotly_text(panel.name), "side": "top"},
+                "thickness": 12,
+                "outlinewidth": 0,
+                "exponentformat": "e",
+                "nticks": 6,
+                **(bar or {}),
+            },
+            name=plotly_text(panel.title),
+            customdata=np.stack([ranks, heads], axis=-1),
+            text=np.where(ranks <= top, ranks.astype(str), "").tolist(),
+            texttemplate="%{text}",
+            hovertemplate=(
+                "<b>%{y}H%{customdata[1]}</b><br>"
+                f"{plotly_text(panel.name)} = %{{z:.4g}}<br>"
+                f"rank %{{customdata[0]}} of {values.size}<extra></extra>"
+            ),
+            hoverongaps=False,
+            xgap=1,
+            ygap=1,
+        ),
+        **where,
+    )
+    for i, j in np.argwhere(ranks <= top).tolist():
+        figure.add_shape(**_frame(i, j), **where)
+    ticks, lines = thinned(n_heads, 24 // shown), thinned(len(rows), 32)
+    place = "head" if order == "index" else "heads of the layer by score"
+    figure.update_xaxes(
+        type="category", title_text=place, showgrid=False, tickmode="array",
+        tickvals=[columns[j] for j in ticks],
+        ticktext=[columns[j].removeprefix("H") for j in ticks], tickangle=0, **where,
+    )  # fmt: skip
+    figure.update_yaxes(
+        type="category", title_text="layer" if column == 1 else None, showgrid=False,
+        autorange="reversed", tickmode="array", tickvals=[rows[i] for i in lines],
+        ticktext=[rows[i].removeprefix("L") for i in lines], **where,
+    )  # fmt: skip
 
 
 def _frame(row: int, column: int) -> dict[str, Any]:

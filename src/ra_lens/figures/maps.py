@@ -1,6 +1,9 @@
 """What heads look at, and where the gradient moves it: token × token maps.
 
-Rows are queries, columns keys. Cells that a query cannot look at are grey, never the colour of 0.
+Rows are queries, columns keys. Cells that a query cannot look at are grey, never the colour of 0; a
+number that is not one (NaN, infinite) where there should be one is grey with a ×. A cell costs
+about 18 bytes in HTML; above 512 tokens the other map and the rank are left out of what hovering
+tells, which makes it about 7.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ra_lens.cache import RACache
+from ra_lens.display.maps import Head, HeadMaps, head_of_example, read_head, read_heads
+from ra_lens.display.tokens import distinct, plotly_text, shorten, thinned, visible
 from ra_lens.errors import BadInput
-from ra_lens.figures.example import Head, HeadMaps, head_of_example, read_head, read_heads
 from ra_lens.figures.style import ATTENTION, DIVERGING, finish
-from ra_lens.figures.tokens import distinct, plotly_text, shorten, thinned, visible
 
 Sign = Literal["descent", "gradient"]
 Panel = Literal["ra", "pattern"]
@@ -26,6 +29,8 @@ _BAR = {
     "gradient": "R   red: descent wants less, blue: more",
 }
 _NAME = {"descent": "−R", "gradient": "R"}
+_TOLD = 512
+"""Above so many tokens hovering tells one map only."""
 
 
 def head_map(
@@ -67,7 +72,7 @@ def head_map(
     _check(kind, sign)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
-    figure = go.Figure(_heatmap(maps, kind, sign, _limit([maps]) if limit is None else limit, bar))
+    figure = go.Figure(_traces(maps, kind, sign, _limit([maps]) if limit is None else limit, bar))
     pixels = height or _pixels(len(maps.tokens)) + 150
     _label_axes(figure, maps, room=(pixels - 150) // 12)
     _title_axes(figure)
@@ -79,6 +84,8 @@ def head_maps(
     ra: RACache,
     heads: Sequence[Head],
     *,
+    kinds: Sequence[Panel] = ("pattern", "ra"),
+    columns: int | None = None,
     example: int = 0,
     sign: Sign = "descent",
     shared_scale: bool = True,
@@ -88,11 +95,14 @@ def head_maps(
     height: int | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
-    """Draw forward attention and Reversed Attention side by side, one row per head.
+    """Draw maps of several heads: forward attention beside Reversed Attention, or small multiples.
 
     Args:
         ra: A cache that holds `ra` and `pattern`.
         heads: The heads, such as `ra.top_heads(6)`, or `(layer, head)` pairs.
+        kinds: Which maps of each head; `["ra"]` makes small multiples of RA alone.
+        columns: How many maps stand beside each other. Default: the kinds of one head, or of one
+            kind three.
         example: Which example.
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         shared_scale: Colour all heads' RA on one scale, so that they compare; False: each its own.
@@ -103,44 +113,60 @@ def head_maps(
         template: Plotly template, for this figure only.
 
     Returns:
-        A figure with two heatmaps per head, A then ±R, named `L5H3 pattern` and `L5H3 ra`.
+        A figure with a heatmap per head and kind, named `L5H3 pattern` and `L5H3 ra`.
 
     Raises:
-        BadInput: no heads, no such head or example, or an unknown `sign`.
+        BadInput: no heads or kinds, no such head or example, or an unknown kind or `sign`.
         NotStored: the maps were not kept.
     """
-    _check("ra", sign)
+    if not kinds or (columns is not None and columns < 1):
+        raise BadInput(
+            f"found kinds={list(kinds)}, columns={columns}; give at least one kind and one column."
+        )
+    for one in kinds:
+        _check(one, sign)
     shown = [
         head_of_example(ra, head, example=example, max_tokens=max_tokens)
         for head in read_heads(ra, heads)
     ]
-    n = len(shown)
-    each = _pixels(len(shown[0].tokens))
+    panels: list[tuple[HeadMaps, Panel]] = [(maps, kind) for maps in shown for kind in kinds]
+    across = min(columns or (len(kinds) if len(kinds) > 1 else 3), len(panels))
+    down = -(-len(panels) // across)
+    what: dict[Panel, str] = {"pattern": "attention", "ra": _NAME[sign]}
+    # One bar says it all where every map of a kind has the same scale.
+    apart = not shared_scale or "pattern" in kinds
+    each = _pixels(max(len(maps.tokens) for maps in shown)) if across < 3 else 280
     figure = make_subplots(
-        rows=n,
-        cols=2,
-        shared_yaxes=True,
-        horizontal_spacing=0.16,
-        vertical_spacing=min(0.12, 110 / (n * (each + 110))),
-        subplot_titles=[
-            f"{maps.label} {what}" for maps in shown for what in ("attention", _NAME[sign])
-        ],
+        rows=down,
+        cols=across,
+        horizontal_spacing=0.16
+        if across == 2 and apart
+        else min(0.1 if apart else 0.03, 0.3 / across),
+        vertical_spacing=0 if down == 1 else min(0.12, 110 / (down * (each + 110)), 0.9 / down),
+        subplot_titles=[f"{maps.label} {what[kind]}" for maps, kind in panels],
     )
-    for row, maps in enumerate(shown, start=1):
-        axis: Any = figure.layout[f"yaxis{2 * row - 1 if row > 1 else ''}"]
-        low, high = axis.domain
-        bar = {"len": high - low, "y": (low + high) / 2}
+    figure.update_annotations(font_size=13)
+    for i, (maps, kind) in enumerate(panels):
+        row, col = i // across + 1, i % across + 1
+        number = i + 1 if i else ""
+        x_axis: Any = figure.layout[f"xaxis{number}"]
+        y_axis: Any = figure.layout[f"yaxis{number}"]
+        (_, right), (low, high) = x_axis.domain, y_axis.domain
+        bar = {"len": high - low, "y": (low + high) / 2, "x": right + 0.01}
+        if not apart:
+            bar = {"len": 1.0, "y": 0.5, "x": 1.01} if i == 0 else None
         limit = _limit(shown if shared_scale else [maps])
-        for col, kind in enumerate(("pattern", "ra"), start=1):
-            beside = {**bar, "x": 0.43 if kind == "pattern" else 1.01}
-            figure.add_trace(_heatmap(maps, kind, sign, limit, beside), row=row, col=col)
-            _label_axes(figure, maps, room=each // 12, row=row, col=col)
-    _title_axes(figure, row=n, col=1)
+        for trace in _traces(maps, kind, sign, limit, bar):
+            figure.add_trace(trace, row=row, col=col)
+        _label_axes(figure, maps, room=each // 12, most=60 // across, row=row, col=col)
+        if col > 1 and maps.tokens == panels[i - 1][0].tokens:  # they stand on the left
+            figure.update_yaxes(showticklabels=False, row=row, col=col)
+    _title_axes(figure, row=down if len(panels) == down * across else down - 1 or 1, col=1)
     finish(
         figure,
         title=title,
         width=width,
-        height=height or n * (each + 110) + 20,
+        height=height or down * (each + 110) + 20,
         template=template,
     )
     figure.update_layout(margin_t=36 if title is None else 76)
@@ -167,36 +193,50 @@ def _check(kind: str, sign: str) -> None:
 
 
 def _limit(shown: Sequence[HeadMaps]) -> float:
-    return max(float(np.nan_to_num(np.abs(maps.ra)).max()) for maps in shown) or 1.0
+    return max(maps.limit for maps in shown) or 1.0
 
 
 def _pixels(n_tokens: int) -> int:
     return max(240, min(640, 14 * n_tokens))
 
 
+def _traces(
+    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
+) -> list[Any]:
+    return [_heatmap(maps, kind, sign, limit, bar), *_broken(maps, kind)]
+
+
 def _heatmap(
-    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any]
+    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
 ) -> go.Heatmap:
     signed = -maps.ra if sign == "descent" else maps.ra
-    names = _names(maps)
-    r, a = ("z", "customdata") if kind == "ra" else ("customdata", "z")
+    shown, other = (signed, maps.pattern) if kind == "ra" else (maps.pattern, signed)
     scale: dict[str, Any] = (
         {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
         if kind == "ra"
         else {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
     )
-    gap = 1 if len(names) <= 40 else 0
+    rows, columns = _names(maps)
+    names = {"ra": _NAME[sign], "pattern": "A"}
+    told = [f"{names[kind]} = %{{z:.3g}}"]
+    more: Any = None
+    if max(shown.shape) <= _TOLD:
+        more = np.stack([other, maps.ranks_in_row()], axis=-1).astype(np.float32)
+        told.append(f"{names['pattern' if kind == 'ra' else 'ra']} = %{{customdata[0]:.3g}}")
+        told.append("|R| has rank %{customdata[1]} in its row")
+    gap = 1 if max(shown.shape) <= 40 else 0
     return go.Heatmap(
         name=f"{maps.label} {kind}",
-        z=signed if kind == "ra" else maps.pattern,
-        customdata=maps.pattern if kind == "ra" else signed,
-        x=names,
-        y=names,
+        z=np.where(np.isfinite(shown), shown, np.nan).astype(shown.dtype),
+        customdata=more,
+        x=columns,
+        y=rows,
         **scale,
+        showscale=bar is not None,
         colorbar={
             "title": {
                 "text": _BAR[sign] if kind == "ra" else "A   attention",
-                "side": "top" if bar.get("orientation") == "h" else "right",
+                "side": "top" if (bar or {}).get("orientation") == "h" else "right",
                 "font": {"size": 11},
             },
             "thickness": 10,
@@ -204,26 +244,49 @@ def _heatmap(
             "nticks": 5,
             "exponentformat": "e",
             "ypad": 0,
-            **bar,
+            **(bar or {}),
         },
         hoverongaps=False,
         hovertemplate=(
-            f"<b>{maps.label}</b><br>from %{{y}}<br>to %{{x}}<br>"
-            f"{_NAME[sign]} = %{{{r}:.3g}}<br>A = %{{{a}:.3g}}<extra></extra>"
+            f"<b>{maps.label}</b><br>from %{{y}}<br>to %{{x}}<br>{'<br>'.join(told)}<extra></extra>"
         ),
         xgap=gap,
         ygap=gap,
     )
 
 
-def _names(maps: HeadMaps) -> list[str]:
+def _broken(maps: HeadMaps, kind: Panel) -> list[go.Scatter]:
+    """Crosses where a number should be and is none."""
+    values = maps.ra if kind == "ra" else maps.pattern
+    where = np.argwhere(~np.isfinite(values) & maps.reachable())
+    if not len(where):
+        return []
+    rows, columns = _names(maps)
+    return [
+        go.Scatter(
+            x=[columns[j] for j in where[:, 1].tolist()],
+            y=[rows[i] for i in where[:, 0].tolist()],
+            mode="markers",
+            marker={"symbol": "x", "size": 7, "color": "#1f2937"},
+            name=f"{maps.label} {kind}, not a number",
+            showlegend=False,
+            hovertemplate="from %{y}<br>to %{x}<br>not a number<extra></extra>",
+        )
+    ]
+
+
+def _names(maps: HeadMaps) -> tuple[list[str], list[str]]:
     # Distinct by position, so that a token that occurs twice has two rows.
-    before = [""] * maps.first
-    return distinct([*before, *maps.tokens])[maps.first :]
+    return (
+        distinct(maps.tokens, first=maps.first),
+        distinct(maps.key_tokens, first=maps.first_key),
+    )
 
 
-def _label_axes(figure: go.Figure, maps: HeadMaps, *, room: int, **where: Any) -> None:
-    names = _names(maps)
+def _label_axes(
+    figure: go.Figure, maps: HeadMaps, *, room: int, most: int = 30, **where: Any
+) -> None:
+    rows, columns = _names(maps)
     common: dict[str, Any] = {
         "type": "category",
         "tickmode": "array",
@@ -235,14 +298,15 @@ def _label_axes(figure: go.Figure, maps: HeadMaps, *, room: int, **where: Any) -
         **where,
     }
 
-    def labels(room: int) -> dict[str, Any]:
+    def labels(names: Sequence[str], tokens: Sequence[str], room: int) -> dict[str, Any]:
         ticks = thinned(len(names), room)
-        texts = [plotly_text(shorten(visible(maps.tokens[i]), 14)) for i in ticks]
+        texts = [plotly_text(shorten(visible(tokens[i]), 14)) for i in ticks]
         return {"tickvals": [names[i] for i in ticks], "ticktext": texts}
 
     # Widths are not known here; so many fit beside each other in half a page.
-    figure.update_xaxes(**common, **labels(min(room, 30)), tickangle=-90)
-    figure.update_yaxes(**common, **labels(room), autorange="reversed")
+    across = labels(columns, maps.key_tokens, min(room, most))
+    figure.update_xaxes(**common, **across, tickangle=-90)
+    figure.update_yaxes(**common, **labels(rows, maps.tokens, room), autorange="reversed")
 
 
 def _title_axes(figure: go.Figure, **where: Any) -> None:

@@ -17,9 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ra_lens.errors import BadInput
-from ra_lens.figures.curves import panel_columns
-from ra_lens.figures.methods import (
+from ra_lens.display.methods import (
     METRICS,
     Metric,
     read_frame,
@@ -28,6 +26,9 @@ from ra_lens.figures.methods import (
     tasks_averaged,
     with_subtitle,
 )
+from ra_lens.display.numbers import scale_name
+from ra_lens.errors import BadInput
+from ra_lens.figures.curves import panel_columns
 from ra_lens.figures.style import finish
 
 _LINEAR = 0.5
@@ -163,11 +164,6 @@ def tick_scales(scales: Sequence[float]) -> list[float]:
         if all(abs(position(scale) - position(other)) >= 0.085 * span for other in kept):
             kept.append(scale)
     return sorted(kept)
-
-
-def scale_name(scale: float) -> str:
-    """Write a scale: `−30`, `+1`, `0`."""
-    return "0" if scale == 0 else f"{scale:+g}".replace("-", "−")
 
 
 def _line(curve: Any, kind: str, metric: str, said: str, *, first: bool) -> go.Scatter:

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from ra_lens.figures.methods import (
+from ra_lens.display.methods import (
     method_styles,
     order_name,
     read_frame,
     shots_name,
     with_subtitle,
 )
+from ra_lens.display.numbers import best_of_rows, short, table_rows
+from ra_lens.display.tokens import plotly_text
 from ra_lens.figures.style import MARK, finish
-from ra_lens.figures.tokens import plotly_text, shorten
 
 _CELL = ("task", "n_shots", "method", "direction")
 _SCALE = [[0.0, "#ffffff"], [1.0, "#8ab8e0"]]
@@ -111,27 +111,6 @@ def auc_table(
     return figure
 
 
-def table_rows(frame: pd.DataFrame) -> dict[str, list[str]]:
-    """Give the rows of the table: name to the tasks averaged; an empty list is a gap.
-
-    Tasks stand alone, those learnt in context first; means follow where there are several tasks,
-    of each kind first where there are both kinds and several tasks of it.
-    """
-    kinds: dict[str, list[str]] = {}
-    for kind in ("icl", "natural"):
-        kinds[kind] = list(dict.fromkeys(frame[frame["kind"] == kind]["task"].astype(str)))
-    tasks = [task for of_kind in kinds.values() for task in of_kind]
-    tasks += [t for t in dict.fromkeys(frame["task"].astype(str)) if t not in tasks]
-    rows = {plotly_text(shorten(task, 30)): [task] for task in tasks}
-    if len(tasks) > 1:
-        rows[" "] = []
-        for kind, of_kind in kinds.items():
-            if 1 < len(of_kind) < len(tasks):
-                rows[f"mean of {len(of_kind)} {kind}"] = of_kind
-        rows[f"<b>mean of {len(tasks)} tasks</b>"] = tasks
-    return rows
-
-
 def _orders(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
     found = set(frame[["method", "direction"]].itertuples(index=False, name=None))
     return {
@@ -195,22 +174,6 @@ def _details(found: pd.DataFrame, tasks: list[str]) -> str:
     if "draws" not in row or int(row["draws"]) <= 1:
         return ""
     return f"<br>mean of {int(row['draws'])} draws, {row['auc_low']:.3f} to {row['auc_high']:.3f}"
-
-
-def best_of_rows(values: Float[np.ndarray, "row column"]) -> np.ndarray:
-    """Mark the largest value of each row, ties included; none where all are the same."""
-    known = np.where(np.isnan(values), -np.inf, values)
-    largest = known.max(axis=1, keepdims=True)
-    smallest = np.where(np.isnan(values), np.inf, values).min(axis=1, keepdims=True)
-    return (known >= largest - 1e-9) & (largest > smallest + 1e-9)
-
-
-def short(value: float) -> str:
-    """Write an area in few characters: `.39`, `1.0`, `−.05`, and nothing where there is none."""
-    if np.isnan(value):
-        return ""
-    text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}"
-    return text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 0.995 else text
 
 
 def _frame_best(figure: Any, values: np.ndarray, where: dict[str, Any]) -> None:

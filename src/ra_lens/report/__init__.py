@@ -2,6 +2,15 @@
 
 from ra_lens.files import check_output
 from ra_lens.report.page import Section, Table
+from ra_lens.report.predictions import PatchedPrompt, Predictions, patched_predictions
 from ra_lens.report.write import write_report
 
-__all__ = ["Section", "Table", "check_output", "write_report"]
+__all__ = [
+    "PatchedPrompt",
+    "Predictions",
+    "Section",
+    "Table",
+    "check_output",
+    "patched_predictions",
+    "write_report",
+]

@@ -1,31 +1,31 @@
-"""HTML from plain data: every text is escaped here, and only here."""
+"""HTML from plain data: every text is escaped here, and only here.
+
+Scripts run only if they are one of ours: the page's policy names each by its SHA-256, and allows
+nothing to be fetched. plotly.js is in a page only if a plotly figure is.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
-# Nothing may be fetched, whatever a figure or a token asks for.
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; font-src data:"
-)
 # Figures are drawn once the page around them has its final layout, each from the data beside it.
-_DRAW = """<script>
-for (const data of document.querySelectorAll("script.figure")) {
+_DRAW = """for (const data of document.querySelectorAll("script.figure")) {
   const figure = JSON.parse(data.textContent);
   Plotly.newPlot(data.previousElementSibling, figure.data, figure.layout, {
     responsive: true, displaylogo: false,
     modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   });
-}
-</script>"""
+}"""
+# What a parser would drop or replace, and what UTF-8 cannot write.
+_UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -49,36 +49,53 @@ class Section:
         title: Its heading.
         paragraphs: Text in front.
         table: After the text.
-        figures: After the table; those of one inner tuple stand side by side where there is room.
+        figures: After the table, plotly figures under headings; those of one inner tuple stand side
+            by side where there is room.
         notes: Small print at the end.
     """
 
     title: str
     paragraphs: tuple[str, ...] = ()
     table: Table | None = None
-    figures: tuple[tuple[str, tuple[go.Figure, ...]], ...] = ()
+    figures: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """Join parts into a complete document, plotly.js included once."""
-    css = resources.files("ra_lens.report").joinpath("page.css").read_text(encoding="utf-8")
+def page(title: str, body: Sequence[str], *, script: str | None = None) -> str:
+    """Join parts into a complete document.
+
+    Args:
+        title: Heading.
+        body: HTML of its parts.
+        script: A script to run once all is there.
+    """
+    scripts = [] if script is None else [script]
+    head: list[str] = []
+    if any('<script class="figure"' in part for part in body):
+        from plotly.offline import get_plotlyjs
+
+        head.append(get_plotlyjs())
+        scripts.append(_DRAW)
+    policy = (
+        f"default-src 'none'; script-src {' '.join(map(_hash, [*head, *scripts])) or _NONE}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+    )
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{escape(policy, quote=False)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{css}</style>",
-            f"<script>{get_plotlyjs()}</script>",
+            f"<title>{text(title)}</title>",
+            f"<style>\n{resource('page.css')}</style>",
+            *[f"<script>{one}</script>" for one in head],
             "</head>",
             "<body>",
-            f"<h1>{escape(title)}</h1>",
+            f"<h1>{text(title)}</h1>",
             *body,
-            _DRAW,
+            *[f"<script>{one}</script>" for one in scripts],
             "</body>",
             "</html>",
             "",
@@ -86,57 +103,91 @@ def page(title: str, body: Sequence[str]) -> str:
     )
 
 
-def prompt(tokens: Sequence[tuple[str, str]]) -> str:
-    """Show tokens one by one; each comes with its class: `''`, `special` or `target`."""
+def resource(name: str) -> str:
+    """Read a file that lies beside this module."""
+    return resources.files("ra_lens.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def text(plain: str) -> str:
+    """Escape text; characters that a page cannot hold are named: `U+0000`."""
+    return escape(_UNREADABLE.sub(lambda found: f"U+{ord(found.group()):04X}", plain))
+
+
+def data(value: Any) -> str:
+    """Write JSON that cannot end the script block around it, nor open a comment in it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def prompt(tokens: Sequence[tuple[str, str]], *, label: str = "Prompt", side: str = "input") -> str:
+    """Show tokens one by one; each comes with its classes: `''`, `special`, `target`, …."""
     chips = (
-        f'<bdi class="token{" " + kind if kind else ""}">{escape(text)}</bdi>'
-        + ("<br>" if text.endswith("⏎") else "<wbr>")
-        for text, kind in tokens
+        f'<bdi class="token{" " + kind if kind else ""}">{text(token)}</bdi>'
+        + ("<br>" if token.endswith("⏎") else "<wbr>")
+        for token, kind in tokens
     )
-    return f'<div class="card prompt">{"".join(chips)}</div>'
+    return (
+        f'<div class="card prompt" role="group" aria-label="{text(label)}" data-side="{side}">'
+        f"{''.join(chips)}</div>"
+    )
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
     """List what is known, name by name."""
     lines = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td><bdi>{escape(value)}</bdi></td></tr>'
+        f'<tr><th scope="row">{text(name)}</th><td><bdi>{text(value)}</bdi></td></tr>'
         for name, value in rows
     )
     return f'<div class="scroll"><table class="facts">{lines}</table></div>'
 
 
+def note(plain: str) -> str:
+    """Render small print."""
+    return f'<p class="soft">{text(plain)}</p>'
+
+
 def section(part: Section) -> str:
     """Render a section."""
-    lines = [f"<section><h2>{escape(part.title)}</h2>"]
-    lines += [f"<p>{escape(text)}</p>" for text in part.paragraphs]
+    lines = [f"<section><h2>{text(part.title)}</h2>"]
+    lines += [f"<p>{text(paragraph)}</p>" for paragraph in part.paragraphs]
     if part.table is not None:
-        lines.append(_table(part.table))
+        lines.append(table(part.table))
     for heading, figures in part.figures:
-        lines.append(f"<h3>{escape(heading)}</h3>" if heading else "")
+        lines.append(f"<h3>{text(heading)}</h3>" if heading else "")
         inner = "".join(map(_figure, figures))
         lines.append(f'<div class="card figures">{inner}</div>')
-    lines += [f'<p class="soft">{escape(text)}</p>' for text in part.notes]
+    lines += map(note, part.notes)
     return "\n".join([*lines, "</section>"])
 
 
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
+def table(part: Table) -> str:
+    """Render a table; it scrolls by itself where it is wider than the page."""
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in part.columns)
     rows = "".join(
-        f"<tr>{''.join(f'<td><bdi>{escape(text)}</bdi></td>' for text in row)}</tr>"
-        for row in table.rows
+        f"<tr>{''.join(f'<td><bdi>{text(cell)}</bdi></td>' for cell in row)}</tr>"
+        for row in part.rows
     )
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'<div class="scroll"><table>{inner}</table></div>'
+    titles = f"<thead><tr>{head}</tr></thead>" if any(part.columns) else ""
+    return f'<div class="scroll"><table>{titles}<tbody>{rows}</tbody></table></div>'
 
 
-def _figure(figure: go.Figure) -> str:
+def _figure(figure: Any) -> str:
+    import plotly.graph_objects as go
+
     clear = "rgba(0,0,0,0)"
     shown = go.Figure(figure).update_layout(paper_bgcolor=clear, modebar_bgcolor=clear)
     # The data block must not be able to end itself, nor to open a comment.
-    json = str(shown.to_json()).replace("<", "\\u003c")
+    written = str(shown.to_json()).replace("<", "\\u003c")
     layout: Any = shown.layout
     height = int(layout.height or 450)
     return (
         f'<div><div class="plot" style="height:{height}px"></div>'
-        f'<script class="figure" type="application/json">{json}</script></div>'
+        f'<script class="figure" type="application/json">{written}</script></div>'
     )
+
+
+_NONE = "'none'"
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from ra_lens.display.tokens import plotly_text
 from ra_lens.errors import BadInput
-from ra_lens.figures.tokens import plotly_text
 
 Metric = Literal["top1", "top2", "top3", "logit_diff"]
 

@@ -28,9 +28,9 @@ def plotly_text(text: str) -> str:
     return text
 
 
-def distinct(tokens: Sequence[str]) -> list[str]:
+def distinct(tokens: Sequence[str], *, first: int = 0) -> list[str]:
     """Names of the tokens by position, all different: `Paris (3)`, escaped for plotly."""
-    return [f"{plotly_text(visible(token))} ({i})" for i, token in enumerate(tokens)]
+    return [f"{plotly_text(visible(token))} ({i})" for i, token in enumerate(tokens, start=first)]
 
 
 def thinned(n: int, room: int) -> list[int]:

@@ -1,0 +1,80 @@
+"""Figures as files: PNG, SVG and PDF for papers, HTML for the web."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ra_lens.errors import BadInput
+from ra_lens.files import check_output, whole_file
+
+_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".webp")
+
+
+def save_figure(
+    figure: Any,
+    path: str | Path,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    scale: float = 2.0,
+) -> Path:
+    """Write a figure to a file: `.png`, `.svg`, `.pdf`, `.jpg`, `.webp` or `.html`.
+
+    Images are drawn by kaleido (`pip install "ra-lens[images]"`) with a Chrome or Chromium, which
+    it finds itself or by the environment variable `BROWSER_PATH`. HTML needs neither; the file
+    holds plotly.js (about 5 MB) and asks the network for nothing.
+
+    Args:
+        figure: Any plotly figure.
+        path: The file; replaced only when the new one is complete.
+        width: In pixels. Default: the figure's own, else 900.
+        height: In pixels. Default: the figure's own, else 450.
+        scale: Pixels of a PNG per pixel of the figure; 2 is sharp in print.
+
+    Returns:
+        The file written.
+
+    Raises:
+        BadInput: another suffix, a path that cannot be written, or no kaleido or no browser.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (*_SUFFIXES, ".html"):
+        raise BadInput(
+            f"found the suffix {suffix!r} in {path}; give one of {', '.join(_SUFFIXES)} or .html."
+        )
+    destination = check_output(path)
+    with whole_file(path) as temporary:
+        if suffix == ".html":
+            temporary.write_text(
+                figure.to_html(include_plotlyjs=True, config={"displaylogo": False}),
+                encoding="utf-8",
+            )
+        else:
+            temporary.write_bytes(_image(figure, suffix[1:], width, height, scale))
+    return destination
+
+
+def _image(figure: Any, kind: str, width: int | None, height: int | None, scale: float) -> bytes:
+    if find_spec("kaleido") is None:
+        raise BadInput(
+            f"cannot draw a .{kind}: plotly needs kaleido for images, which is not installed. "
+            'Install it with pip install "ra-lens[images]", or give a path ending in .html.'
+        )
+    layout: Any = figure.layout
+    try:
+        return figure.to_image(
+            format=kind,
+            width=width or layout.width or 900,
+            height=height or layout.height or 450,
+            scale=scale,
+        )
+    except Exception as error:  # kaleido and its browser raise classes of their own
+        if "chrome" not in f"{type(error).__name__} {error}".lower():
+            raise
+        raise BadInput(
+            f"cannot draw a .{kind}: kaleido found no Chrome or Chromium "
+            f"({str(error).strip().splitlines()[0]}). Install one, or set BROWSER_PATH to it, or "
+            "give a path ending in .html."
+        ) from error
