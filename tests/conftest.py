@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,25 @@ def reference(folder: Callable[..., Path]) -> Callable[..., Any]:
         return loaded[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a Chrome or Chromium; skips where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    found = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("no Chrome or Chromium on this machine (Debian: apt install chromium)")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Any]:
+    """A headless Chromium, driven by Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # The sandbox needs rights that containers rarely give.
+        driven = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield driven
+        driven.close()
