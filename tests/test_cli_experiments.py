@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ra_lens import load_demo_model, load_task
 from ra_lens.cli import app
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     area_under_curve,
     patching_sweep,
@@ -214,8 +214,12 @@ def test_compare_lists_paper_ours_and_the_difference(curves: Path, tmp_path: Pat
     (paper / "table1.csv").write_text(TABLE)
     out = tmp_path / "cells.csv"
     command = ["compare", "--paper", str(paper), str(curves), "--as-model", "gpt2-xl"]
-    text = done(*command, "--out", str(out))
-    compared = compare_with_paper(read_results(curves), paper, as_model="gpt2-xl")
+    result = call(*command, "--out", str(out))
+    assert result.exit_code == 0
+    assert "warning: the results for antonym are on ra_lens's own word lists" in result.stderr
+    text = result.stdout
+    with pytest.warns(RALensWarning, match="not on the paper's data"):
+        compared = compare_with_paper(read_results(curves), paper, as_model="gpt2-xl")
     ra = compared[(compared.method == "RA") & (compared.found == "both")].iloc[0]
     row = next(line.split() for line in text.splitlines() if "ra forward" in line)
     assert row[:4] == ["antonym", "1", "RA", ".07"]
