@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ra_lens import load_demo_model, load_task
 from ra_lens.cli import app
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     area_under_curve,
     patching_sweep,
@@ -139,7 +139,7 @@ def test_rank_lists_the_top_heads(model: Any, tmp_path: Path) -> None:
     for method, name in (("ra", "RA"), ("fa", "FA")):
         top = frame[frame.method == method].sort_values("rank").label.head(4)
         assert [name, *top] in [line.split() for line in text.splitlines()]
-    found = json.loads(done(*command, "--json"))
+    found = json.loads(call(*command, "--json").stdout)
     assert [r["method"] for r in found["rankings"]] == ["ra", "fa"]
     first = frame[(frame.method == "ra") & (frame["rank"] == 1)].iloc[0]
     assert found["rankings"][0]["heads"][0]["label"] == first.label
@@ -153,7 +153,7 @@ def test_several_tasks_have_their_mean(tmp_path: Path) -> None:
     page = tmp_path / "p.html"
     text = done(*command, "--figure", str(page))
     assert "mean of 2 tasks" in text
-    found = json.loads(done(*command, "--json"))
+    found = json.loads(call(*command, "--json").stdout)
     for direction in ("forward", "reversed"):
         values = [r["auc"] for r in found["auc"] if r["direction"] == direction]
         mean = next(m for m in found["means"] if m["direction"] == direction)
@@ -214,8 +214,12 @@ def test_compare_lists_paper_ours_and_the_difference(curves: Path, tmp_path: Pat
     (paper / "table1.csv").write_text(TABLE)
     out = tmp_path / "cells.csv"
     command = ["compare", "--paper", str(paper), str(curves), "--as-model", "gpt2-xl"]
-    text = done(*command, "--out", str(out))
-    compared = compare_with_paper(read_results(curves), paper, as_model="gpt2-xl")
+    result = call(*command, "--out", str(out))
+    assert result.exit_code == 0
+    assert "warning: the results for antonym are on ra_lens's own word lists" in result.stderr
+    text = result.stdout
+    with pytest.warns(RALensWarning, match="not on the paper's data"):
+        compared = compare_with_paper(read_results(curves), paper, as_model="gpt2-xl")
     ra = compared[(compared.method == "RA") & (compared.found == "both")].iloc[0]
     row = next(line.split() for line in text.splitlines() if "ra forward" in line)
     assert row[:4] == ["antonym", "1", "RA", ".07"]
@@ -224,9 +228,9 @@ def test_compare_lists_paper_ours_and_the_difference(curves: Path, tmp_path: Pat
     flat = " ".join(text.split())
     assert "2 published numbers with a result" in flat
     assert "1 of these models without a result; 8 results without a published number" in flat
-    assert "synonym" in done(*command, "--all")
+    assert "synonym" in call(*command, "--all").stdout
     assert len(pd.read_csv(out)) == len(compared)
-    found = json.loads(done(*command, "--json"))
+    found = json.loads(call(*command, "--json").stdout)
     assert found["counts"] == {"both": 2, "paper": 1, "ours": 8}
     assert len(found["cells"]) == 11
     assert found["cells"][-1]["paper"] is None

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from ra_lens import load_demo_model, load_task, run_with_ra
+from ra_lens.answers import mark
 from ra_lens.demo import demo_model_folder
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
@@ -25,6 +26,7 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments.journal import journal_path
+from ra_lens.experiments.results import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import registry as registry_of_methods
 from ra_lens.sites import as_lens
@@ -356,6 +358,89 @@ def test_a_killed_run_gives_the_identical_result(tmp_path, demo, name, ending):
         function(demo, tasks, out=out, **{**options, "seed": 1})
 
 
+def same_out(demo, tmp_path, **options):
+    """Runs with one output file: the given options, over a small run that is already there."""
+    defaults = {"methods": "index", "shots": 0, "n_test": 3, "n_rank": 2, "out": tmp_path / "a.csv"}
+    return perturbation_test(demo, "antonym", **{**defaults, **QUIET, **options})
+
+
+def test_a_method_redefined_under_its_name_is_another_setting(demo, tmp_path):
+    try:
+        ranking_method("mine")(lambda context: torch.zeros(context.shape))
+        same_out(demo, tmp_path, methods="mine")
+        ranking_method("mine", replace=True)(lambda context: torch.ones(context.shape))
+        with pytest.raises(BadInput, match="other settings"):
+            same_out(demo, tmp_path, methods="mine")
+    finally:
+        registry_of_methods._methods.pop("mine")
+
+
+def test_what_changes_the_numbers_is_a_setting(tmp_path):
+    model = load_demo_model(device="cpu")
+    same_out(model, tmp_path)
+    assert set(same_out(model, tmp_path, batch_size=7).batch_size) == {64}  # changes no number
+    with pytest.raises(BadInput, match=r"\(seed: 0 there, 1 now\)"):
+        same_out(model, tmp_path, seed=1)
+    before = model.cfg.default_prepend_bos
+    model.cfg.default_prepend_bos = not before
+    with pytest.raises(BadInput, match="other settings"):
+        same_out(model, tmp_path)
+    model.cfg.default_prepend_bos = before
+    same_out(model, tmp_path)
+    parameter = next(p for p in model.parameters() if p.ndim == 2 and p.numel() > 5000)
+    with torch.no_grad():
+        parameter[7, 3:9] = 0
+    with pytest.raises(BadInput, match="weights_hash"):
+        same_out(model, tmp_path)
+    name = "blocks.0.attn.hook_z"
+    with model.hooks(fwd_hooks=[(name, lambda z, hook: z)]), pytest.raises(BadInput) as info:
+        same_out(model, tmp_path)
+    assert "found hooks on the model (blocks.0.attn" in str(info.value)
+    assert "and out=" in str(info.value)
+
+
+def test_weights_of_the_largest_layers_are_told_apart():
+    embedding = torch.nn.Embedding(50257, 768)  # more numbers than float32 can count
+    first = weights_hash(embedding)
+    assert weights_hash(embedding) == first
+    with torch.no_grad():
+        embedding.weight[50256, 767] += 1.0
+    assert weights_hash(embedding) != first
+
+
+def test_a_mistake_leaves_no_journal_and_comes_before_the_work(demo, tmp_path):
+    out = tmp_path / "a.csv"
+    calls = []
+
+    @ranking_method("counted")
+    def counted(context):
+        calls.append(1)
+        return torch.zeros(context.shape)
+
+    try:
+        with pytest.raises(BadInput, match="shots=500"):
+            same_out(demo, tmp_path, methods="counted", shots=[0, 500])
+        with pytest.raises(BadInput, match=r"found n_rank=800, but task 'antonym' has"):
+            same_out(demo, tmp_path, methods="counted", n_rank=800)
+    finally:
+        registry_of_methods._methods.pop("counted")
+    assert not calls
+    assert not journal_path(out).exists()
+    same_out(demo, tmp_path)
+    assert out.exists()
+
+
+def test_ties_count_by_their_chance():
+    # The right answer is token 0. Above it: none, one, none; tied with it: none, none, three.
+    logits = torch.tensor([[3.0, 1, 2, 0], [1, 3, 0, -1], [2, 2, 2, 2]])
+    marks = mark(logits, torch.tensor([0, 0, 0]))
+    assert marks.accuracy(1) == pytest.approx((1 + 0 + 1 / 4) / 3)
+    assert marks.accuracy(2) == pytest.approx((1 + 1 + 2 / 4) / 3)
+    assert marks.logit_diff.tolist() == [1, -2, 0]
+    p = math.exp(3) / (math.exp(3) + math.e + math.exp(2) + 1)
+    assert float(marks.probability[0]) == pytest.approx(p)
+
+
 # ---- mistakes -----------------------------------------------------------------------------------
 
 
@@ -379,7 +464,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
         perturbation_test(demo, [], **QUIET)
     for options, message in [
         ({"kinds": []}, r"give 'ra', 'pattern' or both"),
-        ({"scales": []}, r"give at least one, each once"),
+        ({"scales": []}, r"give at least one finite number, each once"),
         ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
         ({"at_least": 5000}, r"has no 5000 pairs"),
     ]:

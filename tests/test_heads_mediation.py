@@ -85,16 +85,15 @@ def test_cm2_puts_mean_heads_into_shuffled_labels(arch, kind, shared, folder):
         return ids
 
     last = [reference.z(torch.tensor([ids_of(prompt)])) for prompt in prompts]
-    means = [
-        torch.stack([z[layer][0, -1] for z in last]).double().mean(0) for layer in range(N_LAYERS)
-    ]
 
     def gained(layer, head):
         total, (_, rows) = 0.0, reference.rows(layer, head)
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
             ids, token = swapped(prompt), int(prompt.answer[2:])
             before = reference.probability(ids, token)
-            with reference.replaced(layer, head, len(ids) - 1, means[layer][rows]):
+            others = [z[layer][0, -1].double() for j, z in enumerate(last) if j != i]
+            mean = torch.stack(others).mean(0)
+            with reference.replaced(layer, head, len(ids) - 1, mean[rows]):
                 total += reference.probability(ids, token) - before
         return total / len(prompts)
 
@@ -245,11 +244,13 @@ def test_every_sound_method_puts_the_head_that_matters_first(kind, toy_folder):
         assert found.scores[0].tolist() == pytest.approx(scores, abs=1e-5), method
         assert found.order() == [(0, 1), (0, 0)]
         assert scores[1] > 0.5
-    # Two questions: head 1 writes (0.35, 0.35) on average.
-    both = rank_heads(model, [TOY_PROMPT, OTHER_PROMPT], method="cm2", **options)
-    gain = probability(0.35, 0.35) - probability(0.1, 0.6)
-    assert both.scores[0].tolist() == pytest.approx([0.0, gain], abs=1e-5)
-    assert both.order()[0] == (0, 1)
+    # Three questions, two of them alike: the mean of the others is (0.35, 0.35) for these two, and
+    # for the third what its shuffled labels make of it anyway.
+    three = [TOY_PROMPT, TOY_PROMPT, OTHER_PROMPT]
+    found = rank_heads(model, three, method="cm2", **options)
+    gain = 2 / 3 * (probability(0.35, 0.35) - probability(0.1, 0.6))
+    assert found.scores[0].tolist() == pytest.approx([0.0, gain], abs=1e-5)
+    assert found.order()[0] == (0, 1)
     # Head 0 has the same value everywhere: moving its attention changes nothing. Head 1 gets
     # R = A ⊙ (G − A·G) / √10 in the last row of the prompt, with G = (0, ∂L/∂a, 0, ∂L/∂b, 0).
     ra = rank_heads(model, [TOY_PROMPT], method="ra", **options)

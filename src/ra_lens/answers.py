@@ -1,8 +1,8 @@
 """Asking a model questions and marking its answers, as the paper's experiments do.
 
 A question is read at its last position only, and its answer is the first token that the answer
-would add to it: rank of that token among all, its probability, and its logit against the best other
-one. Accuracy top-k is the share of questions whose answer has a rank of at most k.
+would add to it: the rank of that token among all, its probability, and its logit against the best
+other one. Accuracy top-k is the share of questions whose answer is among the first k.
 
 Cost: one forward pass without gradients, unembedding one position per question.
 """
@@ -77,23 +77,34 @@ class Marks:
     """How a model answered: one value per question.
 
     Attributes:
-        rank: 1 where the right answer is the top prediction; one that shares its logit with others
-            ranks after them, so that a model whose logits are all equal answers nothing.
+        above: How many tokens have a larger logit than the right answer.
+        tied: How many others have the same logit: many in bfloat16, or where nothing is left.
         logit_diff: Logit of the right answer minus that of the best other token.
         probability: Of the right answer, in float64.
     """
 
-    rank: Int[Tensor, "question"]
+    above: Int[Tensor, "question"]
+    tied: Int[Tensor, "question"]
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
 
     def part(self, questions: slice) -> Marks:
         """The marks of some of the questions."""
-        return Marks(self.rank[questions], self.logit_diff[questions], self.probability[questions])
+        return Marks(
+            self.above[questions],
+            self.tied[questions],
+            self.logit_diff[questions],
+            self.probability[questions],
+        )
 
     def accuracy(self, k: int = 1) -> float:
-        """Share of the questions whose answer is among the top `k`."""
-        return float((self.rank <= k).double().mean())
+        """Share of the questions whose answer is among the top `k`.
+
+        Where it ties with others, it counts by the chance of being there if ties are broken at
+        random, so that coarse logits bias nothing.
+        """
+        chance = (k - self.above).double() / (1 + self.tied)
+        return float(chance.clamp(0, 1).mean())
 
 
 @torch.no_grad()
@@ -141,7 +152,8 @@ def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "questi
     others = wide.scatter(1, ids, float("-inf"))
     exact = wide.cpu() if wide.device.type == "mps" else wide  # which has no float64
     return Marks(
-        rank=((others >= right).sum(dim=1) + 1).cpu(),
+        above=(others > right).sum(dim=1).cpu(),
+        tied=(others == right).sum(dim=1).cpu(),
         logit_diff=(right.squeeze(1) - others.amax(dim=1)).cpu(),
         probability=exact.double().softmax(dim=1).gather(1, ids.to(exact.device)).squeeze(1).cpu(),
     )
@@ -167,7 +179,8 @@ def ask(
         hooks = () if hooks_of is None else hooks_of(part)
         parts.append(mark(last_logits(lens, prompts, hooks), questions.first_tokens[part]))
     return Marks(
-        rank=torch.cat([p.rank for p in parts]),
+        above=torch.cat([p.above for p in parts]),
+        tied=torch.cat([p.tied for p in parts]),
         logit_diff=torch.cat([p.logit_diff for p in parts]),
         probability=torch.cat([p.probability for p in parts]),
     )

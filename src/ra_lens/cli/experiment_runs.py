@@ -5,19 +5,21 @@ What can be wrong without a model is found before one is loaded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import typer
 from torch import nn
 
 from ra_lens.cli import show_comparison, show_experiments, show_sweep
 from ra_lens.cli.commands import DEMO, load
 from ra_lens.cli.many_values import numbers, split_values, whole_numbers
 from ra_lens.cli.quiet import offline, quiet
-from ra_lens.cli.reading import check_device, read_text
+from ra_lens.cli.reading import check_device, unescaped
 from ra_lens.errors import BadInput
 from ra_lens.experiments import (
     PAPER_SCALES,
@@ -254,7 +256,11 @@ def compare(
     if out is not None:
         check_results_path(out)
     frames = [read_results(path) for path in results]
-    compared = compare_with_paper(frames, paper, as_model=as_model, metric=metric, rule=rule)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compared = compare_with_paper(frames, paper, as_model=as_model, metric=metric, rule=rule)
+    for warning in caught:
+        typer.echo(f"warning: {warning.message}", err=True)
     if out is not None:
         write_results(compared, out)
     if as_json:
@@ -270,7 +276,7 @@ def _methods(methods: Sequence[str] | None) -> list[str]:
 def _asked(task: Task, setup: Setup) -> Task:
     """Put a task into the format asked for."""
     if setup.separator is not None:
-        task = task.with_format(separator=read_text(setup.separator, escapes=True))
+        task = task.with_format(separator=unescaped(setup.separator))
     if setup.natural == "qa" and task.kind == "natural":
         task = task.with_format(
             before_subject=f"Q: {task.before_subject}", after_subject=f"{task.after_subject}\nA:"

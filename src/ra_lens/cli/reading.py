@@ -20,9 +20,12 @@ def read_text(text: str, *, escapes: bool) -> str:
     if text == "-":
         text = sys.stdin.read()
         text = text.removesuffix("\n")
-    if escapes:
-        text = re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match.group()], text)
-    return text
+    return unescaped(text) if escapes else text
+
+
+def unescaped(text: str) -> str:
+    r"""Read \n and \t as whitespace, and \\ as one backslash."""
+    return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match.group()], text)
 
 
 def read_layers(text: str | None) -> list[int] | None:

@@ -64,7 +64,7 @@ def _area(curve: pd.DataFrame, metric: str, rule: Rule, key: object) -> float:
     if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or bool((np.diff(shares) <= 0).any()):
         raise BadInput(
             f"the curve of {key} has shares {shares.tolist()}; each has to be there once, from 0 "
-            "to 1. Concatenate only results of different settings."
+            "to 1. Give the results of one run; take the areas of several seeds one by one."
         )
     if rule == "mean":
         return float(values.mean())

@@ -23,13 +23,14 @@ length carry it in their name, `antonym_len_8_1`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ra_lens.errors import BadFile, BadInput
+from ra_lens.errors import BadFile, BadInput, RALensWarning
 from ra_lens.experiments.auc import Measure, Rule, area_under_curve
 
 _KEY = ["model", "task", "kind", "n_shots", "method", "direction", "scale", "metric"]
@@ -129,6 +130,7 @@ def compare_with_paper(
     """
     paper = read_paper(folder)
     frames = [results] if isinstance(results, pd.DataFrame) else list(results)
+    _warn_of_other_data(frames)
     forced = _forced_model(as_model, paper)
     ours = _our_cells(frames, forced, metric, rule)
     of_models: Any = paper[paper["model"].isin(list(set(ours["model"])))]
@@ -147,6 +149,22 @@ def compare_with_paper(
         merged[name] = merged[name].fillna("")
     ordered = merged.sort_values(["place", "order"], na_position="last", kind="stable")
     return ordered[_OUT].reset_index(drop=True)
+
+
+def _warn_of_other_data(frames: Sequence[pd.DataFrame]) -> None:
+    """Say so where tasks share only their names with the published ones."""
+    own: list[str] = []
+    for frame in frames:
+        if "source" in frame:
+            own += frame.loc[frame["source"] == "builtin", "task"].unique().tolist()
+    if own:
+        warnings.warn(
+            f"the results for {', '.join(own[:3])}{', …' * (len(own) > 3)} are on ra_lens's own "
+            "word lists, not on the paper's data. Run with source='download' or a folder of the "
+            "published files (--source) to compare like with like.",
+            RALensWarning,
+            stacklevel=3,
+        )
 
 
 def count_cells(compared: pd.DataFrame) -> dict[str, int]:

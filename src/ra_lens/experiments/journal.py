@@ -22,6 +22,9 @@ from ra_lens.files import check_output
 
 _FORMAT = 1
 
+NOT_SETTINGS = frozenset({"batch_size"})
+"""What a run may go on with another value of: a unit's numbers do not depend on its batches."""
+
 
 def journal_path(out: str | Path) -> Path:
     """Where the journal of an output file lies: beside it, hidden, under its name."""
@@ -31,7 +34,7 @@ def journal_path(out: str | Path) -> Path:
 
 def settings_hash(settings: dict[str, Any]) -> str:
     """A short text that differs where the settings of two experiments do."""
-    text = json.dumps(settings, sort_keys=True)
+    text = json.dumps(_compared(settings), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -46,6 +49,10 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         """Tell whether a unit is done."""
         return key in self._done
+
+    def __len__(self) -> int:
+        """Give the number of units done."""
+        return len(self._done)
 
     def unit(self, key: str, compute: Callable[[], Any]) -> Any:
         """Give the result of a unit, computing it if it is not there yet.
@@ -90,11 +97,38 @@ def open_journal(
     path = journal_path(out)
     done = _read(path, settings) if path.exists() else {}
     with path.open("a", encoding="utf-8") as file:
+        _lock(file, path)
         if file.tell() == 0:
             file.write(json.dumps({"ra_lens_journal": _FORMAT, "settings": settings}) + "\n")
             file.flush()
-        yield Journal(done, file)
-    path.unlink(missing_ok=True)
+        journal = Journal(done, file)
+        finished = False
+        try:
+            yield journal
+            finished = True
+        finally:
+            # Without a unit there is nothing to go on from, and the settings were perhaps a slip.
+            file.close()
+            if finished or not journal:
+                path.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadInput(
+            f"another run is writing {path} at this moment. Wait for it, or give another output "
+            "file."
+        ) from error
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +149,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise BadFile(
             f"{path} is not the journal of an experiment ({error}). Delete it to start afresh."
         ) from error
-    now = json.loads(json.dumps(settings))
+    was, now = _compared(was), _compared(json.loads(json.dumps(settings)))
     if known != _FORMAT or was != now:
         raise BadInput(_what_differs(path, was, now))
     return done

@@ -28,15 +28,18 @@ from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, open_journal
 from ra_lens.experiments.prompts import (
     SHOTS,
+    Shots,
     Tasks,
     asked,
     check_counts,
     learned,
     read_shots,
     read_tasks,
+    refuse_hooks,
     task_facts,
+    task_settings,
 )
-from ra_lens.experiments.ranking import METHODS, read_methods
+from ra_lens.experiments.ranking import METHODS, method_facts, read_methods
 from ra_lens.experiments.results import (
     as_frame,
     finished_results,
@@ -47,7 +50,7 @@ from ra_lens.experiments.results import (
 from ra_lens.heads import HeadScores, rank_heads, ranking_methods
 from ra_lens.masking import mask_hooks, need_heads
 from ra_lens.sites import Lens, as_lens
-from ra_lens.tasks import Split, SplitRule, Task
+from ra_lens.tasks import Prompt, SplitRule, Task
 
 Direction = Literal["forward", "reversed"]
 Row = dict[str, Any]
@@ -75,7 +78,7 @@ def perturbation_test(
     task: Tasks,
     *,
     methods: str | Sequence[str] = METHODS,
-    shots: int | Sequence[int] = SHOTS,
+    shots: Shots = SHOTS,
     step: float = 0.1,
     directions: Sequence[Direction] = ("forward", "reversed"),
     random_orders: int = 20,
@@ -144,25 +147,28 @@ def perturbation_test(
     lens = as_lens(model)
     lens.refuse_dropout()
     need_heads(lens)
+    refuse_hooks(lens, out)
     settings = {
         "experiment": "perturbation",
         **model_facts(lens),
         **{name: value for name, value in vars(options).items() if name != "progress"},
-        "tasks": [task_facts(one) for one in tasks],
+        "tasks": [task_settings(lens, one, prepend_bos) for one in tasks],
+        "methods": method_facts(options.methods),
         "shots": counts,
     }
     _warn_if_folded(lens)
     if (finished := finished_results(out, settings)) is not None:
         return finished
+    # All prompts are made before anything runs, so that a mistake in the last task shows at once.
+    cells = [_Cell(lens, one, n, options) for one in tasks for n in counts]
     rows: list[Row] = []
     with open_journal(out, settings) as journal:
-        cells = [(one, n) for one in tasks for n in counts]
         orders = len(list(_orders(options)))
         bar = tqdm(total=len(cells) * orders, desc="Perturbation test", disable=not progress)
         with bar:
-            for one, n in cells:
-                bar.set_postfix_str(f"{one.name}, shots: {n}")
-                rows += _Cell(lens, one, n, options, journal).rows(bar.update)
+            for cell in cells:
+                bar.set_postfix_str(cell.name)
+                rows += cell.rows(journal, bar.update)
         frame = as_frame("perturbation", rows, settings)
         if out is not None:
             write_results(frame, out)
@@ -172,20 +178,33 @@ def perturbation_test(
 class _Cell:
     """One task with one number of demonstrations."""
 
-    def __init__(
-        self, lens: Lens, task: Task, shots: int, options: _Options, journal: Journal
-    ) -> None:
+    def __init__(self, lens: Lens, task: Task, shots: int, options: _Options) -> None:
         self._lens = lens
         self._task = task
         self._shots = shots
         self._options = options
-        self._journal = journal
-        self._split: Split = task.split(options.split)
-        self._asked = asked(self._split, shots=shots, n=options.n_test, seed=options.seed)
+        split = task.split(options.split)
+        self._asked = asked(split, shots=shots, n=options.n_test, seed=options.seed)
+        rank_shots = shots if options.rank_shots is None else options.rank_shots
+        self._learned: dict[str, list[Prompt]] = {}
+        for method in options.methods:
+            part = ranking_methods()[method].split
+            if part not in self._learned:
+                n, seed = options.n_rank, options.seed
+                self._learned[part] = learned(
+                    split, part, shots=rank_shots, n=n, seed=seed, count="n_rank"
+                )
+        self._journal = Journal({}, None)
         self._questions: Questions | None = None
 
-    def rows(self, advance: Callable[[], object]) -> list[Row]:
+    @property
+    def name(self) -> str:
+        """What the progress bar says."""
+        return f"{self._task.name}, shots: {self._shots}"
+
+    def rows(self, journal: Journal, advance: Callable[[], object]) -> list[Row]:
         """Rows of every order, in the order of the methods given."""
+        self._journal = journal
         rows: list[Row] = []
         ends = self._unit("ends", lambda: self._evaluate([], [0, self._n_heads]))
         for method, draw, direction in _orders(self._options):
@@ -198,9 +217,12 @@ class _Cell:
             shares = [i / self._options.steps for i in range(self._options.steps + 1)]
             for share, row in zip(shares, [ends[0], *inner, ends[1]], strict=True):
                 rows.append({**about, "share": share, **row, "n_test": len(self._asked)})
-        for row in rows:
-            row["prompts_hash"] = prompts_hash(self._asked)
-        return rows
+        self._questions = None
+        made = {
+            **task_facts(self._task),
+            "prompts_hash": prompts_hash(self._asked, *self._learned.values()),
+        }
+        return [{**row, **made} for row in rows]
 
     # ---- inside ---------------------------------------------------------------------------------
 
@@ -234,11 +256,9 @@ class _Cell:
 
     def _ranked(self, method: str, draw: int) -> HeadScores:
         options = self._options
-        shots = self._shots if options.rank_shots is None else options.rank_shots
-        part = ranking_methods()[method].split
         return rank_heads(
             self._lens.module,
-            learned(self._split, part, shots=shots, n=options.n_rank, seed=options.seed),
+            self._learned[ranking_methods()[method].split],
             method=method,
             seed=options.seed,
             draw=draw,

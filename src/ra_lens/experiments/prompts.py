@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+import json
+import operator
+from collections.abc import Iterable
+from typing import Any, Literal, SupportsIndex
 
 from ra_lens.errors import BadInput
+from ra_lens.experiments.journal import settings_hash
 from ra_lens.experiments.results import prompts_hash
+from ra_lens.sites import Lens
 from ra_lens.tasks import Prompt, Split, Task, load_task, task_names
 
 Tasks = str | Task | Iterable[str | Task]
+
+Shots = SupportsIndex | Iterable[SupportsIndex]
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
@@ -43,27 +49,37 @@ def read_tasks(task: Tasks) -> list[Task]:
     return tasks
 
 
-def read_shots(shots: int | Sequence[int]) -> list[int]:
+def read_shots(shots: Shots) -> list[int]:
     """Read the numbers of demonstrations.
 
     Raises:
         BadInput: none, a negative one, or one twice.
     """
-    given = [shots] if isinstance(shots, int) else list(shots)
+    try:
+        numbers = [shots] if isinstance(shots, SupportsIndex) else list(shots)
+        given = [operator.index(number) for number in numbers]
+    except TypeError:
+        given = []
     if not given or min(given) < 0 or len(set(given)) < len(given):
         raise BadInput(f"found shots={shots!r}; give different numbers from 0, such as (0, 1, 5).")
     return given
 
 
-def task_facts(task: Task) -> dict[str, Any]:
-    """What a task is, as settings of an experiment: another format or list is another setting."""
+def task_facts(task: Task) -> dict[str, str]:
+    """What a task is: another list or format is another task, whatever its name."""
+    form = [task.opening, task.before_subject, task.after_subject, task.separator]
     return {
-        "name": task.name,
-        "kind": task.kind,
         "source": task.source,
-        "format": [task.opening, task.before_subject, task.after_subject, task.separator],
-        "pairs": prompts_hash([Prompt(pair.input, pair.output) for pair in task.pairs]),
+        "format": json.dumps(form, ensure_ascii=False),
+        "pairs_hash": prompts_hash([Prompt(pair.input, pair.output) for pair in task.pairs]),
     }
+
+
+def task_settings(lens: Lens, task: Task, prepend_bos: bool | None) -> dict[str, Any]:
+    """What a task is to a model, as settings of an experiment: the tokens read are among them."""
+    first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
+    tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
+    return {"name": task.name, **task_facts(task), "tokens": settings_hash({"ids": tokens})}
 
 
 def asked(split: Split, *, shots: int, n: int | None, seed: int) -> list[Prompt]:
@@ -74,14 +90,22 @@ def asked(split: Split, *, shots: int, n: int | None, seed: int) -> list[Prompt]
 
 
 def learned(
-    split: Split, part: Literal["train", "valid"], *, shots: int, n: int, seed: int
+    split: Split, part: Literal["train", "valid"], *, shots: int, n: int, seed: int, count: str
 ) -> list[Prompt]:
     """Prompts to rank heads with, as the paper's code takes them.
 
     The first `n` training pairs in split order; or `n` validation pairs drawn with replacement,
     which is the part that causal mediation by mean activations uses.
+
+    Raises:
+        BadInput: fewer training pairs than `n`, which the message calls by the name `count`.
     """
     if part == "train":
+        if n > len(split.train):
+            raise BadInput(
+                f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
+                f"pairs. Give {count}={len(split.train)} or less."
+            )
         return split.prompts("train", shots=shots, n=n, seed=seed)
     return split.prompts("valid", shots=shots, n=n, seed=seed, with_replacement=True)
 
@@ -95,3 +119,20 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise BadInput(f"found {name}={count}; it must be at least 1.")
+
+
+def refuse_hooks(lens: Lens, out: object) -> None:
+    """Refuse to write results of a model with hooks on it: another run could not tell them apart.
+
+    Raises:
+        BadInput: there are hooks, and an output file.
+    """
+    hooked = sorted(
+        name for name, point in lens.hook_points.items() if getattr(point, "fwd_hooks", None)
+    )
+    if hooked and out is not None:
+        raise BadInput(
+            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
+            "out=: what they do is not among the settings that results are found again by. Leave "
+            "out= away and write the table with write_results, or remove the hooks."
+        )

@@ -17,15 +17,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput
-from ra_lens.experiments.journal import open_journal
+from ra_lens.experiments.journal import open_journal, settings_hash
 from ra_lens.experiments.prompts import (
     SHOTS,
+    Shots,
     Tasks,
     check_counts,
     learned,
     read_shots,
     read_tasks,
+    refuse_hooks,
     task_facts,
+    task_settings,
 )
 from ra_lens.experiments.results import (
     as_frame,
@@ -34,7 +37,7 @@ from ra_lens.experiments.results import (
     prompts_hash,
     write_results,
 )
-from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads import HeadScores, RankingMethod, rank_heads
 from ra_lens.heads.registry import find_method
 from ra_lens.sites import as_lens
 from ra_lens.tasks import Prompt, SplitRule, Task
@@ -47,7 +50,23 @@ def ranking_prompts(
     task: Task, method: str, *, shots: int, n: int, split: SplitRule, seed: int
 ) -> list[Prompt]:
     """Prompts that a method ranks heads with."""
-    return learned(task.split(split), find_method(method).split, shots=shots, n=n, seed=seed)
+    part = find_method(method).split
+    return learned(task.split(split), part, shots=shots, n=n, seed=seed, count="n_rank")
+
+
+def method_facts(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Which methods these are: a user's own by its code, as its name may be given to another."""
+    return [_facts(find_method(name)) for name in names]
+
+
+def _facts(method: RankingMethod) -> dict[str, Any]:
+    function: Any = method.function
+    facts = {"name": method.name, "split": method.split, "random": method.random}
+    if not str(function.__module__).startswith("ra_lens."):
+        code = getattr(function, "__code__", None)
+        parts = [getattr(code, name, None) for name in ("co_code", "co_consts", "co_names")]
+        facts["code"] = settings_hash({"code": [repr(part) for part in parts]})
+    return facts
 
 
 def read_methods(methods: str | Sequence[str]) -> list[str]:
@@ -67,7 +86,7 @@ def rank_tasks(
     task: Tasks,
     *,
     methods: str | Sequence[str] = METHODS,
-    shots: int | Sequence[int] = SHOTS,
+    shots: Shots = SHOTS,
     n_rank: int = 25,
     split: SplitRule = "code",
     answer_in_input: bool = True,
@@ -105,11 +124,13 @@ def rank_tasks(
     tasks, counts, names = read_tasks(task), read_shots(shots), read_methods(methods)
     check_counts(n_rank=n_rank, batch_size=batch_size)
     lens = as_lens(model)
+    lens.refuse_dropout()
+    refuse_hooks(lens, out)
     settings: dict[str, Any] = {
         "experiment": "ranking",
         **model_facts(lens),
-        "tasks": [task_facts(one) for one in tasks],
-        "methods": names,
+        "tasks": [task_settings(lens, one, prepend_bos) for one in tasks],
+        "methods": method_facts(names),
         "shots": counts,
         "n_rank": n_rank,
         "split": split,
@@ -120,11 +141,16 @@ def rank_tasks(
     }
     if (finished := finished_results(out, settings)) is not None:
         return finished
-    cells = [(one, n, name) for one in tasks for n in counts for name in names]
+    cells = [
+        (one, n, name, ranking_prompts(one, name, shots=n, n=n_rank, split=split, seed=seed))
+        for one in tasks
+        for n in counts
+        for name in names
+    ]
     rows: list[dict[str, Any]] = []
     with open_journal(out, settings) as journal:
-        for one, n, name in tqdm(cells, desc="Ranking heads", unit="ranking", disable=not progress):
-            prompts = ranking_prompts(one, name, shots=n, n=n_rank, split=split, seed=seed)
+        bar = tqdm(cells, desc="Ranking heads", unit="ranking", disable=not progress)
+        for one, n, name, prompts in bar:
 
             def scores(prompts: list[Prompt] = prompts, name: str = name) -> list[list[float]]:
                 return rank_heads(
@@ -149,7 +175,7 @@ def rank_tasks(
                 model_name=lens.name,
             )
             about = {"task": one.name, "kind": one.kind, "n_shots": n}
-            made = {"prompts_hash": prompts_hash(prompts)}
+            made = {**task_facts(one), "prompts_hash": prompts_hash(prompts)}
             columns = ["method", "draw", "layer", "head", "label", "score", "rank"]
             table = ranked.to_dataframe()[columns]
             for values in table.itertuples(index=False, name=None):

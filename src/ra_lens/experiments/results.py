@@ -13,12 +13,17 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.experiments.journal import settings_hash
+from ra_lens.experiments.journal import NOT_SETTINGS, journal_path, settings_hash
 from ra_lens.files import check_output, whole_file
 from ra_lens.sites import Lens
 from ra_lens.tasks import Prompt
 
 _SUFFIXES = (".parquet", ".csv")
+_TEXTS = (
+    "experiment", "model", "task", "kind", "method", "direction", "map", "label", "source",
+    "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
+    "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
+)  # fmt: skip
 SETTINGS = "settings_hash"
 
 
@@ -75,7 +80,8 @@ def _read(path: Path) -> pd.DataFrame:
         exact: dict[str, Any] = (
             {"float_precision": "round_trip"} if int(pd.__version__.split(".")[0]) < 3 else {}
         )
-        return pd.read_csv(path, keep_default_na=False, na_values=[""], **exact)
+        texts = dict.fromkeys(_TEXTS, str)  # a hash may look like a number
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts, **exact)
     return pd.read_parquet(path)
 
 
@@ -93,10 +99,20 @@ def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.
         raise BadInput(f"{out} exists and is something else: {error} Give another name.") from error
     if SETTINGS not in frame or set(frame[SETTINGS]) != {settings_hash(dict(settings))}:
         raise BadInput(
-            f"{out} holds the results of a run with other settings. Give another name, or delete "
-            "it first."
+            f"{out} holds the results of a run with other settings"
+            f"{_first_difference(frame, settings)}. Give another name, or delete it first."
         )
+    journal_path(out).unlink(missing_ok=True)  # of a run killed just after it had written
     return frame
+
+
+def _first_difference(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    for name, value in settings.items():
+        if name in frame and name not in NOT_SETTINGS and isinstance(value, str | int | float):
+            there = frame[name].iloc[0]
+            if there != value:
+                return f" ({name}: {there} there, {value} now)"
+    return ""
 
 
 def as_frame(
@@ -131,13 +147,24 @@ def model_facts(lens: Lens) -> dict[str, Any]:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short text that tells the weights of two models apart: some numbers of each parameter."""
+    """A short text that tells the weights of two models apart.
+
+    Of each parameter: some numbers, and the sum of all absolute values, so that every change of
+    more than about a part in ten million shows.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()
-        picked = torch.linspace(0, values.numel() - 1, min(64, values.numel())).long()
-        numbers = values[picked.to(values.device)].double().cpu().tolist()
-        digest.update(f"{name}{tuple(parameter.shape)}{numbers}".encode())
+        n = values.numel()
+        if n == 0:
+            continue
+        count = min(64, n)
+        picked = [i * (n - 1) // max(count - 1, 1) for i in range(count)]
+        numbers = values[torch.tensor(picked, device=values.device)].float().tolist()
+        # Few digits: sums differ in the last ones with the number of threads.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        total = float(values.abs().sum(dtype=wide))
+        digest.update(f"{name}{tuple(parameter.shape)}{numbers}{total:.6e}".encode())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ which reads them with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,16 @@ from ra_lens.experiments.journal import Journal, open_journal
 from ra_lens.experiments.perturbation import marked
 from ra_lens.experiments.prompts import (
     SHOTS,
+    Shots,
     Tasks,
     asked,
     check_counts,
     learned,
     read_shots,
     read_tasks,
+    refuse_hooks,
     task_facts,
+    task_settings,
 )
 from ra_lens.experiments.results import (
     as_frame,
@@ -69,7 +73,7 @@ def patching_sweep(
     *,
     scales: Sequence[int | float] = PAPER_SCALES,
     kinds: Sequence[MapName] = ("ra", "pattern"),
-    shots: int | Sequence[int] = SHOTS,
+    shots: Shots = SHOTS,
     n_mean: int = 25,
     n_test: int | None = None,
     length: int | None = None,
@@ -121,12 +125,16 @@ def patching_sweep(
     tasks, counts = read_tasks(task), read_shots(shots)
     check_counts(n_mean=n_mean, n_test=n_test, at_least=at_least, batch_size=batch_size)
     _check_maps(kinds, scales)
+    if renormalise and at == "scores":
+        raise BadInput("found renormalise=True with at='scores', which needs none. Give one.")
     lens = as_lens(model)
+    lens.refuse_dropout()
+    refuse_hooks(lens, out)
     sets = [_one_length(lens, one, length, at_least, prepend_bos) for one in tasks]
     settings = {
         "experiment": "patching",
         **model_facts(lens),
-        "tasks": [task_facts(one) for one in sets],
+        "tasks": [task_settings(lens, one, prepend_bos) for one in sets],
         "kinds": list(kinds),
         "scales": list(map(float, scales)),
         "shots": counts,
@@ -141,31 +149,37 @@ def patching_sweep(
     }
     if (finished := finished_results(out, settings)) is not None:
         return finished
-    rows: list[Row] = []
-    with open_journal(out, settings) as journal:
-        cells = [(one, n) for one in sets for n in counts]
-        each = 1 + len(kinds) * len(scales)
-        with tqdm(total=len(cells) * each, desc="Patching", disable=not progress) as bar:
-            for one, n in cells:
-                bar.set_postfix_str(f"{one.name}, shots: {n}")
-                parts = one.split(split)
-                cell = _Cell(
+    # All prompts are made before anything runs, so that a mistake in the last task shows at once.
+    variant = {"renormalise": renormalise, "at": at}
+    cells: list[_Cell] = []
+    for one in sets:
+        parts = one.split(split)
+        for n in counts:
+            train = learned(parts, "train", shots=n, n=n_mean, seed=seed, count="n_mean")
+            test = asked(parts, shots=n, n=n_test, seed=seed)
+            cells.append(
+                _Cell(
                     lens,
                     one,
                     n,
-                    learned(parts, "train", shots=n, n=n_mean, seed=seed),
-                    asked(parts, shots=n, n=n_test, seed=seed),
-                    journal,
+                    train,
+                    test,
                     prepend_bos=prepend_bos,
                     batch_size=batch_size,
-                    variant={"renormalise": renormalise, "at": at},
+                    variant=variant,
                 )
-                rows += cell.row("none", None)
-                bar.update()
-                for kind in kinds:
-                    for scale in scales:
-                        rows += cell.row(kind, float(scale))
-                        bar.update()
+            )
+    steps = [("none", None), *((kind, float(scale)) for kind in kinds for scale in scales)]
+    rows: list[Row] = []
+    with open_journal(out, settings) as journal:
+        total = len(cells) * len(steps)
+        with tqdm(total=total, desc="Patching", disable=not progress) as bar:
+            for cell in cells:
+                bar.set_postfix_str(cell.name)
+                for kind, scale in steps:
+                    rows.append(cell.row(journal, kind, scale))
+                    bar.update()
+                cell.forget()
         frame = as_frame("patching", rows, settings).astype({"scale": float})
         if out is not None:
             write_results(frame, out)
@@ -182,19 +196,23 @@ class _Cell:
         shots: int,
         learned: list[Prompt],
         asked: list[Prompt],
-        journal: Journal,
         *,
         prepend_bos: bool | None,
         batch_size: int,
         variant: dict[str, Any],
     ) -> None:
         self._lens, self._task, self._shots = lens, task, shots
-        self._learned, self._asked, self._journal = learned, asked, journal
+        self._learned, self._asked = learned, asked
         self._prepend_bos, self._batch_size, self._variant = prepend_bos, batch_size, variant
         self._mean: MeanMaps | None = None
         self._questions: Questions | None = None
 
-    def row(self, kind: str, scale: float | None) -> list[Row]:
+    @property
+    def name(self) -> str:
+        """What the progress bar says."""
+        return f"{self._task.name}, shots: {self._shots}"
+
+    def row(self, journal: Journal, kind: str, scale: float | None) -> Row:
         """The row of one map and scale; the unpatched model where there is no scale."""
         about = {
             "task": self._task.name,
@@ -204,7 +222,12 @@ class _Cell:
             "scale": scale,
         }
         key = f"{self._task.name}|{self._shots}|{kind}|{scale}"
-        return [{**about, **self._journal.unit(key, lambda: self._evaluate(kind, scale))}]
+        found = journal.unit(key, lambda: self._evaluate(kind, scale))
+        return {**about, **found, **task_facts(self._task)}
+
+    def forget(self) -> None:
+        """Let the maps go."""
+        self._mean = self._questions = None
 
     def _evaluate(self, kind: str, scale: float | None) -> Row:
         questions = self._read()
@@ -272,5 +295,5 @@ def _one_length(
 def _check_maps(kinds: Sequence[str], scales: Sequence[int | float]) -> None:
     if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - {"ra", "pattern"}:
         raise BadInput(f"found kinds={kinds!r}; give 'ra', 'pattern' or both.")
-    if not scales or len(set(scales)) < len(scales):
-        raise BadInput(f"found scales={scales!r}; give at least one, each once.")
+    if not scales or len(set(scales)) < len(scales) or not all(map(math.isfinite, scales)):
+        raise BadInput(f"found scales={scales!r}; give at least one finite number, each once.")

@@ -3,15 +3,19 @@
     cm1[l, h] = mean over prompts of  p(answer) − p(answer | head zeroed)
     cm2[l, h] = mean over prompts of  p(answer | head := its mean) − p(answer)
 
-p is that of the answer's first token at the last position of the prompt, in float64. Both are
-positive for a head that matters; the published code gives CM1 with the opposite sign.
+p is that of the answer's first token at the last position of the prompt, in float64. CM1 is
+positive for a head that matters; the published code gives it with the opposite sign. CM2 is meant
+to be, too: shuffled labels take the answer away and the head's mean brings it back. Where they do
+not take it away, the mean only overwrites what the head knew, and the heads that matter are
+negative.
 
 CM1 sets z of the head to zero at every position (`ra_lens.masking`); `cm1_last` at the last token
 only, as section 5.2 of the paper may be read. CM2 follows Todd et al., "Function Vectors in Large
-Language Models" (2024): z of each head at the last token is averaged over the prompts given, whose
-demonstrations are right, and put at the last token of the same prompts with shuffled labels. With
-no or one demonstration nothing can be shuffled: the mean then replaces what the head knew of this
-query, and the heads that matter have negative scores.
+Language Models" (2024): z of each head at the last token is averaged over prompts whose labels are
+right, and put at the last token of a prompt with shuffled labels. The mean is over all prompts but
+the one it is put into ("left-out examples", as the paper has it; the code draws them anew), and a
+shuffle never leaves the labels in place (in the code it may). With no or one demonstration there
+is nothing to shuffle.
 
 Cost per prompt: 1 forward pass for CM1 and 2 for CM2, and one row of a batch for every head.
 """
@@ -67,7 +71,7 @@ def cm1_last_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
 def cm2_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability gains when a head's last token gets its mean z."""
     _check(context)
-    means = _mean_z(context)
+    means = [_of_the_others(of_layer) for of_layer in _last_z(context)]
     shuffled = tuple(
         shuffle_labels(prompt, seed=context.seed, index=i)
         for i, prompt in enumerate(context.prompts)
@@ -174,15 +178,19 @@ def _set_last(
     prompts: Prompts,
     values: Sequence[Tensor] | None,
 ) -> FwdHooks:
-    """Hooks that set z of each row's head at its last token to `values[layer][head]`, or to 0."""
+    """Hooks that set z of each row's head at its last token, to 0 or to `values`.
+
+    These are `[question, head, d_head]` for each layer.
+    """
     columns = _last_columns(context, prompts)
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for i, site in enumerate(context.lens.sites.values()):
         cells = [(row, head) for row, (_, layer, head) in enumerate(rows) if layer == i]
         if cells:
             where = torch.tensor(cells)
-            of_layer = None if values is None else values[i]
-            hooks.append((site.z_name, _setter(where, columns, of_layer, site.n_heads)))
+            questions = torch.tensor([rows[row][0] for row, _ in cells])
+            new = None if values is None else values[i][questions, where[:, 1]]
+            hooks.append((site.z_name, _setter(where, columns, new, site.n_heads)))
     return hooks
 
 
@@ -194,28 +202,33 @@ def _setter(
     def set_heads(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
         new = by_head(z, n_heads).clone()
         index = tuple(t.to(z.device) for t in (rows, columns[rows], heads))
-        new[index] = 0.0 if values is None else values[heads].to(new)
+        new[index] = 0.0 if values is None else values.to(new)
         return new.reshape(z.shape)
 
     return set_heads
 
 
 @torch.no_grad()
-def _mean_z(context: RankingContext) -> list[Tensor]:
-    """Mean z at the last token over the prompts: `[head, d_head]` in float64 for each layer."""
+def _last_z(context: RankingContext) -> list[Float[Tensor, "question head d_head"]]:
+    """z at the last token of each prompt, in float64, for each layer."""
     sites = list(context.lens.sites.values())
-    totals: dict[int, Tensor] = {}
+    found: list[list[Tensor]] = [[] for _ in sites]
     for _, prompts in context.questions.prompts.batches(context.batch_size):
         columns = _last_columns(context, prompts)
 
         def look(layer: int, n_heads: int, columns: Tensor = columns) -> Callable[..., None]:
             def at_z(z: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
                 rows = torch.arange(z.shape[0], device=z.device)
-                last = by_head(z, n_heads)[rows, columns.to(z.device)].cpu().double().sum(dim=0)
-                totals[layer] = totals[layer] + last if layer in totals else last
+                found[layer].append(by_head(z, n_heads)[rows, columns.to(z.device)].cpu().double())
 
             return at_z
 
         hooks = [(site.z_name, look(i, site.n_heads)) for i, site in enumerate(sites)]
         last_logits(context.lens, prompts, hooks)
-    return [totals[i] / len(context.prompts) for i in range(len(sites))]
+    return [torch.cat(of_layer) for of_layer in found]
+
+
+def _of_the_others(z: Float[Tensor, "question head d_head"]) -> Tensor:
+    """For each question the mean over all others; its own where there is no other."""
+    n = z.shape[0]
+    return z if n == 1 else (z.sum(dim=0) - z) / (n - 1)

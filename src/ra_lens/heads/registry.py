@@ -118,19 +118,28 @@ def ranking_method(
     """
     if not name:
         raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
-    if name in _methods and not replace:
-        raise BadInput(
-            f"there already is a ranking method {name!r} ({_methods[name].title}). Choose another "
-            "name, or put yours in its place with replace=True."
-        )
     if split not in ("train", "valid"):
         raise BadInput(f"found split={split!r} for method {name!r}; give 'train' or 'valid'.")
 
     def register(function: RankingFunction) -> RankingFunction:
+        known = _methods.get(name)
+        if known is not None and not replace and not _same_place(known.function, function):
+            raise BadInput(
+                f"there already is a ranking method {name!r} ({known.title}). Choose another name, "
+                "or put yours in its place with replace=True."
+            )
         _methods[name] = RankingMethod(name, title or name, function, split, random)
         return function
 
     return register
+
+
+def _same_place(one: RankingFunction, other: RankingFunction) -> bool:
+    # A notebook cell that is run again defines the same function anew.
+    return all(getattr(one, name, None) == getattr(other, name, 1) for name in _PLACE)
+
+
+_PLACE = ("__module__", "__qualname__")
 
 
 def ranking_methods() -> dict[str, RankingMethod]:
@@ -150,5 +159,5 @@ def find_method(name: str) -> RankingMethod:
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise BadInput(
         f"there is no ranking method {name!r}.{hint} There are {', '.join(map(repr, _methods))}; "
-        "add your own with ra_lens.heads.ranking_method."
+        "add your own in Python with ra_lens.heads.ranking_method."
     )
