@@ -136,9 +136,11 @@ loss depends on where it attends. Numbers rank the first ones. Choose one to see
 </p>
 <div id="ra-maps" class="card maps">
 <figure><figcaption id="ra-name-a"></figcaption><canvas id="ra-a" tabindex="0"
-role="img" aria-describedby="ra-readout"></canvas><div class="bar" id="ra-bar-a"></div></figure>
+role="application" aria-describedby="ra-readout"></canvas>
+<div class="bar" id="ra-bar-a"></div></figure>
 <figure><figcaption id="ra-name-r"></figcaption><canvas id="ra-r" tabindex="0"
-role="img" aria-describedby="ra-readout"></canvas><div class="bar" id="ra-bar-r"></div></figure>
+role="application" aria-describedby="ra-readout"></canvas>
+<div class="bar" id="ra-bar-r"></div></figure>
 <p id="ra-readout" aria-live="polite"></p>
 </div>
 <p class="soft">Point at a cell, or focus a map and use the arrow keys: its row shades the prompt.
@@ -209,8 +211,12 @@ def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
 
 
 def _percent(share: float) -> str:
-    digits = 0 if share <= 0 else max(0, 2 - math.floor(math.log10(100 * share)))
-    return f"{100 * share:.{digits}f} %" if digits < 6 else f"{100 * share:.1e} %"
+    """Three digits, counted from the end that is nearer: `0.0325 %`, `43.6 %`, `99.9218 %`."""
+    nearer = 100 * min(share, 1 - share)
+    if nearer <= 0:
+        return f"{100 * share:.0f} %"
+    digits = max(0, min(6, 2 - math.floor(math.log10(nearer))))
+    return f"{100 * share:.{digits}f} %"
 
 
 def _facts_of(ra: RACache, maps: HeadMaps, limit: float) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def prompt(tokens: Sequence[tuple[str, str]], *, label: str = "Prompt", side: st
         for token, kind in tokens
     )
     return (
-        f'<div class="card prompt" role="group" aria-label="{text(label)}" data-side="{side}">'
+        f'<div class="card prompt" role="group" tabindex="0" aria-label="{text(label)}" '
+        f'data-side="{side}">'
         f"{''.join(chips)}</div>"
     )
 

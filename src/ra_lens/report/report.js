@@ -396,6 +396,7 @@
     const most = Math.max(...values.flat().map((v) => v ?? 0)) || 1;
     grid.style.setProperty("--heads", data.heads);
     grid.style.setProperty("--rows", values.length);
+    grid.style.setProperty("--name", Math.max(3, ...data.layers.map((l) => l.name.length)));
     grid.replaceChildren();
     const top = document.createElement("div");
     top.className = "columns";
