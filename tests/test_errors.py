@@ -175,11 +175,12 @@ def test_train_mode_with_dropout_is_refused(kind, fresh):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_mode_is_refused(kind, shared, fresh):
+    model = shared("gpt2", kind)  # which other tests use: not loaded in there
     with (
         torch.inference_mode(),
         pytest.raises(UnsupportedModel, match=r"inference_mode\(\).*torch.no_grad\(\) instead"),
     ):
-        run_with_ra(shared("gpt2", kind), IDS, target=4)
+        run_with_ra(model, IDS, target=4)
     with torch.inference_mode():
         made_there = fresh("gpt2", kind)
     if not any(p.is_inference() for p in torch.nn.Module.parameters(made_there)):

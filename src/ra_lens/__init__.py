@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ra_lens.cache import RACache
+    from ra_lens.check import check_model
     from ra_lens.demo import load_demo_model
     from ra_lens.experiments import perturbation_test
     from ra_lens.heads import rank_heads
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "RACache": "ra_lens.cache",
+    "check_model": "ra_lens.check",
     "get_ra_caching_hooks": "ra_lens.hooks",
     "load_demo_model": "ra_lens.demo",
     "load_model": "ra_lens.sites",
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "RACache",
+    "check_model",
     "get_ra_caching_hooks",
     "load_demo_model",
     "load_model",

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ra_lens.binding import bind
-from ra_lens.errors import NothingToDifferentiate
+from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.sites import Lens
 from ra_lens.targets import sequence_nll
@@ -120,7 +120,13 @@ def last_logits(
 
     Raises:
         NothingToDifferentiate: NaN logits, which rank nothing.
+        UnsupportedModel: a model that does not predict the next token.
     """
+    if lens.reads == "both ways":
+        raise UnsupportedModel(
+            f"{lens.name} reads in both directions and predicts masked tokens: what comes out at "
+            "the last token of a prompt is no answer. Ask a model that reads left to right."
+        )
     batch = prompts.lay_out(lens)
     columns = batch.columns([[n - 1] for n in batch.lengths])
     # A hook where the logits come out expects every position.

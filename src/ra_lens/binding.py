@@ -21,7 +21,8 @@ def bind(
         objective: What to differentiate.
         lens: The model.
         prompts: What it reads.
-        position: Where to read, within each example (negative: from its end); None: its last token.
+        position: Where to read, within each example (negative: from its end); None: its last token,
+            or its mask token in a model that reads in both directions.
 
     Returns:
         The bound objective, and the prompts with answers appended.
@@ -38,7 +39,7 @@ def bind(
                 "Index them in the metric, or use ra_lens.targets.answer_nll / logit_diff."
             )
         return Bound("custom", None, metric=objective.metric), prompts
-    reading = _positions(position, prompts)
+    reading = _positions(lens, position, prompts)
     if objective.kind == "top_prediction":
         return Bound(objective.kind, [[p] for p in reading]), prompts
     targets = _token_ids(lens, prompts, objective.tokens, "target")
@@ -51,8 +52,14 @@ def bind(
     teacher_forced = objective.kind == "sequence_nll" or any(len(row) > 1 for row in targets)
     if not teacher_forced:
         return Bound(objective.kind, [[p] for p in reading], targets), prompts
+    longest = max(targets, key=len)
+    if lens.reads == "both ways":
+        raise BadInput(
+            f"found an answer of {len(longest)} tokens ({_show(lens, longest)}); {lens.name} reads "
+            "in both directions, so nothing can be appended for it to predict. Give a target of "
+            "one token and the position of its mask."
+        )
     if position is not None:
-        longest = max(targets, key=len)
         raise BadInput(
             f"found position together with an answer of {len(longest)} tokens "
             f"({_show(lens, longest)}), which is read where it is appended, after the prompt. "
@@ -67,9 +74,11 @@ def bind(
     return Bound("sequence_nll", positions, targets), prompts.extended(targets)
 
 
-def _positions(position: Position | None, prompts: Prompts) -> list[int]:
+def _positions(lens: Lens, position: Position | None, prompts: Prompts) -> list[int]:
     n = len(prompts)
     if position is None:
+        if lens.reads == "both ways":
+            return [_the_mask(lens, i, row) for i, row in enumerate(prompts.ids)]
         return [length - 1 for length in prompts.lengths]
     asked = one_each(position, n)
     given = [p for p in map(token_id, asked) if p is not None]
@@ -86,6 +95,18 @@ def _positions(position: Position | None, prompts: Prompts) -> list[int]:
                 f"Give {-length} to {length - 1}."
             )
     return [p % length for p, length in zip(given, prompts.lengths, strict=True)]
+
+
+def _the_mask(lens: Lens, i: int, row: Sequence[int]) -> int:
+    mask = getattr(lens.tokenizer, "mask_token_id", None)
+    where = [place for place, token in enumerate(row) if token == mask]
+    if len(where) == 1:
+        return where[0]
+    raise BadInput(
+        f"{lens.name} reads in both directions and predicts each token where it stands; prompt {i} "
+        f"has {len(where)} mask tokens. Say with position= which token is predicted, or "
+        "write one mask token into the prompt."
+    )
 
 
 def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[list[int]]:

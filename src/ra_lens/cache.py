@@ -2,7 +2,8 @@
 
 Three kinds of map per attention layer, each `[batch, head, query, key]`:
 
-* `ra`, full name `blocks.{layer}.attn.hook_ra`: Reversed Attention R. Positive: descent lowers
+* `ra`, full name `blocks.{layer}.attn.hook_ra` (in an encoder-decoder
+  `decoder_blocks.1.cross_attn.hook_ra` and so on): Reversed Attention R. Positive: descent lowers
   this attention; negative: descent raises it.
 * `pattern`, `….hook_pattern`: A, as the softmax made it, before any edit by a hook.
 * `pattern_grad`, `….hook_pattern_grad`: G = ∂L/∂A.
@@ -22,7 +23,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.cache_info import HeadScore, RunInfo, full_name, in_order, map_name, read_kind
+from ra_lens.cache_info import (
+    HeadScore,
+    RunInfo,
+    chosen_examples,
+    full_name,
+    in_order,
+    read_kind,
+    why_not_stored,
+)
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.mean import MeanMaps, RunningMean
@@ -96,7 +105,7 @@ class RACache:
 
     def keys(self) -> list[str]:
         """Full names of the maps, layer by layer."""
-        return in_order(self._maps, self.layers)
+        return in_order(self._maps, self.sites)
 
     def values(self) -> list[Tensor]:
         """The maps, layer by layer."""
@@ -119,7 +128,7 @@ class RACache:
     @property
     def scale(self) -> dict[int, float]:
         """Softmax scale by layer: R = scale · ∂L/∂scores."""
-        return {layer: site.scale for layer, site in self.sites.items()}
+        return {layer: site.need_scale() for layer, site in self.sites.items()}
 
     @property
     def batch_size(self) -> int:
@@ -161,15 +170,14 @@ class RACache:
 
     def stack(self, kind: MapKind = "ra") -> Float[Tensor, "layer *batch head query key"]:
         """Give all layers of one kind of map in one tensor, in the order of `layers`."""
-        return torch.stack([self[kind, layer].to(self._first_device) for layer in self.layers])
+        return self._stacked([self[kind, layer] for layer in self.layers], dim=0)
 
     def norms(self, kind: MapKind = "ra") -> Float[Tensor, "*batch layer head"]:
         """Frobenius norm of each head's map, per example (paper section 5.2)."""
         if not self._norms:
             raise NotStored("this cache is empty: run the backward pass first.")
         kind = read_kind(kind)
-        stacked = [self._norms[kind, layer].to(self._first_device) for layer in self.layers]
-        return torch.stack(stacked, dim=-2)
+        return self._stacked([self._norms[kind, layer] for layer in self.layers], dim=-2)
 
     def top_heads(self, k: int = 10, kind: MapKind = "ra") -> list[HeadScore]:
         """Give the `k` heads with the largest norm, averaged over the examples."""
@@ -200,10 +208,13 @@ class RACache:
 
     def add_to(self, running: RunningMean) -> None:
         """Add the maps of every example to a running mean."""
-        span = self.info.common_span()
-        for name, value in self._maps.items():
-            batched = value if self.has_batch_dim else value.unsqueeze(0)
-            running.add(name, batched[..., span, span])
+        for site in self.sites.values():
+            queries = self.info.common_span(site.query_side)
+            keys = self.info.common_span(site.key_side)
+            for name in filter(self._maps.__contains__, map(site.map_name, MAP_KINDS)):
+                value = self._maps[name]
+                batched = value if self.has_batch_dim else value.unsqueeze(0)
+                running.add(name, batched[..., queries, keys])
         running.count += self.batch_size
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -241,17 +252,7 @@ class RACache:
             raise BadInput("this cache has no batch dimension to slice.")
         if self.store == "mean":
             raise NotStored(self._why_not("ra"))
-        everything = list(range(self.batch_size))
-        if isinstance(batch_slice, int):
-            chosen = [everything[batch_slice]]
-        elif isinstance(batch_slice, slice):
-            chosen = everything[batch_slice]
-        elif len(batch_slice) == len(everything) and all(isinstance(i, bool) for i in batch_slice):
-            chosen = [i for i, keep in zip(everything, batch_slice, strict=True) if keep]
-        else:
-            chosen = [everything[i] for i in batch_slice]
-        if not chosen:
-            raise BadInput(f"{batch_slice!r} selects none of the {self.batch_size} examples.")
+        chosen = chosen_examples(batch_slice, self.batch_size)
         index = torch.tensor(chosen)
         new = self._map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t)
         loss = new.loss if self.loss.ndim else torch.full_like(self.loss, float("nan"))
@@ -317,7 +318,7 @@ class RACache:
 
     def keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
         """Add a map without its norms."""
-        self._maps[map_name(layer, kind)] = value
+        self._maps[self.sites[layer].map_name(kind)] = value
 
     def norm_items(self) -> Iterable[tuple[tuple[MapKind, int], Tensor]]:
         """Norms per (kind, layer), `[batch, head]`."""
@@ -348,27 +349,24 @@ class RACache:
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    @property
-    def _first_device(self) -> torch.device:
-        return next(iter(self._norms.values())).device
+    def _stacked(self, layers: list[Tensor], *, dim: int) -> Tensor:
+        if len({t.shape for t in layers}) > 1:
+            raise BadInput(
+                "the layers have maps of different shapes or numbers of heads, so they do not go "
+                "into one tensor. Take them layer by layer: ra['ra', 0], or some with layers=."
+            )
+        device = next(iter(self._norms.values())).device
+        return torch.stack([t.to(device) for t in layers], dim=dim)
 
     def _full_name(self, key: str | tuple[str, int]) -> str:
-        return full_name(key, self._n_layers)
+        return full_name(key, self.sites, self._n_layers)
 
     @property
     def _n_layers(self) -> int:
         return self.info.n_layers or self.layers[-1] + 1
 
     def _why_not(self, key: object) -> str:
-        if self.store != "maps":
-            other = "ra.norms()" if self.store == "norms" else "ra.mean() and ra.norms()"
-            return (
-                f"{key!r} was not kept: this run had store={self.store!r}, which gives {other}. "
-                "Run again with store='maps'."
-            )
-        names = self.keys()
-        some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
-        return f"{key!r} is not in this cache, which holds {some} (layers {self.layers})."
+        return why_not_stored(key, self.store, self.keys(), self.layers)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> RACache:
         return replace(

@@ -40,7 +40,7 @@ def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
         pattern, grad = pattern.detach().to(dtype), grad.detach().to(dtype)
         if not has_batch:
             pattern, grad = pattern.unsqueeze(0), grad.unsqueeze(0)
-        new.put(layer, "ra", reversed_attention(pattern, grad, site.scale))
+        new.put(layer, "ra", reversed_attention(pattern, grad, site.need_scale()))
         new.put(layer, "pattern", pattern)
         new.put(layer, "pattern_grad", grad)
     return new if has_batch else new.remove_batch_dim()

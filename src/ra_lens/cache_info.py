@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.sites import Side, Site
 
 
-def map_name(layer: int, kind: MapKind) -> str:
-    """Full name of a map: `blocks.{layer}.attn.hook_{kind}`."""
-    return f"blocks.{layer}.attn.hook_{kind}"
-
-
-def full_name(key: str | tuple[str, int], n_layers: int) -> str:
+def full_name(key: str | tuple[str, int], sites: Mapping[int, Site], n_layers: int) -> str:
     """Full name of a map asked for by name, or as `(kind, layer)` with a layer from either end.
 
     Raises:
-        NotStored: there is no such kind of map.
+        NotStored: there is no such kind of map, or no such layer.
     """
     if isinstance(key, str):
         return key
-    kind, layer = key
-    return map_name(layer + n_layers if layer < 0 else layer, read_kind(kind))
+    kind, layer = read_kind(key[0]), key[1]
+    layer = layer + n_layers if layer < 0 else layer
+    return sites[layer].map_name(kind) if layer in sites else f"blocks.{layer}.attn.hook_{kind}"
 
 
 def read_kind(kind: str) -> MapKind:
@@ -39,10 +36,10 @@ def read_kind(kind: str) -> MapKind:
     raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
 
 
-def in_order(names: Iterable[str], layers: Iterable[int]) -> list[str]:
+def in_order(names: Iterable[str], sites: Mapping[int, Site]) -> list[str]:
     """Sort full names of maps by layer, then by kind."""
     present = set(names)
-    every = (map_name(layer, kind) for layer in layers for kind in MAP_KINDS)
+    every = (site.map_name(kind) for site in sites.values() for kind in MAP_KINDS)
     return [name for name in every if name in present]
 
 
@@ -77,6 +74,8 @@ class RunInfo:
             appended.
         starts: Column of each example's first token; not 0 with padding on the left.
         bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
+        decoder_tokens: What the decoder of an encoder-decoder read, answer included, one list per
+            example, each from column 0; its encoder read `str_tokens`.
     """
 
     model_name: str = "unknown"
@@ -89,6 +88,7 @@ class RunInfo:
     answer_lengths: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
     bos_prepended: bool | None = None
+    decoder_tokens: tuple[tuple[str, ...], ...] | None = None
 
     def part(self, examples: Sequence[int]) -> RunInfo:
         """The same for some of the examples."""
@@ -103,23 +103,29 @@ class RunInfo:
             str_tokens=cut(self.str_tokens),
             answer_lengths=cut(self.answer_lengths),
             starts=cut(self.starts),
+            decoder_tokens=cut(self.decoder_tokens),
         )
 
-    def common_span(self) -> slice:
+    def tokens_of(self, side: Side) -> tuple[tuple[str, ...], ...] | None:
+        """What the queries or keys of an attention layer are made from, one list per example."""
+        return self.decoder_tokens if side == "decoder" else self.str_tokens
+
+    def common_span(self, side: Side = "input") -> slice:
         """Columns of the tokens, where all examples have the same number of them.
 
         Raises:
             BadInput: examples of different lengths.
         """
-        if self.str_tokens is None:
+        rows = self.tokens_of(side)
+        if rows is None:
             return slice(None)
-        lengths = sorted({len(row) for row in self.str_tokens})
+        lengths = sorted({len(row) for row in rows})
         if len(lengths) > 1:
             raise BadInput(
                 f"found prompts of {lengths[0]} to {lengths[-1]} tokens; a mean adds position to "
                 "position, so all must have the same length. Group the prompts by length first."
             )
-        first = 0 if self.starts is None else self.starts[0]
+        first = 0 if self.starts is None or side == "decoder" else self.starts[0]
         return slice(first, first + lengths[0])
 
     def describe(self, losses: Sequence[float]) -> str:
@@ -140,5 +146,37 @@ class RunInfo:
         return "\n".join([*lines, f"  loss: {text}"])
 
 
+def chosen_examples(which: int | slice | Sequence[int], n: int) -> list[int]:
+    """Positions among `n` examples: one, a slice, a list of positions, or a bool for each.
+
+    Raises:
+        BadInput: none of them.
+    """
+    everything = list(range(n))
+    if isinstance(which, int):
+        return [everything[which]]
+    if isinstance(which, slice):
+        chosen = everything[which]
+    elif len(which) == n and all(isinstance(i, bool) for i in which):
+        chosen = [i for i, keep in zip(everything, which, strict=True) if keep]
+    else:
+        chosen = [everything[i] for i in which]
+    if not chosen:
+        raise BadInput(f"{which!r} selects none of the {n} examples.")
+    return chosen
+
+
 def _shortened(texts: Sequence[str]) -> str:
     return ", ".join(map(repr, texts[:3])) + ", …" * (len(texts) > 3)
+
+
+def why_not_stored(key: object, store: str, names: Sequence[str], layers: Sequence[int]) -> str:
+    """Say why a map is not in a cache, and what is."""
+    if store != "maps":
+        other = "ra.norms()" if store == "norms" else "ra.mean() and ra.norms()"
+        return (
+            f"{key!r} was not kept: this run had store={store!r}, which gives {other}. "
+            "Run again with store='maps'."
+        )
+    some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
+    return f"{key!r} is not in this cache, which holds {some} (layers {list(layers)})."

@@ -90,8 +90,10 @@ class Collector:
     @contextmanager
     def attached(self) -> Generator[None, None, None]:
         """Attach to the model: the patterns before every other hook, the block input after."""
+        above: set[str] = set()  # self- and cross-attention of a decoder block share one input
         with ExitStack() as stack:
             for layer, site in self._sites.items():
+                site.need_scale()
                 point = self._lens.hook_points[site.pattern_name]
                 # A pre-hook sees the tensor itself. Forward hooks come after other people's
                 # edits, and after the wrapper that a backward hook puts around the HookPoint.
@@ -101,8 +103,10 @@ class Collector:
                 # Elsewhere it must begin above, and at every layer, as a hook may have replaced
                 # what came before.
                 if site.observe_only is not False:
-                    above = self._lens.block_input(layer)
-                    stack.callback(above.register_forward_hook(self._tap_input).remove)
+                    above.add(self._lens.block_input_name(site))
+            for name in above:
+                point = self._lens.hook_points[name]
+                stack.callback(point.register_forward_hook(self._tap_input).remove)
             stack.callback(self._release)
             yield
 
@@ -137,13 +141,17 @@ class Collector:
             pattern: The softmax output, as the model has it.
             copy: Whether other hooks may edit the tensor returned in place.
         """
+        repeated = self._sites[layer].repeated
+        if repeated and not torch.is_grad_enabled():
+            self._patterns.pop(layer, None)  # what came before is not the last time either
+            return pattern
         if not torch.is_grad_enabled():
             raise UnsupportedModel(
                 "found gradients switched off (torch.no_grad) in a forward pass whose hooks "
                 "collect them. Run the forward and the backward pass under torch.enable_grad(), "
                 "or use run_with_ra, which does."
             )
-        if layer in self._patterns:
+        if layer in self._patterns and not repeated:
             raise UnsupportedModel(
                 f"{self._sites[layer].pattern_name} fired twice before a backward pass. With "
                 "get_ra_caching_hooks: run backward after each forward pass, and make the hooks "
@@ -176,6 +184,7 @@ class Collector:
     # ---- gradients ------------------------------------------------------------------------------
 
     def _receive(self, layer: int, grad: Tensor, *, consumed: bool = False) -> None:
+        # Of a layer that runs several times the last one's gradient comes first, and is kept.
         if consumed:  # the gradient came through the tensor that was handed on
             self._consumed.add(layer)
         pattern = self._patterns.pop(layer, None)
@@ -189,7 +198,7 @@ class Collector:
         dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
         pattern, grad = pattern.to(dtype), grad.detach().to(dtype)
         maps: dict[MapKind, Tensor] = {
-            "ra": reversed_attention(pattern, grad, site.scale),
+            "ra": reversed_attention(pattern, grad, site.need_scale()),
             "pattern": pattern,
             "pattern_grad": grad,
         }

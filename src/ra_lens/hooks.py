@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
-from ra_lens.cache_info import RunInfo, map_name
+from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector, MapKind
 from ra_lens.errors import BadInput
 from ra_lens.record import NamesFilter, keeps
-from ra_lens.sites import Layers, Site, as_lens
+from ra_lens.sites import Layers, Site, as_lens, with_scales
 
 HookList = list[tuple[str, Callable[..., Any]]]
 
@@ -26,6 +26,7 @@ def get_ra_caching_hooks(
     store: Literal["maps", "norms"] = "maps",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    softmax_scale: float | Mapping[int, float] | None = None,
 ) -> tuple[RACache, HookList, HookList]:
     """Hooks that fill a cache during the user's own forward and backward pass.
 
@@ -49,6 +50,7 @@ def get_ra_caching_hooks(
         store: `"maps"` or `"norms"`.
         device: Where to keep the maps.
         dtype: In what to keep them.
+        softmax_scale: As in `run_with_ra`.
 
     Returns:
         The cache, filled when the backward pass has run; forward hooks; backward hooks (empty: the
@@ -63,7 +65,9 @@ def get_ra_caching_hooks(
     if store not in ("maps", "norms"):
         raise BadInput(f"found store={store!r}; give 'maps' or 'norms'.")
     lens.refuse_dropout()
-    sites = lens.choose_layers(layers)
+    sites = with_scales(lens.choose_layers(layers), softmax_scale)
+    for site in sites.values():
+        site.need_scale()
     kept = keeps(names_filter, sites)
     cache = RACache(
         sites=sites, store=store, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers)
@@ -72,7 +76,7 @@ def get_ra_caching_hooks(
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
         for kind, value in maps.items():
             cache.put_norms(site.layer, kind, value)
-            if store == "maps" and kept(map_name(site.layer, kind)):
+            if store == "maps" and kept(site.map_name(kind)):
                 cache.keep(site.layer, kind, value.to(device=device, dtype=dtype))
 
     collector = Collector(lens, sites, deliver)
@@ -89,6 +93,6 @@ def get_ra_caching_hooks(
     fwd_hooks: HookList = []
     for layer, site in sites.items():
         if site.observe_only is not False:
-            fwd_hooks.append((lens.block_input_name(layer), root))
+            fwd_hooks.append((lens.block_input_name(site), root))
         fwd_hooks.append((site.pattern_name, at_pattern(layer)))
     return cache, fwd_hooks, []

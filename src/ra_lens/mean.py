@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.cache_info import full_name, in_order, map_name, read_kind
+from ra_lens.cache_info import full_name, in_order, read_kind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.patching import Align, Heads, HookPairs, Rows, Where, patch_hooks
 from ra_lens.sites import Layers, Site
@@ -39,7 +39,7 @@ class MeanMaps:
         Raises:
             NotStored: that map was not averaged.
         """
-        name = full_name(key, self.n_layers)
+        name = full_name(key, self.sites, self.n_layers)
         if name not in self._maps:
             raise NotStored(f"{key!r} is not among the mean maps: {', '.join(self._maps)}.")
         return self._maps[name]
@@ -86,7 +86,7 @@ class MeanMaps:
             BadInput: options that cannot be used, or heads, layers or rows there are no maps for.
             UnsupportedModel: a layer where this cannot be added exactly.
         """
-        names = {layer: map_name(layer, read_kind(kind)) for layer in self.sites}
+        names = {layer: s.map_name(read_kind(kind)) for layer, s in self.sites.items()}
         maps = {layer: self._maps[name] for layer, name in names.items() if name in self._maps}
         if not maps:
             raise NotStored(f"found no mean maps of kind {kind!r}: {', '.join(self._maps)}.")

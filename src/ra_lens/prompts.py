@@ -38,6 +38,11 @@ class Batch:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
+    @property
+    def first_span(self) -> slice:
+        """Columns of the first example's tokens; of all examples where they are equally long."""
+        return slice(self.starts[0], self.starts[0] + self.lengths[0])
+
     def columns(self, positions: Sequence[Sequence[int]]) -> Int[Tensor, "batch read"]:
         """Turn positions within each example into columns of `tokens`."""
         return torch.tensor(
@@ -84,6 +89,10 @@ class Prompts:
         for start in range(0, len(self), step):
             part = slice(start, min(start + step, len(self)))
             yield part, replace(self, ids=self.ids[part], texts=None)
+
+    def widened(self) -> Prompts:
+        """The same, with every batch padded to the longest of all examples."""
+        return replace(self, width=max(self.width, *self.lengths))
 
     def lay_out(self, lens: Lens) -> Batch:
         """Pad the examples to one width and move them to the model's device.
@@ -168,6 +177,42 @@ def read_prompts(
         rows.append(row)
     prepended = all(_starts_with_bos(lens, t, r) for t, r in zip(texts, rows, strict=True))
     return Prompts(tuple(rows), prepended, side, texts=texts)
+
+
+def read_decoder_prompts(
+    lens: Lens, decoder_input: str | Sequence[str] | Tensor | None, n: int
+) -> Prompts:
+    """What the decoder of an encoder-decoder has read before the answer.
+
+    Args:
+        lens: The model.
+        decoder_input: Token ids, read as they are; or text, after the model's start token; one for
+            all prompts, or one each. None: the start token alone.
+        n: Number of prompts.
+
+    Raises:
+        BadInput: ids that are not, another number of rows, or a model without a start token.
+    """
+    if isinstance(decoder_input, Tensor):
+        # Many begin with their pad token: nothing here is padding.
+        everything = torch.ones_like(decoder_input)
+        rows = list(_from_tokens(lens, decoder_input, everything, "right").ids)
+    elif lens.decoder_start is None:
+        raise BadInput(
+            f"{lens.name} does not say which token its decoder begins with. Give decoder_input="
+            "as token ids, that token included."
+        )
+    else:
+        given = decoder_input or ""
+        texts = [given] if isinstance(given, str) else given
+        rows = [(lens.decoder_start, *lens.encode_fragment(text)) for text in texts]
+    rows = rows * n if len(rows) == 1 else rows
+    if len(rows) != n:
+        raise BadInput(
+            f"found a decoder_input of {len(rows)} rows for {n} prompts. Give one for all, or one "
+            "per prompt."
+        )
+    return Prompts(tuple(rows), None, "right")
 
 
 def _starts_with_bos(lens: Lens, text: str, row: tuple[int, ...]) -> bool:

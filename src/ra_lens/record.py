@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ra_lens.cache import RACache, Store
-from ra_lens.cache_info import RunInfo, map_name
+from ra_lens.cache_info import RunInfo
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput
 from ra_lens.mean import RunningMean
 from ra_lens.prompts import Batch
-from ra_lens.sites import Site
+from ra_lens.sites import Side, Site
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-def keeps(names_filter: NamesFilter, layers: Iterable[int]) -> Callable[[str], bool]:
-    """Turn a TransformerLens names_filter into a predicate on full names of maps of `layers`.
+def keeps(names_filter: NamesFilter, sites: Mapping[int, Site]) -> Callable[[str], bool]:
+    """Turn a TransformerLens names_filter into a predicate on full names of maps of `sites`.
 
     Raises:
         BadInput: a name that is not that of a map of these layers.
@@ -29,12 +29,13 @@ def keeps(names_filter: NamesFilter, layers: Iterable[int]) -> Callable[[str], b
     if callable(names_filter):
         return names_filter
     names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    collected = {map_name(layer, kind) for layer in layers for kind in MAP_KINDS}
+    collected = {site.map_name(kind) for site in sites.values() for kind in MAP_KINDS}
     unknown = sorted(names - collected)
     if unknown:
         raise BadInput(
             f"names_filter has {unknown[0]!r}, which is no map of the layers collected; these are "
-            "named blocks.{layer}.attn.hook_ra, ….hook_pattern and ….hook_pattern_grad."
+            f"named {next(iter(sites.values())).prefix}.hook_ra, ….hook_pattern and "
+            "….hook_pattern_grad, and so on."
         )
     return names.__contains__
 
@@ -59,28 +60,37 @@ class Recorder:
         self._running = RunningMean(sites, dtype=dtype) if store == "mean" else None
         self._caches: list[RACache] = []
 
-    def begin(self, batch: Batch) -> Callable[[Site, dict[MapKind, Tensor]], None]:
-        """Start a batch; gives the function that receives its maps, layer by layer."""
+    def begin(
+        self, batch: Batch, encoded: Batch | None = None
+    ) -> Callable[[Site, dict[MapKind, Tensor]], None]:
+        """Start a batch; gives the function that receives its maps, layer by layer.
+
+        Args:
+            batch: What is read; what the decoder reads in an encoder-decoder.
+            encoded: What an encoder-decoder's encoder reads.
+        """
         cache = RACache(sites=self.sites, store=self.store)
         self._caches.append(cache)
-        mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-        start, end = batch.starts[0], batch.starts[0] + batch.lengths[0]
+        sides: dict[Side, Batch] = {"input": encoded or batch, "decoder": batch}
+        padded = any(not bool(side.attention_mask.all()) for side in sides.values())
         if self._running is not None:
             self._running.count += len(batch.lengths)
 
         def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
+            queries, keys = sides[site.query_side], sides[site.key_side]
             for kind, value in maps.items():
-                if mask is not None:
-                    real = mask.to(value.device)
-                    value = value.where(real[:, None, :, None] & real[:, None, None, :], 0.0)
-                name = map_name(site.layer, kind)
+                if padded:
+                    rows = queries.attention_mask.to(value.device)[:, None, :, None]
+                    columns = keys.attention_mask.to(value.device)[:, None, None, :]
+                    value = value.where(rows & columns, 0.0)
+                name = site.map_name(kind)
                 cache.put_norms(site.layer, kind, value)
                 if not self._keeps(name):
                     continue
                 if self.store == "maps":
                     cache.keep(site.layer, kind, self._placed(value))
                 elif self._running is not None:
-                    cut = value[..., start:end, start:end]
+                    cut = value[..., queries.first_span, keys.first_span]
                     self._running.add(name, cut.to(device=self.device))
 
         return deliver

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,9 +26,9 @@ from ra_lens.cache import RACache, Store
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
-from ra_lens.prompts import Batch, PaddingSide, Prompts, read_prompts
+from ra_lens.prompts import Batch, PaddingSide, Prompts, read_decoder_prompts, read_prompts
 from ra_lens.record import NamesFilter, Recorder, keeps
-from ra_lens.sites import Layers, Lens, as_lens
+from ra_lens.sites import Layers, Lens, as_lens, with_scales
 from ra_lens.targets import Bound, Metric, Objective, Position, Token, as_objective
 
 
@@ -51,6 +51,8 @@ def run_with_ra(
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
+    decoder_input: str | Sequence[str] | Tensor | None = None,
+    softmax_scale: float | Mapping[int, float] | None = None,
 ) -> tuple[Float[Tensor, "batch read d_vocab"], RACache]:
     """Run a model on prompts and collect the Reversed Attention of every head.
 
@@ -71,7 +73,8 @@ def run_with_ra(
             Texts of different lengths are then padded on the left, so that `logits[:, -1]` is the
             last token of each.
         position: Where to read, within each prompt (negative: from its end); one for all or one
-            per prompt. Default: the last token.
+            per prompt. Default: the last token. Models that read in both directions (BERT)
+            predict the token at the position itself; the default is then the prompt's mask token.
         layers: Layers to collect; negative counts from the end. Default: all. The backward pass
             stops at the first of them.
         names_filter: As in TransformerLens: which maps to keep, by full name
@@ -91,6 +94,13 @@ def run_with_ra(
             tokenizer's pad token at the end (or start) of rows of a batch count as padding.
         prepend_bos: For text: overrides the model's default.
         padding_side: Overrides the tokenizer's side.
+        decoder_input: For encoder-decoders, whose encoder reads `input`: what the decoder has read
+            before the target. Token ids are read as they are; text comes after the model's start
+            token. Default: the start token alone. A target is predicted by its last token, one of
+            several tokens is appended to it, and `position` counts within it.
+        softmax_scale: In place of what the model says of the factor between q·k and the scores; one
+            number, or by layer. Only needed where that is unknown; 1.0 gives the gradient with
+            respect to the scores.
 
     Returns:
         The logits, `[batch, read, d_vocab]`, without graph; and the `RACache`.
@@ -106,7 +116,7 @@ def run_with_ra(
     lens = as_lens(model)
     lens.refuse_inference_mode()
     lens.refuse_dropout()
-    sites = lens.choose_layers(layers)
+    sites = with_scales(lens.choose_layers(layers), softmax_scale)
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
     prompts = read_prompts(
@@ -118,25 +128,43 @@ def run_with_ra(
     )
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"found batch_size={batch_size}; give a positive number, or None.")
+    encoded = None
+    if lens.reads == "input, then answer":
+        if prompts.texts is not None and padding_side is None:
+            # BART counts positions from the first column, padding or not.
+            prompts = replace(prompts, padding_side="right")
+        encoded, prompts = prompts, read_decoder_prompts(lens, decoder_input, len(prompts))
+    elif decoder_input is not None:
+        raise BadInput(f"found decoder_input, but {lens.name} has no decoder beside its encoder.")
     bound, prompts = bind(objective, lens, prompts, position)
-    if store == "mean" and len(set(prompts.lengths)) > 1:
-        raise BadInput(
-            f"found prompts of {min(prompts.lengths)} to {max(prompts.lengths)} tokens with "
-            "store='mean'; a mean adds position to position, so all must have the same length. "
-            "Group the prompts by length first."
-        )
+    for read in (prompts, encoded or prompts):
+        if store == "mean" and len(set(read.lengths)) > 1:
+            raise BadInput(
+                f"found prompts of {min(read.lengths)} to {max(read.lengths)} tokens with "
+                "store='mean'; a mean adds position to position, so all must have the same length. "
+                "Group the prompts by length first."
+            )
     if bound.positions is None and len(set(prompts.lengths)) > 1:
         prompts = _for_a_metric(prompts, padding_side)
     every = return_logits == "all"
     if store == "maps" or every:  # what is joined afterwards needs one width
-        prompts = replace(prompts, width=max(prompts.width, *prompts.lengths))
+        prompts = prompts.widened()
+        encoded = None if encoded is None else encoded.widened()
     recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype)
     parts = list(prompts.batches(batch_size))
     results = [
-        _run_batch(lens, part, bound.part(examples), list(fwd_hooks), recorder, every=every)
+        _run_batch(
+            lens,
+            part,
+            None if encoded is None else replace(encoded, ids=encoded.ids[examples], texts=None),
+            bound.part(examples),
+            list(fwd_hooks),
+            recorder,
+            every=every,
+        )
         for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
     ]
-    return _finish(lens, bound, prompts, recorder, results)
+    return _finish(lens, bound, prompts, encoded, recorder, results)
 
 
 @dataclass
@@ -144,12 +172,14 @@ class _BatchResult:
     logits: Tensor
     loss: Tensor
     batch: Batch
+    encoded: Batch | None
     targets: list[list[int]] | None
 
 
 def _run_batch(
     lens: Lens,
     prompts: Prompts,
+    encoder_prompts: Prompts | None,
     bound: Bound,
     fwd_hooks: list[Any],
     recorder: Recorder,
@@ -158,15 +188,19 @@ def _run_batch(
 ) -> _BatchResult:
     batch = prompts.lay_out(lens)
     columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
-    collector = Collector(lens, recorder.sites, recorder.begin(batch))
+    encoded = None if encoder_prompts is None else encoder_prompts.lay_out(lens)
+    collector = Collector(lens, recorder.sites, recorder.begin(batch, encoded))
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(lens.parameters_frozen())
         stack.enter_context(lens.hooks(fwd_hooks))
         stack.enter_context(collector.attached())
+        if not bool(batch.attention_mask.all()):
+            stack.enter_context(lens.fully_masked_rows_apart())
         whole = every or bound.positions is None or lens.logits_are_hooked
         stack.enter_context(lens.reading(None if whole else columns))
-        logits = lens.forward(batch.tokens, batch.attention_mask)
+        source = None if encoded is None else (encoded.tokens, encoded.attention_mask)
+        logits = lens.forward(batch.tokens, batch.attention_mask, source)
         rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
         read = logits[rows, columns.to(logits.device)] if whole else logits
         if bool(read.detach().isnan().any()):
@@ -177,7 +211,7 @@ def _run_batch(
         loss = _checked_loss(bound, logits if bound.positions is None else read, len(prompts))
         collector.backward(loss.sum())
     kept = (logits if every else read).detach().to(recorder.device)
-    return _BatchResult(kept, loss.detach(), batch, bound.targets)
+    return _BatchResult(kept, loss.detach(), batch, encoded, bound.targets)
 
 
 def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts:
@@ -213,7 +247,12 @@ def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
 
 
 def _finish(
-    lens: Lens, bound: Bound, prompts: Prompts, recorder: Recorder, results: list[_BatchResult]
+    lens: Lens,
+    bound: Bound,
+    prompts: Prompts,
+    encoded: Prompts | None,
+    recorder: Recorder,
+    results: list[_BatchResult],
 ) -> tuple[Tensor, RACache]:
     scalars = [r for r in results if r.loss.ndim == 0]
     if scalars and len(results) > 1:
@@ -222,6 +261,7 @@ def _finish(
             "depend on batch_size. Give one value per example, or leave batch_size out."
         )
     targets = tuple(lens.decode_text(row) for r in results for row in r.targets or [])
+    source = encoded or prompts
     info = RunInfo(
         model_name=lens.name,
         n_layers=lens.n_layers,
@@ -229,13 +269,18 @@ def _finish(
         targets=targets or None,
         wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
         target_is_top_prediction=bound.kind == "top_prediction",
-        str_tokens=tuple(tuple(lens.decode(token) for token in row) for row in prompts.ids),
+        str_tokens=_decoded(lens, source),
         answer_lengths=bound.answer_lengths,
-        starts=tuple(start for r in results for start in r.batch.starts),
-        bos_prepended=prompts.bos_prepended,
+        starts=tuple(start for r in results for start in (r.encoded or r.batch).starts),
+        bos_prepended=source.bos_prepended,
+        decoder_tokens=None if encoded is None else _decoded(lens, prompts),
     )
     loss = results[0].loss if scalars else torch.cat([r.loss for r in results])
     return torch.cat([r.logits for r in results]), recorder.result(loss=loss, info=info)
+
+
+def _decoded(lens: Lens, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(lens.decode(token) for token in row) for row in prompts.ids)
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

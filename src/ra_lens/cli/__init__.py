@@ -1,7 +1,8 @@
 """The command line, a thin shell over the package: `ra-lens run`, `demo` and the experiments.
 
 Results go to standard output, warnings and errors to standard error. Exit code 0: done; 2: the
-input cannot be used, as one line `error: ...`; 1: anything unexpected. `--debug` adds tracebacks.
+input cannot be used, as one line `error: ...`; 3: `check` found a problem; 1: anything unexpected.
+`--debug` adds tracebacks.
 
 This module imports neither torch nor plotly, so that `--help` answers at once.
 """
@@ -16,7 +17,14 @@ from typing import Annotated
 import typer
 
 from ra_lens.cli.experiments import register
-from ra_lens.cli.options import DebugOption, DeviceOption, JsonOption, KindOption, reported
+from ra_lens.cli.options import (
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    KindOption,
+    ModelOption,
+    reported,
+)
 
 app = typer.Typer(
     name="ra-lens",
@@ -135,6 +143,29 @@ def demo(
             as_json=as_json,
             debug=debug,
         )
+
+
+@app.command()
+def check(
+    model: ModelOption = "demo",
+    kind: KindOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Find out what ra_lens can do with a model: layers, hooks, scales, patches; exit 3: beware."""
+    with reported(debug=debug):
+        from ra_lens.cli.checking import check as check_model
+
+        fine = check_model(
+            model,
+            kind=None if kind is None else kind.value,
+            device=device,
+            as_json=as_json,
+            debug=debug,
+        )
+        if not fine:
+            raise typer.Exit(3)
 
 
 def _say(wanted: bool) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.patching.place import Align, map_indices, place
+from ra_lens.sites import Site
 
 
 class Placer:
@@ -46,12 +47,12 @@ class Addition:
 
     def __init__(
         self,
-        value: Float[Tensor, "*batch head pos pos"],
+        value: Float[Tensor, "*batch head query key"],
         scale: float,
         *,
-        layer: int,
+        site: Site,
         heads: Bool[Tensor, "head"],
-        rows: Bool[Tensor, "pos"],
+        rows: Bool[Tensor, "query"],
         placer: Placer,
     ) -> None:
         """Scale the map and drop the heads and query rows that were not chosen."""
@@ -59,13 +60,14 @@ class Addition:
         scaled = scale * value.detach().to(wide)
         chosen = (heads[:, None] & rows).to(value.device)[..., None]
         zero = torch.zeros((), dtype=wide, device=value.device)
-        maps = torch.where(chosen, scaled, zero).tril()
+        maps = torch.where(chosen, scaled, zero)
+        maps = maps.tril() if site.causal and not site.cross else maps
         self._maps = maps.reshape(-1, *value.shape[-3:])
         self._heads = heads
         # Rows of zeros, as the first of every RA map, are rows to leave alone.
         self._rows = (self._maps != 0).any(dim=-1).any(dim=1).any(dim=0).cpu()
+        self._site = site
         self.placer = placer
-        self.layer = layer
         self.n_tokens = int(value.shape[-1])
 
     def on(
@@ -76,7 +78,9 @@ class Addition:
         Raises:
             BadInput: a length, number of heads or number of examples that does not fit.
         """
-        index = self.placer.indices(self.n_tokens, n_queries, n_keys, self.layer)
+        if self._site.cross:
+            return self._on_cross_attention(n_examples, n_heads, n_queries, n_keys, device)
+        index = self.placer.indices(self.n_tokens, n_queries, n_keys, self._site.layer)
         self._check(n_examples, n_heads, index.shape[0])
         rows = index[:, -n_queries:]
         reached = (rows >= 0) & self._rows[rows.clamp(min=0)]
@@ -84,19 +88,41 @@ class Addition:
             return None
         self._maps = self._maps.to(device)
         same = n_queries == n_keys == self.n_tokens and bool((index == torch.arange(n_keys)).all())
-        addition = self._maps if same else place(self._maps, index.to(device), n_queries)
+        addition = (
+            self._maps
+            if same
+            else place(self._maps, index.to(device), n_queries, causal=self._site.causal)
+        )
         meant = reached[:, None, :, None] & self._heads[:, None, None]
         return Placed(addition, meant.to(device))
+
+    def _on_cross_attention(
+        self, n_examples: int, n_heads: int, n_queries: int, n_keys: int, device: torch.device
+    ) -> Placed | None:
+        shape = tuple(self._maps.shape[-2:])
+        if shape != (n_queries, n_keys):
+            raise BadInput(
+                f"found {n_queries} tokens of the decoder and {n_keys} of the encoder at "
+                f"{self._site.label} (layer {self._site.layer}), but the map to add is for "
+                f"{shape[0]} and {shape[1]}. Maps of cross-attention go on prompts of the lengths "
+                "that they were made on."
+            )
+        self._check(n_examples, n_heads, 1)
+        if not bool(self._rows.any()):
+            return None
+        self._maps = self._maps.to(device)
+        meant = self._rows[None, None, :, None] & self._heads[:, None, None]
+        return Placed(self._maps, meant.to(device))
 
     def _check(self, n_examples: int, n_heads: int, n_masked: int) -> None:
         if n_heads != self._maps.shape[1]:
             raise BadInput(
-                f"found a pattern of {n_heads} heads at layer {self.layer}, but the map to add has "
-                f"{self._maps.shape[1]}. Use maps of the same model."
+                f"found a pattern of {n_heads} heads at {self._site.label}, but the map to add "
+                f"has {self._maps.shape[1]}. Use maps of the same model."
             )
         for what, n in (("maps", self._maps.shape[0]), ("rows of attention_mask", n_masked)):
             if n not in (1, n_examples):
                 raise BadInput(
-                    f"found {n_examples} examples at layer {self.layer}, but {n} {what}. Run as "
-                    "many examples as the patch was made for, or give one for all."
+                    f"found {n_examples} examples at {self._site.label}, but {n} {what}. Run "
+                    "as many examples as the patch was made for, or give one for all."
                 )

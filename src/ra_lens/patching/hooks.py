@@ -35,12 +35,12 @@ def patch_hooks(
 ) -> HookPairs:
     """Forward hooks that add `scale` times a map to the pattern of each layer.
 
-    Keys after the query never get anything. In `model.generate`, what newly generated tokens get
-    depends on `align`. `"left"`: nothing, with and without a key/value cache. `"right"`: the map
-    ends at the newest token. Without a cache the whole map moves along at every step; with one,
-    each new token gets the last row of the map when it is generated, and what earlier tokens got
-    stays with them; so the two generate different texts. `"exact"`: a BadInput at the first of
-    them.
+    Keys after the query get nothing where attention is causal. In `model.generate`, what newly
+    generated tokens get depends on `align`. `"left"`: nothing, with and without a key/value cache.
+    `"right"`: the map ends at the newest token. Without a cache the whole map moves along at every
+    step; with one, each new token gets the last row of the map when it is generated, and what
+    earlier tokens got stays with them; so the two generate different texts. `"exact"`: a BadInput
+    at the first of them.
 
     Where an edit of hook_pattern is discarded (`site.observe_only`: OPT, GPT-J and others on the
     TransformerBridge), the same addition is made through z, which costs two products of a pattern
@@ -72,7 +72,7 @@ def patch_hooks(
             then counted within each example, and padding gets nothing. Tokens generated beyond
             its width count as real. Without it maps are placed by column, whatever is in it: with
             padding, `"left"` and `"exact"` (padding on the left) or `"right"` (on the right)
-            would lay the map on padding.
+            would lay the map on padding. Not for encoder-decoders.
         n_layers: Layers of the model, from which negative layers count. Default: up to the last
             of `sites`.
 
@@ -93,6 +93,7 @@ def patch_hooks(
     present = {layer: sites[layer] for layer in sorted(maps)}
     total = n_layers or max(sites) + 1
     chosen = choose_heads(present, heads=heads, layers=layers, n_layers=total)
+    _check_sides([sites[layer] for layer in chosen], align, attention_mask)
     _check_routes([sites[layer] for layer in chosen], variant=renormalise or at == "scores")
     placer = Placer(align, read_mask(attention_mask))
     pairs: HookPairs = []
@@ -100,9 +101,9 @@ def patch_hooks(
         addition = Addition(
             maps[layer],
             float(scale),
-            layer=layer,
+            site=sites[layer],
             heads=of_layer,
-            rows=choose_rows(rows, maps[layer].shape[-1]),
+            rows=choose_rows(rows, maps[layer].shape[-2]),
             placer=placer,
         )
         if sites[layer].observe_only:
@@ -120,7 +121,7 @@ def _editing(site: Site, addition: Addition, *, at: Where, renormalise: bool) ->
             if _beyond(addition, n_keys - n_queries):
                 return None
             raise UnsupportedModel(
-                f"layer {site.layer} attends to the last {site.window} tokens, and its key/value "
+                f"{site.label} attends to the last {site.window} tokens, and its key/value "
                 "cache has dropped earlier ones, so positions cannot be told. Generate with "
                 "use_past_kv_cache=False."
             )
@@ -171,12 +172,27 @@ def _check_maps(maps: Mapping[int, Tensor], sites: Mapping[int, Site]) -> None:
                 "from the same model."
             )
         square = value.ndim in (3, 4) and value.shape[-1] == value.shape[-2]
-        if not square or value.shape[-3] != sites[layer].n_heads:
+        fits = square or (value.ndim in (3, 4) and sites[layer].cross)
+        if not fits or value.shape[-3] != sites[layer].n_heads:
             raise BadInput(
                 f"found a map of shape {tuple(value.shape)} for layer {layer}; [head, query, key] "
                 f"or [batch, head, query, key] with {sites[layer].n_heads} heads and as many "
                 "queries as keys is needed."
             )
+
+
+def _check_sides(sites: list[Site], align: str, attention_mask: Tensor | None) -> None:
+    crossing = [site.label for site in sites if site.cross]
+    if crossing and align != "exact":
+        raise BadInput(
+            f"found align={align!r} with maps of cross-attention ({crossing[0]}), whose rows and "
+            "columns are tokens of two texts. Leave align out, or choose layers= without them."
+        )
+    if attention_mask is not None and any(s.cross or s.query_side == "decoder" for s in sites):
+        raise BadInput(
+            "found attention_mask with maps of an encoder-decoder, of which it could mean the "
+            "encoder's tokens or the decoder's. Patch prompts of one length, without padding."
+        )
 
 
 def _check_routes(sites: list[Site], *, variant: bool) -> None:
@@ -185,6 +201,14 @@ def _check_routes(sites: list[Site], *, variant: bool) -> None:
         raise UnsupportedModel(
             f"it is not known whether an edit of hook_pattern at layers {unknown} changes anything "
             "in this model. Get the maps from run_with_ra, which finds out."
+        )
+    hidden = [site.label for site in sites if site.observe_only and site.values is None]
+    if hidden:
+        raise UnsupportedModel(
+            f"nothing can be added to the pattern of {hidden[0]}: its hook_pattern only shows "
+            "what the model has already used, and no hook point shows the values that the pattern "
+            "is multiplied with (JetMoE's go through a mixture of experts; some layers of Gemma 4 "
+            "use those of an earlier layer). Leave these layers out with layers=, if others remain."
         )
     observed = [site.layer for site in sites if site.observe_only]
     if observed and variant:

@@ -11,7 +11,9 @@ the example, so that padding does not count):
     "right"   index i + N − n: the ends lie on each other
 
 Indices outside the map are none, so a map longer than the example is cropped at its end ("left")
-or at its beginning ("right"). Keys after the query never get anything.
+or at its beginning ("right"). Keys after the query never get anything where attention is causal.
+Maps of cross-attention have as many rows as the decoder read tokens and as many columns as the
+encoder did; they go on patterns of the same shape only.
 """
 
 from __future__ import annotations
@@ -100,6 +102,8 @@ def place(
     maps: Float[Tensor, "some head pos pos"],
     index: Int[Tensor, "example key"],
     n_queries: int,
+    *,
+    causal: bool = True,
 ) -> Float[Tensor, "batch head query key"]:
     """Lay maps into patterns of `n_queries` rows, zero where nothing of them goes.
 
@@ -107,10 +111,13 @@ def place(
         maps: One per example, or one for all.
         index: From `map_indices`; per example, or one row for all.
         n_queries: Query rows of the pattern: those of the last columns.
+        causal: Whether keys after the query get nothing.
     """
     rows, columns = index[:, -n_queries:, None], index[:, None, :]
-    # Map columns after the map row are pattern keys after the query, whatever the alignment.
-    keep = (rows >= 0) & (columns >= 0) & (columns <= rows)
+    keep = (rows >= 0) & (columns >= 0)
+    if causal:
+        # Map columns after the map row are pattern keys after the query, whatever the alignment.
+        keep = keep & (columns <= rows)
     example = torch.arange(maps.shape[0], device=maps.device)[:, None, None, None]
     head = torch.arange(maps.shape[1], device=maps.device)[None, :, None, None]
     entries = maps[example, head, rows.clamp(min=0)[:, None], columns.clamp(min=0)[:, None]]

@@ -6,8 +6,9 @@ as soon as the pattern is there, within the same layer and before anything is re
 
     A V = z    up to rounding, with z as it was before the addition
 
-It fails, and is refused, where z is gated or normalised before W_O, where V is something else than
-hook_v shows, and where another hook changed V or z in between. Earlier tokens in a key/value cache
+Where z is multiplied with a gate before hook_z (`Site.gate`), so is D V, and A V in the check. It
+fails, and is refused, where z is changed in another way before W_O, where V is something else than
+is shown, and where another hook changed V or z in between. Earlier tokens in a key/value cache
 are refused too, because their V is not seen, unless nothing was to be added.
 
 Cost: two products of a pattern with the values, and V and z kept until the pattern is shown.
@@ -25,12 +26,18 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.patching.addition import Addition, Placed
-from ra_lens.sites import Site
+from ra_lens.sites import Gate, Site
 
 # Largest error of A V per head, relative to z: a few roundings of A, V and z in that dtype.
 # What the check is to find (a gate, another V) is of order 1.
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TOLERANCE_OTHERWISE = 1e-3
+
+# In float32, as the models do it.
+_ACTIVATIONS: dict[Gate, Callable[[Tensor], Tensor]] = {
+    "sigmoid": lambda gate: gate.float().sigmoid(),
+    "softplus": lambda gate: torch.nn.functional.softplus(gate.float()),
+}
 
 # Under this name a hook point's own context holds what has been added to z in this pass.
 _LEDGER = "ra_lens: added to z"
@@ -53,6 +60,7 @@ class _Pass:
     """One forward pass through the layer."""
 
     values: Tensor
+    gate: Tensor | None = None
     name: str | None = None  # under which hook_z fired first
     z: Tensor | None = None  # as the model made it; None: nothing was added to it
     checked: bool = False
@@ -72,8 +80,10 @@ class ThroughZ:
     def pairs(self) -> list[tuple[str, Callable[..., Any]]]:
         """`(hook name, hook)` pairs in the order in which they fire."""
         site = self._site
+        gate = [(site.gate_name, self._at_gate)] if site.gate else []
         return [
             (site.value_name, self._at_values),
+            *gate,
             (site.z_name, self._at_z),
             (site.pattern_name, self._at_pattern),
             (site.block_output_name, self._at_block_output),
@@ -83,16 +93,21 @@ class ThroughZ:
         # The tensor itself: whoever edits it in place after this hook edits it here as well.
         self._pass = _Pass(values)
 
+    def _at_gate(self, gate: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
+        if self._pass is not None:
+            self._pass.gate = _ACTIVATIONS[self._site.gate or "sigmoid"](gate)
+
     def _at_z(self, z: Tensor, hook: Any) -> Tensor | None:
         now = self._pass
         if now is None or now.name not in (None, hook.name):
             # In compatibility mode a hook fires once for each name of its hook point: add once.
             return None
         now.name = hook.name
-        if z.ndim != 4 or now.values.ndim != 4 or now.values.shape[:2] != z.shape[:2]:
+        alike = z.ndim == now.values.ndim == 4 and z.shape[0] == now.values.shape[0]
+        if not alike or (z.shape[1] != now.values.shape[1] and not self._site.cross):
             raise UnsupportedModel(
                 f"found values of shape {tuple(now.values.shape)} and z of shape {tuple(z.shape)} "
-                f"at layer {self._site.layer}; [batch, pos, head, d_head] is needed to add maps "
+                f"at {self._site.label}; [batch, pos, head, d_head] is needed to add maps "
                 "through z."
             )
         placed = self._placed(now, z)
@@ -104,14 +119,15 @@ class ThroughZ:
         now.context = hook.ctx
         if now.z is None:
             now.z = z.detach() if ledger.total is None else z.detach() - ledger.total
-        product = _times_values(placed.addition, now.values).to(z.dtype)
+        product = _times_values(placed.addition, now.values, now.gate).to(z.dtype)
         ledger.total = product.detach() + (0 if ledger.total is None else ledger.total)
         return z + product
 
     def _placed(self, now: _Pass, z: Tensor) -> Placed | None:
         n_examples, n_tokens, n_heads, _ = z.shape
+        n_keys = now.values.shape[1]
         try:
-            return self._addition.on(n_examples, n_heads, n_tokens, n_tokens, z.device)
+            return self._addition.on(n_examples, n_heads, n_tokens, n_keys, z.device)
         except BadInput as misfit:
             # With a key/value cache there are more keys than are seen here: the pattern will tell
             # which of the two it is.
@@ -119,10 +135,10 @@ class ThroughZ:
             return None
 
     def _at_pattern(self, pattern: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
-        now, layer = self._pass, self._site.layer
+        now, label = self._pass, self._site.label
         if now is None or now.name is None:
             raise UnsupportedModel(
-                f"hook_pattern of layer {layer} is observe-only in this model, and its hook_v and "
+                f"hook_pattern of {label} is observe-only in this model, and its hook_v and "
                 "hook_z did not fire before it, so maps cannot be added through z either. Load the "
                 "model as a HookedTransformer (TransformerLens 2 or 3)."
             )
@@ -132,12 +148,12 @@ class ThroughZ:
         if now.context is not None:
             now.context.pop(_LEDGER, None)
         n_examples, n_heads, n_queries, n_keys = pattern.shape
-        if n_queries != n_keys:
+        if n_keys != now.values.shape[1]:
             shape = (n_examples, n_heads, n_queries, n_keys)
             if now.z is None and self._addition.on(*shape, pattern.device) is None:
                 return  # nothing was to be added, and nothing was
             raise UnsupportedModel(
-                f"found {n_queries} queries and {n_keys} keys at layer {layer}: a key/value cache "
+                f"found {n_queries} queries and {n_keys} keys at {label}: a key/value cache "
                 "holds earlier tokens, whose values are not seen. This model only shows its "
                 "pattern (observe-only), so maps are added through z, which needs them. Generate "
                 "with use_past_kv_cache=False."
@@ -145,19 +161,19 @@ class ThroughZ:
         if now.misfit is not None:
             raise now.misfit
         if now.z is not None:
-            self._check(pattern.detach(), now.values.detach(), now.z)
+            gate = None if now.gate is None else now.gate.detach()
+            self._check(_times_values(pattern.detach(), now.values.detach(), gate), pattern, now.z)
 
     def _at_block_output(self, residual: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
         now, self._pass = self._pass, None
         if now is not None and not now.checked:
             raise UnsupportedModel(
-                f"hook_pattern of layer {self._site.layer} did not fire, so an addition through z "
+                f"hook_pattern of {self._site.label} did not fire, so an addition through z "
                 "cannot be checked. The model probably runs fused attention: load it with "
                 "attn_implementation='eager'."
             )
 
-    def _check(self, pattern: Tensor, values: Tensor, z: Tensor) -> None:
-        product = _times_values(pattern, values)
+    def _check(self, product: Tensor, pattern: Tensor, z: Tensor) -> None:
         z = z.to(product.dtype)
         difference = (product - z).norm(dim=(1, 3))
         size = torch.maximum(product.norm(dim=(1, 3)), z.norm(dim=(1, 3)))
@@ -166,7 +182,7 @@ class ThroughZ:
             return
         worst = float((difference / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
         raise UnsupportedModel(
-            f"hook_pattern of layer {self._site.layer} is observe-only in this model, and pattern "
+            f"hook_pattern of {self._site.label} is observe-only in this model, and pattern "
             f"times values differs from z by {worst:.1%} of its size, so adding maps through z "
             "would not be adding them to the pattern. Either the model gates or normalises z, or "
             "another hook edits hook_v or hook_z: put the patch before hooks that edit z, and "
@@ -177,11 +193,16 @@ class ThroughZ:
 def _times_values(
     weights: Float[Tensor, "some head query key"],
     values: Float[Tensor, "batch key kv_head d_head"],
+    gate: Float[Tensor, "batch query width"] | None,
 ) -> Float[Tensor, "batch query head d_head"]:
-    """Weights · V per head; query heads of one group share a key/value head."""
+    """Weights · V per head, gated; query heads of one group share a key/value head.
+
+    The gate has one number per head, or one per entry of z.
+    """
     wide = torch.promote_types(values.dtype, torch.float32)
     groups = weights.shape[1] // values.shape[2]
     repeated = values.to(wide).repeat_interleave(groups, dim=2)
-    return torch.einsum(
+    product = torch.einsum(
         "bhqk,bkhd->bqhd", weights.to(wide).expand(len(values), -1, -1, -1), repeated
     )
+    return product if gate is None else product * gate.reshape(*product.shape[:3], -1)

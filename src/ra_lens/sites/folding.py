@@ -22,27 +22,34 @@ from torch import Tensor
 _OUTPUT_BIAS_ONLY = ("GPTNeoForCausalLM",)
 
 
-def value_biases_folded(model: Any, layers: Iterable[int]) -> bool:
-    """Whether the value biases of `layers` are zero because the output biases hold them.
+def value_biases_folded(model: Any, prefixes: Iterable[str]) -> bool:
+    """Whether the value biases of attention layers are zero because the output biases hold them.
 
     Judged from the weights: a model whose value biases are zero of themselves, but whose output
     biases are not, counts as folded too.
     """
-    blocks = [model.blocks[layer] for layer in layers]
-    values = [_bias(block.attn, "v", "b_V") for block in blocks]
-    outputs = [_bias(block.attn, "o", "b_O") for block in blocks]
+    names = list(prefixes)
+    layers = [model.get_submodule(name) for name in names]
+    values = [_bias(attn, "v", "b_V") for attn in layers]
+    outputs = [_bias(attn, "o", "b_O") for attn in layers]
     # A bridge keeps the difference between no bias and a bias of zero.
     has_values = any(isinstance(bias, Tensor) for bias in values)
     if not has_values or any(map(_is_nonzero, values)) or not any(map(_is_nonzero, outputs)):
         return False
     if getattr(model.cfg, "original_architecture", None) in _OUTPUT_BIAS_ONLY:
+        blocks = [model.get_submodule(name.rpartition(".")[0]) for name in names]
         return not any(_is_nonzero(getattr(block.ln1, "b", None)) for block in blocks)
     return True
 
 
 def _bias(attn: Any, component: str, name: str) -> Any:
     linear = getattr(attn, component, None)  # of a TransformerBridge
-    return getattr(attn, name, None) if linear is None else getattr(linear, "bias", None)
+    if linear is not None:
+        return getattr(linear, "bias", None)
+    try:
+        return getattr(attn, name, None)
+    except NotImplementedError:  # latent attention (MLA) has no such weights, and nothing to fold
+        return None
 
 
 def _is_nonzero(bias: Any) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, SupportsIndex
@@ -22,14 +22,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.sites.facts import processing_problems, remarks
+from ra_lens.sites.find import find_sites
 from ra_lens.sites.folding import value_biases_folded
-from ra_lens.sites.site import Site, find_sites, spell_layers
+from ra_lens.sites.guards import (
+    fully_masked_rows_apart,
+    refuse_dropout,
+    refuse_inference_mode,
+)
+from ra_lens.sites.plain import huggingface_logits, weights_processed
+from ra_lens.sites.reader import Reader
+from ra_lens.sites.site import Site, spell_layers
 
 # Whether hook_pattern is only observed at a layer, as shown by an earlier run of the same model.
 _observed: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
 
 
 Layers = SupportsIndex | Iterable[SupportsIndex] | None
+# A language model; a masked one, as BERT; an encoder-decoder, as T5.
+Reads = Literal["left to right", "both ways", "input, then answer"]
 
 
 def as_lens(model: nn.Module) -> Lens:
@@ -50,17 +61,15 @@ def as_lens(model: nn.Module) -> Lens:
     )
 
 
-class Lens:
+class Lens(Reader):
     """A TransformerLens model seen through the few operations ra_lens needs."""
 
     def __init__(
         self, model: nn.Module, kind: Literal["HookedTransformer", "TransformerBridge"]
     ) -> None:
         """Wrap `model`; use `as_lens`."""
-        self.module = model
+        super().__init__(model)
         self.kind = kind
-        # Both classes build attributes dynamically; all untyped access goes through this name.
-        self._model: Any = model
 
     @cached_property
     def hook_points(self) -> dict[str, nn.Module]:
@@ -112,14 +121,27 @@ class Lens:
     # ---- facts ----------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        """The model's name, as TransformerLens has it."""
-        return str(getattr(self._model.cfg, "model_name", "") or type(self.module).__name__)
+    def n_layers(self) -> int:
+        """Layers of the model; those of a hybrid need not all have attention.
+
+        In a model of several stacks they are its attention layers, counted through.
+        """
+        one_stack = any(site.prefix.startswith("blocks.") for site in self.sites.values())
+        return int(self._model.cfg.n_layers) if one_stack else len(self.sites)
+
+    @cached_property
+    def reads(self) -> Reads:
+        """How the model comes to its logits."""
+        inside = getattr(self._model, "original_model", None)  # a bridge's Hugging Face model
+        if getattr(getattr(inside, "config", None), "is_encoder_decoder", False):
+            return "input, then answer"
+        return "left to right" if any(s.causal for s in self.sites.values()) else "both ways"
 
     @property
-    def n_layers(self) -> int:
-        """Layers of the model; those of a hybrid need not all have attention."""
-        return int(self._model.cfg.n_layers)
+    def decoder_start(self) -> int | None:
+        """The token that an encoder-decoder's decoder begins with."""
+        config = self._model.original_model.config
+        return getattr(config, "decoder_start_token_id", None)
 
     @property
     def n_ctx(self) -> int:
@@ -137,75 +159,81 @@ class Lens:
         return torch.device(self._model.cfg.device or "cpu")
 
     @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or None."""
-        return getattr(self._model, "tokenizer", None)
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id written at padded positions; what it is never matters, they are masked."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if pad is None else int(pad)
-
-    @property
     def value_biases_folded(self) -> bool:
         """Whether value biases were moved into output biases, so that zeroing z leaves them behind.
 
         Read from the weights (see `ra_lens.sites.folding`), as they are now.
         """
-        return value_biases_folded(self._model, self.sites)
+        return value_biases_folded(self._model, [site.prefix for site in self.sites.values()])
 
-    # ---- text -----------------------------------------------------------------------------------
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type that the model computes in."""
+        floating = (p.dtype for p in nn.Module.parameters(self.module) if p.is_floating_point())
+        return next(floating, torch.float32)
 
-    def encode(self, text: str, *, prepend_bos: bool | None) -> list[int]:
-        """Token ids of a prompt, exactly as the model's own `to_tokens` gives them."""
-        self._need_tokenizer()
-        options: dict[str, Any] = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        return self._model.to_tokens(text, truncate=False, **options)[0].tolist()
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What a model can be turned into while it stays the same object."""
+        compatible = getattr(self._model, "compatibility_mode", False)
+        return bool(compatible), weights_processed(self._model), self.dtype, str(self.device)
 
-    def encode_fragment(self, text: str) -> list[int]:
-        """Token ids of a piece of text in the middle of a prompt: no special tokens."""
-        self._need_tokenizer()
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts, judged by the names of its modules' classes."""
+        names = {type(module).__name__ for module in self.module.modules()}
+        return any(word in name for name in names for word in ("Expert", "MoE", "Moe", "Router"))
 
-        def ids_of(piece: str) -> list[int]:
-            return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+    def has(self, hook_name: str) -> bool:
+        """Whether there is such a hook point."""
+        return hook_name in self.hook_points
 
-        # SentencePiece tokenizers put a space of their own in front of a text, so that " Paris"
-        # alone is two tokens. Tokenised after something it is one; what that drops must be blank.
-        before, joint, alone = ids_of(":"), ids_of(":" + text), ids_of(text)
-        rest = joint[len(before) :]
-        if not rest or joint != before + rest or alone[-len(rest) :] != rest:
-            return alone
-        dropped = "".join(map(self.decode, alone[: -len(rest)]))
-        return alone if dropped.replace("▁", "").strip() else rest
+    def remarks(self, site: Site) -> list[str]:
+        """What is unusual about an attention layer, as its module says."""
+        return remarks(self._model.get_submodule(site.prefix), self._model.cfg)
 
-    def decode(self, token: int) -> str:
-        """Text of one token; `#id` for a model without a tokenizer."""
-        if self.tokenizer is None:
-            return f"#{token}"
-        text = self.tokenizer.batch_decode([[token]], clean_up_tokenization_spaces=False)[0]
-        return str(text)
+    @property
+    def processing_problems(self) -> list[str]:
+        """What weight processing has broken in this model, as far as is known."""
+        processed = self.kind == "TransformerBridge" and weights_processed(self._model)
+        attention = (self._model.get_submodule(site.prefix) for site in self.sites.values())
+        return processing_problems(attention) if processed else []
 
-    def decode_text(self, tokens: Sequence[int]) -> str:
-        """Text of several tokens together."""
-        if self.tokenizer is None:
-            return "".join(map(self.decode, tokens))
-        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-    def _need_tokenizer(self) -> None:
-        if self.tokenizer is None:
-            raise BadInput(
-                f"{self.name} has no tokenizer, so text cannot be read. Pass token ids "
-                "(Int[Tensor, 'batch pos']) as input and ids as target, or set model.tokenizer."
-            )
+    def huggingface_logits(self, tokens: Tensor, decoder_tokens: Tensor | None) -> Tensor | None:
+        """Logits of the Hugging Face model inside a bridge; None where there are none."""
+        inputs = {"input_ids": tokens, "decoder_input_ids": decoder_tokens}
+        given = {name: t.to(self.device) for name, t in inputs.items() if t is not None}
+        return huggingface_logits(self._model, **given)
 
     # ---- running --------------------------------------------------------------------------------
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Bool[Tensor, "batch pos"]
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Bool[Tensor, "batch pos"],
+        encoded: tuple[Int[Tensor, "batch source"], Bool[Tensor, "batch source"]] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """Run the model and return its logits (at the positions kept by `reading`, if any)."""
+        """Run the model and return its logits (at the positions kept by `reading`, if any).
+
+        Args:
+            tokens: What is read; what the decoder reads in an encoder-decoder.
+            attention_mask: True at real tokens.
+            encoded: Tokens and mask of an encoder-decoder's encoder.
+
+        Raises:
+            UnsupportedModel: an encoder-decoder, and nothing for its encoder.
+        """
         options: dict[str, Any] = {}
+        if self.reads == "input, then answer":
+            if encoded is None:
+                raise UnsupportedModel(
+                    f"{self.name} is an encoder-decoder, and this reads prompts with a language "
+                    "model. Of encoder-decoders run_with_ra gives maps, and patch_hooks adds them."
+                )
+            options = {"decoder_input": tokens}
+            if not bool(attention_mask.all()):
+                options["decoder_attention_mask"] = attention_mask.long()
+            tokens, attention_mask = encoded
         guesses_mask = getattr(self.tokenizer, "padding_side", "right") == "left"
         if guesses_mask or not bool(attention_mask.all()):
             # HookedTransformer guesses a mask from the token ids when its tokenizer pads left,
@@ -267,17 +295,12 @@ class Lens:
         finally:
             handle.remove()
 
-    def block_input(self, layer: int) -> nn.Module:
-        """The hook point that carries the residual stream into a block."""
-        for name in (f"blocks.{layer}.hook_in", f"blocks.{layer}.hook_resid_pre"):
+    def block_input_name(self, site: Site) -> str:
+        """Name of the hook point that carries the residual stream into the block of a site."""
+        for name in (f"{site.block}.hook_in", f"{site.block}.hook_resid_pre"):
             if name in self.hook_points:
-                return self.hook_points[name]
-        raise UnsupportedModel(f"{self.name}: block {layer} has no hook point on its input.")
-
-    def block_input_name(self, layer: int) -> str:
-        """Name under which TransformerLens's own hooks reach the input of a block."""
-        names = (f"blocks.{layer}.hook_in", f"blocks.{layer}.hook_resid_pre")
-        return next(name for name in names if name in self.hook_points)
+                return name
+        raise UnsupportedModel(f"{self.name}: {site.block} has no hook point on its input.")
 
     @contextmanager
     def parameters_frozen(self) -> Generator[None, None, None]:
@@ -286,43 +309,40 @@ class Lens:
         The graph then begins at the first attention layer asked for and holds nothing that only a
         parameter's gradient would need; `.grad` cannot be touched.
         """
-        every = [*self.module.parameters(), *nn.Module.parameters(self.module)]
-        live = list({id(p): p for p in every if p.requires_grad and p.is_leaf}.values())
+        inside = getattr(self._model, "original_model", None)  # which a bridge does not register
+        roots = [self.module, *([inside] if isinstance(inside, nn.Module) else [])]
+        owners = {id(m): m for root in roots for m in nn.Module.modules(root)}.values()
+        # By name: a module that is offloaded gets a new parameter each time that it is used.
+        live = [
+            (module, name)
+            for module in owners
+            for name, parameter in module._parameters.items()  # pyright: ignore[reportPrivateUsage]
+            if parameter is not None and parameter.requires_grad and parameter.is_leaf
+        ]
+
+        def switch(*, on: bool) -> None:
+            for module, name in live:
+                parameter = module._parameters[name]  # pyright: ignore[reportPrivateUsage]
+                if parameter is not None:
+                    parameter.requires_grad_(on)
+
         try:
-            for parameter in live:
-                parameter.requires_grad_(False)
+            switch(on=False)
             yield
         finally:
-            for parameter in live:
-                parameter.requires_grad_(True)
+            switch(on=True)
+
+    def fully_masked_rows_apart(self) -> AbstractContextManager[None]:
+        """See `ra_lens.sites.guards`; every layer's, as they hand on to those below."""
+        names = (f"{site.prefix}.hook_attn_scores" for site in self.sites.values())
+        return fully_masked_rows_apart([self.hook_points[name] for name in names if self.has(name)])
 
     # ---- guards ---------------------------------------------------------------------------------
 
     def refuse_dropout(self) -> None:
         """Raise if a forward pass would draw dropout masks."""
-        for name, module in self.module.named_modules():
-            if not module.training:
-                continue
-            rate = module.p if isinstance(module, nn.Dropout) else 0.0
-            for attribute in ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout"):
-                value = getattr(module, attribute, 0.0)
-                rate = max(rate, value if isinstance(value, float) else 0.0)
-            if rate > 0:
-                raise UnsupportedModel(
-                    f"the model is in train mode and {name or type(module).__name__} drops out "
-                    f"with probability {rate:g}: dropout acts before hook_pattern, so the map "
-                    "would not be the gradient of this loss. Call model.eval() first."
-                )
+        refuse_dropout(self.module)
 
     def refuse_inference_mode(self) -> None:
         """Raise if tensors made now could never take part in a backward pass."""
-        if torch.is_inference_mode_enabled():
-            raise UnsupportedModel(
-                "found torch.inference_mode(), under which nothing can be differentiated. Use "
-                "torch.no_grad() instead (it is allowed around run_with_ra), or leave the context."
-            )
-        if any(p.is_inference() for p in self.module.parameters()):
-            raise UnsupportedModel(
-                "the model's parameters were created under torch.inference_mode(), so nothing can "
-                "be differentiated through them. Load the model outside of that context."
-            )
+        refuse_inference_mode(self.module)

@@ -68,7 +68,7 @@ def load_model(
         load = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
         try:
             return load(str(name), device=where, dtype=dtype).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        except _REFUSALS as error:
             # A name that HookedTransformer does not know may be one that the bridge loads; what
             # cannot be downloaded cannot be by either.
             if isinstance(error, OSError) or chosen == kinds[-1]:
@@ -111,6 +111,19 @@ def load_folder(
         ) from error
 
 
+# With these TransformerLens refuses architectures that it does not know.
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 class _CannotConvert(BadInput):
     """HookedTransformer has no conversion for an architecture."""
 
@@ -125,7 +138,15 @@ def _loaded(
 ) -> nn.Module:
     where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen == "TransformerBridge":
-        model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype)
+        try:
+            model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype)
+        except _REFUSALS as error:
+            if isinstance(error, OSError):
+                raise
+            raise BadInput(
+                f"TransformerBridge cannot load the model in {path}: {_first_line(error)} Load "
+                "another model, or try another version of TransformerLens."
+            ) from error
     else:
         model = _hooked_transformer_from_folder(path, where, dtype)
     model.cfg.model_name = path.resolve().name

@@ -1,0 +1,347 @@
+"""`check_model`: what ra_lens does with a model, layer by layer, shown by doing it.
+
+    ra_lens.check_model(model)
+
+On a few tokens, and with nothing left behind on the model:
+
+1. a forward pass; its logits against those of the Hugging Face model inside a TransformerBridge;
+2. `run_with_ra`, which finds out whether an edit of hook_pattern reaches the model;
+3. an edit: every layer's pattern moved a little along its Reversed Attention, up and down. What the
+   loss does is compared with what the maps say, Σ ⟨G, edit⟩, up to third order of the edit.
+
+Cost: five forward passes and one backward pass of a short prompt, and one for each layer whose
+pattern is only observed. The report of a model is remembered until it is processed or converted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ra_lens.cache import RACache
+from ra_lens.check_report import ModelReport, Route, SiteReport
+from ra_lens.errors import UnsupportedModel
+from ra_lens.masking import by_head
+from ra_lens.patching import patch_hooks
+from ra_lens.prompts import Prompts, read_decoder_prompts, read_prompts
+from ra_lens.run import run_with_ra
+from ra_lens.sites import Lens, Site, as_lens
+
+_LENGTH = 8  # tokens read where no prompt is given
+_DECODER_LENGTH = 4
+# Largest entry of the edit of a pattern, shared out among the layers. A smaller one is tried where
+# the loss is not smooth: a mixture of experts sends a token elsewhere all at once.
+_EDITS = (1e-2, 2e-3, 4e-4)
+
+
+@dataclass(frozen=True)
+class _Tolerances:
+    """What rounding may do, relative to the size of a thing; what is looked for is of order 1."""
+
+    logits: float = 1e-3
+    rows: float = 1e-3
+    z: float = 1e-2
+    change: float = 1e-5  # of the loss
+
+
+_OF_DTYPE = {
+    torch.bfloat16: _Tolerances(logits=0.15, rows=3e-2, z=0.1, change=3e-2),
+    torch.float16: _Tolerances(logits=0.15, rows=1e-2, z=0.05, change=5e-3),
+}
+
+_reports: weakref.WeakKeyDictionary[nn.Module, dict[object, ModelReport]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def check_model(model: nn.Module, *, prompt: str | Tensor | None = None) -> ModelReport:
+    """Check on a few tokens what ra_lens can do with a model, and how.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge, in eval mode.
+        prompt: Text or token ids to check with. Default: eight tokens of the vocabulary.
+
+    Returns:
+        A report with one row per attention layer; `print` shows it as a table.
+
+    Raises:
+        UnsupportedModel: not such a model, or one whose attention cannot be read at all.
+    """
+    lens = as_lens(model)
+    state = None if prompt is not None else lens.state
+    remembered = _reports.setdefault(model, {})
+    if state is not None and state in remembered:
+        return remembered[state]
+    report = _check(lens, prompt)
+    if state is not None:
+        remembered[state] = report
+    return report
+
+
+def _check(lens: Lens, prompt: str | Tensor | None) -> ModelReport:
+    ids, decoder_ids = _tokens(lens, prompt)
+    tolerances = _OF_DTYPE.get(lens.dtype, _Tolerances())
+    sites = lens.sites
+    seen, logits = _forward(lens, ids, decoder_ids)
+    unknown = {layer: 1.0 for layer, site in sites.items() if site.scale is None}
+    _, cache = run_with_ra(
+        lens.module,
+        ids,
+        metric=_loss,
+        decoder_input=decoder_ids,
+        softmax_scale=unknown or None,
+        progress=False,
+    )
+    editable, refusals = _routes(lens, cache, ids, decoder_ids)
+    problems: list[str] = []
+    error = _logits_error(lens, ids, decoder_ids, logits)
+    if error is not None and error > tolerances.logits:
+        problems.append(
+            f"the logits differ from those of the Hugging Face model by {error:.1%} of their "
+            "size: TransformerLens computes something else here, and the maps belong to that."
+        )
+    off = _what_edits_do(lens, cache, editable, ids, decoder_ids, tolerances)
+    if not lens.has_experts:
+        problems += off
+    sinks = {layer for layer in sites if _row_deficit(cache, layer) > tolerances.rows}
+    folded = lens.value_biases_folded
+    if folded and sinks:
+        problems.append(
+            "value biases were folded into output biases, although rows of the pattern do not sum "
+            "to 1 (attention sinks): the logits have changed. Do it with fold_value_biases=False."
+        )
+    problems += lens.processing_problems
+    rows = tuple(
+        SiteReport(
+            layer=layer,
+            label=site.label,
+            hook=site.pattern_name,
+            observe_only=bool(cache.sites[layer].observe_only),
+            scale=site.scale,
+            patches=_route(cache.sites[layer], refused=layer in refusals),
+            reason=refusals.get(layer, ""),
+            n_heads=site.n_heads,
+            n_key_value_heads=site.n_key_value_heads,
+            notes=_notes(lens, site, seen[layer], z=tolerances.z, sinks=layer in sinks),
+        )
+        for layer, site in sites.items()
+    )
+    notes: list[str] = []
+    if off and lens.has_experts:
+        notes.append(
+            "the loss is not smooth near these tokens, as happens in a mixture of experts, whose "
+            "routing jumps: the maps tell what the smallest edits do, not those tried here"
+        )
+    if folded:
+        notes.append("value biases are folded into output biases: masking heads leaves them behind")
+    if unknown:
+        notes.append("the softmax scale of some layers is unknown: give softmax_scale=")
+    return ModelReport(
+        model=lens.name,
+        model_class=lens.kind,
+        reads=lens.reads,
+        dtype=str(lens.dtype).removeprefix("torch."),
+        sites=rows,
+        logits_error=error,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+# ---- what is run ---------------------------------------------------------------------------------
+
+
+def _tokens(lens: Lens, prompt: str | Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def spread(n: int) -> Tensor:
+        return (torch.arange(n) * 7 + 3) * max(1, lens.d_vocab // (7 * n + 3)) % lens.d_vocab
+
+    if prompt is None:
+        ids = spread(min(_LENGTH, lens.n_ctx))[None]
+    else:
+        ids = torch.tensor(read_prompts(lens, prompt).ids)
+    if lens.reads != "input, then answer":
+        return ids, None
+    start = read_decoder_prompts(lens, None, 1).ids[0]
+    return ids, torch.cat([torch.tensor(start), spread(_DECODER_LENGTH - 1)])[None]
+
+
+def _loss(logits: Tensor) -> Tensor:
+    """Mean of −log p over all tokens: unlike that of one token it is never near its end."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return -wide[:, -1].log_softmax(dim=-1).mean(dim=-1)
+
+
+@torch.no_grad()
+def _logits(
+    lens: Lens, ids: Tensor, decoder_ids: Tensor | None, hooks: Sequence[Any] = ()
+) -> Tensor:
+    def laid_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        batch = Prompts(tuple(map(tuple, tokens.tolist())), None, "right").lay_out(lens)
+        return batch.tokens, batch.attention_mask
+
+    with lens.hooks(list(hooks)):
+        if decoder_ids is None:
+            return lens.forward(*laid_out(ids))
+        return lens.forward(*laid_out(decoder_ids), laid_out(ids))
+
+
+@dataclass
+class _Seen:
+    """What the hook points of a layer showed."""
+
+    pattern: Tensor | None = None
+    values: Tensor | None = None
+    z: Tensor | None = None
+
+
+def _forward(
+    lens: Lens, ids: Tensor, decoder_ids: Tensor | None
+) -> tuple[dict[int, _Seen], Tensor]:
+    seen = {layer: _Seen() for layer in lens.sites}
+
+    def look(layer: int, what: str) -> Callable[..., None]:
+        def at(value: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
+            setattr(seen[layer], what, value.detach())
+
+        return at
+
+    hooks: list[Any] = []
+    for layer, site in lens.sites.items():
+        names = {"pattern": site.pattern_name, "values": site.value_name, "z": site.z_name}
+        hooks += [(name, look(layer, what)) for what, name in names.items() if lens.has(name)]
+    try:
+        return seen, _logits(lens, ids, decoder_ids, hooks)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"a forward pass of {lens.name} fails in TransformerLens or Hugging Face itself: "
+            f"{type(error).__name__}: {error}. Try another version of TransformerLens."
+        ) from error
+
+
+def _logits_error(
+    lens: Lens, ids: Tensor, decoder_ids: Tensor | None, logits: Tensor
+) -> float | None:
+    own = lens.huggingface_logits(ids, decoder_ids)
+    if own is None:
+        return None
+    # Constants added to all logits, as centring does, are no difference.
+    found, wanted = (t.double().cpu().log_softmax(dim=-1) for t in (logits, own))
+    return float((found - wanted).norm() / (wanted - wanted.mean(-1, keepdim=True)).norm())
+
+
+# ---- edits ---------------------------------------------------------------------------------------
+
+
+def _patches(cache: RACache, layers: Sequence[int], size: float) -> list[Any]:
+    return [
+        hook
+        for layer in layers
+        for hook in patch_hooks(
+            {layer: cache["ra", layer]},
+            cache.sites,
+            scale=_step(cache["ra", layer], size / len(layers)),
+        )
+    ]
+
+
+def _step(value: Tensor, size: float) -> float:
+    largest = float(value.abs().max())
+    return size / largest if largest > 0 else 0.0
+
+
+def _routes(
+    lens: Lens, cache: RACache, ids: Tensor, decoder_ids: Tensor | None
+) -> tuple[list[int], dict[int, str]]:
+    """The layers that can be edited, and why the others cannot."""
+    refusals: dict[int, str] = {}
+    for layer, site in cache.sites.items():
+        if not site.observe_only:
+            continue
+        try:
+            _logits(lens, ids, decoder_ids, _patches(cache, [layer], _EDITS[0]))
+        except UnsupportedModel as refusal:
+            refusals[layer] = str(refusal)
+    return [layer for layer in cache.sites if layer not in refusals], refusals
+
+
+def _what_edits_do(
+    lens: Lens,
+    cache: RACache,
+    layers: list[int],
+    ids: Tensor,
+    decoder_ids: Tensor | None,
+    tolerances: _Tolerances,
+) -> list[str]:
+    """Whether an edit of the patterns and its opposite change the loss as the maps say."""
+    if not layers or any(cache.sites[layer].repeated for layer in layers):
+        return []  # the maps are of the last time a layer runs, and edits are made each time
+    noise = tolerances.change * float(cache.loss.abs().sum())
+    measured = predicted = 0.0
+    for size in _EDITS:
+        up, down = (
+            float(_loss(_logits(lens, ids, decoder_ids, _patches(cache, layers, edit))).sum())
+            for edit in (size, -size)
+        )
+        measured = (up - down) / 2
+        predicted = sum(
+            _step(cache["ra", layer], size / len(layers))
+            * float((cache["ra", layer] * cache["pattern_grad", layer]).double().sum())
+            for layer in layers
+        )
+        if abs(measured - predicted) <= 0.2 * abs(predicted) + noise:
+            return []
+    return [
+        f"a small edit of the patterns changed the loss by {measured:.3g} instead of "
+        f"{predicted:.3g}, as the maps say: do not trust maps or patches here."
+    ]
+
+
+# ---- what is said --------------------------------------------------------------------------------
+
+
+def _route(site: Site, *, refused: bool) -> Route:
+    if refused:
+        return "refused"
+    return "z" if site.observe_only else "pattern"
+
+
+def _row_deficit(cache: RACache, layer: int) -> float:
+    return float((1 - cache["pattern", layer].sum(dim=-1)).abs().max())
+
+
+def _notes(lens: Lens, site: Site, seen: _Seen, *, z: float, sinks: bool) -> tuple[str, ...]:
+    notes = list(lens.remarks(site))
+    if sinks:
+        notes.append("rows sum to less than 1 (attention sinks)")
+    if site.gate is not None:
+        notes.append(f"gated ({site.gate})")
+    elif _z_differs(site, seen) > z:
+        notes.append("z is not pattern times values: gated, normalised or clipped")
+    if site.window is not None:
+        notes.append(f"window of {site.window}")
+    if site.repeated:
+        notes.append("runs several times: maps of the last, patches each time")
+    if not site.causal and not site.cross:
+        notes.append("both directions")
+    return tuple(notes)
+
+
+def _z_differs(site: Site, seen: _Seen) -> float:
+    """Error of pattern times values relative to z; 0 where it cannot be told."""
+    if seen.pattern is None or seen.values is None or seen.z is None or seen.values.ndim != 4:
+        return 0.0
+    values, pattern = seen.values.double(), seen.pattern.double()
+    n_keys = pattern.shape[-1]
+    if values.shape[1] != n_keys and values.shape[2] == n_keys:
+        values = values.transpose(1, 2)  # latent attention shows [batch, head, key, d_head]
+    if values.shape[1] != n_keys or site.n_heads % values.shape[2]:
+        return 0.0
+    values = values.repeat_interleave(site.n_heads // values.shape[2], dim=2)
+    z = by_head(seen.z.double(), site.n_heads)
+    product = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
+    return float((product - z).norm() / z.norm()) if product.shape == z.shape else 0.0

@@ -1,0 +1,65 @@
+"""States of a model in which its maps would be wrong, or could not be had."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ra_lens.errors import UnsupportedModel
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Raise if a forward pass would draw dropout masks."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        rate = module.p if isinstance(module, nn.Dropout) else 0.0
+        for attribute in ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout"):
+            value = getattr(module, attribute, 0.0)
+            rate = max(rate, value if isinstance(value, float) else 0.0)
+        if rate > 0:
+            raise UnsupportedModel(
+                f"the model is in train mode and {name or type(module).__name__} drops out "
+                f"with probability {rate:g}: dropout acts before hook_pattern, so the map "
+                "would not be the gradient of this loss. Call model.eval() first."
+            )
+
+
+def refuse_inference_mode(model: nn.Module) -> None:
+    """Raise if tensors made now could never take part in a backward pass."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedModel(
+            "found torch.inference_mode(), under which nothing can be differentiated. Use "
+            "torch.no_grad() instead (it is allowed around run_with_ra), or leave the context."
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise UnsupportedModel(
+            "the model's parameters were created under torch.inference_mode(), so nothing can "
+            "be differentiated through them. Load the model outside of that context."
+        )
+
+
+@contextmanager
+def fully_masked_rows_apart(score_points: Iterable[nn.Module]) -> Generator[None, None, None]:
+    """Give no gradient to rows of scores that are −∞ throughout, while the context is open.
+
+    At padding on the left a query sees no key. TransformerBridge 3.9 in compatibility mode sets the
+    NaN that the softmax makes of such a row to 0, which says that its gradient is 0; the softmax
+    still multiplies by the NaN, and hands it on to every key.
+    """
+
+    def at_scores(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        scores: Tensor = args[0]
+        if scores.requires_grad:
+            dead = scores.detach().isneginf().all(dim=-1, keepdim=True)
+            if bool(dead.any()):
+                scores.register_hook(lambda grad: grad.masked_fill(dead, 0.0))
+
+    with ExitStack() as stack:
+        for point in score_points:
+            stack.callback(point.register_forward_pre_hook(at_scores).remove)
+        yield

@@ -1,0 +1,78 @@
+"""`Reader`: text to the token ids that a model reads, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ra_lens.errors import BadInput
+
+
+class Reader:
+    """The tokenizer of a TransformerLens model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Read as `model` does."""
+        self.module = model
+        # Both classes build attributes dynamically; all untyped access goes through this name.
+        self._model: Any = model
+
+    @property
+    def name(self) -> str:
+        """The model's name, as TransformerLens has it."""
+        return str(getattr(self._model.cfg, "model_name", "") or type(self.module).__name__)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None."""
+        return getattr(self._model, "tokenizer", None)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id written at padded positions; what it is never matters, they are masked."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return 0 if pad is None else int(pad)
+
+    def encode(self, text: str, *, prepend_bos: bool | None) -> list[int]:
+        """Token ids of a prompt, exactly as the model's own `to_tokens` gives them."""
+        self._need_tokenizer()
+        options: dict[str, Any] = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+        return self._model.to_tokens(text, truncate=False, **options)[0].tolist()
+
+    def encode_fragment(self, text: str) -> list[int]:
+        """Token ids of a piece of text in the middle of a prompt: no special tokens."""
+        self._need_tokenizer()
+
+        def ids_of(piece: str) -> list[int]:
+            return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+
+        # SentencePiece tokenizers put a space of their own in front of a text, so that " Paris"
+        # alone is two tokens. Tokenised after something it is one; what that drops must be blank.
+        before, joint, alone = ids_of(":"), ids_of(":" + text), ids_of(text)
+        rest = joint[len(before) :]
+        if not rest or joint != before + rest or alone[-len(rest) :] != rest:
+            return alone
+        dropped = "".join(map(self.decode, alone[: -len(rest)]))
+        return alone if dropped.replace("▁", "").strip() else rest
+
+    def decode(self, token: int) -> str:
+        """Text of one token; `#id` for a model without a tokenizer."""
+        if self.tokenizer is None:
+            return f"#{token}"
+        text = self.tokenizer.batch_decode([[token]], clean_up_tokenization_spaces=False)[0]
+        return str(text)
+
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        """Text of several tokens together."""
+        if self.tokenizer is None:
+            return "".join(map(self.decode, tokens))
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def _need_tokenizer(self) -> None:
+        if self.tokenizer is None:
+            raise BadInput(
+                f"{self.name} has no tokenizer, so text cannot be read. Pass token ids "
+                "(Int[Tensor, 'batch pos']) as input and ids as target, or set model.tokenizer."
+            )

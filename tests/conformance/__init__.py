@@ -1,0 +1,1 @@
+"""Every architecture that TransformerLens loads, against Hugging Face's own model of it."""

@@ -1,0 +1,153 @@
+"""One architecture, built, loaded, and run beside its oracle: what the checks have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ra_lens import RACache, check_model, run_with_ra
+from ra_lens.errors import RALensError, UnsupportedModel
+from ra_lens.patching import patch_hooks
+from ra_lens.sites import Site, load_folder
+
+from .build import BATCH, DECODER_POS, POS, hf_model, random_ids
+from .configs import ENCODER_DECODERS, MASKED
+from .pieces import PAD, Architecture
+from .record import SAME_LOGITS, Record, relative, spell
+from .reference import Reference, Seen
+
+TARGETS = (5, 11)
+
+
+class Subject:
+    """Models and what they read; `maps` of the checks fills in `sites`, `ra` and `seen`."""
+
+    model: Any
+    sites: dict[int, Site]
+    ra: RACache
+    seen: list[Seen]
+
+    def __init__(self, architecture: Architecture, folder: Path, record: Record) -> None:
+        self.architecture, self.folder, self.record = architecture, folder, record
+        self.ids = random_ids(BATCH, POS)
+        # What the model, a run and Hugging Face's model are given beside the ids.
+        self.inputs: dict[str, Any] = {}
+        self.options: dict[str, Any] = {"target": list(TARGETS)}
+        decoder_ids = None
+        if architecture.name in ENCODER_DECODERS:
+            start = torch.full((BATCH, 1), architecture.options["decoder_start_token_id"])
+            decoder_ids = torch.cat([start, random_ids(BATCH, DECODER_POS - 1, seed=2)], dim=1)
+            self.inputs = {"decoder_input": decoder_ids}
+            self.options |= self.inputs
+        if architecture.name in MASKED:
+            self.options["position"] = -1
+        hf = hf_model(architecture, folder)
+        more = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids}
+        with torch.no_grad():
+            self.hf_logits = hf(self.ids, use_cache=False, **more).logits
+        self.softcap = getattr(hf.config, "attn_logit_softcapping", None)
+        self.reference = Reference(hf, self.ids, decoder_ids=decoder_ids)
+
+    def fail(self, what: str) -> None:
+        self.record.failures.append(what)
+
+    def boot(self, dtype: torch.dtype = torch.float32) -> Any:
+        try:
+            return load_folder(self.folder, kind="TransformerBridge", device="cpu", dtype=dtype)
+        except RALensError as error:
+            self.record.end("does not boot", spell(error))
+        except Exception as error:
+            self.fail(f"loading: {spell(error)}")
+            self.record.end("does not boot", spell(error))
+
+    def patch_error(self, model: Any, sites: dict[int, Any], *, zero_rows: bool) -> float | str:
+        """Error of log-probabilities with random maps added, relative to what these change.
+
+        With `zero_rows` the rows of the maps sum to 0, as those of R do: then folding value biases
+        does not change what an addition means.
+        """
+        generator = torch.Generator().manual_seed(1)
+        maps: dict[int, Tensor] = {}
+        for key, one in zip(self.sites, self.seen, strict=True):
+            pattern = one.pattern.float()
+            causal = not bool((pattern.sum((0, 1)) > 0).triu(1).any())
+            value = 0.3 * torch.randn(pattern.shape, generator=generator)
+            support = torch.ones_like(value).tril() if causal else torch.ones_like(value)
+            mean = (value * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+            maps[key] = (value - mean if zero_rows else value) * support
+        try:
+            hooks = patch_hooks(maps, sites, scale=0.5)
+            with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+                patched = model(self.ids, **self.inputs)
+        except RALensError as error:
+            return spell(error)
+        except Exception as error:
+            self.fail(f"patches: {spell(error)}")
+            return "failed"
+        added = [0.5 * maps[key] for key in self.sites]
+        wanted = self.reference.logits(lambda site, a: a + added[site]).log_softmax(-1)
+        change = wanted - self.reference.logits().log_softmax(-1)
+        if float(change.norm() / wanted.norm()) < 1e-3:
+            self.fail("patches: the oracle's own change is too small to tell")
+        return float((patched.double().log_softmax(-1) - wanted).norm() / change.norm())
+
+    def padding_error(self, model: Any, what: str) -> float | str | None:
+        """Error of the maps of the second prompt, 3 tokens shorter and padded in front."""
+        n = 3
+        ids, mask = self.ids.clone(), torch.ones_like(self.ids)
+        ids[1, :n], mask[1, :n] = PAD, 0
+        alone, theirs = self.ids[1:, n:], {k: v[1:] for k, v in self.inputs.items()}
+        try:
+            with torch.no_grad():
+                together = model(ids, attention_mask=mask, **self.inputs)[1:]
+                by_itself = model(alone, **theirs)
+                difference = relative(together[:, -by_itself.shape[1] :], by_itself)
+            _, ra = run_with_ra(model, ids, attention_mask=mask, **self.options)
+            options = {**self.options, **theirs, "target": TARGETS[1]}
+            _, one = run_with_ra(model, alone, **options)
+        except Exception as error:
+            self.fail(f"{what}: {spell(error)}")
+            return None
+        if not all(bool(ra["ra", key].isfinite().all()) for key in self.sites):
+            self.fail(f"{what}: not finite")
+        if not difference < SAME_LOGITS:
+            return f"the model's own logits change by {difference:.0%}"
+        # Rows and columns of the decoder have no padding: take as many as there are.
+        pairs = [(ra["ra", key][1:], one["ra", key]) for key in self.sites]
+        return max(relative(a[..., -b.shape[-2] :, -b.shape[-1] :], b) for a, b in pairs)
+
+    def refuses(self, what: str) -> None:
+        try:
+            check_model(self.model)
+        except UnsupportedModel:
+            return
+        except Exception as error:
+            self.fail(f"check_model of a model that {what}: {spell(error)}")
+            return
+        self.fail(f"check_model accepts a model that {what}")
+
+    def reports(self, model: Any, what: str) -> Any:
+        try:
+            report = check_model(model)
+        except Exception as error:
+            self.fail(f"check_model of the {what} model: {spell(error)}")
+            return None
+        if report.problems:
+            self.fail(f"check_model of the {what} model: {report.problems}")
+        return report
+
+    def error_of(self, model: Any, what: str) -> float | str | None:
+        """Largest error of R of another copy of the model, against this one's."""
+        try:
+            _, ra = run_with_ra(model, self.ids, **self.options)
+        except RALensError as error:
+            return f"refused: {spell(error)}"
+        except Exception as error:
+            self.fail(f"{what}: {spell(error)}")
+            return None
+        if any(ra["ra", key].dtype != torch.float32 for key in self.sites):
+            self.fail(f"{what}: maps are not float32")
+        return max(relative(ra["ra", key], self.ra["ra", key]) for key in self.sites)
