@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -176,23 +176,13 @@ def test_choices_that_are_none_are_named(call: Any, message: str) -> None:
         call(make())
 
 
-class CrossSite(Site):
-    """A decoder layer that attends to an encoder."""
-
-    query_side = "decoder"  # type: ignore[assignment]
-    key_side = "input"  # type: ignore[assignment]
-
-
-@dataclass(frozen=True)
-class TwoTexts(RunInfo):
-    decoder_tokens: tuple[tuple[str, ...], ...] | None = None
-
-
 def test_a_map_with_other_keys_than_queries_has_labels_for_both() -> None:
-    info = TwoTexts(
+    info = RunInfo(
         str_tokens=(("a", "b"), ("a", "b", "c", "d", "e")), decoder_tokens=(("x",), ("x", "y", "z"))
     )
-    ra = RACache(sites={0: CrossSite(0, "blocks.0.attn", 2, 2, 0.5)}, info=info)
+    ra = RACache(
+        sites={0: Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)}, info=info
+    )
     r = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     ra.put(0, "ra", r)
     ra.put(0, "pattern", r.abs())

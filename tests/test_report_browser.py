@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from ra_lens.cache import RACache
+from ra_lens.cache import RACache, RunInfo
 from ra_lens.cli.figure_page import write_sweep_page
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
+from ra_lens.sites import Site
 from test_curves import sweep
 from test_figures import make
 from test_report import EVIL, HOSTILE
@@ -300,4 +301,31 @@ def test_pages_with_plotly_figures_draw_them(
     path = write_sweep_page(sweep(), tmp_path / "s.html", metric="top1")
     opened = open_page(path)
     assert opened.page.locator(".main-svg .scatterlayer .trace").count() >= 3
+    opened.check()
+
+
+def test_cross_attention_shades_what_the_encoder_read(
+    open_page: Callable[..., Opened], tmp_path: Path
+) -> None:
+    r = torch.randn(1, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    info = RunInfo(
+        objective="answer_nll",
+        targets=(" t",),
+        str_tokens=(tuple("abcde"),),
+        decoder_tokens=(("x", "y", "z"),),
+    )
+    site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
+    ra = RACache(sites={0: site}, info=info)
+    ra.put(0, "ra", r)
+    ra.put(0, "pattern", r.abs())
+    opened = open_page(write_report(ra, tmp_path / "r.html"))
+    opened.choose(0, 1)
+    assert "decoder 0 cross, head 1" in str(opened.page.text_content("#ra-title"))
+    cells = opened.cells()
+    query, key = divmod(int(r[0, 1].abs().argmax()), 5)
+    assert cells[0][:3] == (query, key, pytest.approx(-r[0, 1, query, key].item(), rel=6e-3))
+    assert opened.page.locator(".token.query").text_content() == "xyz"[query]
+    shaded = opened.page.locator(".prompt[data-side='input'] .token[style]").all_text_contents()
+    assert shaded == list("abcde")
+    assert opened.page.locator(".token.next").text_content() == "·t"
     opened.check()

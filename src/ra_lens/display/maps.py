@@ -16,6 +16,7 @@ from torch import Tensor
 from ra_lens.cache import HeadScore, RACache
 from ra_lens.collect import MapKind
 from ra_lens.errors import BadInput
+from ra_lens.sites import Side
 
 Head = HeadScore | tuple[int, int]
 
@@ -134,9 +135,10 @@ def head_of_example(
     layer, index = read_head(ra, head)
     check_example(ra, example)
     found, stored = _maps(ra, layer, index, example)
+    site = ra.sites[layer]
     sides = [
-        _side(ra, layer, side, example, stored[axis], max_tokens)
-        for axis, side in enumerate(("query_side", "key_side"))
+        _side(ra, side, example, length, max_tokens)
+        for side, length in zip((site.query_side, site.key_side), stored, strict=True)
     ]
     (tokens, first, rows), (key_tokens, first_key, columns) = sides
     r, a = (_array(one[rows, columns]) for one in found)
@@ -195,16 +197,14 @@ def _maps(
 
 
 def _side(
-    ra: RACache, layer: int, side: str, example: int, length: int, max_tokens: int | None
+    ra: RACache, side: Side, example: int, length: int, max_tokens: int | None
 ) -> tuple[tuple[str, ...], int, slice]:
     """Tokens of the rows or columns, the position of the first kept, and where they are stored."""
-    # An encoder-decoder has two texts; elsewhere both sides are the input.
-    decoder = getattr(ra.sites[layer], side, "input") == "decoder"
-    rows = getattr(ra.info, "decoder_tokens", None) if decoder else ra.info.str_tokens
+    rows = ra.info.tokens_of(side)
     start, tokens = 0, tuple(f"#{i}" for i in range(length))
     if rows is not None:
         tokens = tuple(rows[example])
-        start = 0 if decoder or ra.info.starts is None else ra.info.starts[example]
+        start = 0 if side == "decoder" or ra.info.starts is None else ra.info.starts[example]
     first = 0 if max_tokens is None else max(0, len(tokens) - max_tokens)
     return tokens[first:], first, slice(start + first, start + len(tokens))
 

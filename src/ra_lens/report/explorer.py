@@ -7,7 +7,7 @@ text, and the script reads it there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from ra_lens.display.tokens import visible
 from ra_lens.report import page
 from ra_lens.report.packing import BYTES_PER_CELL, pack
 from ra_lens.report.predictions import PatchedPrompt, Predictions
-
-_SIDES = ("query_side", "key_side")
+from ra_lens.sites import Side
 
 
 @dataclass(frozen=True)
@@ -170,9 +169,9 @@ def _prompt(
     )
 
 
-def _chips(ra: RACache, example: int, side: str, place: int, *, last: bool) -> str:
+def _chips(ra: RACache, example: int, side: Side, place: int, *, last: bool) -> str:
     info = ra.info
-    rows = getattr(info, "decoder_tokens", None) if side == "decoder" else info.str_tokens
+    rows: Mapping[int, Sequence[str]] | Sequence[Sequence[str]] | None = info.tokens_of(side)
     if rows is None:  # the cache was not told; positions stand for tokens
         n = next(ra["ra", layer].shape[-1] for layer in ra.layers)
         rows = {example: [f"#{i}" for i in range(n)]}
@@ -220,29 +219,27 @@ def _percent(share: float) -> str:
 
 
 def _facts_of(ra: RACache, maps: HeadMaps, limit: float) -> dict[str, Any]:
-    sides = [getattr(ra.sites[maps.layer], side, "input") for side in _SIDES]
+    site = ra.sites[maps.layer]
     return {
         "limit": limit,
         "causal": maps.causal,
-        "rows": [sides[0], maps.first, len(maps.tokens)],
-        "columns": [sides[1], maps.first_key, len(maps.key_tokens)],
+        "rows": [site.query_side, maps.first, len(maps.tokens)],
+        "columns": [site.key_side, maps.first_key, len(maps.key_tokens)],
     }
 
 
-def _texts(ra: RACache) -> dict[str, str]:
-    sides = {getattr(site, side, "input") for site in ra.sites.values() for side in _SIDES}
-    if sides == {"input"}:
+def _texts(ra: RACache) -> dict[Side, str]:
+    if all(site.query_side == site.key_side == "input" for site in ra.sites.values()):
         return {"input": ""}
     return {"input": "The encoder reads", "decoder": "The decoder reads"}
 
 
-def _last_side(ra: RACache) -> str:
+def _last_side(ra: RACache) -> Side:
     return list(_texts(ra))[-1]
 
 
 def _layer_name(ra: RACache, layer: int) -> str:
-    label = str(getattr(ra.sites[layer], "label", layer))
-    return label.removeprefix("layer ")
+    return ra.sites[layer].label.removeprefix("layer ")
 
 
 def _n_cells(ra: RACache, layer: int, example: int, max_tokens: int) -> int:
