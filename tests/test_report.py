@@ -484,3 +484,10 @@ def test_maps_are_needed(ra: RACache, path: Path) -> None:
     with pytest.raises(NotStored, match="store='maps'"):
         write_report(norms, path)
     assert not path.exists()
+
+
+def test_a_cache_writes_its_own_report(tmp_path):
+    ra = make()
+    ra.to_html(tmp_path / "a.html", top=3, title="Mine")
+    write_report(ra, tmp_path / "b.html", top=3, title="Mine")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()

@@ -290,13 +290,15 @@ class RACache:
 
         save_cache(self, path)
 
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Write a report, one HTML file; options are those of `ra_lens.report.write_report`."""
+        from ra_lens.report import write_report
+
+        return write_report(self, path, **options)
+
     @staticmethod
     def load(path: str | Path) -> RACache:
-        """Read a cache written by `save`.
-
-        Raises:
-            BadFile: missing, truncated, or not written by ra_lens.
-        """
+        """Read a cache written by `save`; BadFile if missing, truncated, or of something else."""
         from ra_lens.cache_file import load_cache
 
         return load_cache(path)
