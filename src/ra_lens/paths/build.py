@@ -26,8 +26,10 @@ Search = Literal["exact", "beam"]
 _FOLLOW = ("pattern", "more", "less", "abs")
 
 
-def check_options(follow: str, top_beam: int, *, layered: bool) -> None:
-    """Raise if an option that both kinds of trace have is out of range.
+def check_options(
+    follow: str, top_beam: int, *, search: str = "exact", top_k: int | None = None, layered: bool
+) -> None:
+    """Raise if an option is out of range.
 
     Raises:
         BadInput: it is.
@@ -37,6 +39,10 @@ def check_options(follow: str, top_beam: int, *, layered: bool) -> None:
         raise BadInput(f"found follow={follow!r}; give one of {', '.join(map(repr, choices))}.")
     if top_beam < 1:
         raise BadInput(f"found top_beam={top_beam}; ask for at least one path.")
+    if search not in ("exact", "beam"):
+        raise BadInput(f"found search={search!r}; give 'exact' or 'beam'.")
+    if top_k is not None and top_k < 1:
+        raise BadInput(f"found top_k={top_k}; follow at least one step, or None for all.")
 
 
 def one_layer(
@@ -54,10 +60,6 @@ def one_layer(
     attention_mask: Tensor | None = None,
 ) -> TraceResult:
     """Trace through the one layer that an example holds; see `trace_paths`."""
-    if search not in ("exact", "beam"):
-        raise BadInput(f"found search={search!r}; give 'exact' or 'beam'.")
-    if top_k is not None and top_k < 1:
-        raise BadInput(f"found top_k={top_k}; follow at least one step, or None for all.")
     power = read_norm(length_norm)
     start = _start(example, target_pos)
     ((layer, maps),) = example.layers.items()

@@ -109,7 +109,7 @@ def exact_paths(map: Map, start: int, k: int, power: float) -> list[Found]:
     """The k best paths from `start`, best first."""
     n = start + 1
     log = map.log[:n, :n]
-    stuck = ~np.isfinite(log).any(axis=1)
+    stuck = np.asarray(~np.isfinite(log).any(axis=1))
     ends = stuck | map.ends[:n]
     ends[start] = stuck[start]
     if power == 0.0:

@@ -7,7 +7,8 @@ weights is read as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -336,8 +337,8 @@ def _examples(n: int, example: int | None) -> list[int]:
 def _choose(present: Sequence[int], layers: Layers, n_layers: int) -> list[int]:
     if layers is None:
         return list(present)
-    given = list(layers) if hasattr(layers, "__iter__") else [layers]
-    wanted = [int(cast(Any, i)) for i in cast("list[Any]", given)]
+    given = list(layers) if isinstance(layers, Iterable) else [layers]
+    wanted = [operator.index(i) for i in given]
     chosen = [i + n_layers if i < 0 else i for i in wanted]
     if any(i not in present for i in chosen):
         raise BadInput(f"found layers={wanted}; this cache has layers {list(present)}.")

@@ -76,7 +76,7 @@ def trace_paths(
         NotStored: the cache does not hold the maps.
         UnsupportedModel: the model's maps cannot be read.
     """
-    check_options(follow, top_beam, layered=False)
+    check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
     of_weights = isinstance(source, Tensor)  # one layer, whose mask is no padding
     request = Request(
         follow=follow,
@@ -149,7 +149,7 @@ def trace_many(
     Raises:
         BadInput: as `trace_paths`.
     """
-    check_options(follow, top_beam, layered=False)
+    check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
     if isinstance(source, Tensor) and attention_mask is not None:
         raise BadInput("found attention_mask= with a tensor; use trace_paths for each example.")
     request = Request(
