@@ -1,4 +1,4 @@
-"""The same paths and scores as `reverse-attention` 0.1.0 on the same attention, option by option."""
+"""The same paths and scores as `reverse-attention` 0.1.0 on the same attention, each option."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_layers, read_text, unknown_words
+from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.sites import ModelKind, as_lens
 
@@ -56,7 +57,7 @@ def run_prompt(options: Options) -> None:
     check_device(options.device)
     _check_output(options.output)
     for hint in hints(prompt, target, escapes=options.escapes):
-        _warn("note", hint)
+        warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)
     _warn_of_unknown_words(model, prompt)
     with quiet(debug=options.debug):
@@ -68,8 +69,13 @@ def run_prompt(options: Options) -> None:
     if options.output is not None:
         from ra_lens.report import write_report
 
-        command = options.command(prompt, target)
-        written = write_report(ra, options.output, top=min(options.top, 6), command=command)
+        written = write_report(
+            ra,
+            options.output,
+            top=min(options.top, 6),
+            command=options.command(prompt, target),
+            traces=traces_of_run(ra, model, prompt, debug=options.debug),
+        )
     _tell(ra, model, prompt, top=options.top, written=written, as_json=options.as_json)
 
 
@@ -96,13 +102,14 @@ def run_demo(
             refusal = str(error)
     ra = ra.to("cpu")
     sections = () if patched is None else (showcase.as_section(patched),)
-    written = write_report(ra, output, command="ra-lens demo", sections=sections)
+    traces = traces_of_run(ra, model, prompt.text, debug=debug)
+    written = write_report(ra, output, command="ra-lens demo", traces=traces, sections=sections)
     extra: dict[str, object] = {}
     if patched is not None:
         extra["patched"] = showcase.as_json(patched)
     _tell(ra, model, prompt.text, top=6, written=written, as_json=as_json, extra=extra)
     if patched is None:
-        _warn("warning", f"no patched prediction: {refusal}")
+        warn("warning", f"no patched prediction: {refusal}")
     elif not as_json:
         show.print_section(showcase.as_section(patched))
 
@@ -168,8 +175,9 @@ def _warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
         named = ", ".join(map(repr, words[:8])) + (f" and {len(words) - 8} more" * (len(words) > 8))
         unknown = as_lens(model).tokenizer.unk_token
         it = "them" if len(words) > 1 else "it"
-        _warn("warning", f"the model does not know {named}; its tokenizer reads {it} as {unknown}.")
+        warn("warning", f"the model does not know {named}; its tokenizer reads {it} as {unknown}.")
 
 
-def _warn(label: str, text: str) -> None:
+def warn(label: str, text: str) -> None:
+    """Print a line on standard error."""
     typer.echo(f"{label}: {text}", err=True, color=sys.stderr.isatty())

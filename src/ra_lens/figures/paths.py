@@ -125,9 +125,10 @@ def _data(trace: TraceResult) -> dict[str, Any]:
 
 def _beam(trace: TraceResult, beam: TracedPath, text: str) -> dict[str, Any]:
     ids = [_id(*p) for p in zip(boundaries_of(trace, beam), beam.positions, strict=True)]
+    n = len(beam.steps)
     return {
         "text": shorten(text.rpartition(" (score")[0], 400),
-        "note": f"score {beam.score_norm:.4g}, {len(beam.steps)} step{'s' * (len(beam.steps) != 1)}",
+        "note": f"score {beam.score_norm:.4g}, {n} step{'s' * (n != 1)}",
         "nodes": ids,
         "steps": [
             {

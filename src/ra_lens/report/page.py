@@ -11,6 +11,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from ra_lens.figures.paths import paths_assets, paths_fragment
+from ra_lens.paths import TraceResult
+
 # Nothing may be fetched, whatever a figure or a token asks for.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -26,6 +29,8 @@ for (const data of document.querySelectorAll("script.figure")) {
   });
 }
 </script>"""
+
+_PATHS = '<div class="ra-paths">'
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Section:
         paragraphs: Text in front.
         table: After the text.
         figures: After the table; those of one inner tuple stand side by side where there is room.
+        traces: Paths, as one interactive picture with a tab for each.
         notes: Small print at the end.
     """
 
@@ -57,6 +63,7 @@ class Section:
     paragraphs: tuple[str, ...] = ()
     table: Table | None = None
     figures: tuple[tuple[str, tuple[go.Figure, ...]], ...] = ()
+    traces: tuple[TraceResult, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -79,6 +86,7 @@ def page(title: str, body: Sequence[str]) -> str:
             f"<h1>{escape(title)}</h1>",
             *body,
             _DRAW,
+            *([paths_assets()] if any(_PATHS in part for part in body) else []),
             "</body>",
             "</html>",
             "",
@@ -115,6 +123,8 @@ def section(part: Section) -> str:
         lines.append(f"<h3>{escape(heading)}</h3>" if heading else "")
         inner = "".join(map(_figure, figures))
         lines.append(f'<div class="card figures">{inner}</div>')
+    if part.traces:
+        lines.append(paths_fragment(part.traces))
     lines += [f'<p class="soft">{escape(text)}</p>' for text in part.notes]
     return "\n".join([*lines, "</section>"])
 

@@ -19,6 +19,7 @@ from ra_lens.figures.example import check_example, head_of_example
 from ra_lens.figures.maps import largest
 from ra_lens.figures.tokens import shorten, visible
 from ra_lens.files import check_output, write_whole
+from ra_lens.paths import TraceResult
 from ra_lens.report import page
 from ra_lens.report.page import Section, Table
 
@@ -51,6 +52,7 @@ def write_report(
     sign: Sign = "descent",
     title: str | None = None,
     command: str | None = None,
+    traces: Sequence[TraceResult] = (),
     sections: Sequence[Section] = (),
 ) -> Path:
     """Write what a cache holds as one self-contained HTML file.
@@ -63,6 +65,7 @@ def write_report(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         title: Heading. Default: names the model.
         command: The command that made the run, to be told at the end.
+        traces: Paths from `ra_lens.paths` to show, a tab each.
         sections: More parts, in plain text, put before the end.
 
     Returns:
@@ -78,7 +81,7 @@ def write_report(
         raise BadInput(f"found top={top}; give the number of heads to show, at least 1.")
     heads = ra.top_heads(top)
     parts = [_grid(ra, top=max(top, 10)), _table(ra, heads, example)]
-    parts += [_maps(ra, heads, example, sign), *sections, _made(command)]
+    parts += [_maps(ra, heads, example, sign), *_paths(traces), *sections, _made(command)]
     body = [page.prompt(prompt_tokens(ra, example)), page.facts(run_facts(ra, example))]
     body += [page.section(part) for part in parts]
     return write_whole(
@@ -181,6 +184,21 @@ def _maps(ra: RACache, heads: Sequence[HeadScore], example: int, sign: Sign) -> 
         figures=figures,
         notes=cut if length > _MAX_TOKENS else (),
     )
+
+
+def _paths(traces: Sequence[TraceResult]) -> list[Section]:
+    if not traces:
+        return []
+    return [
+        Section(
+            "Paths to the last token",
+            (
+                "Traced backwards, from the token after which the answer is read to where what it "
+                "knows came from. Scores are sums of log weights: closer to 0, more weight.",
+            ),
+            traces=tuple(traces),
+        )
+    ]
 
 
 def _made(command: str | None) -> Section:
