@@ -33,6 +33,8 @@ from jaxtyping import Bool, Float
 
 from ra_lens.errors import BadInput
 
+_BLOCK = 64
+
 Found = tuple[list[int], float]
 """Positions of a path from the target on, and its score S."""
 
@@ -132,12 +134,16 @@ def _rest_by_steps(log: np.ndarray, ends: np.ndarray) -> np.ndarray:
     n = len(log)
     table = np.full((n, n), -np.inf)
     table[0, ends] = 0.0
-    room = np.empty_like(log)
+    # Some rows at a time: sums stay in the processor's cache, and few lie above the diagonal.
+    blocks = [(p, min(p + _BLOCK, n)) for p in range(0, n, _BLOCK)]
+    sums = np.empty((_BLOCK, n))
     for r in range(1, n):
         # r steps back from p need p >= r, and leave a position with r - 1 steps to go.
-        part = room[r:, r - 1 :]
-        np.add(log[r:, r - 1 :], table[r - 1, r - 1 :], out=part)
-        np.max(part, axis=1, out=table[r, r:])
+        for first, after in blocks[r // _BLOCK :]:
+            top = max(first, r)
+            part = sums[: after - top, : after - r]
+            np.add(log[top:after, r - 1 : after - 1], table[r - 1, r - 1 : after - 1], out=part)
+            np.max(part, axis=1, out=table[r, top:after])
         table[r, ends] = -np.inf
         if not np.isfinite(table[r]).any():
             return table[:r]

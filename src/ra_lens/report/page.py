@@ -55,16 +55,16 @@ class Section:
         paragraphs: Text in front.
         table: After the text.
         figures: After the table; those of one inner tuple stand side by side where there is room.
-        traces: Paths, as one interactive picture with a tab for each.
         notes: Small print at the end.
+        traces: Paths, as one interactive picture with a tab for each, before the notes.
     """
 
     title: str
     paragraphs: tuple[str, ...] = ()
     table: Table | None = None
     figures: tuple[tuple[str, tuple[go.Figure, ...]], ...] = ()
-    traces: tuple[TraceResult, ...] = ()
     notes: tuple[str, ...] = ()
+    traces: tuple[TraceResult, ...] = ()
 
 
 def page(title: str, body: Sequence[str]) -> str:
