@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+import arch_models
 from ra_lens import RACache, run_with_ra, trace_paths
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.paths import trace_layers, trace_many
+from ra_lens.sites import load_folder
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids
 
 PROMPT = "w5 w7 w9 w4 w6"
@@ -174,3 +177,34 @@ def test_mistakes_are_named(shared: Any, call: Any, error: Any, message: str) ->
     with pytest.raises(error) as caught:
         call(model, ra)
     assert message in str(caught.value)
+
+
+BRIDGE = "TransformerBridge"
+
+
+@pytest.mark.skipif(BRIDGE not in KINDS, reason="TransformerLens 2 has no bridge")
+def test_what_cannot_be_traced_through_all_layers_is_refused(tmp_path: Path) -> None:
+    ids = random_ids(6).clamp(max=12)
+
+    def load(arch: str) -> Any:
+        if not arch_models.has(arch):
+            pytest.skip(f"this transformers does not know {arch}")
+        folder = tmp_path / arch
+        folder.mkdir()
+        return load_folder(arch_models.write(arch, folder), kind=BRIDGE, device="cpu")
+
+    bart, bert, odd = load("bart"), load("bert"), load("gemma4")
+    for follow in ("pattern", "more"):
+        with pytest.raises(UnsupportedModel, match="attends to later tokens"):
+            trace_layers(bart, ids, follow=follow)
+        with pytest.raises(UnsupportedModel, match="part of a decoder beside an encoder"):
+            trace_paths(bart, ids, follow=follow)
+    _, ra = run_with_ra(bart, ids, target=5)
+    found = trace_paths(ra, follow="abs", layer=0)
+    assert same(found, trace_paths(ra["ra", 0], follow="abs"))
+    with pytest.raises(UnsupportedModel, match="trace_paths follows one layer of it"):
+        trace_layers(bert, ids)
+    assert all(step.key < step.query for b in trace_paths(bert, ids).beams for step in b.steps)
+    with pytest.raises(UnsupportedModel, match="norm of what its heads write is not known"):
+        trace_layers(odd, ids)
+    assert trace_layers(odd, ids, follow="pattern").beams

@@ -13,7 +13,7 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_text
-from ra_lens.errors import BadInput, RALensError, UnsupportedModel
+from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import check_output
 from ra_lens.paths import TraceResult, trace_layers, trace_paths
 from ra_lens.paths.result import Follow
@@ -128,7 +128,7 @@ def traces_of_run(ra: RACache, model: nn.Module, prompt: str, *, debug: bool) ->
         for follow in ("value_norm", "pattern"):
             try:
                 one = trace_layers(model, prompt, layers=layers, follow=cast(Follow, follow))
-            except (UnsupportedModel, BadInput):  # norms not shown, or a prompt of one token
+            except RALensError:  # norms not shown, or nothing moves in a prompt of one token
                 continue
             found.append(one)
             break

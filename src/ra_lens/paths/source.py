@@ -63,6 +63,7 @@ class Request:
     bos_token_id: int | None = None
     batch_size: int | None = None
     example: int | None = None
+    through_layers: bool = False
 
 
 def read_source(source: Source, prompts: Any, request: Request) -> list[Example]:
@@ -112,6 +113,7 @@ def _read(lens: Lens, prompts: Any, request: Request) -> Prompts:
 
 
 def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
+    _check_sites(lens.choose_layers(request.layers), request, lens.name)
     read = _read(lens, prompts, request)
     _, bound = bind(as_objective(request.target, request.metric), lens, read, None)
     _, cache = run_with_ra(
@@ -136,6 +138,7 @@ def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
 def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
     lens.refuse_dropout()
     sites = lens.choose_layers(request.layers)
+    _check_sites(sites, request, lens.name)
     values = request.follow == "value_norm"
     found: list[Example] = []
     for _, part in _read(lens, prompts, request).batches(request.batch_size):
@@ -171,7 +174,7 @@ def _hooks(
 ) -> list[tuple[str, Callable[..., None]]]:
     names = {"pattern": site.pattern_name}
     if values:
-        names |= writing_names(lens, site) | {"x": lens.block_input_name(site.layer)}
+        names |= writing_names(lens, site) | {"x": lens.block_input_name(site)}
 
     def look(what: str) -> Callable[..., None]:
         def hook_function(x: Tensor, hook: Any) -> None:  # noqa: ARG001  passed by name
@@ -189,6 +192,21 @@ def _check_seen(lens: Lens, seen: dict[int, dict[str, Tensor]]) -> None:
                 f"hook_pattern of layer {layer} of {lens.name} did not fire, so there is nothing "
                 "to trace. The model probably runs fused attention: load it with "
                 "attn_implementation='eager'."
+            )
+
+
+def _check_sites(sites: dict[int, Site], request: Request, name: str) -> None:
+    for site in sites.values():
+        if site.cross or site.query_side != "input":
+            raise UnsupportedModel(
+                f"paths run through tokens of one text, and {site.label} of {name} is part of a "
+                "decoder beside an encoder. Of such models trace_paths follows a layer of the "
+                "encoder, from the RACache that run_with_ra gives."
+            )
+        if request.through_layers and not site.causal:
+            raise UnsupportedModel(
+                f"{site.label} of {name} also attends to later tokens; trace_layers is for models "
+                "that do not. trace_paths follows one layer of it, to earlier tokens."
             )
 
 
@@ -215,6 +233,7 @@ def _from_cache(cache: RACache, request: Request) -> list[Example]:
     kind = "ra" if request.follow in GRADIENT else "pattern"
     n_layers = cache.info.n_layers or cache.layers[-1] + 1
     layers = _choose(cache.layers, request.layers, n_layers)
+    _check_sites({layer: cache.sites[layer] for layer in layers}, request, cache.info.model_name)
     maps = {layer: cache[kind, layer] for layer in layers}
     found: list[Example] = []
     for i in _examples(cache.batch_size, request.example):

@@ -229,6 +229,7 @@ def trace_layers(
     request = Request(
         follow=follow,
         layers=layers,
+        through_layers=True,
         target=target,
         metric=metric,
         attention_mask=attention_mask,
@@ -285,6 +286,7 @@ def trace_layers_many(
     request = Request(
         follow=follow,
         layers=layers,
+        through_layers=True,
         target=target,
         metric=metric,
         attention_mask=attention_mask,

@@ -31,10 +31,10 @@ def writing_names(lens: Lens, site: Site) -> dict[str, str]:
     names = {"v": site.value_name, "z": site.z_name}
     names["out"] = next((name for name in outputs if name in lens.hook_points), outputs[-1])
     missing = [name for name in names.values() if name not in lens.hook_points]
-    if missing:
+    if site.values is None or missing:
         raise UnsupportedModel(
-            f"{lens.name} has no hook point {missing[0]!r}, so the norm of what its heads write is "
-            f"not known. {_INSTEAD}"
+            f"{lens.name} does not show {'values' if site.values is None else missing[0]} at layer "
+            f"{site.layer}, so the norm of what its heads write is not known. {_INSTEAD}"
         )
     return names
 
@@ -54,7 +54,10 @@ def written_norms(
         UnsupportedModel: z is not A·v, or the layer's output is not Σ z W_O + b_O.
     """
     attn: Any = lens.module.get_submodule(site.prefix)
-    weights: Any = getattr(attn, "W_O", None)
+    try:
+        weights: Any = getattr(attn, "W_O", None)
+    except (ValueError, RuntimeError):  # TransformerBridge, where layers differ in their heads
+        weights = None
     d_head = 0 if not isinstance(weights, Tensor) or weights.ndim != 3 else weights.shape[1]
     if not d_head or weights.shape[0] != site.n_heads:
         raise UnsupportedModel(
