@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ra_lens.heads import rank_heads
     from ra_lens.hooks import get_ra_caching_hooks
     from ra_lens.patching import patch_hooks
+    from ra_lens.paths import trace_paths
     from ra_lens.run import run_with_ra
     from ra_lens.sites import load_model
     from ra_lens.tasks import load_task
@@ -30,6 +31,7 @@ _HOMES = {
     "perturbation_test": "ra_lens.experiments",
     "rank_heads": "ra_lens.heads",
     "run_with_ra": "ra_lens.run",
+    "trace_paths": "ra_lens.paths",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "perturbation_test",
     "rank_heads",
     "run_with_ra",
+    "trace_paths",
 ]
 
 

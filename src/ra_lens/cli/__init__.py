@@ -1,4 +1,4 @@
-"""The command line, a thin shell over the package: `ra-lens run`, `demo` and the experiments.
+"""The command line, a thin shell over the package: `run`, `demo`, `check`, `trace` and more.
 
 Results go to standard output, warnings and errors to standard error. Exit code 0: done; 2: the
 input cannot be used, as one line `error: ...`; 3: `check` found a problem; 1: anything unexpected.
@@ -25,6 +25,7 @@ from ra_lens.cli.options import (
     ModelOption,
     reported,
 )
+from ra_lens.cli.trace import trace
 
 app = typer.Typer(
     name="ra-lens",
@@ -176,3 +177,4 @@ def _say(wanted: bool) -> bool:
 
 
 register(app)
+app.command()(trace)

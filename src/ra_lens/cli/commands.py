@@ -16,6 +16,7 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_layers, read_text, unknown_words
+from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.sites import ModelKind, as_lens
 
@@ -67,7 +68,7 @@ def run_prompt(options: Options) -> None:
         for hint in hints(prompt, target, escapes=options.escapes)
     ]
     for hint in dict.fromkeys(slips):
-        _warn("note", hint)
+        warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)
     _warn_of_unknown_words(model, "\n".join(prompts))
     target = None if not targets else targets[0] if len(targets) == 1 else targets
@@ -87,9 +88,16 @@ def run_prompt(options: Options) -> None:
             except UnsupportedModel as error:  # its patterns can be read but not edited
                 refusal = str(error)
         command = options.command(prompts, targets)
-        written = write_report(ra, options.output, command=command, patched=patched)
+        alone = len(prompts) == 1  # paths are of one prompt
+        written = write_report(
+            ra,
+            options.output,
+            command=command,
+            patched=patched,
+            traces=traces_of_run(ra, model, prompts[0], debug=options.debug) if alone else (),
+        )
         if refusal is not None:
-            _warn("warning", f"no patched prediction: {refusal}")
+            warn("warning", f"no patched prediction: {refusal}")
     _tell(ra, model, prompts, top=options.top, written=written, as_json=options.as_json)
 
 
@@ -134,13 +142,20 @@ def run_demo(
     sections = () if patched is None else (showcase.as_section(patched),)
     with quiet(debug=debug):
         own = () if patched is None else _patched(model, prompt.text, ra, prompt.answer)
-    written = write_report(ra, output, command="ra-lens demo", sections=sections, patched=own)
+    written = write_report(
+        ra,
+        output,
+        command="ra-lens demo",
+        sections=sections,
+        patched=own,
+        traces=traces_of_run(ra, model, prompt.text, debug=debug),
+    )
     extra: dict[str, object] = {}
     if patched is not None:
         extra["patched"] = showcase.as_json(patched)
     _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
     if patched is None:
-        _warn("warning", f"no patched prediction: {refusal}")
+        warn("warning", f"no patched prediction: {refusal}")
     elif not as_json:
         show.print_section(showcase.as_section(patched))
 
@@ -214,8 +229,9 @@ def _warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
         named = ", ".join(map(repr, words[:8])) + (f" and {len(words) - 8} more" * (len(words) > 8))
         unknown = as_lens(model).tokenizer.unk_token
         it = "them" if len(words) > 1 else "it"
-        _warn("warning", f"the model does not know {named}; its tokenizer reads {it} as {unknown}.")
+        warn("warning", f"the model does not know {named}; its tokenizer reads {it} as {unknown}.")
 
 
-def _warn(label: str, text: str) -> None:
+def warn(label: str, text: str) -> None:
+    """Print a line on standard error."""
     typer.echo(f"{label}: {text}", err=True, color=sys.stderr.isatty())

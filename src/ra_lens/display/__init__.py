@@ -1,5 +1,5 @@
 """What figures, the report and the command line have in common, without plotly.
 
 Tokens as labels, one head's maps on one example, names and colours of methods, numbers in few
-characters. Nothing here draws.
+characters; and paths, as a picture of its own.
 """

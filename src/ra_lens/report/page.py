@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ra_lens.paths import TraceResult
 
 # Figures are drawn once the page around them has its final layout, each from the data beside it.
 _DRAW = """for (const data of document.querySelectorAll("script.figure")) {
@@ -26,6 +29,7 @@ _DRAW = """for (const data of document.querySelectorAll("script.figure")) {
 }"""
 # What a parser would drop or replace, and what UTF-8 cannot write.
 _UNREADABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_PATHS = '<div class="ra-paths">'
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Section:
         figures: After the table, plotly figures under headings; those of one inner tuple stand side
             by side where there is room.
         notes: Small print at the end.
+        traces: Paths, as one interactive picture with a tab for each, before the notes.
     """
 
     title: str
@@ -59,6 +64,7 @@ class Section:
     table: Table | None = None
     figures: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     notes: tuple[str, ...] = ()
+    traces: tuple[TraceResult, ...] = ()
 
 
 def page(title: str, body: Sequence[str], *, script: str | None = None) -> str:
@@ -76,6 +82,12 @@ def page(title: str, body: Sequence[str], *, script: str | None = None) -> str:
 
         head.append(get_plotlyjs())
         scripts.append(_DRAW)
+    styles = [resource("page.css")]
+    if any(_PATHS in part for part in body):
+        from ra_lens.display.paths import paths_script, paths_style
+
+        styles.append(paths_style())
+        scripts.append(paths_script())
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, [*head, *scripts])) or _NONE}; "
         "style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
@@ -89,7 +101,7 @@ def page(title: str, body: Sequence[str], *, script: str | None = None) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{escape(policy, quote=False)}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{text(title)}</title>",
-            f"<style>\n{resource('page.css')}</style>",
+            *[f"<style>\n{one}</style>" for one in styles],
             *[f"<script>{one}</script>" for one in head],
             "</head>",
             "<body>",
@@ -156,6 +168,10 @@ def section(part: Section) -> str:
         lines.append(f"<h3>{text(heading)}</h3>" if heading else "")
         inner = "".join(map(_figure, figures))
         lines.append(f'<div class="card figures">{inner}</div>')
+    if part.traces:
+        from ra_lens.display.paths import paths_fragment
+
+        lines.append(paths_fragment(part.traces))
     lines += map(note, part.notes)
     return "\n".join([*lines, "</section>"])
 

@@ -20,6 +20,7 @@ from ra_lens.display.run import model_facts
 from ra_lens.display.tokens import shorten, visible
 from ra_lens.errors import BadInput
 from ra_lens.files import check_output, write_whole
+from ra_lens.paths import TraceResult
 from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
 from ra_lens.report.page import Section, Table
@@ -52,6 +53,7 @@ def write_report(
     sign: Sign = "descent",
     title: str | None = None,
     command: str | None = None,
+    traces: Sequence[TraceResult] = (),
     sections: Sequence[Section] = (),
     patched: Sequence[PatchedPrompt] = (),
     max_tokens: int = 256,
@@ -67,6 +69,7 @@ def write_report(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         title: Heading. Default: names the model.
         command: The command that made the run, to be told at the end.
+        traces: Paths from `ra_lens.paths` to show, a tab each.
         sections: More parts, in plain text, put before the end.
         patched: What each example predicts before and after a patch, from `patched_predictions`.
         max_tokens: Of a longer prompt the maps show the last so many tokens.
@@ -106,7 +109,7 @@ def write_report(
         page.facts(model_facts(ra)),
         explorer(ra, shown, sign=sign, top=top, patched=patched),
         _table(ra, shown.heads[:top], shown),
-        *map(page.section, sections),
+        *map(page.section, [*_paths(traces), *sections]),
         page.section(Section("How to read the maps", (_READ[sign], _ALWAYS))),
         page.section(_made(command)),
     ]
@@ -136,6 +139,21 @@ def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:
         of = " of the first prompt" if len(shown.examples) > 1 else ""
         notes = (f"Norms are means over {ra.batch_size} prompts; the entries are those{of} shown.",)
     return page.section(Section("Top heads", table=Table(columns, tuple(rows)), notes=notes))
+
+
+def _paths(traces: Sequence[TraceResult]) -> list[Section]:
+    if not traces:
+        return []
+    return [
+        Section(
+            "Paths to the last token",
+            (
+                "Traced backwards, from the token after which the answer is read to where what it "
+                "knows came from. Scores are sums of log weights: closer to 0, more weight.",
+            ),
+            traces=tuple(traces),
+        )
+    ]
 
 
 def _made(command: str | None) -> Section:

@@ -1,0 +1,166 @@
+"""From maps to the weights of steps.
+
+One layer, heads put together by mean, by maximum, or one head taken:
+
+* `pattern`: w = A.
+* `more`: (−R)₊, where descent wants more attention; `less`: (R)₊; `abs`: |R|. The part is taken
+  head by head, so that heads which want opposite things do not cancel. Gradients have no scale of
+  their own: they are divided by the largest sum of a row, so that w is a share of the strongest
+  pull on any token, and a path does not depend on a factor in the loss.
+
+Across layers, per head, with the residual connection beside them (ρ):
+
+* `value_norm`: s = A·‖v_k W_O^h‖ and ‖x_q‖, the norm of the stream, divided by their sum.
+* `pattern`: A / heads, ρ = ½: what attention rollout takes (Abnar & Zuidema 2020).
+* `more`, `less`, `abs`: divided by the largest sum of any token in any layer; ρ is what is missing
+  to 1. A token that the gradient does not move keeps what it has.
+
+`residual=` gives ρ a fixed value instead; heads then share 1 − ρ in proportion. So what arrives at
+a node is divided among where it came from: weights sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from ra_lens.errors import BadInput
+from ra_lens.paths.result import Follow
+
+GRADIENT = ("more", "less", "abs")
+
+
+def part(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """What of a map is followed, not negative: A itself, or a part of R."""
+    if follow == "more":
+        return np.maximum(-maps, 0.0)
+    if follow == "less":
+        return np.maximum(maps, 0.0)
+    return np.abs(maps) if follow == "abs" else maps
+
+
+def signed(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """What is told of a step: A, or −R (positive where descent wants more)."""
+    return -maps if follow in GRADIENT else maps
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """One layer's map, heads put together.
+
+    Attributes:
+        weights: Of steps; not negative.
+        values: A, or −R where it is followed, its sign that of the heads together.
+    """
+
+    weights: Float[np.ndarray, "query key"]
+    values: Float[np.ndarray, "query key"]
+
+
+def aggregate(
+    maps: Float[np.ndarray, "head query key"], follow: Follow, agg_heads: str | int
+) -> Aggregated:
+    """Put the heads of a layer together.
+
+    Raises:
+        BadInput: no such way, or no such head.
+    """
+    parts, shown = part(follow, maps), signed(follow, maps)
+    if isinstance(agg_heads, int) and not isinstance(agg_heads, bool):
+        if not -len(maps) <= agg_heads < len(maps):
+            raise BadInput(
+                f"found agg_heads={agg_heads}; this layer has heads 0 to {len(maps) - 1}."
+            )
+        weights, values = parts[agg_heads], shown[agg_heads]
+    elif agg_heads == "mean":
+        weights, values = parts.mean(axis=0), shown.mean(axis=0)
+    elif agg_heads == "max":
+        winner = parts.argmax(axis=0)[None]
+        weights, values = (np.take_along_axis(x, winner, axis=0)[0] for x in (parts, shown))
+    else:
+        raise BadInput(f"found agg_heads={agg_heads!r}; give 'mean', 'max' or the index of a head.")
+    if follow in GRADIENT:
+        values = np.where(values < 0, -1.0, 1.0) * weights if follow == "abs" else (
+            weights if follow == "more" else -weights
+        )  # fmt: skip
+        strongest = float(np.tril(weights, k=-1).sum(axis=1).max(initial=0.0))
+        weights = weights / (strongest or 1.0)
+    return Aggregated(weights, values)
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """What one layer did with one prompt.
+
+    Attributes:
+        maps: A or R.
+        written: ‖v_k W_O^h‖, for `value_norm`.
+        stream: ‖x_q‖ in front of the layer, for `value_norm`.
+    """
+
+    maps: Float[np.ndarray, "head query key"]
+    written: Float[np.ndarray, "head key"] | None = None
+    stream: Float[np.ndarray, "pos"] | None = None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of one layer's steps; from each query they sum to 1.
+
+    Attributes:
+        heads: Through the heads.
+        residual: Along the residual connection.
+        values: What the map says, for each step through a head.
+    """
+
+    heads: Float[np.ndarray, "head query key"]
+    residual: Float[np.ndarray, "pos"]
+    values: Float[np.ndarray, "head query key"]
+
+
+def across_layers(
+    layers: Sequence[LayerMaps], follow: Follow, residual: float | None
+) -> list[LayerWeights]:
+    """Weights of all layers' steps.
+
+    Raises:
+        BadInput: a residual that is no share, or a gradient that is zero everywhere.
+    """
+    if residual is not None and not 0.0 <= residual < 1.0:
+        raise BadInput(
+            f"found residual={residual}; give the share of the residual connection, at least 0 "
+            "and below 1, or None for what the measure itself says."
+        )
+    raw = [_strength(layer, follow) for layer in layers]
+    sums = [strength.sum(axis=(0, 2)) for strength in raw]
+    largest = max(float(total.max(initial=0.0)) for total in sums)
+    if largest <= 0.0:
+        raise BadInput(
+            f"found nothing to follow: follow={follow!r} is 0 in every head of these layers. Take "
+            "other layers, another target, or follow='pattern'."
+        )
+    found: list[LayerWeights] = []
+    for layer, strength, total in zip(layers, raw, sums, strict=True):
+        if residual is None and follow == "value_norm" and layer.stream is not None:
+            whole = total + layer.stream
+        elif residual is None and follow in GRADIENT:
+            whole = np.full_like(total, largest)
+        else:
+            share = 0.5 if residual is None else residual
+            whole = total / (1.0 - share)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            heads = np.where(total[:, None] > 0, strength / whole[:, None], 0.0)
+            stays = np.where(total > 0, 1.0 - total / whole, 1.0)
+        values = strength if follow == "value_norm" else signed(follow, layer.maps)
+        found.append(LayerWeights(heads, np.clip(stays, 0.0, 1.0), values))
+    return found
+
+
+def _strength(layer: LayerMaps, follow: Follow) -> Float[np.ndarray, "head query key"]:
+    if follow == "value_norm" and layer.written is not None:
+        return layer.maps * layer.written[:, None, :]
+    strength = part(follow, layer.maps)
+    return strength / len(strength) if follow == "pattern" else strength

@@ -1,0 +1,91 @@
+"""`ra-lens trace`: what it prints and writes, and which options go together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ra_lens import trace_paths
+from ra_lens.cli import app
+from ra_lens.paths import trace_layers
+from tiny_models import KINDS
+
+PROMPT = "w5 w7 w9 w4 w6"
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Callable[..., Path]) -> str:
+    return str(folder("gpt2"))
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["trace", *arguments])
+
+
+def test_it_prints_the_paths_in_words(tiny: str, shared: Any) -> None:
+    result = call("-m", tiny, "-p", PROMPT, "--top", "3")
+    assert (result.exit_code, result.stderr) == (0, "")
+    wanted = trace_layers(shared("gpt2", KINDS[0]), PROMPT, top_beam=3)
+    flat = " ".join(result.stdout.split())
+    for text in wanted.paths_text:
+        assert text.rpartition(" (score")[0] in flat
+    labels = ", ".join(f"L{layer}H{head}" for layer, head in wanted.heads(3))
+    assert f"Heads on these paths: {labels}" in flat
+
+
+def test_options_reach_the_trace(tiny: str, shared: Any) -> None:
+    result = call(
+        "-m", tiny, "-p", PROMPT, "--layer", "1", "--target-pos", "4", "--follow", "more", "-t",
+        " w8", "--search", "beam", "--top-k", "3", "--min-attn", "0.01", "--agg-heads", "max",
+        "--length-norm", "sqrt", "--json",
+    )  # fmt: skip
+    wanted = trace_paths(
+        shared("gpt2", KINDS[0]), PROMPT, layer=1, target_pos=4, follow="more", target=" w8",
+        search="beam", top_k=3, min_attn=0.01, agg_heads="max", length_norm="sqrt",
+    )  # fmt: skip
+    found = json.loads(result.stdout)
+    assert found["metadata"] == json.loads(wanted.to_json())["metadata"]
+    assert [b["positions"] for b in found["beams"]] == [list(b.positions) for b in wanted.beams]
+
+
+def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "paths.html"
+    result = call("-m", tiny, "-p", PROMPT, "--layer=-1", "-o", str(path))
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == f"Paths: {path}"
+    assert '<div class="ra-paths">' in path.read_text(encoding="utf-8")
+
+
+def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    arguments = ["run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    text = path.read_text(encoding="utf-8")
+    assert "Paths to the last token" in text
+    assert text.count('"title": "All layers: ') == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "3"], "--top-k, which is for one layer"),
+        (["--length-norm", "sqrt"], "--length-norm, which is for one layer"),
+        (["--layer", "last"], "--layer last; give a number or all"),
+        (["--layer", "1", "--residual", "0.5"], "--residual with one layer"),
+        (["--layer", "1", "--agg-heads", "sum"], "--agg-heads sum; give mean, max"),
+        (["--layer", "1", "--follow", "value_norm"], "--follow value_norm with one layer"),
+        (["-o", "/nowhere/paths.html"], "no folder"),
+        (["--target-pos", "77"], "target_pos=77"),
+    ],
+)
+def test_mistakes_are_one_line(tiny: str, arguments: list[str], message: str) -> None:
+    result = call("-m", tiny, "-p", PROMPT, *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
