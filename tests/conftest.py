@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,20 +85,15 @@ def reference(folder: Callable[..., Path]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of a Chrome or Chromium; skips where there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    found = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip("no Chrome or Chromium on this machine (Debian: apt install chromium)")
-    return found
+    from browser import need_chromium
+
+    return need_chromium()
 
 
 @pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Any]:
+def browser() -> Iterator[Any]:
     """A headless Chromium, driven by Playwright."""
-    from playwright.sync_api import sync_playwright
+    from browser import browser as started
 
-    with sync_playwright() as playwright:
-        # The sandbox needs rights that containers rarely give.
-        driven = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with started() as driven:
         yield driven
-        driven.close()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import typer
 from rich.console import Console
 from rich.text import Text
 from torch import nn
@@ -121,22 +122,29 @@ def _tell(found: TraceResult) -> None:
 
 
 def traces_of_run(ra: RACache, model: nn.Module, prompt: str, *, debug: bool) -> list[TraceResult]:
-    """Traces that the report of a run shows: by norm of what is written, and by the gradient."""
+    """Traces that the report of a run shows: by norm of what is written, and by the gradient.
+
+    What cannot be traced is left out, and said on standard error where that is everything.
+    """
     found: list[TraceResult] = []
+    reason = ""
     layers = ra.layers
     with quiet(debug=debug):
         for follow in ("value_norm", "pattern"):
             try:
                 one = trace_layers(model, prompt, layers=layers, follow=cast(Follow, follow))
-            except RALensError:  # norms not shown, or nothing moves in a prompt of one token
+            except RALensError as error:  # norms not shown, or one token, where nothing moves
+                reason = str(error)
                 continue
             found.append(one)
             break
         try:
             last = len((ra.info.str_tokens or [()])[0]) - 1 - _answer(ra)
             found.append(trace_layers(ra, follow="abs", target_pos=last))
-        except RALensError:  # nothing moves: a prompt of one token
-            pass
+        except RALensError as error:
+            reason = str(error)
+    if not found:
+        typer.echo(f"note: the report shows no paths: {reason}", err=True)
     return found
 
 
