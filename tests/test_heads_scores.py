@@ -109,7 +109,7 @@ def test_what_ranks_nothing_is_refused():
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows=TABLES, factor=st.sampled_from([0.5, 2.0, 1024.0]))
+@given(rows=TABLES, factor=st.sampled_from([2.0, 1024.0]))
 def test_an_order_is_a_permutation_that_reversing_twice_and_scaling_leave(rows, factor):
     scores = made(rows)
     every = [(layer, head) for layer in range(len(rows)) for head in range(len(rows[0]))]
@@ -121,6 +121,7 @@ def test_an_order_is_a_permutation_that_reversing_twice_and_scaling_leave(rows, 
     assert order == sorted(every, key=lambda cell: (-rows[cell[0]][cell[1]], cell))
     assert scores.reversed().order() == order[::-1]
     assert scores.reversed().reversed().order() == order
+    # By powers of 2 upwards, which round nothing; halving the smallest numbers would.
     assert made([[factor * x for x in row] for row in rows]).order() == order
     for n in range(len(order) + 1):
         kept = scores.keep_mask(n)
