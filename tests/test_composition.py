@@ -221,7 +221,8 @@ def test_a_hook_sees_the_pattern_that_it_would_see_without_us(arch, kind, shared
     run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook])
     with torch.no_grad():
         model.run_with_hooks(IDS, fwd_hooks=[hook])
-    assert torch.equal(seen[0], seen[1])
+    # A run spells some functions in fewer steps, so the last bit may differ.
+    torch.testing.assert_close(seen[0], seen[1], rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)

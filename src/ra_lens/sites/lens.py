@@ -19,7 +19,6 @@ from typing import Any, Literal, SupportsIndex
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.sites.facts import processing_problems, remarks
@@ -30,8 +29,10 @@ from ra_lens.sites.guards import (
     refuse_dropout,
     refuse_inference_mode,
 )
+from ra_lens.sites.lean import lean
 from ra_lens.sites.plain import huggingface_logits, weights_processed
 from ra_lens.sites.reader import Reader
+from ra_lens.sites.reading import reading_at
 from ra_lens.sites.site import Site, spell_layers
 
 # Whether hook_pattern is only observed at a layer, as shown by an earlier run of the same model.
@@ -264,36 +265,40 @@ class Lens(Reader):
 
     @contextmanager
     def reading(self, positions: Int[Tensor, "batch read"] | None) -> Generator[None, None, None]:
-        """Unembed only at `positions` while the context is open (None: everywhere).
+        """Compute logits only at `positions` while the context is open (None: everywhere).
 
-        The final normalisation and everything before it still see every position; the logits that
-        come back are [batch, read, d_vocab].
+        They come back as [batch, read, d_vocab]. See `ra_lens.sites.reading`.
         """
         if positions is None:
             yield
             return
 
-        def gather(x: Tensor) -> Tensor:
-            index = positions.to(x.device)
-            rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-            return x[rows, index]
-
-        def before_module(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (gather(args[0]), *args[1:])
-
-        def after_point(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return gather(output)
-
-        handle: RemovableHandle
-        point = self.hook_points.get("unembed.hook_in")
-        if point is not None:  # TransformerBridge
-            handle = point.register_forward_hook(after_point)
-        else:
-            handle = self._model.unembed.register_forward_pre_hook(before_module)
-        try:
+        with reading_at(self._model, self.hook_points, positions):
             yield
-        finally:
-            handle.remove()
+
+    def lean(self) -> AbstractContextManager[None]:
+        """Compute some functions in fewer steps; see `ra_lens.sites.lean`."""
+        return lean(self._roots)
+
+    @property
+    def _roots(self) -> list[nn.Module]:
+        inside = getattr(self._model, "original_model", None)  # which a bridge does not register
+        return [self.module, *([inside] if isinstance(inside, nn.Module) else [])]
+
+    def blocks_from(self, layer: int) -> list[nn.Module]:
+        """Modules of the blocks from that of attention layer `layer` on, in running order.
+
+        Raises:
+            UnsupportedModel: blocks that run more than once.
+        """
+        sites = [site for i, site in self.sites.items() if i >= layer]
+        if any(site.repeated for site in sites):
+            raise UnsupportedModel(
+                f"{self.name} runs its blocks several times in one forward pass, and the maps are "
+                "those of the last time, which recomputing would mix up. Leave recompute=True out."
+            )
+        names = dict.fromkeys(site.block for site in sites)
+        return [self._model.get_submodule(name) for name in names]
 
     def block_input_name(self, site: Site) -> str:
         """Name of the hook point that carries the residual stream into the block of a site."""
@@ -309,9 +314,7 @@ class Lens(Reader):
         The graph then begins at the first attention layer asked for and holds nothing that only a
         parameter's gradient would need; `.grad` cannot be touched.
         """
-        inside = getattr(self._model, "original_model", None)  # which a bridge does not register
-        roots = [self.module, *([inside] if isinstance(inside, nn.Module) else [])]
-        owners = {id(m): m for root in roots for m in nn.Module.modules(root)}.values()
+        owners = {id(m): m for root in self._roots for m in nn.Module.modules(root)}.values()
         # By name: a module that is offloaded gets a new parameter each time that it is used.
         live = [
             (module, name)

@@ -1,0 +1,82 @@
+"""What a run computes in fewer steps than the model does.
+
+* `gelu_new` is written as eight operations in Hugging Face and TransformerLens, layer norm as eight
+  in HookedTransformer, and a backward pass keeps most of what comes between. torch has each in one.
+* HookedTransformer copies its unembedding in every forward pass, for the rounding of bfloat16.
+
+The functions are the same, so results differ by rounding. In half precision the model's own steps,
+each of which rounds, are kept; so are those with a hook in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Function = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def lean(roots: list[nn.Module]) -> Generator[None, None, None]:
+    """Run the modules in `roots` with the functions that have a faster equal, in the context."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for module in {id(m): m for root in roots for m in nn.Module.modules(root)}.values():
+            found = _fused(module)
+            if found is not None:
+                undo.append(_replace(module, *found))
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _fused(module: Any) -> tuple[str, Function] | None:
+    """Attribute of a module that has a faster equal, and that equal."""
+    kind = type(module)
+    if kind.__name__ == "NewGELUActivation":  # transformers
+        return "forward", partial(functional.gelu, approximate="tanh")
+    if not kind.__module__.startswith("transformer_lens.components"):
+        return None
+    if getattr(vars(module).get("act_fn"), "__name__", "") == "gelu_new":
+        return "act_fn", partial(functional.gelu, approximate="tanh")
+    if kind.__name__ in ("LayerNorm", "LayerNormPre"):
+        if _is_hooked(module.hook_scale) or _is_hooked(module.hook_normalized):
+            return None
+        weight, bias = getattr(module, "w", None), getattr(module, "b", None)
+        return "forward", lambda x: functional.layer_norm(x, x.shape[-1:], weight, bias, module.eps)
+    if kind.__name__ == "Unembed" and hasattr(module, "hook_in"):  # not in TransformerLens 2
+        return "forward", lambda x: module.hook_out(
+            functional.linear(module.hook_in(x), module.W_U.T, module.b_U)
+        )
+    return None
+
+
+def _replace(module: nn.Module, name: str, fused: Function) -> Callable[[], None]:
+    """Replace a function on a module; gives what puts it back."""
+    # Not by setattr, which a bridge hands on to the module that it wraps.
+    attributes = vars(module)
+    before = attributes.get(name)
+    slow: Function = getattr(module, name)
+
+    def either(x: Tensor) -> Tensor:
+        return (fused if x.dtype in (torch.float32, torch.float64) else slow)(x)
+
+    attributes[name] = either
+
+    def put_back() -> None:
+        del attributes[name]
+        if before is not None:
+            attributes[name] = before
+
+    return put_back
+
+
+def _is_hooked(point: nn.Module) -> bool:
+    return bool(point._forward_hooks or point._backward_hooks)  # pyright: ignore[reportPrivateUsage]
