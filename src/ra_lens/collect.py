@@ -8,10 +8,14 @@ With A the pattern (softmax output), G = ∂L/∂A and c the softmax scale,
 A is the tensor that the softmax made, taken before any edit of the pattern, and G its gradient
 through such edits; so R is exactly the gradient of the intervened model.
 
-How the gradient is obtained. A `Tap` is an identity whose only purpose is to give the graph a
-root: it ties a tensor to a scalar `token`, and the backward pass asks for the gradient of that
-token alone. Autograd then runs exactly the part of the graph that lies between the loss and the
-taps, no parameter is involved, and nothing is held after its layer is done.
+How the gradient is obtained. A tap is an identity whose only purpose is to give the graph a root:
+it ties a tensor to a scalar `token`, and the backward pass asks for the gradient of that token
+alone. Autograd then runs exactly the part of the graph that lies between the loss and the taps, no
+parameter is involved, and nothing is held after its layer is done.
+
+Where the model goes on with the pattern that it shows, the tap at the pattern also stands in for
+the softmax: R~ is the gradient at the scores, so it is handed on there as it is. The softmax's own
+part of the graph, a second copy of the pattern included, is neither kept nor run.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,12 +31,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
+from ra_lens.recompute import recomputed
 from ra_lens.sites import Lens, Site
 
 MapKind = Literal["ra", "pattern", "pattern_grad"]
 MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")
 
 Deliver = Callable[[Site, dict[MapKind, Tensor]], None]
+# Takes the gradient at a pattern, gives that at its scores.
+Receive = Callable[[Tensor], Tensor]
 
 
 def reversed_attention(
@@ -49,9 +57,9 @@ def reversed_attention(
     Returns:
         R, in the dtype of the arguments. Positive: descent lowers this attention.
     """
-    product = pattern * pattern_grad
-    row_sum = product.sum(dim=-1, keepdim=True)
-    return product.addcmul_(pattern, row_sum, value=-1).mul_(scale)
+    # The formula in one pass over memory: the kernel behind every softmax's backward pass.
+    step: Tensor = torch.ops.aten._softmax_backward_data(pattern_grad, pattern, -1, pattern.dtype)
+    return step if scale == 1 else step.mul_(scale)
 
 
 class _Tap(torch.autograd.Function):
@@ -68,6 +76,22 @@ class _Tap(torch.autograd.Function):
         return grad_outputs[0], None, None
 
 
+class _SoftmaxTap(torch.autograd.Function):
+    """The pattern as a function of its scores, whose backward pass is R~ (and of `token`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, pattern: Tensor, _token: Tensor, copy: bool, receive: Receive
+    ) -> Tensor:
+        ctx.receive, ctx.dtype = receive, scores.dtype
+        return pattern.clone() if copy else pattern.view_as(pattern)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, None, None, None, None]:
+        step = ctx.receive(grad_outputs[0])
+        return step.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
 def _discard(_site: Site, _maps: dict[MapKind, Tensor]) -> None:
     """Receive maps of a run that is over."""
 
@@ -81,15 +105,23 @@ class Collector:
         self._sites = sites
         self._deliver = deliver
         self._token = torch.zeros((), requires_grad=True)
+        self._recompute = False
+        self._scores: dict[int, Tensor] = {}
         self._patterns: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
         self._arrived: set[int] = set()
         self._consumed: set[int] = set()
 
     # ---- attaching ------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self) -> Generator[None, None, None]:
-        """Attach to the model: the patterns before every other hook, the block input after."""
+    def attached(self, *, recompute: bool = False) -> Generator[None, None, None]:
+        """Attach to the model: the patterns before every other hook, the block input after.
+
+        Args:
+            recompute: Keep no block's graph but the last; see `ra_lens.recompute`.
+        """
+        self._recompute = recompute
         above: set[str] = set()  # self- and cross-attention of a decoder block share one input
         with ExitStack() as stack:
             for layer, site in self._sites.items():
@@ -99,6 +131,9 @@ class Collector:
                 # edits, and after the wrapper that a backward hook puts around the HookPoint.
                 handle = point.register_forward_pre_hook(self._at_pattern(layer), prepend=True)
                 stack.callback(handle.remove)
+                if (scores := self._scores_point(site)) is not None:
+                    handle = scores.register_forward_hook(self._at_scores(layer))
+                    stack.callback(handle.remove)
                 # Where the model goes on with the tensor hooked, the graph begins at the pattern.
                 # Elsewhere it must begin above, and at every layer, as a hook may have replaced
                 # what came before.
@@ -107,6 +142,9 @@ class Collector:
             for name in above:
                 point = self._lens.hook_points[name]
                 stack.callback(point.register_forward_hook(self._tap_input).remove)
+            if recompute:
+                blocks = self._lens.blocks_from(next(iter(self._sites)))
+                stack.enter_context(recomputed(blocks, self._token))
             stack.callback(self._release)
             yield
 
@@ -114,7 +152,23 @@ class Collector:
         # The model may keep the last pattern, whose gradient hooks hold this collector: it must
         # not hold the maps in turn.
         self._patterns.clear()
+        self._scores.clear()
         self._deliver = _discard
+
+    def _scores_point(self, site: Site) -> nn.Module | None:
+        """Where the softmax's input can be taken; None where R~ may not be handed on to it."""
+        # An observe-only site's scores are a copy too. A layer that runs again needs every
+        # pattern. A backward hook puts a wrapper behind the tensor that a forward hook sees.
+        point = self._lens.hook_points.get(site.scores_name)
+        if point is None or site.observe_only is not False or site.repeated:
+            return None
+        return None if point._backward_hooks else point  # pyright: ignore[reportPrivateUsage]
+
+    def _at_scores(self, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            self._scores[layer] = output
+
+        return hook
 
     def _tap_input(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return self._tap(output, copy=True)
@@ -141,10 +195,14 @@ class Collector:
             pattern: The softmax output, as the model has it.
             copy: Whether other hooks may edit the tensor returned in place.
         """
+        self._seen.add(layer)
         repeated = self._sites[layer].repeated
         if repeated and not torch.is_grad_enabled():
             self._patterns.pop(layer, None)  # what came before is not the last time either
             return pattern
+        if self._recompute and not torch.is_grad_enabled():
+            self._scores.pop(layer, None)
+            return pattern  # the block runs again
         if not torch.is_grad_enabled():
             raise UnsupportedModel(
                 "found gradients switched off (torch.no_grad) in a forward pass whose hooks "
@@ -167,14 +225,21 @@ class Collector:
                 "that hook."
             )
         self._patterns[layer] = pattern.detach()
+        scores = self._scores.pop(layer, None)
+        if scores is not None:
+            receive = partial(self._receive, layer)
+            from_scores: Any = _SoftmaxTap.apply(
+                scores, pattern.detach(), self._token, copy, receive
+            )
+            return from_scores
         tapped = self._tap(pattern, copy=copy)
         if observe_only is not False and pattern.requires_grad:
             # Whether the gradient comes through the tensor handed on, or past it, tells whether
             # the model uses what hooks return.
-            pattern.register_hook(lambda grad: self._receive(layer, grad))
+            pattern.register_hook(self._gradient_hook(layer))
             tapped.register_hook(lambda _grad: self._consumed.add(layer))
         else:
-            tapped.register_hook(lambda grad: self._receive(layer, grad, consumed=True))
+            tapped.register_hook(self._gradient_hook(layer, consumed=True))
         return tapped
 
     def root(self, residual: Tensor) -> Tensor:
@@ -183,13 +248,20 @@ class Collector:
 
     # ---- gradients ------------------------------------------------------------------------------
 
-    def _receive(self, layer: int, grad: Tensor, *, consumed: bool = False) -> None:
-        # Of a layer that runs several times the last one's gradient comes first, and is kept.
-        if consumed:  # the gradient came through the tensor that was handed on
-            self._consumed.add(layer)
-        pattern = self._patterns.pop(layer, None)
-        if pattern is None:
-            return  # a second backward pass through a graph that the user kept
+    def _gradient_hook(self, layer: int, *, consumed: bool = False) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            if consumed:  # the gradient came through the tensor that was handed on
+                self._consumed.add(layer)
+            # Of a layer that runs several times the last one's gradient comes first, and is kept.
+            # There is none in a second backward pass through a graph that the user kept.
+            if layer in self._patterns:
+                self._receive(layer, grad)
+
+        return hook
+
+    def _receive(self, layer: int, grad: Tensor) -> Tensor:
+        """Deliver the maps of a layer; gives R~, the gradient at its scores."""
+        pattern = self._patterns.pop(layer)
         site = self._sites[layer]
         if site.observe_only is None:
             site = replace(site, observe_only=layer not in self._consumed)
@@ -197,13 +269,11 @@ class Collector:
             self._lens.learn_route(layer, observe_only=layer not in self._consumed)
         dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
         pattern, grad = pattern.to(dtype), grad.detach().to(dtype)
-        maps: dict[MapKind, Tensor] = {
-            "ra": reversed_attention(pattern, grad, site.need_scale()),
-            "pattern": pattern,
-            "pattern_grad": grad,
-        }
+        step = reversed_attention(pattern, grad, 1.0)
+        ra = step * site.need_scale()
         self._arrived.add(layer)
-        self._deliver(site, maps)
+        self._deliver(site, {"ra": ra, "pattern": pattern, "pattern_grad": grad})
+        return step
 
     def backward(self, total: Float[Tensor, ""]) -> None:
         """Differentiate `total` down to the first layer and deliver every layer's maps.
@@ -212,7 +282,7 @@ class Collector:
             NothingToDifferentiate: the loss does not depend on the attention.
             UnsupportedModel: a layer whose pattern was never seen, or is cut off from the loss.
         """
-        unseen = [layer for layer in self._sites if layer not in self._patterns]
+        unseen = [layer for layer in self._sites if layer not in self._seen]
         if unseen:
             raise UnsupportedModel(
                 f"hook_pattern of layers {unseen} did not fire in the forward pass, so there is "
@@ -235,6 +305,13 @@ class Collector:
                 f"no gradient reached hook_pattern of layers {undecided}, and it is not known yet "
                 "whether a hook cuts them off from the loss or the model does not expose them. "
                 "Call run_with_ra once without other hooks on the model first."
+            )
+        forgotten = [layer for layer in missing if layer not in self._patterns]
+        if forgotten:
+            raise UnsupportedModel(
+                f"no gradient reached the blocks of layers {forgotten}: a hook cuts them off from "
+                "the loss, and with recompute=True their patterns are not at hand. Leave these "
+                "layers out with layers=, or run without recompute=True."
             )
         for layer in missing:  # really cut off by an edit: the gradient is zero
             self._receive(layer, torch.zeros_like(self._patterns[layer]))

@@ -47,6 +47,7 @@ def run_with_ra(
     fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]] = (),
     return_logits: Literal["read", "all"] = "read",
     batch_size: int | None = None,
+    recompute: bool = False,
     progress: bool = True,
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
@@ -89,6 +90,9 @@ def run_with_ra(
             of them (for a metric of your own: at the last token). `"all"`: at every position.
         batch_size: Run so many prompts at a time, with a progress bar if there are several
             batches. Default: all at once.
+        recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
+            runs again in the backward pass (activation checkpointing). Same maps; one more forward
+            pass; hooks inside blocks run twice.
         progress: False hides the progress bar.
         attention_mask: For token ids with padding: 1 at real tokens. Without it, runs of the
             tokenizer's pad token at the end (or start) of rows of a batch count as padding.
@@ -161,6 +165,7 @@ def run_with_ra(
             list(fwd_hooks),
             recorder,
             every=every,
+            recompute=recompute,
         )
         for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
     ]
@@ -185,6 +190,7 @@ def _run_batch(
     recorder: Recorder,
     *,
     every: bool,
+    recompute: bool,
 ) -> _BatchResult:
     batch = prompts.lay_out(lens)
     columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
@@ -194,11 +200,12 @@ def _run_batch(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(lens.parameters_frozen())
         stack.enter_context(lens.hooks(fwd_hooks))
-        stack.enter_context(collector.attached())
-        if not bool(batch.attention_mask.all()):
-            stack.enter_context(lens.fully_masked_rows_apart())
+        stack.enter_context(lens.lean())  # which leaves alone what has hooks
         whole = every or bound.positions is None or lens.logits_are_hooked
         stack.enter_context(lens.reading(None if whole else columns))
+        stack.enter_context(collector.attached(recompute=recompute))
+        if not bool(batch.attention_mask.all()):
+            stack.enter_context(lens.fully_masked_rows_apart())
         source = None if encoded is None else (encoded.tokens, encoded.attention_mask)
         logits = lens.forward(batch.tokens, batch.attention_mask, source)
         rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)

@@ -1,8 +1,8 @@
 """What is checked of one architecture on one TransformerLens: a record of numbers and reasons.
 
 - logits: TransformerLens's own against Hugging Face's.
-- maps: R~ = R / scale of every site against dL/dS of the oracle; also with the hooks alone and a
-  backward pass of one's own.
+- maps: R~ = R / scale of every site against dL/dS of the oracle; also with blocks recomputed, and
+  with the hooks alone and a backward pass of one's own.
 - patches: a random map added by `patch_hooks`, against the same addition to the oracle's softmax
   output; the error is relative to what the addition changed.
 - scale: against the factor measured between q·k and S.
@@ -138,6 +138,12 @@ class _Checks(Subject):
         change = max(relative(first["ra", key], self.ra["ra", key]) for key in self.sites)
         if not change <= MAPS_LIMIT:
             self.fail(f"maps: the first run differs from the second by {change:.1e}")
+        if any(site.repeated for site in self.sites.values()):
+            return
+        _, again = run_with_ra(self.model, self.ids, **self.options, recompute=True)
+        change = max(relative(again["ra", key], self.ra["ra", key]) for key in self.sites)
+        if not change <= MAPS_LIMIT:
+            self.fail(f"maps: with recompute=True they differ by {change:.1e}")
         patterns = zip(self.sites, self.seen, strict=True)
         error = max(relative(self.ra["pattern", key], one.pattern) for key, one in patterns)
         if not error <= MAPS_LIMIT:

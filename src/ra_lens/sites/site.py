@@ -76,6 +76,11 @@ class Site:
         return f"{self.prefix}.hook_pattern"
 
     @property
+    def scores_name(self) -> str:
+        """Full hook name of the scores; where the pattern is only observed they are a copy too."""
+        return f"{self.prefix}.hook_attn_scores"
+
+    @property
     def value_name(self) -> str:
         """Full hook name of the values."""
         return f"{self.prefix}.{self.values}"

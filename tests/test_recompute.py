@@ -1,0 +1,146 @@
+"""Blocks that run again in the backward pass: the same maps, one layer alive, nothing left."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from ra_lens import run_with_ra
+from ra_lens.errors import UnsupportedModel
+from tiny_models import CASES, EDITABLE, KINDS, N_HEADS, random_ids, text
+
+IDS, TARGET = random_ids(2, 7), 8
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+@pytest.mark.parametrize("layers", [None, [1], [0, 2]])
+def test_maps_are_identical(arch, kind, layers, fresh):
+    model = fresh(arch, kind)
+    # The first run of a bridge also finds out which layers only show their pattern.
+    first = run_with_ra(model, IDS, target=TARGET, layers=layers, recompute=True)[1]
+    logits, plain = run_with_ra(model, IDS, target=TARGET, layers=layers)
+    again_logits, again = run_with_ra(model, IDS, target=TARGET, layers=layers, recompute=True)
+    assert torch.equal(logits, again_logits)
+    assert len(plain) == 3 * len(plain.layers)
+    for name, value in plain.items():
+        assert torch.equal(again[name], value)
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-8)
+    assert float(plain.norms().min()) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padded_prompts_and_answers_of_several_tokens(kind, shared):
+    model = shared("llama", kind)
+    prompts = [text(IDS[0]), text(IDS[1, :4])]
+    answers = [f" {text([5, 9])}", f" {text([11])}"]
+    options = {"target": answers, "padding_side": "left"}
+    plain = run_with_ra(model, prompts, **options)[1]
+    again = run_with_ra(model, prompts, **options, recompute=True)[1]
+    for name, value in plain.items():
+        assert torch.equal(again[name], value)
+
+
+@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
+def test_edits_by_hooks_count_as_without(arch, kind, shared):
+    model = shared(arch, kind)
+
+    def halve(pattern, hook):
+        return pattern * torch.tensor([1.0, 0.5, 0.0, 1.0]).reshape(1, -1, 1, 1)
+
+    def push(resid, hook):
+        resid += 0.1
+        return resid
+
+    hooks = [("blocks.1.attn.hook_pattern", halve), ("blocks.2.hook_resid_pre", push)]
+    run_with_ra(model, IDS, target=TARGET)
+    plain = run_with_ra(model, IDS, target=TARGET, fwd_hooks=hooks)[1]
+    again = run_with_ra(model, IDS, target=TARGET, fwd_hooks=hooks, recompute=True)[1]
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-9)
+    untouched = run_with_ra(model, IDS, target=TARGET)[1]
+    assert not torch.allclose(untouched["ra", 0], plain["ra", 0])
+
+
+class Held:
+    """A tensor that a graph keeps, counted while it is kept."""
+
+    alive = most = 0
+
+    def __init__(self, x):
+        self.x = x
+        Held.alive += 1
+        Held.most = max(Held.most, Held.alive)
+
+    def __del__(self):
+        Held.alive -= 1
+
+
+@pytest.mark.parametrize(("arch", "depth"), [("gpt2", "n_layer"), ("llama", "num_hidden_layers")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_tensors_of_one_layer_are_alive(arch, depth, kind, shared):
+    n_layers = 8
+    model, most = shared(arch, kind, **{depth: n_layers}), {}
+    run_with_ra(model, IDS, target=TARGET)
+    map_size = IDS.shape[0] * N_HEADS * IDS.shape[1] ** 2
+
+    def pack(x):
+        # Detached: a tensor that its own node keeps would be held for ever.
+        return Held(x.detach()) if x.numel() == map_size else x
+
+    def unpack(kept):
+        return kept.x if isinstance(kept, Held) else kept
+
+    for recompute in (False, True):
+        Held.alive = Held.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            run_with_ra(model, IDS, target=TARGET, store="norms", recompute=recompute)
+        most[recompute] = Held.most
+        gc.collect()
+        assert Held.alive == 0
+    assert most[False] >= n_layers - 1  # the first layer's values need no gradient
+    # One layer's, and one more between the softmax and the tap that stands in for it.
+    assert most[True] <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_cut_off_are_refused(kind, shared):
+    model = shared("gpt2", kind)
+    run_with_ra(model, IDS, target=TARGET)
+    hook = ("blocks.2.hook_resid_pre", lambda x, hook: x.detach() * 0 + 1)
+    with pytest.raises(UnsupportedModel, match=r"layers \[0, 1\].*recompute=True.*layers="):
+        run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook], recompute=True)
+    # Without it their gradient is known: zero.
+    ra = run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook])[1]
+    assert not ra["ra", 0].any()
+    assert ra["ra", 2].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_counts_in_the_second_pass_too(kind, shared):
+    model = shared("llama", kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = run_with_ra(model, IDS, target=TARGET)[1]
+        again = run_with_ra(model, IDS, target=TARGET, recompute=True)[1]
+    for name, value in plain.items():
+        assert torch.equal(again[name], value)
+    exact = run_with_ra(model, IDS, target=TARGET)[1]
+    assert not torch.equal(exact["ra", 0], plain["ra", 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_methods_are_put_back(kind, shared):
+    model = shared("gpt2", kind)
+
+    def fail(value, hook):
+        raise ZeroDivisionError
+
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    run_with_ra(model, IDS, target=TARGET, recompute=True)
+    with pytest.raises(ZeroDivisionError):
+        run_with_ra(
+            model, IDS, target=TARGET, recompute=True, fwd_hooks=[("blocks.1.attn.hook_z", fail)]
+        )
+    after = {name: set(vars(m)) for name, m in model.named_modules()}
+    assert [name for name in after if "forward" in after[name] - before[name]] == []
