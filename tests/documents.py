@@ -4,7 +4,7 @@ Blocks of one page run in their order and share their names, as a reader pastes 
 notebook. A comment in front of a block, which no reader sees, says why it cannot run here:
 
     <!-- not run: downloads gpt2 -->
-    <!-- needs TransformerBridge -->
+    <!-- needs HookedTransformer and TransformerBridge -->
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Block:
         code: What is in it.
         shown: The `text` block right after it: what it prints. None: there is none.
         not_run: Why it does not run here; empty if it does.
-        needs: The class of TransformerLens that it needs; empty if any does.
+        needs: Classes of TransformerLens that it needs; empty if any does.
     """
 
     page: str
@@ -49,7 +49,7 @@ class Block:
     code: str
     shown: str | None
     not_run: str
-    needs: str
+    needs: tuple[str, ...]
 
     @property
     def place(self) -> str:
@@ -77,7 +77,7 @@ def blocks(page: Path, language: str) -> list[Block]:
                     code=match["code"],
                     shown=match["shown"],
                     not_run=note.removeprefix("not run: ") if note.startswith("not") else "",
-                    needs=note.removeprefix("needs ") if note.startswith("needs") else "",
+                    needs=tuple(re.findall(r"Hooked\w+|Transformer\w+", note)),
                 )
             )
     return found
