@@ -178,3 +178,10 @@ def thing(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     found = getattr(importlib.import_module(module), attribute, None)
     return f"{getattr(found, '__module__', module)}.{getattr(found, '__qualname__', attribute)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.joinpath("src").rglob("*.py")), ids=name_of)
+def test_what_is_returned_is_told_in_sentences(path):
+    """`text: more` in the first line would be read as a type and its description."""
+    first_lines = re.findall(r"^ +Returns:\n +(.*)$", path.read_text(encoding="utf-8"), re.M)
+    assert [line for line in first_lines if re.match(r"[^`]*(`[^`]*`[^`]*)*:(\s|$)", line)] == []

@@ -47,7 +47,7 @@ def reversed_attention(
         scale: Softmax scale of the layer; 1 gives R~, the gradient with respect to the scores.
 
     Returns:
-        R, in the dtype of the arguments. Positive: descent lowers this attention.
+        R, in the dtype of the arguments; where it is positive, descent lowers this attention.
     """
     product = pattern * pattern_grad
     row_sum = product.sum(dim=-1, keepdim=True)
