@@ -55,7 +55,7 @@ def reversed_attention(
         scale: Softmax scale of the layer; 1 gives R~, the gradient with respect to the scores.
 
     Returns:
-        R, in the dtype of the arguments. Positive: descent lowers this attention.
+        R, in the dtype of the arguments; where it is positive, descent lowers this attention.
     """
     # The formula in one pass over memory: the kernel behind every softmax's backward pass.
     step: Tensor = torch.ops.aten._softmax_backward_data(pattern_grad, pattern, -1, pattern.dtype)

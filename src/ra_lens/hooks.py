@@ -53,7 +53,7 @@ def get_ra_caching_hooks(
         softmax_scale: As in `run_with_ra`.
 
     Returns:
-        The cache, filled when the backward pass has run; forward hooks; backward hooks (empty: the
+        The cache, filled when the backward pass has run; forward hooks; backward hooks (none; the
         gradient is taken from the tensors that the forward hooks see, because backward hooks never
         fire on models that only show their pattern).
 

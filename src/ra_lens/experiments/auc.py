@@ -33,8 +33,8 @@ def area_under_curve(
         rule: `"trapezoid"`, or the plain `"mean"` of the points.
 
     Returns:
-        One row per model, task, number of shots, method and direction: `auc` (the mean over draws
-        for random orders), `auc_low` and `auc_high` (smallest and largest draw), `draws`.
+        One row per model, task, number of shots, method and direction, with `auc` (the mean over
+        draws for random orders), `auc_low` and `auc_high` (smallest and largest draw), `draws`.
 
     Raises:
         BadInput: not a frame of perturbation curves, an unknown rule, or a curve that does not

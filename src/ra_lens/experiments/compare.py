@@ -74,9 +74,10 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
         folder: Where `table*.csv` are.
 
     Returns:
-        One row per published number: `table, model, task, kind, n_shots, method, direction,
-        scale` (NaN where there is none), `metric` (`"auc"` or `"accuracy"`), `paper`, `note`. Names
-        are as published, but kinds are `"icl"` and `"natural"` only.
+        One row per published number, with the columns `table`, `model`, `task`, `kind`, `n_shots`,
+        `method`, `direction`, `scale` (NaN where there is none), `metric` (`"auc"` or
+        `"accuracy"`), `paper`, `note`. Names are as published, but kinds are `"icl"` and
+        `"natural"` only.
 
     Raises:
         BadFile: there is no such folder, no table in it, or one that is not as above.

@@ -114,8 +114,8 @@ def rank_tasks(
         progress: False hides the progress bar.
 
     Returns:
-        One row per task, number of demonstrations, method, layer and head: `score` (larger = more
-        important) and `rank` (1 = most important), with what is needed to repeat it.
+        One row per task, number of demonstrations, method, layer and head, with `score` (larger =
+        more important), `rank` (1 = most important) and what is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.

@@ -53,7 +53,7 @@ def token_row(
         template: Plotly template, for this figure only.
 
     Returns:
-        A figure with one trace: a marker per token that can be attended to, whose `customdata` is
+        A figure with one trace, a marker per token that can be attended to, whose `customdata` is
         (position, value shown, A). The query is framed; what it cannot attend to is grey.
 
     Raises:

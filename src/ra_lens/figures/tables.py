@@ -47,7 +47,7 @@ def auc_table(
         template: Plotly template, for this figure only.
 
     Returns:
-        A figure with a heatmap per number of shots, named `0 shots` and so on: `z` holds the areas,
+        A figure with a heatmap per number of shots, named `0 shots` and so on; `z` holds the areas,
         `y` the tasks and, below a gap, their means, `x` the orders.
 
     Raises:

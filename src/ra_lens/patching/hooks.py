@@ -148,7 +148,7 @@ def _beyond(addition: Addition, first: int) -> bool:
     return placer.align == "left" and placer.mask is None and first >= addition.n_tokens
 
 
-def _check_options(scale: float, align: str, at: str, *, renormalise: bool) -> None:
+def _check_options(scale: int | float, align: str, at: str, *, renormalise: bool) -> None:
     if not math.isfinite(scale):
         raise BadInput(f"found scale={scale}; give a finite number.")
     if align not in ALIGNMENTS:

@@ -45,8 +45,8 @@ def same_length_sets(
         at_least: number of pairs that a set needs to be kept.
 
     Returns:
-        By number of tokens of question and answer together, smallest first: a task with those
-        pairs in the order of `task`, named ``{name}_len_{tokens}_{answer_tokens}``. Its `split` is
+        By number of tokens of question and answer together, smallest first, a task with those
+        pairs in the order of `task`, named `{name}_len_{tokens}_{answer_tokens}`. Its `split` is
         the published one for that set. Empty where no set is large enough.
 
     Raises:
