@@ -314,9 +314,16 @@ class RACache:
         self.put_norms(layer, kind, value)
         self.keep(layer, kind, value)
 
-    def put_norms(self, layer: int, kind: MapKind, value: Tensor) -> None:
-        """Add the norms of a map."""
-        self._norms[kind, layer] = value.flatten(start_dim=-2).norm(dim=-1)
+    def put_norms(
+        self,
+        layer: int,
+        kind: MapKind,
+        value: Tensor,
+        *,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Add the norms of a map; they are taken where it is, and only they move to `device`."""
+        self._norms[kind, layer] = value.flatten(start_dim=-2).norm(dim=-1).to(device=device)
 
     def keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
         """Add a map without its norms."""
@@ -344,7 +351,8 @@ class RACache:
         names, keys = first._maps, first._norms
         return replace(
             first,
-            _maps={name: torch.cat([p._maps[name] for p in parts]) for name in names},
+            # One name at a time: all parts beside all of the whole would take twice the memory.
+            _maps={name: torch.cat([p._maps.pop(name) for p in parts]) for name in list(names)},
             _norms={key: torch.cat([p._norms[key] for p in parts]) for key in keys},
             _running=running,
         )

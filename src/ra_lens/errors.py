@@ -25,6 +25,10 @@ class NothingToDifferentiate(RALensError, RuntimeError):
     """No gradient reached the attention: a loss that is NaN, constant, or cut off from it."""
 
 
+class NotEnoughMemory(RALensError, MemoryError):
+    """A run needs more memory than its device has left; the message says which options fit."""
+
+
 class BadFile(RALensError, ValueError):
     """A file is missing, damaged, or not of the kind that is read here."""
 

@@ -75,7 +75,7 @@ def get_ra_caching_hooks(
 
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
         for kind, value in maps.items():
-            cache.put_norms(site.layer, kind, value)
+            cache.put_norms(site.layer, kind, value, device=device)
             if store == "maps" and kept(site.map_name(kind)):
                 cache.keep(site.layer, kind, value.to(device=device, dtype=dtype))
 

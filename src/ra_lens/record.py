@@ -84,7 +84,7 @@ class Recorder:
                     columns = keys.attention_mask.to(value.device)[:, None, None, :]
                     value = value.where(rows & columns, 0.0)
                 name = site.map_name(kind)
-                cache.put_norms(site.layer, kind, value)
+                cache.put_norms(site.layer, kind, value, device=self.device)
                 if not self._keeps(name):
                     continue
                 if self.store == "maps":
@@ -94,6 +94,19 @@ class Recorder:
                     self._running.add(name, cut.to(device=self.device))
 
         return deliver
+
+    @property
+    def kinds_kept(self) -> dict[int, int]:
+        """How many kinds of map are kept of each layer."""
+        return {
+            layer: sum(self._keeps(site.map_name(kind)) for kind in MAP_KINDS)
+            for layer, site in self.sites.items()
+        }
+
+    def map_bytes(self, model_dtype: torch.dtype) -> int:
+        """Bytes per entry of a map of a model of this dtype."""
+        made_in = torch.float64 if model_dtype == torch.float64 else torch.float32
+        return (self._dtype or made_in).itemsize
 
     def result(self, *, loss: Tensor, info: RunInfo) -> RACache:
         """Join the batches into one cache."""

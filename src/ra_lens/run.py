@@ -26,6 +26,7 @@ from ra_lens.cache import RACache, Store
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
+from ra_lens.memory import Plan, refuse_what_cannot_fit
 from ra_lens.prompts import Batch, PaddingSide, Prompts, read_decoder_prompts, read_prompts
 from ra_lens.record import NamesFilter, Recorder, keeps
 from ra_lens.sites import Layers, Lens, as_lens, with_scales
@@ -113,6 +114,7 @@ def run_with_ra(
         BadInput: input, target or option that cannot be used.
         UnsupportedModel: a model, or a state of it, that does not let its attention be read.
         NothingToDifferentiate: NaN logits, or a loss that does not depend on the attention.
+        NotEnoughMemory: more than the device has left, seen before anything runs.
     """
     _one_of("store", store, ("maps", "norms", "mean"))
     _one_of("return_logits", return_logits, ("read", "all"))
@@ -155,6 +157,7 @@ def run_with_ra(
         prompts = prompts.widened()
         encoded = None if encoded is None else encoded.widened()
     recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype)
+    _check_memory(lens, recorder, prompts, encoded, batch_size, recompute=recompute)
     parts = list(prompts.batches(batch_size))
     results = [
         _run_batch(
@@ -170,6 +173,33 @@ def run_with_ra(
         for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
     ]
     return _finish(lens, bound, prompts, encoded, recorder, results)
+
+
+def _check_memory(
+    lens: Lens,
+    recorder: Recorder,
+    prompts: Prompts,
+    encoded: Prompts | None,
+    batch_size: int | None,
+    *,
+    recompute: bool,
+) -> None:
+    elsewhere = torch.device(recorder.device or lens.device).type != lens.device.type
+    plan = Plan(
+        sites=recorder.sites,
+        kinds=recorder.kinds_kept,
+        widths={
+            "input": max((encoded or prompts).lengths),
+            "decoder": max(prompts.lengths),
+        },
+        n_examples=len(prompts),
+        batch=min(len(prompts), batch_size or len(prompts)),
+        store=recorder.store,
+        recompute=recompute,
+        map_bytes=recorder.map_bytes(lens.dtype),
+        maps_elsewhere=elsewhere,
+    )
+    refuse_what_cannot_fit(lens, plan)
 
 
 @dataclass

@@ -155,6 +155,16 @@ class Lens(Reader):
         return int(self._model.cfg.d_vocab)
 
     @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self._model.cfg.d_model)
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of an MLP; 0 where the model does not say."""
+        return int(getattr(self._model.cfg, "d_mlp", None) or 0)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return torch.device(self._model.cfg.device or "cpu")

@@ -1,0 +1,123 @@
+"""Memory: what a run needs at least, counted on paper; what cannot fit is refused first."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ra_lens.memory
+from ra_lens import run_with_ra
+from ra_lens.errors import NotEnoughMemory
+from tiny_models import D_MODEL, KINDS, N_HEADS, N_LAYERS, random_ids
+
+IDS, TARGET = random_ids(2, 7), 8
+MAP = 2 * N_HEADS * 7 * 7 * 4
+REST = 2 * 7 * (5 * D_MODEL + 4 * D_MODEL) * 4
+
+
+def needed(error):
+    """Maps and graph, in bytes, as the message gives them."""
+    found = re.search(r"\(([\d.]+) MB of maps, ([\d.]+) MB of graph", str(error))
+    return float(found[1]) * 1e6, float(found[2]) * 1e6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "maps", "graph"),
+    [
+        ({}, 3 * N_LAYERS * MAP, N_LAYERS * (MAP + REST)),
+        ({"names_filter": lambda n: n.endswith("ra")}, N_LAYERS * MAP, N_LAYERS * (MAP + REST)),
+        ({"dtype": torch.float16}, 3 * N_LAYERS * MAP / 2, N_LAYERS * (MAP + REST)),
+        ({"store": "norms"}, 0, N_LAYERS * (MAP + REST)),
+        ({"store": "mean"}, 3 * N_LAYERS * MAP / 2, N_LAYERS * (MAP + REST)),
+        ({"batch_size": 1}, 3 * N_LAYERS * MAP, N_LAYERS * (MAP + REST) / 2),
+        ({"layers": [2]}, 3 * MAP, MAP + REST),
+        ({"layers": [1], "device": "meta"}, 0, 2 * (MAP + REST)),
+        (
+            {"store": "norms", "recompute": True},
+            0,
+            MAP + REST + N_LAYERS * 2 * 7 * D_MODEL * 4,
+        ),
+    ],
+)
+def test_what_a_run_needs_is_counted(options, maps, graph, kind, shared, monkeypatch):
+    model, ran = shared("gpt2", kind), []
+    monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device: 1)
+    monkeypatch.setattr(ra_lens.memory, "_spelled", lambda n: f"{n / 1e6} MB")
+    hook = ("hook_embed", lambda x, hook: ran.append(x))
+    with pytest.raises(NotEnoughMemory) as refused:
+        run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook], **options)
+    assert needed(refused.value) == pytest.approx((maps, graph))
+    assert ran == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advice_names_what_fits_and_it_then_runs(kind, shared, monkeypatch):
+    model = shared("gpt2", kind)
+    for free, wanted in (
+        (3 * N_LAYERS * MAP - 1, "store='norms'"),
+        (N_LAYERS * (MAP + REST) - 1, "recompute=True"),
+        (MAP, "layers=[2]"),
+    ):
+        monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device, free=free: free)
+        with pytest.raises(NotEnoughMemory, match=r"Use .*fewer layers|shorten") as refused:
+            run_with_ra(model, IDS, target=TARGET)
+        if "Use" in str(refused.value):
+            advice = str(refused.value).partition("Use ")[2].partition(" (")[0]
+            code = "dict(" + advice.replace(" and ", ", ") + ")"
+            options = eval(code)
+            assert len(run_with_ra(model, IDS, target=TARGET, **options)[1].layers) in (1, 3)
+            assert any(part in str(refused.value) for part in (wanted, "batch_size=1"))
+    monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device: None)  # it does not say
+    run_with_ra(model, IDS, target=TARGET)
+
+
+@pytest.mark.skipif("TransformerBridge" not in KINDS, reason="no TransformerBridge before 3.0")
+def test_a_prompt_that_no_machine_holds_is_refused(shared):
+    model = shared("llama", "TransformerBridge", max_position_embeddings=300_000)
+    ids = random_ids(1, 200_000)
+    with pytest.raises(NotEnoughMemory, match=r"at least 5760\.\d GB.*free on cpu.*shorten"):
+        run_with_ra(model, ids, target=TARGET)
+
+
+class Copies(TorchDispatchMode):
+    """Sizes of what is copied to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None:
+            self.sizes.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_on_another_device_move_no_map(kind, shared):
+    model = shared("gpt2", kind)
+    with Copies() as copies:
+        _, ra = run_with_ra(model, IDS, target=TARGET, store="norms", device="meta")
+    moved = [size for size in copies.sizes if size >= MAP // 4]
+    assert moved == []
+    assert ra.norms().device.type == "meta"
+    assert copies.sizes.count(2 * N_HEADS) == 3 * N_LAYERS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joining_batches_lets_go_of_the_parts(kind, shared):
+    model = shared("gpt2", kind)
+    whole = run_with_ra(model, IDS, target=TARGET)[1]
+    parts = run_with_ra(model, IDS, target=TARGET, batch_size=1, progress=False)[1]
+    assert parts.n_bytes == whole.n_bytes
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_free_memory_is_that_of_the_machine():
+    free = ra_lens.memory.free_memory(torch.device("cpu"))
+    assert 1e8 < free < 1e14
+    assert ra_lens.memory.free_memory(torch.device("meta")) is None
