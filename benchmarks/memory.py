@@ -1,0 +1,181 @@
+"""Peak memory of a run over the loaded model, each in a process of its own.
+
+python -m benchmarks.memory TransformerBridge 1024 maps
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+BARE, FORWARD = "bare", "forward"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "maps": {"store": "maps"},
+    "norms": {"store": "norms"},
+    "norms, recompute": {"store": "norms", "recompute": True},
+    "maps, recompute": {"store": "maps", "recompute": True},
+}
+ROUTES = {
+    FORWARD: "forward pass, no_grad",
+    BARE: "bare forward and backward pass",
+    **{name: f"run_with_ra, {name}" for name in OPTIONS},
+}
+
+
+def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, float]:
+    """Measure one route in this process: peak over the loaded model, seconds, and the estimate."""
+    import torch
+    from torch import nn
+
+    from benchmarks.models import gpt2_small
+    from ra_lens import memory, run_with_ra
+
+    options = dict(shape)
+    batch = options.pop("batch", 1)
+    model = gpt2_small(kind, **options)
+    for parameter in nn.Module.parameters(model):
+        parameter.requires_grad_(False)
+    ids = torch.randint(0, 50000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    estimates: list[int] = []
+    refuse = memory.refuse_what_cannot_fit
+
+    def note(lens: Any, plan: Any) -> None:
+        estimates.append(plan.need(lens))
+        refuse(lens, plan)
+
+    def leaf(x: torch.Tensor, hook: Any) -> torch.Tensor:
+        return x.detach().requires_grad_()
+
+    def run(ids: torch.Tensor) -> object:
+        if route == FORWARD:
+            with torch.no_grad():
+                return model(ids)
+        if route == BARE:
+            with model.hooks(fwd_hooks=[("hook_embed", leaf)]):
+                (-model(ids)[:, -1].log_softmax(-1)[:, 5].sum()).backward()
+            return None
+        return run_with_ra(model, ids, target=5, **OPTIONS[route])
+
+    sys.modules["ra_lens.run"].__dict__["refuse_what_cannot_fit"] = note
+    run(ids[:, :8])  # what is loaded or allocated once
+    estimates.clear()
+    peak, seconds = _peak(lambda: run(ids))
+    return {"peak": peak, "seconds": seconds, "estimate": estimates[0] if estimates else 0}
+
+
+def _peak(run: Callable[[], object]) -> tuple[float, float]:
+    """Largest resident memory while `run` runs, less that before, in bytes; and its seconds."""
+    import psutil
+
+    process = psutil.Process()
+    before = highest = process.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, process.memory_info().rss)
+
+    @contextmanager
+    def watching() -> Generator[None, None, None]:
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    with watching():
+        start = time.perf_counter()
+        kept = run()
+        seconds = time.perf_counter() - start
+        highest = max(highest, process.memory_info().rss)
+    del kept
+    return highest - before, seconds
+
+
+def apart(kind: str, tokens: int, route: str, **shape: Any) -> dict[str, float]:
+    """Measure one route in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory"]
+    ran = subprocess.run(
+        [*command, kind, str(tokens), route, json.dumps(shape)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
+    """Peaks on 1 × 1,024 tokens; then one prompt of 4,096 tokens on the rotary shape."""
+    from statistics import median
+
+    from ra_lens.sites import available_kinds
+
+    n = min(rounds, 3)
+    tokens, n_layer = (32, 2) if quick else (1024, 12)
+    rows: list[list[Any]] = []
+    for kind in available_kinds()[:1] if quick else available_kinds():
+        runs = {
+            route: [apart(kind, tokens, route, n_layer=n_layer) for _ in range(n)]
+            for route in ROUTES
+        }
+        peaks = {route: median(r["peak"] for r in runs[route]) for route in ROUTES}
+        for route, title in ROUTES.items():
+            estimate = runs[route][0]["estimate"]
+            rows.append(
+                [
+                    kind,
+                    f"1 × {tokens}",
+                    title,
+                    peaks[route] / 1e6,
+                    peaks[route] / peaks[BARE],
+                    estimate / 1e6 if estimate else None,
+                    median(r["seconds"] for r in runs[route]),
+                ]
+            )
+        if not quick:
+            long = apart(kind, 4096, "norms, recompute", rotary=True, n_ctx=4096)
+            rows.append(
+                [
+                    kind,
+                    "1 × 4096, rotary",
+                    ROUTES["norms, recompute"],
+                    long["peak"] / 1e6,
+                    None,
+                    long["estimate"] / 1e6,
+                    long["seconds"],
+                ]
+            )
+    return {
+        "title": "Peak memory",
+        "how": (
+            "GPT-2 small's shape, float32. Resident memory at its highest during the run, less "
+            "that of the loaded and warmed-up process; each run in a process of its own, medians "
+            f"of {n}. Base: a bare forward and backward pass of the same model to its embedding, "
+            "parameters frozen, nothing kept. The estimate is the lower bound that is checked "
+            "before a run."
+        ),
+        "columns": [
+            "model",
+            "batch × tokens",
+            "route",
+            "peak, MB",
+            "over the bare pass",
+            "estimated, MB",
+            "s",
+        ],
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    kind, tokens, route, shape = sys.argv[1:]
+    print(json.dumps(one(kind, int(tokens), route, json.loads(shape))))
