@@ -11,7 +11,7 @@ at the block of their layer; where the layers are alike these are half as long o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.answers import FwdHooks, Questions, last_logits, mark
+from ra_lens.answers import FwdHooks, Questions, by_length, last_logits, mark
 from ra_lens.heads.registry import RankingContext
 from ra_lens.prefix import Prefix
 from ra_lens.prompts import Prompts
@@ -52,7 +52,9 @@ def ask_each_head(
     with tqdm(
         total=after.numel(), desc="Causal mediation", unit="row", disable=not shown, leave=False
     ) as bar:
-        for group in _groups(questions, context.batch_size):
+        order = by_length(questions.prompts)
+        for first in range(0, len(order), context.batch_size):
+            group = order[first : first + context.batch_size]
             before[group] = mark(runner.begin(group), first_tokens[group]).probability
             for layer in range(n_layers):
                 rows = [(question, layer, head) for question in group for head in range(n_heads)]
@@ -63,14 +65,6 @@ def ask_each_head(
                     after[which, layer, heads] = marks.probability
                     bar.update(len(part))
     return before, after
-
-
-def _groups(questions: Questions, size: int) -> Iterator[list[int]]:
-    """Groups of questions, those of like length together so that little is padded."""
-    lengths = questions.prompts.lengths
-    order = sorted(range(len(questions)), key=lengths.__getitem__)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 class _Runner:
@@ -136,6 +130,5 @@ class _Runner:
 
     def _laid_out(self, questions: Sequence[int]) -> Prompts:
         """Prompts as wide as the group, so that what is recorded fits them."""
-        ids = tuple(self._prompts.ids[question] for question in questions)
-        width = max(self._prompts.width, self._width)
-        return replace(self._prompts, ids=ids, texts=None, width=width)
+        chosen = self._prompts.chosen(questions)
+        return replace(chosen, width=max(chosen.width, self._width))

@@ -1,0 +1,1 @@
+"""What ra_lens costs, measured: ratios against a named peer, in one process, interleaved."""
