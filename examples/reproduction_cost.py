@@ -99,7 +99,8 @@ def prompt_tokens(example: int, shots: int) -> int:
 def perturbation_tokens(shape: Shape, task: str) -> tuple[float, float]:
     """Tokens that go through the model forward, and those of RA, for one task at all shots."""
     n_test, example = TASKS[task]
-    heads = shape.n_layers * shape.n_heads
+    # A pass of causal mediation begins at the layer of its head: half of the layers on average.
+    heads = shape.n_layers * shape.n_heads * (shape.n_layers + 1) / (2 * shape.n_layers)
     forward = ra = 0.0
     for shots in SHOTS:
         tokens = prompt_tokens(example, shots)

@@ -24,6 +24,7 @@ def snapshot(model):
     state = {}
     for name, module in model.named_modules():
         state[name, "training"] = module.training
+        state[name, "forward"] = vars(module).get("forward")
         for where in HOOK_DICTS:
             state[name, where] = tuple(map(id, getattr(module, where).values()))
         for where in ("fwd_hooks", "bwd_hooks"):

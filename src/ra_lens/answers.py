@@ -168,7 +168,7 @@ def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "questi
 def ask(
     lens: Lens,
     questions: Questions,
-    hooks_of: Callable[[slice], FwdHooks] | None = None,
+    hooks_of: Callable[[list[int]], FwdHooks] | None = None,
     *,
     batch_size: int = 32,
 ) -> Marks:
@@ -176,17 +176,26 @@ def ask(
 
     Args:
         lens: The model.
-        questions: What to ask.
+        questions: What to ask. Those of like length are asked together, so that little is padded.
         hooks_of: Gives the hooks for a batch, told which questions are in it.
         batch_size: Questions per forward pass.
     """
+    order = by_length(questions.prompts)
     parts: list[Marks] = []
-    for part, prompts in questions.prompts.batches(batch_size):
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
         hooks = () if hooks_of is None else hooks_of(part)
-        parts.append(mark(last_logits(lens, prompts, hooks), questions.first_tokens[part]))
+        logits = last_logits(lens, questions.prompts.chosen(part), hooks)
+        parts.append(mark(logits, questions.first_tokens[part]))
+    asked = torch.tensor(order).argsort()  # back to the order given
     return Marks(
-        above=torch.cat([p.above for p in parts]),
-        tied=torch.cat([p.tied for p in parts]),
-        logit_diff=torch.cat([p.logit_diff for p in parts]),
-        probability=torch.cat([p.probability for p in parts]),
+        above=torch.cat([p.above for p in parts])[asked],
+        tied=torch.cat([p.tied for p in parts])[asked],
+        logit_diff=torch.cat([p.logit_diff for p in parts])[asked],
+        probability=torch.cat([p.probability for p in parts])[asked],
     )
+
+
+def by_length(prompts: Prompts) -> list[int]:
+    """Give the indices of some prompts, shorter prompts first."""
+    return sorted(range(len(prompts)), key=prompts.lengths.__getitem__)

@@ -8,7 +8,7 @@ laid out, and its mask says where.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -89,6 +89,10 @@ class Prompts:
         for start in range(0, len(self), step):
             part = slice(start, min(start + step, len(self)))
             yield part, replace(self, ids=self.ids[part], texts=None)
+
+    def chosen(self, which: Iterable[int]) -> Prompts:
+        """Some of the examples, in the order of their indices given; one may be there twice."""
+        return replace(self, ids=tuple(self.ids[i] for i in which), texts=None)
 
     def widened(self) -> Prompts:
         """The same, with every batch padded to the longest of all examples."""

@@ -6,8 +6,8 @@ accuracy top-1, top-2, top-3 and the logit difference are noted. Both the order 
 tested: most important first, and least important first.
 
 Cost per task, number of demonstrations and order: (1/step − 1) forward passes over the test
-questions, batched over shares; the two ends, no head and all heads, are the same for every order
-and are evaluated once. Rankings: see `ra_lens.heads`.
+questions. Shares and questions of like length are batched together; the two ends, no head and all
+heads, are the same for every order and are evaluated once. Rankings: see `ra_lens.heads`.
 """
 
 from __future__ import annotations

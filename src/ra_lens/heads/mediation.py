@@ -17,7 +17,8 @@ the one it is put into ("left-out examples", as the paper has it; the code draws
 shuffle never leaves the labels in place (in the code it may). With no or one demonstration there
 is nothing to shuffle.
 
-Cost per prompt: 1 forward pass for CM1 and 2 for CM2, and one row of a batch for every head.
+Cost per prompt: 1 forward pass for CM1 and 2 for CM2, and one row of a batch for every head, which
+begins at the head's own layer (`ra_lens.heads.each_head`).
 """
 
 from __future__ import annotations
@@ -25,23 +26,19 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.answers import FwdHooks, Questions, ask, last_logits, mark
+from ra_lens.answers import FwdHooks, last_logits
 from ra_lens.errors import RALensWarning
+from ra_lens.heads.each_head import Edit, Row, ask_each_head
 from ra_lens.heads.registry import RankingContext, ranking_method
 from ra_lens.masking import by_head, mask_hooks, need_heads
 from ra_lens.prompts import Prompts
 from ra_lens.tasks import Pair, Prompt
-
-# One row of a batch: which question, and which head of it is changed, as indices of the scores.
-Row = tuple[int, int, int]
-Edit = Callable[[Sequence[Row], Prompts], FwdHooks]
 
 
 @ranking_method("cm1", title="causal mediation, head zeroed")
@@ -81,8 +78,7 @@ def cm2_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     def edit(rows: Sequence[Row], prompts: Prompts) -> FwdHooks:
         return _set_last(context, rows, prompts, means)
 
-    before = ask(context.lens, questions, batch_size=context.batch_size).probability
-    after = _probabilities(context, questions, edit)
+    before, after = ask_each_head(context, questions, edit)
     return (after - before[:, None, None]).mean(dim=0)
 
 
@@ -123,48 +119,13 @@ def _lost(context: RankingContext, edit: Edit) -> Tensor:
             RALensWarning,
             stacklevel=4,
         )
-    questions = context.questions
-    before = ask(context.lens, questions, batch_size=context.batch_size).probability
-    return (before[:, None, None] - _probabilities(context, questions, edit)).mean(dim=0)
+    before, after = ask_each_head(context, context.questions, edit)
+    return (before[:, None, None] - after).mean(dim=0)
 
 
 def _check(context: RankingContext) -> None:
     context.lens.refuse_dropout()
     need_heads(context.lens)
-
-
-def _probabilities(
-    context: RankingContext, questions: Questions, edit: Edit
-) -> Float[Tensor, "question layer head"]:
-    """Probability of each answer with each head changed, one (question, head) per row of a batch.
-
-    Rows of one question are neighbours, so that little is padded.
-    """
-    from tqdm.auto import tqdm
-
-    n_layers, n_heads = context.shape
-    rows = [
-        (question, layer, head)
-        for question in range(len(questions))
-        for layer in range(n_layers)
-        for head in range(n_heads)
-    ]
-    result = torch.zeros(len(rows), dtype=torch.float64)
-    first_tokens = questions.first_tokens
-    shown = context.progress and len(rows) > context.batch_size
-    with tqdm(
-        total=len(rows), desc="Causal mediation", unit="row", disable=not shown, leave=False
-    ) as bar:
-        for start in range(0, len(rows), context.batch_size):
-            part = rows[start : start + context.batch_size]
-            which = [question for question, _, _ in part]
-            ids = tuple(questions.prompts.ids[question] for question in which)
-            prompts = replace(questions.prompts, ids=ids, texts=None)
-            logits = last_logits(context.lens, prompts, edit(part, prompts))
-            marks = mark(logits, first_tokens[which])
-            result[start : start + len(part)] = marks.probability
-            bar.update(len(part))
-    return result.reshape(len(questions), n_layers, n_heads)
 
 
 def _last_columns(context: RankingContext, prompts: Prompts) -> Tensor:

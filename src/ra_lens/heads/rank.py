@@ -4,7 +4,8 @@ Cost, for n prompts and a model of L layers with H heads:
 
 * `ra`: n forwards, and n backwards with respect to activations only;
 * `fa`, `fa_of_mean`: n forwards;
-* `cm1`, `cm1_last`: n·(1 + L·H) forwards; `cm2`: n·(2 + L·H);
+* `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
+  on average where the layers are alike; `cm2`: n forwards more;
 * `random`, `index`: none.
 
 A forward of several rows counts once per row; rows run in batches of `batch_size`.

@@ -1,0 +1,55 @@
+"""What the benchmarks of head ranking compare does the same thing; how fast is not tested."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from benchmarks import mediation, perturbation
+from ra_lens.sites import load_folder
+from tiny_models import randomise
+
+
+@pytest.fixture(autouse=True)
+def narrow(tmp_path_factory, monkeypatch):
+    """Their words and layers, 24 numbers wide: the width of GPT-2 takes a minute to load."""
+
+    def load(kind, *, n_layer):
+        words = {f"w{i}": i for i in range(8000)}
+        inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "w0")
+        ids = {"bos_token_id": 0, "eos_token_id": 0}
+        model = GPT2LMHeadModel(
+            GPT2Config(n_layer=n_layer, n_embd=24, n_head=4, vocab_size=8000, **ids)
+        )
+        randomise(model, seed=0)
+        folder = tmp_path_factory.mktemp("narrow")
+        model.save_pretrained(str(folder))
+        PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(str(folder))
+        return load_folder(folder, kind=kind, device="cpu", dtype=torch.float32)
+
+    monkeypatch.setattr(mediation, "gpt2_small", load)
+    monkeypatch.setattr(perturbation, "gpt2_small", load)
+
+
+def checked(table):
+    assert set(table) == {"title", "how", "columns", "rows"}
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    return json.loads(json.dumps(table))["rows"]
+
+
+def test_causal_mediation_has_the_same_effects_either_way():
+    for *_, apart, largest in checked(mediation.measure(rounds=1, quick=True)):
+        assert largest > 1e-6
+        assert apart < 1e-4
+
+
+def test_the_perturbation_test_has_the_same_logit_differences_either_way():
+    rows = checked(perturbation.measure(rounds=1, quick=True))
+    assert len(rows) == 2
+    assert all(apart < 1e-3 for *_, apart in rows)
