@@ -34,16 +34,18 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
     from torch import nn
 
     from benchmarks.models import gpt2_small
-    from ra_lens import memory, run_with_ra
+    from ra_lens import run_with_ra
 
     options = dict(shape)
     batch = options.pop("batch", 1)
     model = gpt2_small(kind, **options)
     for parameter in nn.Module.parameters(model):
         parameter.requires_grad_(False)
-    ids = torch.randint(0, 50000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    words = int(model.cfg.d_vocab) - 1  # the last one is for padding
+    ids = torch.randint(0, words, (batch, tokens), generator=torch.Generator().manual_seed(0))
     estimates: list[int] = []
-    refuse = memory.refuse_what_cannot_fit
+    runs = vars(sys.modules["ra_lens.run"])
+    refuse = runs["refuse_what_cannot_fit"]
 
     def note(lens: Any, plan: Any) -> None:
         estimates.append(plan.need(lens))
@@ -62,10 +64,13 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
             return None
         return run_with_ra(model, ids, target=5, **OPTIONS[route])
 
-    sys.modules["ra_lens.run"].__dict__["refuse_what_cannot_fit"] = note
-    run(ids[:, :8])  # what is loaded or allocated once
-    estimates.clear()
-    peak, seconds = _peak(lambda: run(ids))
+    runs["refuse_what_cannot_fit"] = note
+    try:
+        run(ids[:, :8])  # what is loaded or allocated once
+        estimates.clear()
+        peak, seconds = _peak(lambda: run(ids))
+    finally:
+        runs["refuse_what_cannot_fit"] = refuse
     return {"peak": peak, "seconds": seconds, "estimate": estimates[0] if estimates else 0}
 
 

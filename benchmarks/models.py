@@ -11,12 +11,15 @@ import torch
 from ra_lens.sites import load_folder
 
 
-def huggingface(*, n_layer: int = 12) -> Any:
+def huggingface(
+    *, n_layer: int = 12, n_head: int = 12, width: int = 768, n_vocab: int = 50257
+) -> Any:
     """The Hugging Face model with the weights of `gpt2_small`, in eval mode, eager attention."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=n_layer))
+    config = GPT2Config(vocab_size=n_vocab, n_layer=n_layer, n_head=n_head, n_embd=width)
+    model = GPT2LMHeadModel(config)
     model.set_attn_implementation("eager")
     return model.eval()
 

@@ -26,10 +26,10 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     return {
         "title": "Overhead per call",
         "how": (
-            "2 layers of 4 heads, width 32, 100 words, one prompt of 8 token ids, one thread. Peer: the "
-            "model's own forward pass with all logits, and the backward pass from the same loss to "
-            "the embedding, parameters frozen, nothing kept. The difference is what a call of "
-            "run_with_ra adds: reading the model and the input, checks, hooks, maps, norms."
+            "2 layers of 4 heads, width 32, 100 words, one prompt of 8 token ids, one thread. "
+            "Peer: the model's own forward pass with all logits, and the backward pass from the "
+            "same loss to the embedding, parameters frozen, nothing kept. The difference is what a "
+            "call of run_with_ra adds: reading the model and the input, checks, hooks, maps, norms."
         ),
         "columns": ["model", "run_with_ra, ms", "bare forward and backward, ms", "difference, ms"],
         "rows": rows,

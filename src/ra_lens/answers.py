@@ -131,7 +131,8 @@ def last_logits(
     columns = batch.columns([[n - 1] for n in batch.lengths])
     # A hook where the logits come out expects every position.
     whole = lens.logits_are_hooked
-    with lens.hooks(list(fwd_hooks)), lens.reading(None if whole else columns):
+    reading = lens.reading(None if whole else columns)
+    with lens.hooks(list(fwd_hooks)), lens.lean(), reading:
         logits = lens.forward(batch.tokens, batch.attention_mask)
     if whole:
         rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)

@@ -1,7 +1,7 @@
 """Measure traced paths: how long they take, what a beam misses, what masking their heads does.
 
-    python examples/paths_measured.py            # all three, about two minutes
-    python examples/paths_measured.py speed
+    python -m benchmarks.paths            # all three, about two minutes
+    python -m benchmarks.paths speed
 
 Nothing is downloaded: attention is drawn, the large model has the shape of GPT-2 small and random
 weights, and heads are masked in the embedded model.
@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark_engine import gpt2_shaped
 from torch import Tensor
 
+from benchmarks.models import gpt2_small
 from ra_lens import load_demo_model, load_task, trace_paths
 from ra_lens.answers import Questions, ask, read_questions
 from ra_lens.masking import mask_hooks
@@ -56,7 +56,7 @@ def speed() -> None:
         print(f"  one layer, 1,024 tokens, 10 best, exact, length_norm={norm}: {taken:.2f} s")
     tokens = torch.randint(3, 50000, (1, 128), generator=torch.Generator().manual_seed(0))
     for kind in available_kinds():
-        model = gpt2_shaped(kind, 12)
+        model = gpt2_small(kind)
         for options in ({}, {"follow": "pattern"}, {"follow": "more", "target": 5}):
             once = partial(trace_layers, model, tokens, top_beam=10, **options)
             taken = seconds(once, rounds=3)

@@ -1,0 +1,95 @@
+"""What the benchmarks compare does the same thing, and the page holds what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import engine, growth, memory, models, overhead, page, peers, timing
+from benchmarks.__main__ import NAMES
+from ra_lens.collect import reversed_attention
+from tiny_models import KINDS, relative
+
+SHAPE = {"n_layer": 2, "n_head": 4, "width": 24, "n_vocab": 200}
+TOKENS = torch.randint(0, 199, (2, 7), generator=torch.Generator().manual_seed(0))
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_route_gives_the_same_maps(kind):
+    model, inside = models.gpt2_small(kind, **SHAPE), models.huggingface(**SHAPE)
+    ours = engine.routes(model, TOKENS)[engine.OURS]().stack()
+    authors = torch.stack(peers.authors_way(inside, TOKENS))
+    retained = torch.stack(peers.retain_grad(inside, TOKENS))
+    kept = engine.transformer_lens_alone(model, TOKENS)
+    alone = torch.stack(
+        [
+            reversed_attention(
+                kept[f"blocks.{i}.attn.hook_pattern"],
+                kept[f"blocks.{i}.attn.hook_pattern_grad"],
+                6**-0.5,
+            )
+            for i in range(2)
+        ]
+    )
+    assert float(ours.norm()) > 0
+    for other in (authors, retained, alone):
+        assert relative(other, ours) < 1e-5
+
+
+@pytest.mark.parametrize("route", list(memory.ROUTES))
+def test_memory_of_every_route_is_measured(route):
+    found = memory.one(KINDS[0], 16, route, {**SHAPE, "batch": 2})
+    assert found["seconds"] > 0
+    assert (found["estimate"] > 0) == (route in memory.OPTIONS)
+
+
+def test_a_peak_is_that_of_what_is_allocated():
+    peak, seconds = memory._peak(lambda: torch.ones(50_000_000).sum())
+    assert 1.9e8 < peak < 3e8
+    assert seconds > 0
+
+
+def test_exponents_and_medians():
+    assert growth._exponent(2, 8, 3.0, 48.0) == pytest.approx(2.0)
+    assert growth._exponent(2, 8, 3.0, 0.0) is None
+    ran = []
+    routes = {"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}
+    times = timing.interleaved(routes, rounds=3)
+    assert ran == ["a", "b"] * 4
+    assert [len(t.seconds) for t in times.values()] == [3, 3]
+    assert timing.Times([3.0, 1.0, 2.0]).median == 2.0
+
+
+def test_overhead_runs():
+    table = overhead.measure(rounds=1, quick=True)
+    assert [row[0] for row in table["rows"]] == list(KINDS)
+
+
+def test_the_page_gets_the_tables_between_its_marks(tmp_path):
+    shown = tmp_path / "performance.md"
+    shown.write_text(
+        "before\n<!-- begin engine -->\nold\n<!-- end engine -->\nafter\n"
+        "<!-- begin machine -->\n<!-- end machine -->\n"
+    )
+    table = {"title": "T", "how": "H.", "columns": ["a", "b"], "rows": [["x", 1.234], ["y", None]]}
+    page.write({"machine": {"how": "M"}, "engine": table}, shown)
+    text = shown.read_text()
+    assert text.startswith("before\n<!-- begin engine -->\n## T\n\nH.\n\n| a | b |\n|---|---|\n")
+    assert "| x | 1.23 |\n| y | – |\n<!-- end engine -->\nafter" in text
+    assert "old" not in text
+    assert "Measured with M." in text
+
+
+def test_the_page_shown_is_that_of_the_numbers_kept(tmp_path):
+    tables = json.loads((DOCS / "performance.json").read_text(encoding="utf-8"))
+    assert set(tables) == {"machine", *NAMES}
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    copy = tmp_path / "performance.md"
+    copy.write_text(re.sub(r"(<!-- begin \w+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.S))
+    page.write(tables, copy)
+    assert copy.read_text(encoding="utf-8") == text
