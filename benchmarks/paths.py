@@ -49,6 +49,7 @@ def seconds(function: Callable[[], Any], rounds: int = 5) -> float:
 
 
 def speed() -> None:
+    """Time the search through one layer and through all of them."""
     print(f"Speed, {torch.get_num_threads()} threads")
     attention = drawn_attention(1024, 0)
     for norm in ("none", "avg_logprob"):
@@ -65,6 +66,7 @@ def speed() -> None:
 
 
 def misses(matrices: int = 200, n: int = 24) -> None:
+    """Count the best paths that a beam does not find."""
     print(f"Beam search (5 wide, 5 steps each) on {matrices} drawn maps of {n} tokens")
     for norm in ("none", "avg_logprob", "sqrt"):
         best = found = 0
@@ -83,6 +85,7 @@ def misses(matrices: int = 200, n: int = 24) -> None:
 
 
 def masking(draws: int = 10) -> None:
+    """Mask the heads of traced paths, and as many random ones."""
     print("Masked heads of the embedded model: rise of −log p(answer), nats, mean over prompts")
     model = load_demo_model()
     lens = as_lens(model)
