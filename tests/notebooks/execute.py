@@ -35,10 +35,17 @@ def cleaned(notebook: Any) -> Any:
     for i, cell in enumerate(notebook.cells):
         cell.metadata.clear()
         cell["id"] = f"cell-{i}"
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_widget(output)]
         for output in cell.get("outputs", []):
             if "metadata" in output:
                 output["metadata"].clear()
     return notebook
+
+
+def _is_widget(output: Any) -> bool:
+    """Whether it is a progress bar, whose state lives in the kernel only."""
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def write(notebook: Any, path: Path) -> None:

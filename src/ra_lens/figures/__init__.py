@@ -15,6 +15,7 @@ from ra_lens.figures.export import save_figure
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.maps import Sign, head_map, head_maps
 from ra_lens.figures.notebook import images_in_notebooks
+from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
 from ra_lens.figures.row import token_row
 from ra_lens.figures.sweep import patching_sweep_curve
@@ -28,6 +29,7 @@ __all__ = [
     "head_maps",
     "images_in_notebooks",
     "patching_sweep_curve",
+    "path_diagram",
     "perturbation_curves",
     "query_key_pull",
     "save_figure",
