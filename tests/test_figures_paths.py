@@ -29,6 +29,8 @@ def test_across_layers_a_line_runs_from_the_target_down_to_the_embedding(model):
         assert f"{beam.score_norm:.3g}".replace("-", "−") in line.name
     moved = [f"L{s.layer}H{s.head}" for beam in trace.beams for s in beam.steps if s.moves]
     assert sorted(note.text for note in figure.layout.annotations) == sorted(moved)
+    places = [(round(note.x), round(note.y, 2)) for note in figure.layout.annotations]
+    assert len(set(places)) == len(places)
     assert figure.layout.yaxis.ticktext[0] == "before layer 0"
     assert figure.layout.yaxis.ticktext[-1] == "after the last"
     assert len(figure.layout.xaxis.ticktext) == trace.seq_len

@@ -55,7 +55,7 @@ def path_diagram(
     for rank in reversed(range(len(beams))):
         figure.add_trace(_line(trace, beams[rank], rank, _shift(rank, len(beams))))
     for rank in reversed(range(len(beams))) if trace.is_layered else ():
-        _name_heads(figure, trace, beams[rank], rank, _shift(rank, len(beams)))
+        _name_heads(figure, trace, beams[rank], rank, len(beams))
     top = max(max(_rows(trace, beam)) for beam in beams)
     pixels = height or 150 + 70 * top
     finish(figure, title=title, width=width, height=pixels, template=template)
@@ -107,7 +107,7 @@ def _shift(rank: int, n: int) -> float:
 
 def _line(trace: TraceResult, beam: TracedPath, rank: int, shift: float) -> go.Scatter:
     told = [step_text(trace, step) for step in beam.steps]
-    told = [*told, f"{told[-1]}" if told else "nothing moved"]
+    told = [*told, told[-1] if told else "nothing moved"]
     return go.Scatter(
         x=[position + shift for position in beam.positions],
         y=_rows(trace, beam),
@@ -120,13 +120,14 @@ def _line(trace: TraceResult, beam: TracedPath, rank: int, shift: float) -> go.S
     )
 
 
-def _name_heads(figure: Any, trace: TraceResult, beam: TracedPath, rank: int, shift: float) -> None:
-    rows = _rows(trace, beam)
-    for step, row in zip(beam.steps, rows[1:], strict=True):
+def _name_heads(figure: Any, trace: TraceResult, beam: TracedPath, rank: int, n: int) -> None:
+    # Each path names its heads at another height, so that lines beside each other keep theirs.
+    along = (rank + 1) / (n + 1)
+    for step, row in zip(beam.steps, _rows(trace, beam)[1:], strict=True):
         if step.moves:
             figure.add_annotation(
-                x=(step.query + step.key) / 2 + shift,
-                y=row + 0.5,
+                x=step.key + (step.query - step.key) * along + _shift(rank, n),
+                y=row + along,
                 text=f"L{step.layer}H{step.head}",
                 showarrow=False,
                 font={"size": 11, "color": _COLOURS[rank % len(_COLOURS)]},
