@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import GPT2LMHeadModel
@@ -52,6 +56,22 @@ def test_maps_of_a_padded_batch_are_those_of_each_prompt_alone(models):
                 start, n = both.info.starts[i], alone.stack().shape[-1]
                 cut = both.stack()[:, i, :, start : start + n, start : start + n]
                 assert relative(cut, alone.stack()[:, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("setting", [None, "0", "1"])
+def test_loading_shows_no_progress_bar_and_leaves_those_of_others(setting):
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": setting or ""}
+    code = (
+        "from transformers.utils import logging as bars; before = bars.is_progress_bar_enabled()\n"
+        "from ra_lens import load_demo_model; load_demo_model()\n"
+        "print(bars.is_progress_bar_enabled() is before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
+    assert "Loading weights" not in done.stderr
+    assert "progress bars" not in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge"])

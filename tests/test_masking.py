@@ -8,7 +8,7 @@ import transformers
 
 from hf_heads import HFHeads
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.masking import mask_hooks, need_heads
+from ra_lens.masking import mask_heads, mask_hooks, need_heads
 from ra_lens.sites import as_lens, load_folder
 from ra_lens.sites.folding import value_biases_folded
 from tiny_models import (
@@ -254,3 +254,18 @@ def test_heads_of_latent_attention_are_those_of_the_pattern(tmp_path):
             wanted = reference.logits(IDS)
         assert relative(reference.logits(IDS), wanted) > 1e-3
         assert relative(logits_with(model, masked_by(heads, n_layers=2)), wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_some_heads_by_pair_label_or_ranking(arch, kind, shared):
+    model = shared(arch, kind)
+    heads = [(0, 1), (0, 3), (2, 0)]
+    wanted = logits_with(model, masked_by(heads))
+    given = [heads, ["L0H1", "L0H3", "L2H0"], [(0, -3), (0, 3), (-1, 0)]]
+    assert N_LAYERS == 3 and N_HEADS == 4
+    for some in given:
+        with torch.no_grad():
+            found = model.run_with_hooks(IDS, fwd_hooks=mask_heads(model, some))
+        assert torch.equal(found, wanted)
+    with pytest.raises(BadInput, match="L9H0"):
+        mask_heads(model, "L9H0")

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.sites import Lens, Site
+from ra_lens.patching.choose import Heads, choose_heads
+from ra_lens.sites import Lens, Site, as_lens
 
 
 def mask_hooks(
@@ -48,6 +49,30 @@ def mask_hooks(
         if not bool(of_layer.all()):
             hooks.append((site.z_name, _zeroing(of_layer)))
     return hooks
+
+
+def mask_heads(model: nn.Module, heads: Heads) -> list[tuple[str, Callable[..., Any]]]:
+    """Forward hooks that mask some heads, the same in every example.
+
+        with model.hooks(fwd_hooks=mask_heads(model, trace.heads())):
+            model("...")
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        heads: `(layer, head)` pairs (negative: from the end), labels like `"L3H5"`, or
+            `HeadScore`s, such as a ranking's `top(k)`; one or several.
+
+    Returns:
+        `(hook name, hook)` pairs.
+
+    Raises:
+        BadInput: a head that the model does not have, or none.
+        UnsupportedModel: a model whose heads cannot be reached.
+    """
+    lens = as_lens(model)
+    need_heads(lens)
+    chosen = choose_heads(lens.sites, heads=heads, layers=None, n_layers=lens.n_layers)
+    return [(lens.sites[layer].z_name, _zeroing(~masked)) for layer, masked in chosen.items()]
 
 
 def by_head(z: Float[Tensor, "batch pos *rest"], n_heads: int) -> Tensor:

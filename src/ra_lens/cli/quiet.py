@@ -12,6 +12,8 @@ from contextlib import contextmanager, redirect_stdout
 
 import typer
 
+from ra_lens.loading_bars import no_loading_bars
+
 
 def offline() -> None:
     """Keep Hugging Face libraries off the network; call before they are first imported."""
@@ -34,23 +36,10 @@ def quiet(*, debug: bool) -> Generator[None]:
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with _no_loading_bars():
+            with no_loading_bars():
                 yield
         for warning in caught:
             if warning.category.__module__.startswith("ra_lens"):
                 typer.echo(f"warning: {warning.message}", err=True)
     finally:
         logging.disable(before)
-
-
-@contextmanager
-def _no_loading_bars() -> Generator[None]:
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()

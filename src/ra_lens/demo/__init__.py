@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ra_lens.loading_bars import no_loading_bars
 from ra_lens.sites import ModelKind, load_folder
 
 
@@ -39,6 +40,7 @@ def load_demo_model(
     Raises:
         BadInput: the installed TransformerLens does not have that kind.
     """
-    model = load_folder(demo_model_folder(), kind=kind, device=device, dtype=dtype)
+    with no_loading_bars():
+        model = load_folder(demo_model_folder(), kind=kind, device=device, dtype=dtype)
     model.cfg.model_name = "ra-lens-demo"  # type: ignore[union-attr]
     return model

@@ -5,14 +5,17 @@ Maps show −R by default, where gradient descent moves attention: red cells get
 `ra_lens.experiments`.
 
 A figure shows itself in Jupyter, VS Code and Colab where it is the last line of a cell, or by
-`figure.show()`. `save_figure(figure, "figure.pdf")` writes PNG, SVG, PDF or HTML; images need
-kaleido (`pip install "ra-lens[images]"`) and a Chrome or Chromium.
+`figure.show()`; after `images_in_notebooks()` an image is kept beside it, for where no JavaScript
+runs. `save_figure(figure, "figure.pdf")` writes PNG, SVG, PDF or HTML. Images need kaleido
+(`pip install "ra-lens[images]"`) and a Chrome or Chromium.
 """
 
 from ra_lens.figures.curves import perturbation_curves
 from ra_lens.figures.export import save_figure
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.maps import Sign, head_map, head_maps
+from ra_lens.figures.notebook import images_in_notebooks
+from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
 from ra_lens.figures.row import token_row
 from ra_lens.figures.sweep import patching_sweep_curve
@@ -24,7 +27,9 @@ __all__ = [
     "head_grid",
     "head_map",
     "head_maps",
+    "images_in_notebooks",
     "patching_sweep_curve",
+    "path_diagram",
     "perturbation_curves",
     "query_key_pull",
     "save_figure",
