@@ -27,6 +27,29 @@ def test_logits_at_chosen_positions_are_the_models_own(arch, kind, shared):
     assert torch.equal(again, whole)
 
 
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_gradients_of_chosen_positions_are_the_models_own(arch, kind, shared):
+    """One position is read twice in one row, as a short answer beside a long one is."""
+    model = shared(arch, kind)
+    lens = as_lens(model)
+    columns = torch.tensor([[4, 5, 6], [3, 3, 3]])
+    weights = torch.randn(2, 3, D_VOCAB, generator=torch.Generator().manual_seed(0))
+    gradients = {}
+
+    def leaf(x, hook):
+        gradients["x"] = x.detach().requires_grad_()
+        return gradients["x"]
+
+    found = []
+    for positions in (columns, None):
+        with model.hooks(fwd_hooks=[("hook_embed", leaf)]), lens.reading(positions):
+            logits = model(IDS)
+        if positions is None:
+            logits = logits[torch.arange(2)[:, None], columns]
+        found.append(torch.autograd.grad((logits * weights).sum(), gradients["x"])[0])
+    assert relative(*found) < 5e-6
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_mlp_runs_where_it_is_read(kind, shared):
     model, ran = shared("gpt2", kind), []

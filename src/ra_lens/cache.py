@@ -147,7 +147,7 @@ class RACache:
     @property
     def n_bytes(self) -> int:
         """Memory of the maps stored."""
-        return sum(t.numel() * t.element_size() for t in self._maps.values())
+        return sum(t.nbytes for t in self._maps.values())
 
     def kv_group(self, head: int) -> int:
         """Index of the key/value head that query head `head` reads (grouped queries)."""
@@ -183,8 +183,7 @@ class RACache:
         """Give the `k` heads with the largest norm, averaged over the examples."""
         if k < 1:
             raise BadInput(f"found k={k}; ask for at least one head.")
-        scores = self.norms(kind)
-        scores = scores.mean(dim=0) if self.has_batch_dim else scores
+        scores = self.norms(kind).mean(dim=0) if self.has_batch_dim else self.norms(kind)
         values, order = scores.flatten().sort(descending=True, stable=True)
         return [
             HeadScore(self.layers[int(i) // self.n_heads], int(i) % self.n_heads, float(v))
@@ -202,8 +201,7 @@ class RACache:
             return self._running.result(self._n_layers)
         if not self._maps:
             raise NotStored(self._why_not("ra"))
-        running = RunningMean(self.sites)
-        self.add_to(running)
+        self.add_to(running := RunningMean(self.sites))
         return running.result(self._n_layers)
 
     def add_to(self, running: RunningMean) -> None:
@@ -315,12 +313,7 @@ class RACache:
         self.keep(layer, kind, value)
 
     def put_norms(
-        self,
-        layer: int,
-        kind: MapKind,
-        value: Tensor,
-        *,
-        device: str | torch.device | None = None,
+        self, layer: int, kind: MapKind, value: Tensor, device: str | torch.device | None = None
     ) -> None:
         """Add the norms of a map; they are taken where it is, and only they move to `device`."""
         self._norms[kind, layer] = value.flatten(start_dim=-2).norm(dim=-1).to(device=device)
@@ -348,11 +341,11 @@ class RACache:
         first = parts[0]
         if len(parts) == 1:
             return replace(first, _running=running)
-        names, keys = first._maps, first._norms
+        names, keys = list(first._maps), first._norms
         return replace(
             first,
-            # One name at a time: all parts beside all of the whole would take twice the memory.
-            _maps={name: torch.cat([p._maps.pop(name) for p in parts]) for name in list(names)},
+            # Popped, as parts beside the whole would take twice the memory.
+            _maps={name: torch.cat([p._maps.pop(name) for p in parts]) for name in names},
             _norms={key: torch.cat([p._norms[key] for p in parts]) for key in keys},
             _running=running,
         )

@@ -78,6 +78,7 @@ def _mlp_at(mlp: nn.Module, rows: Tensor, positions: Tensor) -> Generator[None, 
     # Not by setattr, which a bridge hands on to the module that it wraps.
     attributes = vars(mlp)
     own = attributes.get("forward")
+    times = (positions.unsqueeze(-1) == positions.unsqueeze(-2)).sum(dim=-1)
 
     def narrow(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else None
@@ -88,7 +89,9 @@ def _mlp_at(mlp: nn.Module, rows: Tensor, positions: Tensor) -> Generator[None, 
         if not isinstance(found, Tensor) or found.shape[:-1] != positions.shape:
             return forward(*args, **kwargs)
         whole = found.new_zeros((*x.shape[:-1], found.shape[-1]))
-        return whole.index_put(index, found)
+        # A position that is read twice gets its share from each, and gives its gradient once.
+        share = found / times.to(found).unsqueeze(-1)
+        return whole.index_put(index, share, accumulate=True)
 
     attributes["forward"] = narrow
     try:
