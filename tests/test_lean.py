@@ -116,10 +116,10 @@ def test_functions_are_the_same_and_half_precision_keeps_its_own(kind, dtype, fr
     assert relative(lean, own) <= {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 0.0)
 
 
-@pytest.mark.skipif("HookedTransformer" not in KINDS, reason="no HookedTransformer from 4.0 on")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("point", ["hook_scale", "hook_normalized"])
-def test_a_hook_inside_a_norm_still_edits_it(point, shared):
-    model = shared("gpt2", "HookedTransformer")
+def test_a_hook_inside_a_norm_still_edits_it(point, kind, shared):
+    model = shared("gpt2", kind)
 
     def halve(value, hook):
         return value / 2

@@ -1,7 +1,7 @@
 """What a run computes in fewer steps than the model does.
 
 * `gelu_new` is written as eight operations in Hugging Face and TransformerLens, layer norm as eight
-  in HookedTransformer, and a backward pass keeps most of what comes between. torch has each in one.
+  in TransformerLens, and a backward pass keeps most of what comes between. torch has each in one.
 * HookedTransformer copies its unembedding in every forward pass, for the rounding of bfloat16.
 
 The functions are the same, so results differ by rounding. In half precision the model's own steps,
@@ -42,12 +42,20 @@ def _fused(module: Any) -> tuple[str, Function] | None:
     kind = type(module)
     if kind.__name__ == "NewGELUActivation":  # transformers
         return "forward", partial(functional.gelu, approximate="tanh")
+    if kind.__name__ == "NormalizationBridge":
+        inside = module.original_component
+        if type(inside) is not nn.LayerNorm or _is_norm_hooked(module):
+            return None
+        eps = getattr(module.config, "eps", 1e-5)
+        return "_python_norm_forward", lambda x: functional.layer_norm(
+            x, x.shape[-1:], module.weight, inside.bias, eps
+        )
     if not kind.__module__.startswith("transformer_lens.components"):
         return None
     if getattr(vars(module).get("act_fn"), "__name__", "") == "gelu_new":
         return "act_fn", partial(functional.gelu, approximate="tanh")
     if kind.__name__ in ("LayerNorm", "LayerNormPre"):
-        if _is_hooked(module.hook_scale) or _is_hooked(module.hook_normalized):
+        if _is_norm_hooked(module):
             return None
         weight, bias = getattr(module, "w", None), getattr(module, "b", None)
         return "forward", lambda x: functional.layer_norm(x, x.shape[-1:], weight, bias, module.eps)
@@ -78,5 +86,6 @@ def _replace(module: nn.Module, name: str, fused: Function) -> Callable[[], None
     return put_back
 
 
-def _is_hooked(point: nn.Module) -> bool:
-    return bool(point._forward_hooks or point._backward_hooks)  # pyright: ignore[reportPrivateUsage]
+def _is_norm_hooked(norm: Any) -> bool:
+    points = (norm.hook_scale, norm.hook_normalized)
+    return any(point._forward_hooks or point._backward_hooks for point in points)
