@@ -77,7 +77,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         rounds: Measurements of each.
         quick: One kind of model, two layers and two questions, to see that it runs.
     """
-    n, n_layer, orders, shots = (2, 2, 1, 1) if quick else (4, 12, 2, 5)
+    n, n_layer, orders, shots = (2, 2, 1, 1) if quick else (8, 12, 1, 5)
     kinds = available_kinds()[:1] if quick else available_kinds()
     models = [(f"GPT-2 small's shape, {kind}", kind) for kind in kinds]
     models += [(f"embedded model, {kind}", kind) for kind in kinds]
