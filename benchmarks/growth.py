@@ -12,8 +12,8 @@ from ra_lens.sites import available_kinds
 GROWING: dict[str, list[int]] = {
     "tokens": [64, 128, 256, 512, 1024, 2048],
     "batch": [1, 2, 4, 8],
-    "layers": [3, 6, 12, 24],
-    "heads": [6, 12, 24, 48],
+    "layers": [6, 12, 24],
+    "heads": [12, 24, 48],
 }
 
 

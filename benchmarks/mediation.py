@@ -65,7 +65,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         rounds: Measurements of each.
         quick: One model of two layers and two questions, to see that it runs.
     """
-    n, n_layer, batch_size, shots = (2, 2, 8, 1) if quick else (4, 12, 32, 5)
+    n, n_layer, batch_size, shots = (2, 2, 8, 1) if quick else (2, 12, 32, 5)
     asked = prompts(n, shots=shots)
     rows: list[list[Any]] = []
     for kind in available_kinds()[:1] if quick else available_kinds():

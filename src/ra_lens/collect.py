@@ -145,6 +145,7 @@ class Collector:
             if recompute:
                 blocks = self._lens.blocks_from(next(iter(self._sites)))
                 stack.enter_context(recomputed(blocks, self._token))
+                stack.enter_context(self._lens.no_attention_returned())
             stack.callback(self._release)
             yield
 

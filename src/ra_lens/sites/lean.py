@@ -37,6 +37,35 @@ def lean(roots: list[nn.Module]) -> Generator[None, None, None]:
             step()
 
 
+@contextmanager
+def no_attention_returned(
+    roots: list[nn.Module], attentions: list[nn.Module]
+) -> Generator[None, None, None]:
+    """Let no pattern outlive its layer in a bridge, while the context is open.
+
+    It asks the Hugging Face model to return them all at the end, and with joint queries, keys and
+    values it keeps each one in an attribute, `_pattern`, which nothing reads.
+    """
+    modules = {id(m): m for root in roots for m in nn.Module.modules(root)}.values()
+    configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}.values()
+    asked: list[Any] = [c for c in configs if getattr(c, "output_attentions", False) is True]
+
+    def forget(attention: nn.Module, _args: Any, _output: Any) -> None:
+        vars(attention)["_pattern"] = None
+
+    keeping = [module for module in attentions if "_pattern" in vars(module)]
+    handles = [module.register_forward_hook(forget) for module in keeping]
+    try:
+        for config in asked:
+            config.output_attentions = False
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for config in asked:
+            config.output_attentions = True
+
+
 def _fused(module: Any) -> tuple[str, Function] | None:
     """Attribute of a module that has a faster equal, and that equal."""
     kind = type(module)

@@ -29,7 +29,7 @@ from ra_lens.sites.guards import (
     refuse_dropout,
     refuse_inference_mode,
 )
-from ra_lens.sites.lean import lean
+from ra_lens.sites.lean import lean, no_attention_returned
 from ra_lens.sites.plain import huggingface_logits, weights_processed
 from ra_lens.sites.reader import Reader
 from ra_lens.sites.reading import reading_at
@@ -289,6 +289,16 @@ class Lens(Reader):
     def lean(self) -> AbstractContextManager[None]:
         """Compute some functions in fewer steps; see `ra_lens.sites.lean`."""
         return lean(self._roots)
+
+    @contextmanager
+    def no_attention_returned(self) -> Generator[None, None, None]:
+        """Let no pattern outlive its layer, where hooks show it without being returned as well."""
+        if any(site.observe_only is not False for site in self.sites.values()):
+            yield
+            return
+        attentions = [self._model.get_submodule(site.prefix) for site in self.sites.values()]
+        with no_attention_returned(self._roots, attentions):
+            yield
 
     @property
     def _roots(self) -> list[nn.Module]:
