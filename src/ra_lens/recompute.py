@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 # Inputs of a block that have gradients, to its outputs that may have.
 Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+_TENSOR = object()
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def _checkpointed(forward: Callable[..., Any], token: Tensor) -> Callable[..., A
         given, form = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
         given = [None if _is_cache(leaf) else leaf for leaf in given]
         moving = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
-        made: list[Any] = []  # the output's form; its leaves, None where it is a floating tensor
+        made: list[Any] = []  # the output's form; its leaves, _TENSOR where it is a floating tensor
 
         def again(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             leaves = list(given)
@@ -65,13 +66,13 @@ def _checkpointed(forward: Callable[..., Any], token: Tensor) -> Callable[..., A
             positional, keyword = pytree.tree_unflatten(leaves, form)
             found, found_form = pytree.tree_flatten(forward(*positional, **keyword))
             if not made:
-                made.extend((found_form, [None if _is_floating(x) else x for x in found]))
+                made.extend((found_form, [_TENSOR if _is_floating(x) else x for x in found]))
             return tuple(filter(_is_floating, found))
 
         outputs: Any = _Block.apply(again, token, *(given[i] for i in moving))
         of_form, leaves = made
         remaining = iter(outputs)
-        whole = [next(remaining) if leaf is None else leaf for leaf in leaves]
+        whole = [next(remaining) if leaf is _TENSOR else leaf for leaf in leaves]
         return pytree.tree_unflatten(whole, of_form)
 
     return run
