@@ -13,13 +13,14 @@ Memory: the output of one block for each attention layer, for the examples recor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ra_lens.replaced import replaced
 from ra_lens.sites import Lens, Site
 
 
@@ -47,7 +48,7 @@ class Prefix:
 
         self._n = n_examples
         last = {blocks[-1] for blocks in self._before.values() if blocks}
-        with _forwards({block: keeping(block) for block in last}):
+        with replaced({block: keeping(block) for block in last}):
             yield
 
     @contextmanager
@@ -69,7 +70,7 @@ class Prefix:
         def forward(*_args: Any, **_kwargs: Any) -> Any:
             return output
 
-        with _forwards(dict.fromkeys(skipped, forward)):
+        with replaced(dict.fromkeys(skipped, forward)):
             yield
 
 
@@ -86,20 +87,3 @@ def _select(output: Any, examples: Tensor, n_examples: int) -> Any:
     if isinstance(output, tuple | list):
         return type(output)(_select(part, examples, n_examples) for part in output)
     return output
-
-
-@contextmanager
-def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Generator[None, None, None]:
-    """Replace `forward` of some modules while the context is open."""
-    # On the instance, where others (accelerate, for one) may have put theirs.
-    own = {module: vars(module).get("forward") for module in replacements}
-    try:
-        for module, forward in replacements.items():
-            vars(module)["forward"] = forward
-        yield
-    finally:
-        for module, forward in own.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = forward

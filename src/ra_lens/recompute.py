@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ra_lens.replaced import replaced
+
 # Inputs of a block that have gradients, to its outputs that may have.
 Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 _TENSOR = object()
@@ -33,19 +35,8 @@ def recomputed(blocks: Sequence[nn.Module], token: Tensor) -> Generator[None, No
         blocks: Modules, in the order in which they run.
         token: The root of the graph, which every block is tied to.
     """
-    undo: list[tuple[dict[str, Any], Any]] = []
-    try:
-        for block in blocks[:-1]:
-            # Not by setattr, which a bridge hands on to the module that it wraps.
-            attributes = vars(block)
-            undo.append((attributes, attributes.get("forward")))
-            attributes["forward"] = _checkpointed(block.forward, token)
+    with replaced({block: _checkpointed(block.forward, token) for block in blocks[:-1]}):
         yield
-    finally:
-        for attributes, before in undo:
-            del attributes["forward"]
-            if before is not None:
-                attributes["forward"] = before
 
 
 def _checkpointed(forward: Callable[..., Any], token: Tensor) -> Callable[..., Any]:

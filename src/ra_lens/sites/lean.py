@@ -11,7 +11,7 @@ each of which rounds, are kept; so are those with a hook in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,22 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ra_lens.replaced import replaced
+
 Function = Callable[[Tensor], Tensor]
 
 
 @contextmanager
 def lean(roots: list[nn.Module]) -> Generator[None, None, None]:
     """Run the modules in `roots` with the functions that have a faster equal, in the context."""
-    undo: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as stack:
         for module in {id(m): m for root in roots for m in nn.Module.modules(root)}.values():
             found = _fused(module)
             if found is not None:
-                undo.append(_replace(module, *found))
+                name, fused = found
+                either = _in_full_precision(fused, getattr(module, name))
+                stack.enter_context(replaced({module: either}, name))
         yield
-    finally:
-        for step in reversed(undo):
-            step()
 
 
 @contextmanager
@@ -95,24 +95,11 @@ def _fused(module: Any) -> tuple[str, Function] | None:
     return None
 
 
-def _replace(module: nn.Module, name: str, fused: Function) -> Callable[[], None]:
-    """Replace a function on a module; gives what puts it back."""
-    # Not by setattr, which a bridge hands on to the module that it wraps.
-    attributes = vars(module)
-    before = attributes.get(name)
-    slow: Function = getattr(module, name)
-
+def _in_full_precision(fused: Function, slow: Function) -> Function:
     def either(x: Tensor) -> Tensor:
         return (fused if x.dtype in (torch.float32, torch.float64) else slow)(x)
 
-    attributes[name] = either
-
-    def put_back() -> None:
-        del attributes[name]
-        if before is not None:
-            attributes[name] = before
-
-    return put_back
+    return either
 
 
 def _is_norm_hooked(norm: Any) -> bool:

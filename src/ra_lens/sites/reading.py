@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from ra_lens.replaced import replaced
+
 # Hook points that what the last MLP gives has not reached, by how their names begin.
 _BEFORE = ("blocks.", "embed.", "pos_embed.", "hook_embed", "hook_pos_embed")
 
@@ -75,9 +77,6 @@ def _is_hooked(module: nn.Module) -> bool:
 def _mlp_at(mlp: nn.Module, rows: Tensor, positions: Tensor) -> Generator[None, None, None]:
     """Run an MLP at `positions`; elsewhere its output is 0."""
     forward: Any = mlp.forward
-    # Not by setattr, which a bridge hands on to the module that it wraps.
-    attributes = vars(mlp)
-    own = attributes.get("forward")
     times = (positions.unsqueeze(-1) == positions.unsqueeze(-2)).sum(dim=-1)
 
     def narrow(*args: Any, **kwargs: Any) -> Any:
@@ -93,10 +92,5 @@ def _mlp_at(mlp: nn.Module, rows: Tensor, positions: Tensor) -> Generator[None, 
         share = found / times.to(found).unsqueeze(-1)
         return whole.index_put(index, share, accumulate=True)
 
-    attributes["forward"] = narrow
-    try:
+    with replaced({mlp: narrow}):
         yield
-    finally:
-        del attributes["forward"]
-        if own is not None:
-            attributes["forward"] = own
