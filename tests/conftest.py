@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,18 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+import transformer_lens  # noqa: F401  before the hook, under which nothing is read from its cache
+from jaxtyping import install_import_hook
+
+# Shapes are checked as the tests run, in the modules that state any. In the others it would only
+# take time: pyright has looked at them.
+SOURCE = Path(__file__).parents[1] / "src"
+STATE_SHAPES = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in sorted(SOURCE.rglob("*.py"))
+    if "\nfrom jaxtyping import" in path.read_text()
+]
+install_import_hook(STATE_SHAPES, "beartype.beartype")
 
 THIRD_PARTY_WARNINGS = [
     "HookedTransformer is deprecated and will be removed in 4.0:DeprecationWarning",
@@ -23,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for warning in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
     torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays; looking through it in every collection takes most of a collection.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

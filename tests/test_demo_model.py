@@ -58,7 +58,8 @@ def test_maps_of_a_padded_batch_are_those_of_each_prompt_alone(models):
                 assert relative(cut, alone.stack()[:, 0]) < 1e-5
 
 
-@pytest.mark.parametrize("setting", [None, "0", "1"])
+# "1" is what it is in all the other tests, in which warnings are errors.
+@pytest.mark.parametrize("setting", [None, "0"])
 def test_loading_shows_no_progress_bar_and_leaves_those_of_others(setting):
     env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": setting or ""}
     code = (

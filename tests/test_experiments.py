@@ -319,7 +319,7 @@ from ra_lens.experiments import {name}
 RUNS = {
     "perturbation_test": {
         "methods": ["ra", "cm1", "random"], "shots": [0, 1], "random_orders": 6, "n_rank": 3,
-        "n_test": 9, "progress": False,
+        "n_test": 9, "step": 0.2, "progress": False,
     },
     "patching_sweep": {"shots": [0, 1], "n_mean": 5, "n_test": 9, "scales": [-30.0, -3.0, 0.0, 1.0],
                        "progress": False},

@@ -129,10 +129,12 @@ class Collector:
                 point = self._lens.hook_points[site.pattern_name]
                 # A pre-hook sees the tensor itself. Forward hooks come after other people's
                 # edits, and after the wrapper that a backward hook puts around the HookPoint.
-                handle = point.register_forward_pre_hook(self._at_pattern(layer), prepend=True)
+                handle = point.register_forward_pre_hook(
+                    partial(self._at_pattern, layer), prepend=True
+                )
                 stack.callback(handle.remove)
                 if (scores := self._scores_point(site)) is not None:
-                    handle = scores.register_forward_hook(self._at_scores(layer))
+                    handle = scores.register_forward_hook(partial(self._at_scores, layer))
                     stack.callback(handle.remove)
                 # Where the model goes on with the tensor hooked, the graph begins at the pattern.
                 # Elsewhere it must begin above, and at every layer, as a hook may have replaced
@@ -165,11 +167,8 @@ class Collector:
             return None
         return None if point._backward_hooks else point  # pyright: ignore[reportPrivateUsage]
 
-    def _at_scores(self, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self._scores[layer] = output
-
-        return hook
+    def _at_scores(self, layer: int, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        self._scores[layer] = output
 
     def _tap_input(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return self._tap(output, copy=True)
@@ -178,15 +177,12 @@ class Collector:
         result: Any = _Tap.apply(x, self._token, copy)
         return result
 
-    def _at_pattern(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            # TransformerLens hooks are forward hooks of the HookPoint; where the pattern is only
-            # shown, further hook points may get the same tensor.
-            hooked = bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
-            edited_next = hooked or self._sites[layer].observe_only is not False
-            return (self.observe(layer, args[0], copy=edited_next), *args[1:])
-
-        return hook
+    def _at_pattern(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # TransformerLens hooks are forward hooks of the HookPoint; where the pattern is only
+        # shown, further hook points may get the same tensor.
+        hooked = bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+        edited_next = hooked or self._sites[layer].observe_only is not False
+        return (self.observe(layer, args[0], copy=edited_next), *args[1:])
 
     def observe(self, layer: int, pattern: Tensor, *, copy: bool = True) -> Tensor:
         """Collect from a pattern; returns the tensor that the model goes on with.
@@ -234,13 +230,11 @@ class Collector:
             )
             return from_scores
         tapped = self._tap(pattern, copy=copy)
-        if observe_only is not False and pattern.requires_grad:
-            # Whether the gradient comes through the tensor handed on, or past it, tells whether
-            # the model uses what hooks return.
-            pattern.register_hook(self._gradient_hook(layer))
-            tapped.register_hook(lambda _grad: self._consumed.add(layer))
-        else:
-            tapped.register_hook(self._gradient_hook(layer, consumed=True))
+        # Whether the gradient comes through the tensor handed on, or past it, tells whether the
+        # model uses what hooks return.
+        tapped.register_hook(lambda _grad: self._consumed.add(layer))
+        may_pass = observe_only is not False and pattern.requires_grad
+        (pattern if may_pass else tapped).register_hook(partial(self._at_gradient, layer))
         return tapped
 
     def root(self, residual: Tensor) -> Tensor:
@@ -249,16 +243,11 @@ class Collector:
 
     # ---- gradients ------------------------------------------------------------------------------
 
-    def _gradient_hook(self, layer: int, *, consumed: bool = False) -> Callable[[Tensor], None]:
-        def hook(grad: Tensor) -> None:
-            if consumed:  # the gradient came through the tensor that was handed on
-                self._consumed.add(layer)
-            # Of a layer that runs several times the last one's gradient comes first, and is kept.
-            # There is none in a second backward pass through a graph that the user kept.
-            if layer in self._patterns:
-                self._receive(layer, grad)
-
-        return hook
+    def _at_gradient(self, layer: int, grad: Tensor) -> None:
+        # Of a layer that runs several times the last one's gradient comes first, and is kept.
+        # There is none in a second backward pass through a graph that the user kept.
+        if layer in self._patterns:
+            self._receive(layer, grad)
 
     def _receive(self, layer: int, grad: Tensor) -> Tensor:
         """Deliver the maps of a layer; gives R~, the gradient at its scores."""

@@ -8,6 +8,7 @@ bias (`Lens.value_biases_folded`): zeroing z then leaves behind what the head's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def mask_hooks(
     for i, site in enumerate(sites.values()):
         of_layer = keep[..., i, :]
         if not bool(of_layer.all()):
-            hooks.append((site.z_name, _zeroing(of_layer)))
+            hooks.append((site.z_name, partial(_zero_heads, of_layer)))
     return hooks
 
 
@@ -72,7 +73,10 @@ def mask_heads(model: nn.Module, heads: Heads) -> list[tuple[str, Callable[..., 
     lens = as_lens(model)
     need_heads(lens)
     chosen = choose_heads(lens.sites, heads=heads, layers=None, n_layers=lens.n_layers)
-    return [(lens.sites[layer].z_name, _zeroing(~masked)) for layer, masked in chosen.items()]
+    return [
+        (lens.sites[layer].z_name, partial(_zero_heads, ~masked))
+        for layer, masked in chosen.items()
+    ]
 
 
 def by_head(z: Float[Tensor, "batch pos *rest"], n_heads: int) -> Tensor:
@@ -97,14 +101,14 @@ def need_heads(lens: Lens) -> None:
         )
 
 
-def _zeroing(keep: Tensor) -> Callable[..., Any]:
+def _zero_heads(
+    keep: Tensor,
+    z: Tensor,
+    hook: Any,  # noqa: ARG001  TransformerLens passes it by name
+) -> Tensor:
     # [head] or [batch, head] to [1 or batch, 1, head, 1]
     n_heads = keep.shape[-1]
-    factors = keep.reshape(-1, 1, keep.shape[-1], 1)
-
-    def zero_heads(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
-        # Not a product with 0, which would keep NaN and infinities.
-        zero = torch.zeros((), dtype=z.dtype, device=z.device)
-        return torch.where(factors.to(z.device), by_head(z, n_heads), zero).reshape(z.shape)
-
-    return zero_heads
+    factors = keep.reshape(-1, 1, n_heads, 1).to(z.device)
+    # Not a product with 0, which would keep NaN and infinities.
+    zero = torch.zeros((), dtype=z.dtype, device=z.device)
+    return torch.where(factors, by_head(z, n_heads), zero).reshape(z.shape)

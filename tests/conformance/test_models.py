@@ -17,11 +17,8 @@ from .configs import ARCHITECTURES
 from .expectations import expected, surprises
 from .variants import VARIANTS
 
+# GPT-2, Llama, OPT and GPT-J are what all the other tests run on.
 REPRESENTATIVE = {
-    "gpt2",  # one matrix for queries, keys and values; absolute positions
-    "llama",  # grouped queries, rotary
-    "opt",  # pattern only shown
-    "gptj",  # pattern only shown, rotary, parallel
     "gpt_neo",  # softmax scale 1, local windows
     "falcon_alibi",  # bias of positions
     "gemma2",  # softcap, windows, a scale of its own

@@ -26,6 +26,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,22 +152,23 @@ def _set_last(
             where = torch.tensor(cells)
             questions = torch.tensor([rows[row][0] for row, _ in cells])
             new = None if values is None else values[i][questions, where[:, 1]]
-            hooks.append((site.z_name, _setter(where, columns, new, site.n_heads)))
+            hooks.append((site.z_name, partial(_set_heads, where, columns, new, site.n_heads)))
     return hooks
 
 
-def _setter(
-    cells: Tensor, columns: Tensor, values: Tensor | None, n_heads: int
-) -> Callable[..., Any]:
+def _set_heads(
+    cells: Tensor,
+    columns: Tensor,
+    values: Tensor | None,
+    n_heads: int,
+    z: Tensor,
+    hook: Any,  # noqa: ARG001  TransformerLens passes it by name
+) -> Tensor:
     rows, heads = cells.unbind(dim=1)
-
-    def set_heads(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
-        new = by_head(z, n_heads).clone()
-        index = tuple(t.to(z.device) for t in (rows, columns[rows], heads))
-        new[index] = 0.0 if values is None else values.to(new)
-        return new.reshape(z.shape)
-
-    return set_heads
+    new = by_head(z, n_heads).clone()
+    index = tuple(t.to(z.device) for t in (rows, columns[rows], heads))
+    new[index] = 0.0 if values is None else values.to(new)
+    return new.reshape(z.shape)
 
 
 @torch.no_grad()

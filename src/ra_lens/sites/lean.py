@@ -32,7 +32,7 @@ def lean(roots: list[nn.Module]) -> Generator[None, None, None]:
             found = _fused(module)
             if found is not None:
                 name, fused = found
-                either = _in_full_precision(fused, getattr(module, name))
+                either = partial(_in_full_precision, fused, getattr(module, name))
                 stack.enter_context(replaced({module: either}, name))
         yield
 
@@ -95,11 +95,8 @@ def _fused(module: Any) -> tuple[str, Function] | None:
     return None
 
 
-def _in_full_precision(fused: Function, slow: Function) -> Function:
-    def either(x: Tensor) -> Tensor:
-        return (fused if x.dtype in (torch.float32, torch.float64) else slow)(x)
-
-    return either
+def _in_full_precision(fused: Function, slow: Function, x: Tensor) -> Tensor:
+    return (fused if x.dtype in (torch.float32, torch.float64) else slow)(x)
 
 
 def _is_norm_hooked(norm: Any) -> bool:

@@ -342,18 +342,11 @@ class Lens(Reader):
             for name, parameter in module._parameters.items()  # pyright: ignore[reportPrivateUsage]
             if parameter is not None and parameter.requires_grad and parameter.is_leaf
         ]
-
-        def switch(*, on: bool) -> None:
-            for module, name in live:
-                parameter = module._parameters[name]  # pyright: ignore[reportPrivateUsage]
-                if parameter is not None:
-                    parameter.requires_grad_(on)
-
         try:
-            switch(on=False)
+            _switch(live, on=False)
             yield
         finally:
-            switch(on=True)
+            _switch(live, on=True)
 
     def fully_masked_rows_apart(self) -> AbstractContextManager[None]:
         """See `ra_lens.sites.guards`; every layer's, as they hand on to those below."""
@@ -369,3 +362,10 @@ class Lens(Reader):
     def refuse_inference_mode(self) -> None:
         """Raise if tensors made now could never take part in a backward pass."""
         refuse_inference_mode(self.module)
+
+
+def _switch(parameters: list[tuple[nn.Module, str]], *, on: bool) -> None:
+    for module, name in parameters:
+        parameter = module._parameters[name]  # pyright: ignore[reportPrivateUsage]
+        if parameter is not None:
+            parameter.requires_grad_(on)

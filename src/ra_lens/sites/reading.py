@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,26 +29,18 @@ def reading_at(
 
     The last MLP is left alone where somebody's hook could see what it gives.
     """
-    rows = torch.arange(positions.shape[0]).unsqueeze(1)
-
-    def gather(x: Tensor) -> Tensor:
-        return x[rows.to(x.device), positions.to(x.device)]
-
-    def before_unembed(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (gather(args[0]), *args[1:])
-
-    def after_point(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return gather(output)
-
     with ExitStack() as stack:
         mlp = _last_mlp(model, hook_points)
         if mlp is not None:
-            stack.enter_context(_mlp_at(mlp, rows, positions))
+            narrow = partial(_at_positions, mlp.forward, positions)
+            stack.enter_context(replaced({mlp: narrow}))
         point = hook_points.get("unembed.hook_in")
         if point is not None:  # TransformerBridge
-            handle = point.register_forward_hook(after_point)
+            handle = point.register_forward_hook(lambda _module, _args, x: x[_index(positions, x)])
         else:
-            handle = model.unembed.register_forward_pre_hook(before_unembed)
+            handle = model.unembed.register_forward_pre_hook(
+                lambda _module, args: (args[0][_index(positions, args[0])], *args[1:])
+            )
         stack.callback(handle.remove)
         yield
 
@@ -60,11 +53,12 @@ def _last_mlp(model: Any, hook_points: Mapping[str, nn.Module]) -> nn.Module | N
     if not isinstance(mlp, nn.Module):
         return None
 
-    def reached(name: str) -> bool:
-        in_last = name.startswith(f"blocks.{last}.")
-        return ".attn." not in name if in_last else not name.startswith(_BEFORE)
-
-    points = (point for name, point in hook_points.items() if reached(name))
+    inside = f"blocks.{last}."
+    points = (
+        point
+        for name, point in hook_points.items()
+        if (".attn." not in name if name.startswith(inside) else not name.startswith(_BEFORE))
+    )
     return None if any(map(_is_hooked, (blocks[last], *points, *nn.Module.modules(mlp)))) else mlp
 
 
@@ -73,24 +67,23 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in hooks)
 
 
-@contextmanager
-def _mlp_at(mlp: nn.Module, rows: Tensor, positions: Tensor) -> Generator[None, None, None]:
-    """Run an MLP at `positions`; elsewhere its output is 0."""
-    forward: Any = mlp.forward
+def _at_positions(forward: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An MLP's output at `positions`; elsewhere it is 0."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[0] != positions.shape[0]:
+        return forward(*args, **kwargs)
+    index = _index(positions, x)
+    found = forward(x[index], *args[1:], **kwargs)
+    if not isinstance(found, Tensor) or found.shape[:-1] != positions.shape:
+        return forward(*args, **kwargs)
+    whole = found.new_zeros((*x.shape[:-1], found.shape[-1]))
+    # A position that is read twice gets its share from each, and gives its gradient once.
     times = (positions.unsqueeze(-1) == positions.unsqueeze(-2)).sum(dim=-1)
+    share = found / times.to(found).unsqueeze(-1)
+    return whole.index_put(index, share, accumulate=True)
 
-    def narrow(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[0] != positions.shape[0]:
-            return forward(*args, **kwargs)
-        index = rows.to(x.device), positions.to(x.device)
-        found = forward(x[index], *args[1:], **kwargs)
-        if not isinstance(found, Tensor) or found.shape[:-1] != positions.shape:
-            return forward(*args, **kwargs)
-        whole = found.new_zeros((*x.shape[:-1], found.shape[-1]))
-        # A position that is read twice gets its share from each, and gives its gradient once.
-        share = found / times.to(found).unsqueeze(-1)
-        return whole.index_put(index, share, accumulate=True)
 
-    with replaced({mlp: narrow}):
-        yield
+def _index(positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of `positions`, one row of them per row of `x`, on the device of `x`."""
+    rows = torch.arange(positions.shape[0], device=x.device)
+    return rows.unsqueeze(1), positions.to(x.device)
