@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import gpt2_small
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.sites import available_kinds
 
@@ -67,8 +67,6 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             times = interleaved(routes(model, tokens), rounds=rounds)
             base, plain = times[FORWARD], times[PLAIN].median
             for name, t in times.items():
-                ratios = [a / b for a, b in zip(t.seconds, base.seconds, strict=True)]
-                ratios.sort()
                 rows.append(
                     [
                         kind,
@@ -76,7 +74,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
                         name,
                         t.median,
                         t.median / base.median,
-                        f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+                        ratio_spread(t.seconds, base.seconds),
                         plain / t.median,
                     ]
                 )

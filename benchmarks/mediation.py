@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import gpt2_small
-from benchmarks.timing import Times, interleaved
+from benchmarks.timing import Times, interleaved, ratio_spread
 from ra_lens.answers import ask, last_logits, mark, read_questions
 from ra_lens.heads import rank_heads
 from ra_lens.masking import mask_hooks
@@ -85,7 +85,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         times = interleaved({LATE: late, FULL: full, RA: ra}, rounds=rounds)
         largest = found[FULL].abs().max()
         apart = (found[LATE] - found[FULL]).abs().max() / largest
-        rows.append([kind, *_medians(times), float(apart), float(largest)])
+        rows.append([kind, *_compared(times), float(apart), float(largest)])
     return {
         "title": "Causal mediation (CM1)",
         "how": (
@@ -94,7 +94,8 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "rows. CM1 begins each forward pass at the layer of the head that is zeroed; its peer "
             "runs every layer, for the same rows in batches of the same size. RA ranks the same "
             "heads on the same questions, answers appended. Tokenising and proofs are in the "
-            f"time; loading is not. Medians of {rounds} rounds, interleaved."
+            "time; loading is not. A spread is that of the ratio within a round. "
+            f"Medians of {rounds} rounds, interleaved."
         ),
         "columns": [
             "model",
@@ -102,7 +103,9 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "full forward passes, s",
             "RA, s",
             "full / CM1",
+            "spread of full / CM1",
             "CM1 / RA",
+            "spread of CM1 / RA",
             "full / RA",
             "largest difference / largest effect",
             "largest effect",
@@ -111,9 +114,18 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     }
 
 
-def _medians(times: dict[str, Times]) -> list[float]:
-    late, full, ra = (times[name].median for name in (LATE, FULL, RA))
-    return [late, full, ra, full / late, late / ra, full / ra]
+def _compared(times: dict[str, Times]) -> list[float | str | None]:
+    late, full, ra = (times[name] for name in (LATE, FULL, RA))
+    return [
+        late.median,
+        full.median,
+        ra.median,
+        full.median / late.median,
+        ratio_spread(full.seconds, late.seconds),
+        late.median / ra.median,
+        ratio_spread(late.seconds, ra.seconds),
+        full.median / ra.median,
+    ]
 
 
 def _lengths(asked: list[Prompt]) -> list[int]:

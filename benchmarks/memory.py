@@ -122,17 +122,18 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     """Peaks on 1 × 1,024 tokens; then one prompt of 4,096 tokens on the rotary shape."""
     from statistics import median
 
+    from benchmarks.timing import ratio_spread
     from ra_lens.sites import available_kinds
 
     n = min(rounds, 3)
     tokens, n_layer = (32, 2) if quick else (1024, 12)
     rows: list[list[Any]] = []
     for kind in available_kinds()[:1] if quick else available_kinds():
-        runs = {
-            route: [apart(kind, tokens, route, n_layer=n_layer) for _ in range(n)]
-            for route in ROUTES
-        }
-        peaks = {route: median(r["peak"] for r in runs[route]) for route in ROUTES}
+        runs: dict[str, list[dict[str, float]]] = {route: [] for route in ROUTES}
+        for _ in range(n):
+            for route in ROUTES:
+                runs[route].append(apart(kind, tokens, route, n_layer=n_layer))
+        peaks = {route: [r["peak"] for r in runs[route]] for route in ROUTES}
         for route, title in ROUTES.items():
             estimate = runs[route][0]["estimate"]
             rows.append(
@@ -140,8 +141,9 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
                     kind,
                     f"1 × {tokens}",
                     title,
-                    peaks[route] / 1e6,
-                    peaks[route] / peaks[BARE],
+                    median(peaks[route]) / 1e6,
+                    median(peaks[route]) / median(peaks[BARE]),
+                    ratio_spread(peaks[route], peaks[BARE]),
                     estimate / 1e6 if estimate else None,
                     median(r["seconds"] for r in runs[route]),
                 ]
@@ -155,6 +157,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
                     ROUTES["norms, recompute"],
                     long["peak"] / 1e6,
                     None,
+                    None,
                     long["estimate"] / 1e6,
                     long["seconds"],
                 ]
@@ -164,9 +167,10 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         "how": (
             "GPT-2 small's shape, float32. Resident memory at its highest during the run, less "
             "that of the loaded and warmed-up process; each run in a process of its own, medians "
-            f"of {n}. Base: a bare forward and backward pass of the same model to its embedding, "
-            "parameters frozen, nothing kept. The estimate is the lower bound that is checked "
-            "before a run."
+            f"of {n} rounds, interleaved (the rotary shape: one run). Base: a bare forward and "
+            "backward pass of the same model to its embedding, parameters frozen, nothing kept. "
+            "The spread is that of the ratio within a round. The estimate is the lower bound that "
+            "is checked before a run."
         ),
         "columns": [
             "model",
@@ -174,6 +178,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "route",
             "peak, MB",
             "over the bare pass",
+            "spread",
             "estimated, MB",
             "s",
         ],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import gpt2_small, huggingface
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.sites import available_kinds
 
@@ -109,9 +109,16 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
                 m, t, target=TARGET
             )
         times = interleaved(named, rounds=rounds)
-        base, authors = times[HF_FORWARD].median, times[AUTHORS].median
+        base, authors = times[HF_FORWARD], times[AUTHORS].median
         rows += [
-            [f"{shape[0]} × {shape[1]}", name, t.median, t.median / base, authors / t.median]
+            [
+                f"{shape[0]} × {shape[1]}",
+                name,
+                t.median,
+                t.median / base.median,
+                ratio_spread(t.seconds, base.seconds),
+                authors / t.median,
+            ]
             for name, t in times.items()
         ]
     return {
@@ -121,13 +128,15 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "TransformerLens. The authors' way is written anew from the description of their "
             "experiments: one example at a time, a full backward pass, then every layer and head "
             "in Python. retain_grad runs the batch at once and differentiates every parameter. All "
-            f"give every map. Medians of {rounds} rounds, interleaved."
+            "give every map. The spread is that of the ratio within a round. "
+            f"Medians of {rounds} rounds, interleaved."
         ),
         "columns": [
             "batch × tokens",
             "route",
             "s",
             "over Hugging Face's forward pass",
+            "spread",
             "authors' way over it",
         ],
         "rows": rows,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import gpt2_small
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import load_demo_model, perturbation_test
 from ra_lens.answers import Questions, mark, read_questions
 from ra_lens.experiments.perturbation import marked
@@ -110,11 +110,20 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             found[ONE] = one_by_one(model, questions, learned, orders)
 
         times = interleaved({BATCHED: batched, ONE: one}, rounds=rounds)
-        ours, theirs = times[BATCHED].median, times[ONE].median
+        ours, theirs = times[BATCHED], times[ONE]
         apart = (found[BATCHED]["logit_diff"] - found[ONE]["logit_diff"]).abs().max()
         lengths = [len(ids) for ids in read_questions(as_lens(model), questions).prompts.ids]
-        spread = f"{min(lengths)} to {max(lengths)}"
-        rows.append([name, spread, ours, theirs, theirs / ours, float(apart)])
+        rows.append(
+            [
+                name,
+                f"{min(lengths)} to {max(lengths)}",
+                ours.median,
+                theirs.median,
+                theirs.median / ours.median,
+                ratio_spread(theirs.seconds, ours.seconds),
+                float(apart),
+            ]
+        )
     return {
         "title": "Perturbation test",
         "how": (
@@ -124,7 +133,8 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "orders. Its peer, as the published experiment does, runs the same model on one "
             "question at a time for each share, answer appended, and unembeds every token; heads "
             "are zeroed by the same hooks, and the model is not loaded anew. Tokenising is in both "
-            f"times, loading is not. Medians of {rounds} rounds, interleaved."
+            "times, loading is not. The spread is that of the ratio within a round. "
+            f"Medians of {rounds} rounds, interleaved."
         ),
         "columns": [
             "model",
@@ -132,6 +142,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "perturbation_test, s",
             "one forward pass per step and question, s",
             "ratio",
+            "spread",
             "largest difference of a mean logit difference",
         ],
         "rows": rows,

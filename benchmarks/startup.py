@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import difference_spread, interleaved
 
 
 def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
@@ -29,11 +29,23 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         "import torch, transformer_lens": lambda: python("import torch, transformer_lens"),
         "ra-lens --help": shown,
     }
-    times = interleaved(routes, rounds=1 if quick else rounds)
-    base = times["import torch"].median
+    rounds = 1 if quick else rounds
+    times = interleaved(routes, rounds=rounds)
+    base = times["import torch"]
     return {
         "title": "Start",
-        "how": f"Fresh processes, medians of {rounds} rounds, interleaved.",
-        "columns": ["what", "s", "over import torch, s"],
-        "rows": [[name, t.median, t.median - base] for name, t in times.items()],
+        "how": (
+            "Fresh processes. The spread is that of the difference within a round. "
+            f"Medians of {rounds} rounds, interleaved."
+        ),
+        "columns": ["what", "s", "over import torch, s", "spread, s"],
+        "rows": [
+            [
+                name,
+                t.median,
+                t.median - base.median,
+                difference_spread(t.seconds, base.seconds),
+            ]
+            for name, t in times.items()
+        ],
     }

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import engine, growth, memory, models, overhead, page, peers, timing
+from benchmarks import (
+    engine,
+    growth,
+    memory,
+    models,
+    overhead,
+    page,
+    peers,
+    startup,
+    timing,
+)
 from benchmarks.__main__ import NAMES
 from ra_lens.collect import reversed_attention
 from tiny_models import KINDS, relative
@@ -65,9 +77,76 @@ def test_exponents_and_medians():
     assert timing.Times([3.0, 1.0, 2.0]).median == 2.0
 
 
+def test_a_spread_is_that_of_single_rounds():
+    assert timing.ratio_spread([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == "1.00 to 3.00"
+    assert timing.difference_spread([1.0, 2.5], [1.001, 1.0]) == "0.00 to 1.50"
+    assert timing.difference_spread([1.0, 2.5], [3.0, 1.0]) == "-2.00 to 1.50"
+    assert timing.low_high("-2.00 to 1.50") == (-2.0, 1.5)
+
+
+def test_one_round_has_no_spread():
+    assert timing.ratio_spread([2.0], [1.0]) is None
+    assert timing.low_high(None) is None
+
+
 def test_overhead_runs():
-    table = overhead.measure(rounds=1, quick=True)
+    table = overhead.measure(rounds=2, quick=True)
     assert [row[0] for row in table["rows"]] == list(KINDS)
+    for row, (low, high) in zip(table["rows"], spreads(table, "spread, ms"), strict=True):
+        # The median of two rounds is their mean, as is the difference.
+        assert low - 0.006 < row[table["columns"].index("difference, ms")] < high + 0.006
+
+
+def spreads(table, column="spread"):
+    assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    return [timing.low_high(row[table["columns"].index(column)]) for row in table["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("module", "over", "base"),
+    [
+        (engine, "over the forward pass", engine.FORWARD),
+        (peers, "over Hugging Face's forward pass", peers.HF_FORWARD),
+    ],
+)
+def test_ratios_have_the_spread_of_their_rounds(module, over, base, monkeypatch):
+    for name in ("gpt2_small", "huggingface"):
+        narrow = partial(getattr(models, name), width=24, n_head=4)
+        monkeypatch.setattr(module, name, narrow, raising=False)
+    table = module.measure(rounds=2, quick=True)
+    route, ratio = (table["columns"].index(name) for name in ("route", over))
+    for row, (low, high) in zip(table["rows"], spreads(table), strict=True):
+        if row[route] == base:
+            assert row[ratio] == low == high == 1
+        else:
+            # The medians of two rounds are their means, whose ratio lies between the two.
+            assert low - 0.006 < row[ratio] < high + 0.006
+
+
+def test_peaks_have_the_spread_of_their_rounds(monkeypatch):
+    peaks = count(1)
+    ran = []
+
+    def apart(kind, tokens, route, **shape):
+        ran.append(route)
+        return {"peak": 1e6 * next(peaks), "seconds": 1.0, "estimate": 0}
+
+    monkeypatch.setattr(memory, "apart", apart)
+    table = memory.measure(rounds=2, quick=True)
+    assert ran == [*memory.ROUTES, *memory.ROUTES]
+    n, bare = len(memory.ROUTES), list(memory.ROUTES).index(memory.BARE) + 1
+    for i, found in enumerate(spreads(table), start=1):
+        assert found == pytest.approx(sorted((i / bare, (i + n) / (bare + n))), abs=0.006)
+
+
+def test_starts_have_the_spread_of_their_rounds(monkeypatch):
+    def interleaved(routes, *, rounds):
+        return {name: timing.Times([1.0 + i, 3.0 + 2 * i]) for i, name in enumerate(routes)}
+
+    monkeypatch.setattr(startup, "interleaved", interleaved)
+    table = startup.measure(rounds=2)
+    assert [row[2] for row in table["rows"]] == [1.5 * i for i in range(5)]
+    assert spreads(table, "spread, s") == [(i, 2 * i) for i in range(5)]
 
 
 def test_the_page_gets_the_tables_between_its_marks(tmp_path):

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks import mediation, perturbation
+from benchmarks.timing import low_high
 from ra_lens.sites import load_folder
 from tiny_models import randomise
 
@@ -43,13 +44,26 @@ def checked(table):
     return json.loads(json.dumps(table))["rows"]
 
 
+def assert_within(table, ratio, spread):
+    """The medians of two rounds are their means, whose ratio lies between those of the rounds."""
+    for row in table["rows"]:
+        named = dict(zip(table["columns"], row, strict=True))
+        low, high = low_high(named[spread])
+        assert low - 0.006 < named[ratio] < high + 0.006
+
+
 def test_causal_mediation_has_the_same_effects_either_way():
-    for *_, apart, largest in checked(mediation.measure(rounds=1, quick=True)):
+    table = mediation.measure(rounds=2, quick=True)
+    for *_, apart, largest in checked(table):
         assert largest > 1e-6
         assert apart < 1e-4
+    for over in ("full / CM1", "CM1 / RA"):
+        assert_within(table, over, f"spread of {over}")
 
 
 def test_the_perturbation_test_has_the_same_logit_differences_either_way():
-    rows = checked(perturbation.measure(rounds=1, quick=True))
+    table = perturbation.measure(rounds=2, quick=True)
+    rows = checked(table)
     assert len(rows) == 2
     assert all(apart < 1e-3 for *_, apart in rows)
+    assert_within(table, "ratio", "spread")
