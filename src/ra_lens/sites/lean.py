@@ -25,10 +25,10 @@ Function = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def lean(roots: list[nn.Module]) -> Generator[None, None, None]:
-    """Run the modules in `roots` with the functions that have a faster equal, in the context."""
+def lean(modules: list[nn.Module]) -> Generator[None, None, None]:
+    """Run the modules that have a faster equal as that, while the context is open."""
     with ExitStack() as stack:
-        for module in {id(m): m for root in roots for m in nn.Module.modules(root)}.values():
+        for module in modules:
             found = _fused(module)
             if found is not None:
                 name, fused = found
@@ -39,14 +39,13 @@ def lean(roots: list[nn.Module]) -> Generator[None, None, None]:
 
 @contextmanager
 def no_attention_returned(
-    roots: list[nn.Module], attentions: list[nn.Module]
+    modules: list[nn.Module], attentions: list[nn.Module]
 ) -> Generator[None, None, None]:
     """Let no pattern outlive its layer in a bridge, while the context is open.
 
     It asks the Hugging Face model to return them all at the end, and with joint queries, keys and
     values it keeps each one in an attribute, `_pattern`, which nothing reads.
     """
-    modules = {id(m): m for root in roots for m in nn.Module.modules(root)}.values()
     configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}.values()
     asked: list[Any] = [c for c in configs if getattr(c, "output_attentions", False) is True]
 

@@ -288,7 +288,7 @@ class Lens(Reader):
 
     def lean(self) -> AbstractContextManager[None]:
         """Compute some functions in fewer steps; see `ra_lens.sites.lean`."""
-        return lean(self._roots)
+        return lean(self._modules)
 
     @contextmanager
     def no_attention_returned(self) -> Generator[None, None, None]:
@@ -297,13 +297,15 @@ class Lens(Reader):
             yield
             return
         attentions = [self._model.get_submodule(site.prefix) for site in self.sites.values()]
-        with no_attention_returned(self._roots, attentions):
+        with no_attention_returned(self._modules, attentions):
             yield
 
-    @property
-    def _roots(self) -> list[nn.Module]:
+    @cached_property
+    def _modules(self) -> list[nn.Module]:
         inside = getattr(self._model, "original_model", None)  # which a bridge does not register
-        return [self.module, *([inside] if isinstance(inside, nn.Module) else [])]
+        roots = [self.module, *([inside] if isinstance(inside, nn.Module) else [])]
+        # A bridge and what it wraps share modules.
+        return list({id(m): m for root in roots for m in nn.Module.modules(root)}.values())
 
     def blocks_from(self, layer: int) -> list[nn.Module]:
         """Modules of the blocks from that of attention layer `layer` on, in running order.
@@ -334,11 +336,10 @@ class Lens(Reader):
         The graph then begins at the first attention layer asked for and holds nothing that only a
         parameter's gradient would need; `.grad` cannot be touched.
         """
-        owners = {id(m): m for root in self._roots for m in nn.Module.modules(root)}.values()
         # By name: a module that is offloaded gets a new parameter each time that it is used.
         live = [
             (module, name)
-            for module in owners
+            for module in self._modules
             for name, parameter in module._parameters.items()  # pyright: ignore[reportPrivateUsage]
             if parameter is not None and parameter.requires_grad and parameter.is_leaf
         ]
