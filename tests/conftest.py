@@ -13,18 +13,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
-import transformer_lens  # noqa: F401  before the hook, under which nothing is read from its cache
+import transformer_lens  # noqa: F401  before that hook, under which no compiled file is found
 from jaxtyping import install_import_hook
-
-# Shapes are checked as the tests run, in the modules that state any. In the others it would only
-# take time: pyright has looked at them.
-SOURCE = Path(__file__).parents[1] / "src"
-STATE_SHAPES = [
-    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-    for path in sorted(SOURCE.rglob("*.py"))
-    if "\nfrom jaxtyping import" in path.read_text()
-]
-install_import_hook(STATE_SHAPES, "beartype.beartype")
 
 THIRD_PARTY_WARNINGS = [
     "HookedTransformer is deprecated and will be removed in 4.0:DeprecationWarning",
@@ -32,7 +22,24 @@ THIRD_PARTY_WARNINGS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--check-shapes",
+        action="store_true",
+        help="check the shapes and types stated in src at every call, which takes a fifth longer",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--check-shapes"):
+        # Only modules that state shapes: types of text and numbers are pyright's to check.
+        source = Path(__file__).parents[1] / "src"
+        state_shapes = [
+            ".".join(path.relative_to(source).with_suffix("").parts)
+            for path in sorted(source.rglob("*.py"))
+            if "\nfrom jaxtyping import" in path.read_text(encoding="utf-8")
+        ]
+        install_import_hook(state_shapes, "beartype.beartype")
     for warning in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
     torch.set_num_threads(1)  # tiny tensors; more threads only wait for each other

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from ra_lens import get_ra_caching_hooks, run_with_ra
+from ra_lens.answers import mark
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensError, UnsupportedModel
 from ra_lens.targets import answer_nll, logit_diff, sequence_nll
 from tiny_models import D_VOCAB, KINDS, N_CTX, random_ids
@@ -273,3 +274,10 @@ def test_objectives_say_what_they_need_outside_a_run():
         answer_nll([1, 2, 3])(logits)
     with pytest.raises(BadInput, match=r"sequence_nll.*Pass it as run_with_ra"):
         sequence_nll(" Paris")(logits)
+
+
+def test_stated_shapes_are_checked_where_asked_for(request):
+    if not request.config.getoption("--check-shapes"):
+        pytest.skip("without --check-shapes")
+    with pytest.raises(TypeCheckError):
+        mark(torch.zeros(3, 5), torch.zeros(2, dtype=torch.long))
