@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ra_lens import load_demo_model, load_task
-from ra_lens.cli import app
+from ra_lens.cli import app, main
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     area_under_curve,
@@ -236,15 +236,20 @@ def test_compare_lists_paper_ours_and_the_difference(curves: Path, tmp_path: Pat
     assert found["cells"][-1]["paper"] is None
 
 
-def test_json_is_all_that_is_on_standard_output(curves: Path) -> None:
-    command = [sys.executable, "-m", "ra_lens.cli", *PERTURB, "--json"]
-    command.remove("-q")
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(result.stdout)
+def test_json_is_all_that_is_on_standard_output(
+    curves: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [word for word in PERTURB if word != "-q"]
+    monkeypatch.setattr(sys, "argv", ["ra-lens", *words, "--json"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    written = capfd.readouterr()
+    found = json.loads(written.out)
     expected = area_under_curve(read_results(curves))
     assert [row["auc"] for row in found["auc"]] == list(expected.auc)
     assert not any(math.isnan(row["auc"]) for row in found["auc"])
-    assert "Perturbation test" in result.stderr  # the progress bar
+    assert "Perturbation test" in written.err  # the progress bar
 
 
 # ---- mistakes -----------------------------------------------------------------------------------

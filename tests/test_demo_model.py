@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+import transformers.utils.logging
 from transformers import GPT2LMHeadModel
 
 from ra_lens import load_demo_model, run_with_ra
 from ra_lens.demo import demo_model_folder
 from ra_lens.errors import BadInput
+from ra_lens.loading_bars import no_loading_bars
 from ra_lens.tasks import load_task
 from tiny_models import KINDS, relative
 
@@ -58,21 +60,29 @@ def test_maps_of_a_padded_batch_are_those_of_each_prompt_alone(models):
                 assert relative(cut, alone.stack()[:, 0]) < 1e-5
 
 
-# "1" is what it is in all the other tests, in which warnings are errors.
-@pytest.mark.parametrize("setting", [None, "0"])
-def test_loading_shows_no_progress_bar_and_leaves_those_of_others(setting):
-    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": setting or ""}
+def test_loading_shows_no_progress_bar_and_leaves_those_of_others():
     code = (
         "from transformers.utils import logging as bars; before = bars.is_progress_bar_enabled()\n"
         "from ra_lens import load_demo_model; load_demo_model()\n"
         "print(bars.is_progress_bar_enabled() is before)"
     )
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout == "True\n"
     assert "Loading weights" not in done.stderr
-    assert "progress bars" not in done.stderr
+
+
+@pytest.mark.parametrize("setting", [None, False, True])  # unset, "0" and "1" in the environment
+def test_bars_are_hidden_and_back_without_a_word_whatever_decides(setting, monkeypatch):
+    decided = "HF_HUB_DISABLE_PROGRESS_BARS"
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], decided, setting)
+    bars = transformers.utils.logging
+    monkeypatch.setattr(bars, "_tqdm_active", True)
+    with no_loading_bars():
+        assert not bars.is_progress_bar_enabled()
+    assert bars.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize("kind", ["HookedTransformer", "TransformerBridge"])

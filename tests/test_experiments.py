@@ -25,6 +25,7 @@ from ra_lens.experiments import (
     rank_tasks,
     read_results,
 )
+from ra_lens.experiments import sweep as sweep_module
 from ra_lens.experiments.journal import journal_path
 from ra_lens.experiments.results import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
@@ -313,8 +314,10 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from ra_lens import load_demo_model
-from ra_lens.experiments import {name}
-{name}(load_demo_model(device="cpu"), ["antonym", "capitalize"], out=sys.argv[1], **{options!r})
+from ra_lens.experiments import perturbation_test
+perturbation_test(
+    load_demo_model(device="cpu"), ["antonym", "capitalize"], out=sys.argv[1], **{options!r}
+)
 """
 RUNS = {
     "perturbation_test": {
@@ -326,14 +329,9 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "ending"), [("perturbation_test", "csv"), ("patching_sweep", "parquet")]
-)
-def test_a_killed_run_gives_the_identical_result(tmp_path, demo, name, ending):
-    function = {"perturbation_test": perturbation_test, "patching_sweep": patching_sweep}[name]
-    options, tasks = RUNS[name], ["antonym", "capitalize"]
-    out = tmp_path / f"killed.{ending}"
-    script = SCRIPT.format(name=name, options=options)
+def kill(out, _demo):
+    """In a process of its own, killed by the system when seven units are written."""
+    script = SCRIPT.format(options=RUNS["perturbation_test"])
     process = subprocess.Popen([sys.executable, "-c", script, str(out)], stderr=subprocess.PIPE)
     journal = journal_path(out)
     deadline = time.monotonic() + 120
@@ -343,10 +341,35 @@ def test_a_killed_run_gives_the_identical_result(tmp_path, demo, name, ending):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = journal.read_bytes().count(b"\n")
-    assert not out.exists(), "the run ended before it was killed"
+
+
+def interrupt(out, demo):
+    """Ctrl-C while the eighth unit is asked."""
+    ask, units = sweep_module.ask, iter(range(7))
+
+    def asked(*args, **kwargs):
+        if next(units, None) is None:
+            raise KeyboardInterrupt
+        return ask(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "ask", asked)
+        with pytest.raises(KeyboardInterrupt):
+            patching_sweep(demo, ["antonym", "capitalize"], out=out, **RUNS["patching_sweep"])
+
+
+@pytest.mark.parametrize(
+    ("function", "ending", "stop"),
+    [(perturbation_test, "csv", kill), (patching_sweep, "parquet", interrupt)],
+)
+def test_a_run_that_was_stopped_gives_the_identical_result(tmp_path, demo, function, ending, stop):
+    options, tasks = RUNS[function.__name__], ["antonym", "capitalize"]
+    out = tmp_path / f"stopped.{ending}"
+    stop(out, demo)
+    done = journal_path(out).read_bytes().count(b"\n")
+    assert not out.exists(), "the run ended before it was stopped"
     resumed = function(demo, tasks, out=out, **options)
-    assert not journal.exists()
+    assert not journal_path(out).exists()
     whole = function(demo, tasks, out=tmp_path / f"whole.{ending}", **options)
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert out.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
