@@ -19,16 +19,6 @@ class Times:
         """The middle one."""
         return statistics.median(self.seconds)
 
-    @property
-    def low(self) -> float:
-        """The shortest."""
-        return min(self.seconds)
-
-    @property
-    def high(self) -> float:
-        """The longest."""
-        return max(self.seconds)
-
 
 def ratio_spread(values: Sequence[float], base: Sequence[float]) -> str | None:
     """Smallest to largest `value / base` of one round."""
