@@ -37,7 +37,7 @@ def snapshot(model):
     every = torch.nn.modules.module
     state["flags"] = (getattr(model, "is_caching", None), getattr(model, "context_level", None))
     state["grad enabled"] = torch.is_grad_enabled()
-    # Not Python's own generator: beartype, which checks types in these tests, draws from it.
+    # Not Python's own generator: beartype, which --check-shapes has check types, draws from it.
     state["rng"] = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
     state["global hooks"] = (len(every._global_forward_hooks), len(every._global_forward_pre_hooks))
     return state
