@@ -30,6 +30,16 @@ def test_float32_maps_equal_float64_autograd_at_the_softmax_input(arch, kind, fr
             assert ra.scale[layer] == pytest.approx(SCALE, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_model_read_for_the_first_time_gives_the_same_maps_to_the_bit(arch, kind, dtype, fresh):
+    model = fresh(arch, kind, dtype)
+    (_, first), (_, second) = (run_with_ra(model, random_ids(2, POS), target=5) for _ in range(2))
+    for layer in range(N_LAYERS):
+        for name in ("ra", "pattern", "pattern_grad"):
+            assert torch.equal(first[name, layer], second[name, layer])
+
+
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_pattern_gradients_give_the_change_of_loss_when_the_pattern_moves(
     arch, kind, shared, reference

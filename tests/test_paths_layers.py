@@ -228,7 +228,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(shared: Any, follow: Any) ->
         assert [b.heads for b in found.beams] == [b.heads for b in alone.beams]
         assert found.tokens == alone.tokens
         scores = [b.score_raw for b in alone.beams]
-        assert [b.score_raw for b in found.beams] == pytest.approx(scores, abs=1e-9)
+        # A Llama of TransformerBridge rounds its pattern to float32, row by row as wide as it is.
+        assert [b.score_raw for b in found.beams] == pytest.approx(scores, abs=1e-6)
 
 
 def test_a_cache_gives_what_the_model_gives(shared: Any) -> None:

@@ -160,10 +160,11 @@ class Collector:
 
     def _scores_point(self, site: Site) -> nn.Module | None:
         """Where the softmax's input can be taken; None where R~ may not be handed on to it."""
-        # An observe-only site's scores are a copy too. A layer that runs again needs every
-        # pattern. A backward hook puts a wrapper behind the tensor that a forward hook sees.
+        # An observe-only site's scores are a copy too (where that is not known yet, it shows in
+        # the backward pass). A layer that runs again needs every pattern. A backward hook puts a
+        # wrapper behind the tensor that a forward hook sees.
         point = self._lens.hook_points.get(site.scores_name)
-        if point is None or site.observe_only is not False or site.repeated:
+        if point is None or site.observe_only or site.repeated:
             return None
         return None if point._backward_hooks else point  # pyright: ignore[reportPrivateUsage]
 
@@ -223,18 +224,20 @@ class Collector:
             )
         self._patterns[layer] = pattern.detach()
         scores = self._scores.pop(layer, None)
-        if scores is not None:
+        if scores is None:
+            tapped = self._tap(pattern, copy=copy)
+        else:
             receive = partial(self._receive, layer)
-            from_scores: Any = _SoftmaxTap.apply(
-                scores, pattern.detach(), self._token, copy, receive
-            )
-            return from_scores
-        tapped = self._tap(pattern, copy=copy)
+            made: Any = _SoftmaxTap.apply(scores, pattern.detach(), self._token, copy, receive)
+            tapped = made
         # Whether the gradient comes through the tensor handed on, or past it, tells whether the
         # model uses what hooks return.
-        tapped.register_hook(lambda _grad: self._consumed.add(layer))
-        may_pass = observe_only is not False and pattern.requires_grad
-        (pattern if may_pass else tapped).register_hook(partial(self._at_gradient, layer))
+        if observe_only is None:
+            tapped.register_hook(lambda _grad: self._consumed.add(layer))
+        if observe_only is not False and pattern.requires_grad:
+            pattern.register_hook(partial(self._at_gradient, layer))
+        elif scores is None:
+            tapped.register_hook(partial(self._at_gradient, layer))
         return tapped
 
     def root(self, residual: Tensor) -> Tensor:
