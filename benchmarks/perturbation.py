@@ -128,8 +128,8 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         "title": "Perturbation test",
         "how": (
             f"{orders} random order(s) of the heads, 11 shares each, {n} questions with {shots} "
-            "demonstrations. perturbation_test runs shares and questions in batches of 64 rows, "
-            "unembeds the last token of the question, and runs no and all heads once for all "
+            "demonstrations. perturbation_test runs shares and questions in batches of at most 64 "
+            "rows, unembeds the last token of the question, and runs no and all heads once for all "
             "orders. Its peer, as the published experiment does, runs the same model on one "
             "question at a time for each share, answer appended, and unembeds every token; heads "
             "are zeroed by the same hooks, and the model is not loaded anew. Tokenising is in both "

@@ -179,12 +179,13 @@ def ask(
         lens: The model.
         questions: What to ask. Those of like length are asked together, so that little is padded.
         hooks_of: Gives the hooks for a batch, told which questions are in it.
-        batch_size: Questions per forward pass.
+        batch_size: Questions per forward pass at most.
     """
     order = by_length(questions.prompts)
     parts: list[Marks] = []
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    # As few batches as can be, of like size: a small last one would pad the others for nothing.
+    for batch in torch.tensor(order).tensor_split(-(-len(order) // batch_size)):
+        part = batch.tolist()
         hooks = () if hooks_of is None else hooks_of(part)
         logits = last_logits(lens, questions.prompts.chosen(part), hooks)
         parts.append(mark(logits, questions.first_tokens[part]))
