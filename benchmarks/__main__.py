@@ -20,6 +20,7 @@ NAMES = (
     "overhead",
     "peers",
     "memory",
+    "recompute",
     "mediation",
     "perturbation",
     "growth",

@@ -14,7 +14,6 @@ from ra_lens import run_with_ra
 from ra_lens.sites import available_kinds
 
 FORWARD, OURS, NORMS = "forward pass, no_grad", "run_with_ra", "run_with_ra, store='norms'"
-RECOMPUTE = "run_with_ra, store='norms', recompute=True"
 PLAIN = "TransformerLens hooks and backward()"
 TARGET = 5
 
@@ -30,9 +29,6 @@ def routes(model: Any, tokens: Tensor) -> dict[str, Callable[[], Any]]:
         FORWARD: forward,
         OURS: lambda: run_with_ra(model, tokens, target=TARGET)[1],
         NORMS: lambda: run_with_ra(model, tokens, target=TARGET, store="norms")[1],
-        RECOMPUTE: lambda: run_with_ra(model, tokens, target=TARGET, store="norms", recompute=True)[
-            1
-        ],
         PLAIN: lambda: transformer_lens_alone(model, tokens),
     }
 

@@ -19,6 +19,7 @@ from benchmarks import (
     overhead,
     page,
     peers,
+    recompute,
     startup,
     timing,
 )
@@ -121,6 +122,14 @@ def test_ratios_have_the_spread_of_their_rounds(module, over, base, monkeypatch)
         else:
             # The medians of two rounds are their means, whose ratio lies between the two.
             assert low - 0.006 < row[ratio] < high + 0.006
+
+
+def test_what_recomputing_costs_has_the_spread_of_its_rounds(monkeypatch):
+    narrow = partial(models.gpt2_small, width=24, n_head=4)
+    monkeypatch.setattr(recompute, "gpt2_small", narrow)
+    table = recompute.measure(rounds=2, quick=True)
+    for row, (low, high) in zip(table["rows"], spreads(table), strict=True):
+        assert low - 0.006 < row[table["columns"].index("ratio")] < high + 0.006
 
 
 def test_peaks_have_the_spread_of_their_rounds(monkeypatch):
