@@ -5,9 +5,10 @@ sees a `Lens`: sites (one per attention layer), tokens in, logits out, and the f
 attachment points that collecting gradients needs.
 """
 
+from ra_lens.sites.described import Layers
 from ra_lens.sites.facts import with_scales
 from ra_lens.sites.find import find_sites
-from ra_lens.sites.lens import Layers, Lens, as_lens
+from ra_lens.sites.lens import Lens, as_lens
 from ra_lens.sites.loading import ModelKind, available_kinds, load_folder, load_model
 from ra_lens.sites.site import Gate, Side, Site, spell_layers
 
