@@ -125,7 +125,7 @@ def growth(table: Table) -> go.Figure:
             type="log",
             # The first point's number stands left of it.
             range=[
-                math.log10(values[0]) - (0.14 if j == 1 else 0.5) * span,
+                math.log10(values[0]) - (0.19 if j == 1 else 0.5) * span,
                 math.log10(values[-1]) + (0.05 if j == 1 else 0.12) * span,
             ],
             tickvals=values,
