@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import gpt2_small
+from benchmarks.models import gpt2_small, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.sites import available_kinds
@@ -59,7 +59,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     for kind in available_kinds():
         model = gpt2_small(kind, n_layer=2 if quick else 12)
         for shape in shapes:
-            tokens = torch.randint(0, 50000, shape, generator=torch.Generator().manual_seed(0))
+            tokens = random_tokens(*shape)
             times = interleaved(routes(model, tokens), rounds=rounds)
             base, plain = times[FORWARD], times[PLAIN].median
             for name, t in times.items():

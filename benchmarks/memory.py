@@ -33,7 +33,7 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
     import torch
     from torch import nn
 
-    from benchmarks.models import gpt2_small
+    from benchmarks.models import gpt2_small, random_tokens
     from ra_lens import run_with_ra
 
     options = dict(shape)
@@ -42,7 +42,7 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
     for parameter in nn.Module.parameters(model):
         parameter.requires_grad_(False)
     words = int(model.cfg.d_vocab) - 1  # the last one is for padding
-    ids = torch.randint(0, words, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(batch, tokens, n_vocab=words)
     estimates: list[int] = []
     runs = vars(sys.modules["ra_lens.run"])
     refuse = runs["refuse_what_cannot_fit"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ra_lens.sites import load_folder
 
@@ -22,6 +23,11 @@ def huggingface(
     model = GPT2LMHeadModel(config)
     model.set_attn_implementation("eager")
     return model.eval()
+
+
+def random_tokens(*shape: int, n_vocab: int = 50000) -> Tensor:
+    """Token ids, the same in every call."""
+    return torch.randint(0, n_vocab, shape, generator=torch.Generator().manual_seed(0))
 
 
 def gpt2_small(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import gpt2_small, huggingface
+from benchmarks.models import gpt2_small, huggingface, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.sites import available_kinds
@@ -92,7 +92,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     models = {kind: gpt2_small(kind, n_layer=n_layer) for kind in available_kinds()}
     rows: list[list[Any]] = []
     for shape in shapes:
-        tokens = torch.randint(0, 50000, shape, generator=torch.Generator().manual_seed(0))
+        tokens = random_tokens(*shape)
 
         def forward(model: Any, tokens: Tensor = tokens) -> None:
             with torch.no_grad():

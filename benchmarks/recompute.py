@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
-from benchmarks.models import gpt2_small
+from benchmarks.engine import NORMS, TARGET
+from benchmarks.models import gpt2_small, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.sites import available_kinds
 
-NORMS, RECOMPUTE = "run_with_ra, store='norms'", "run_with_ra, store='norms', recompute=True"
+RECOMPUTE = f"{NORMS}, recompute=True"
 
 
 def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
@@ -22,8 +21,8 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     for kind in available_kinds():
         model = gpt2_small(kind, n_layer=2 if quick else 12)
         for shape in shapes:
-            tokens = torch.randint(0, 50000, shape, generator=torch.Generator().manual_seed(0))
-            run = partial(run_with_ra, model, tokens, target=5, store="norms")
+            tokens = random_tokens(*shape)
+            run = partial(run_with_ra, model, tokens, target=TARGET, store="norms")
             times = interleaved(
                 {NORMS: run, RECOMPUTE: partial(run, recompute=True)}, rounds=rounds
             )
