@@ -41,12 +41,11 @@ def test_computing_imports_no_figures_and_no_tables():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_module_has_a_docstring_and_stays_short():
+def test_every_module_has_a_docstring():
     root = Path(ra_lens.__file__).parent
     for path in root.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert text.lstrip().startswith('"""'), path
-        assert text.count("\n") <= 380, path
 
 
 def test_errors_can_be_caught_together_and_as_what_they_are():

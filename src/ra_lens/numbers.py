@@ -1,0 +1,118 @@
+"""Reading the numbers that people hand over: Python's, NumPy's, torch's, pandas'.
+
+A whole number is anything with `__index__` (`int`, `np.int64`, an integer tensor of one element),
+but not a bool. A sequence is anything that iterates over numbers (list, range, array, tensor,
+Series, generator); one number alone is a sequence of one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsFloat, SupportsIndex
+
+from ra_lens.errors import BadInput
+
+Whole = SupportsIndex
+Wholes = SupportsIndex | Iterable[SupportsIndex]
+Real = SupportsFloat | SupportsIndex
+Reals = Real | Iterable[Real]
+
+
+def whole(name: str, value: object, *, least: int | None = None) -> int:
+    """Give a whole number as an `int`.
+
+    Args:
+        name: What it is given as, for the message.
+        value: What was given.
+        least: The smallest that is allowed.
+
+    Raises:
+        BadInput: not one whole number, or one below `least`.
+    """
+    number = as_whole(value)
+    if number is None:
+        raise BadInput(f"found {name}={_shown(value)}; give a whole number{_from(least)}.")
+    if least is not None and number < least:
+        raise BadInput(f"found {name}={number}; give at least {least}.")
+    return number
+
+
+def wholes(name: str, values: object, *, least: int | None = None) -> list[int]:
+    """Give whole numbers as a list of `int`; one alone becomes a list of one.
+
+    Args:
+        name: What they are given as, for the message.
+        values: One number, or several in whatever iterates over them.
+        least: The smallest that is allowed.
+
+    Raises:
+        BadInput: none at all, something that is not a whole number, or one below `least`.
+    """
+    return [whole(name, value, least=least) for value in _several(name, values, "whole number")]
+
+
+def real(name: str, value: object) -> float:
+    """Give a finite number as a `float`.
+
+    Raises:
+        BadInput: not one number, NaN or an infinity.
+    """
+    number = _as_float(value)
+    if number is None:
+        raise BadInput(f"found {name}={_shown(value)}; give a number.")
+    if not math.isfinite(number):
+        raise BadInput(f"found {name}={number}; give a finite number.")
+    return number
+
+
+def reals(name: str, values: object) -> list[float]:
+    """Give finite numbers as a list of `float`; one alone becomes a list of one.
+
+    Raises:
+        BadInput: none at all, or something that is not a finite number.
+    """
+    return [real(name, value) for value in _several(name, values, "number")]
+
+
+def as_whole(value: object) -> int | None:
+    """Give a whole number of any type as an `int`; None for everything else, a bool included."""
+    if _is_bool(value) or isinstance(value, str | bytes):
+        return None
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError):  # tensors of several elements, or on no device
+        return None
+
+
+def _as_float(value: object) -> float | None:
+    if _is_bool(value) or isinstance(value, str | bytes) or getattr(value, "ndim", 0):
+        return None
+    try:
+        return float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def _several(name: str, values: Any, what: str) -> list[object]:
+    if isinstance(values, str | bytes | Mapping):
+        raise BadInput(f"found {name}={_shown(values)}; give a {what}, or several in a list.")
+    alone = not isinstance(values, Iterable) or getattr(values, "ndim", None) == 0
+    given: list[object] = [values] if alone else list(values)
+    if not given:
+        raise BadInput(f"found {name} without a number in it; give at least one.")
+    return given
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _from(least: int | None) -> str:
+    return "" if least is None else f" from {least} on"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}… ({type(value).__name__})"
