@@ -178,4 +178,4 @@ def _need_one_token(lens: Lens, rows: list[list[int]], what: str) -> None:
 
 
 def _show(lens: Lens, ids: Sequence[int]) -> str:
-    return " + ".join(repr(lens.decode(token)) for token in ids)
+    return " + ".join(repr(text) for text in lens.decode_each(ids))

@@ -138,7 +138,11 @@ class RACache:
 
     @property
     def str_tokens(self) -> list[list[str]] | list[str] | None:
-        """Tokens the model read, per example, without padding; None if it was not told."""
+        """Tokens the model read, per example, without padding; None if it was not told.
+
+        They are for reading: of a character cut over several tokens the last has the character, the
+        others their bytes, `⟨E2 9C⟩`. The text itself is what the tokenizer decodes.
+        """
         if self.info.str_tokens is None:
             return None
         rows = [list(row) for row in self.info.str_tokens]

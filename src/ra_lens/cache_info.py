@@ -69,7 +69,9 @@ class RunInfo:
         targets: What the loss asked for, as text, one per example; None for a metric of the user.
         wrong: What a logit difference compares the targets with.
         target_is_top_prediction: True if no target was given and the model's own was taken.
-        str_tokens: Exactly what the model read, without padding, one list per example.
+        str_tokens: Exactly what the model read, without padding, one list per example. To be read,
+            not to be joined: a character cut over several tokens stands with the last of them, and
+            the others are their bytes, such as `⟨E2 9C⟩`.
         answer_lengths: How many of each example's last tokens are the answer; None where none is
             appended.
         starts: Column of each example's first token; not 0 with padding on the left.

@@ -317,7 +317,7 @@ def _finish(
 
 
 def _decoded(lens: Lens, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(lens.decode(token) for token in row) for row in prompts.ids)
+    return tuple(map(lens.decode_each, prompts.ids))
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

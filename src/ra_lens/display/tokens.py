@@ -5,15 +5,20 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-_VISIBLE = {"\n": "⏎", " ": "·", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200d": "\u200d"}
+from ra_lens.token_text import BYTES_SHOWN
+
+_JOINER = "\u200d"
+_VISIBLE = {"\n": "⏎", " ": "·", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", _JOINER: _JOINER}
 
 
 def visible(token: str) -> str:
     """Write a token so that all of it can be seen: `·` space, `⏎` newline, `U+200F` for controls.
 
-    The empty token is shown as `∅`.
+    The empty token is shown as `∅`, a mark whose letter is in the token before as `◌́`.
     """
-    return "".join(_visible_character(c) for c in token) or "∅"
+    parts = BYTES_SHOWN.split(token)  # text, bytes, text, …
+    parts[::2] = ["".join(map(_visible_character, part)) for part in parts[::2]]
+    return _supported("".join(parts)) or "∅"
 
 
 def shorten(text: str, width: int) -> str:
@@ -45,3 +50,12 @@ def _visible_character(character: str) -> str:
     if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs", "Co", "Cn"):
         return f"U+{ord(character):04X}"
     return character
+
+
+def _supported(text: str) -> str:
+    """Give a mark at the start something to stand on, and what joins or varies nothing a name."""
+    if not text or not (text[0] == _JOINER or unicodedata.category(text[0]) in ("Mn", "Me")):
+        return text
+    if text[0] == _JOINER or unicodedata.name(text[0], "").startswith("VARIATION SELECTOR"):
+        return f"U+{ord(text[0]):04X}{text[1:]}"
+    return f"◌{text}"

@@ -164,7 +164,7 @@ def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
                 )
                 for layer, things in seen.items()
             }
-            tokens = tuple(map(lens.decode, ids))
+            tokens = lens.decode_each(ids)
             found.append(Example(tokens, ids, _bos(lens, ids, request), layers, lens.name))
     return found
 
@@ -292,7 +292,7 @@ def _named(lens: Lens, examples: list[Example], prompts: Any, request: Request) 
     return [
         replace(
             example,
-            tokens=tuple(map(lens.decode, ids)),
+            tokens=lens.decode_each(ids),
             token_ids=ids,
             bos=_bos(lens, ids, request),
         )

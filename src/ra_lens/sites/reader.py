@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ra_lens.errors import BadInput
+from ra_lens.token_text import bytes_of, pieces_as_read
 
 
 class Reader:
@@ -58,16 +59,30 @@ class Reader:
         return alone if dropped.replace("▁", "").strip() else rest
 
     def decode(self, token: int) -> str:
-        """Text of one token; `#id` for a model without a tokenizer."""
+        """Text of one token by itself, as `decode_each` writes it."""
+        return self.decode_each([token])[0]
+
+    def decode_each(self, tokens: Sequence[int]) -> tuple[str, ...]:
+        """Text of each token of a sequence; `#id` for a model without a tokenizer.
+
+        Where a character is cut over several tokens, it stands with the one that completes it, and
+        the others show their bytes: `⟨E2 9C⟩`.
+        """
         if self.tokenizer is None:
-            return f"#{token}"
-        text = self.tokenizer.batch_decode([[token]], clean_up_tokenization_spaces=False)[0]
-        return str(text)
+            return tuple(f"#{token}" for token in tokens)
+        tokenizer = self.tokenizer
+        names = tokenizer.convert_ids_to_tokens(list(tokens))
+        added = tokenizer.get_added_vocab()
+        pieces: list[bytes] = []
+        for token, name in zip(tokens, names, strict=True):
+            text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+            pieces.append(bytes_of(name, text, added=name in added))
+        return pieces_as_read(pieces)
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        """Text of several tokens together."""
-        if self.tokenizer is None:
-            return "".join(map(self.decode, tokens))
+        """Text of several tokens together; bytes where one alone is less than a character."""
+        if self.tokenizer is None or len(tokens) == 1:
+            return "".join(self.decode_each(tokens))
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def _need_tokenizer(self) -> None:
