@@ -8,6 +8,7 @@ from ra_lens.errors import BadInput
 from ra_lens.prompts import Prompts
 from ra_lens.sites import Lens
 from ra_lens.targets import Bound, Objective, Position, one_each, token_id
+from ra_lens.token_text import isolated
 
 
 def bind(
@@ -178,4 +179,4 @@ def _need_one_token(lens: Lens, rows: list[list[int]], what: str) -> None:
 
 
 def _show(lens: Lens, ids: Sequence[int]) -> str:
-    return " + ".join(repr(text) for text in lens.decode_each(ids))
+    return " + ".join(isolated(repr(text)) for text in lens.decode_each(ids))

@@ -9,6 +9,7 @@ from typing import Any
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.sites import Side, Site
+from ra_lens.token_text import isolated
 
 
 def full_name(key: str | tuple[str, int], sites: Mapping[int, Site], n_layers: int) -> str:
@@ -169,7 +170,8 @@ def chosen_examples(which: int | slice | Sequence[int], n: int) -> list[int]:
 
 
 def _shortened(texts: Sequence[str]) -> str:
-    return ", ".join(map(repr, texts[:3])) + ", …" * (len(texts) > 3)
+    shown = [isolated(repr(text)) for text in texts[:3]]
+    return ", ".join(shown) + ", …" * (len(texts) > 3)
 
 
 def why_not_stored(key: object, store: str, names: Sequence[str], layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Tokens as text to read: bytes where a token is less than a character.
+"""Tokens as text to read: bytes where a token is less than a character, and a direction of its own.
 
 Byte-level tokenizers (GPT-2's kind) and those that fall back to bytes (Llama's) cut what they have
 no token for, an emoji, Hebrew, Chinese, into bytes. Alone, such a token decodes to U+FFFD and all
@@ -9,10 +9,14 @@ before show their bytes: `⟨E2 9C⟩`, then `✓`.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 BYTES_SHOWN = re.compile("(⟨[0-9A-F]{2}(?: [0-9A-F]{2})*⟩)")
 """How bytes are written."""
+
+ISOLATED = re.compile("\u2068([^\u2068\u2069]*)\u2069")
+"""How `isolated` writes a text."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -67,6 +71,15 @@ def pieces_as_read(pieces: Sequence[bytes]) -> tuple[str, ...]:
         said[last] += character
         at += len(encoded)
     return tuple(_ESCAPED.sub(_hexadecimal, text) for text in said)
+
+
+def isolated(text: str) -> str:
+    """Keep text that is written from right to left from turning what stands around it.
+
+    Such text is put between U+2068 and U+2069, which have no width; other text stays as it is.
+    """
+    turns = any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in text)
+    return f"\u2068{text}\u2069" if turns else text
 
 
 def _hexadecimal(found: re.Match[str]) -> str:

@@ -19,6 +19,7 @@ from ra_lens.cli.reading import check_device, hints, read_layers, read_text, unk
 from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.sites import ModelKind, as_lens
+from ra_lens.token_text import isolated
 
 if TYPE_CHECKING:
     from ra_lens.report import PatchedPrompt
@@ -226,7 +227,8 @@ def _check_output(path: Path | None) -> None:
 def _warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
     words = unknown_words(model, prompt)
     if words:
-        named = ", ".join(map(repr, words[:8])) + (f" and {len(words) - 8} more" * (len(words) > 8))
+        named = ", ".join(isolated(repr(word)) for word in words[:8])
+        named += f" and {len(words) - 8} more" * (len(words) > 8)
         unknown = as_lens(model).tokenizer.unk_token
         it = "them" if len(words) > 1 else "it"
         warn("warning", f"the model does not know {named}; its tokenizer reads {it} as {unknown}.")

@@ -19,9 +19,10 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.display.maps import HeadMaps, head_of_example
 from ra_lens.display.run import example_facts, loss_of, prompt_tokens, run_facts
-from ra_lens.display.tokens import shorten, visible
+from ra_lens.display.tokens import label, shorten, visible
 from ra_lens.report.page import Section
 from ra_lens.sites import as_lens
+from ra_lens.token_text import isolated
 
 _LABEL = 14
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)
@@ -159,9 +160,11 @@ def _map(maps: HeadMaps, width: int) -> list[RenderableType]:
     if not cells:
         return [Text(title, style="bold"), Text("The gradient is 0 in every cell.")]
     table = _table("from (query)", "", "to (key)", "−R", "attention", "descent wants", title=title)
+    # The other columns take 44. What a table too wide cut off would end with a token's direction.
+    room = max(4, min(24, (width - 44) // 2))
     for cell in cells:
-        query = f"{shorten(visible(maps.query_token(cell)), 24)} ({cell.query})"
-        key = f"{shorten(visible(maps.key_token(cell)), 24)} ({cell.key})"
+        query = f"{label(maps.query_token(cell), room)} ({cell.query})"
+        key = f"{label(maps.key_token(cell), room)} ({cell.key})"
         wants = Text(cell.moves, style="red" if cell.moves == "more" else "blue")
         table.add_row(Text(query), "→", Text(key), f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", wants)
     grid = _grid(maps, width)
@@ -174,7 +177,7 @@ def _grid(maps: HeadMaps, width: int) -> Text | None:
     A cell's digit is |R| in tenths of the largest, X being that, with `+` where descent wants more
     attention and `-` where it wants less.
     """
-    names = [shorten(visible(token), _LABEL) for token in maps.tokens]
+    names = [label(token, _LABEL) for token in maps.tokens]
     heads = [shorten(visible(token), _LABEL) for token in maps.key_tokens]
     n, left = len(heads), max(map(cell_len, names)) + 5
     if left + 3 * n > width:
@@ -183,7 +186,7 @@ def _grid(maps: HeadMaps, width: int) -> Text | None:
     wide = column > 4  # room for tokens above the columns, not only their positions
     text = Text("Rows: from (query). Columns: to (key). |R| in tenths of the largest (X).\n")
     heads = heads if wide else [str(i % 100) for i in range(n)]
-    head = "".join(_right(shorten(name, column - 1), column) for name in heads)
+    head = "".join(_right(isolated(shorten(name, column - 1)), column) for name in heads)
     text.append(" " * left + head + "\n", style="dim")
     largest = max(abs(cell.ra) for cell in maps.strongest(1))
     for i, name in enumerate(names):

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ra_lens.display.tokens import visible
+from ra_lens.display.tokens import label
 from ra_lens.errors import BadInput
 from ra_lens.report.page import Section, Table
 from ra_lens.run import run_with_ra
@@ -146,14 +146,14 @@ def as_section(patched: PatchedPrediction) -> Section:
             name,
             f"{one.probability:.3f}",
             str(one.rank),
-            f"“{visible(one.top)}” ({one.top_probability:.3f})",
+            f"“{label(one.top)}” ({one.top_probability:.3f})",
             f"{accuracy:.1%}",
         )
 
     scale = f"{patched.scale:g}".replace("-", "−")
     columns = (
         "",
-        f"p(“{visible(patched.answer)}”)",
+        f"p(“{label(patched.answer)}”)",
         "Its rank",
         "Top prediction",
         f"Right in {patched.tested} questions",
@@ -161,7 +161,7 @@ def as_section(patched: PatchedPrediction) -> Section:
     return Section(
         "A patched prediction",
         (
-            f"Without demonstrations “{visible(patched.prompt)}” does not say which relation is "
+            f"Without demonstrations “{label(patched.prompt)}” does not say which relation is "
             f"asked for. The Reversed Attention of {patched.averaged} other questions of the task "
             f"{patched.task} is averaged, multiplied by {scale}, and added to the "
             "attention of every head; the weights stay as they are.",

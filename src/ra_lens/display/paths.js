@@ -5,9 +5,19 @@
   const make = (tag, attributes = {}, text = null, svg = false) => {
     const element = svg ? document.createElementNS(NS, tag) : document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    if (text !== null) element.textContent = text;
+    if (text !== null && svg) element.textContent = text;
+    else if (text !== null) element.append(...apart(text));
     return element;
   };
+  // Tokens stand between FSI and PDI, so that text written from right to left does not turn the
+  // rest; in HTML each is a <bdi>.
+  const isolated = (token) => `\u2068${token}\u2069`;
+  const apart = (text) => text.split(/(\u2068[^\u2068\u2069]*\u2069?)/).map((part) => {
+    if (!part.startsWith("\u2068")) return part;
+    const token = document.createElement("bdi");
+    token.textContent = part.replace(/[\u2068\u2069]/g, "");
+    return token;
+  });
   const shorten = (text, n) => {
     const letters = Array.from(text);
     return letters.length <= n ? text : letters.slice(0, n - 1).join("") + "…";
@@ -99,8 +109,8 @@
       });
       columns.forEach((position) => {
         const at = x({ position });
-        const label = make("text", { x: at, y: bottom + 30, "text-anchor": "middle" }, shorten(trace.tokens[position], 10), true);
-        label.append(make("title", {}, `${trace.tokens[position]} (${position})`, true));
+        const label = make("text", { x: at, y: bottom + 30, "text-anchor": "middle" }, isolated(shorten(trace.tokens[position], 10)), true);
+        label.append(make("title", {}, `${isolated(trace.tokens[position])} (${position})`, true));
         svg.append(label, make("text", { class: "soft", x: at, y: bottom + 46, "text-anchor": "middle" }, String(position), true));
       });
     }
@@ -135,7 +145,7 @@
     }));
     const drawn = trace.nodes.map((node) => {
       const target = node.id === trace.target;
-      const name = `${trace.tokens[node.position]} (${node.position})${trace.layered ? `, ${node.label}` : ""}`;
+      const name = `${isolated(trace.tokens[node.position])} (${node.position})${trace.layered ? `, ${node.label}` : ""}`;
       const group = make("g", {
         class: `node${target ? " target" : ""}`, tabindex: 0, role: "button", "aria-label": name,
         "data-id": node.id, transform: `translate(${x(node)},${y(node)})`,
@@ -144,7 +154,7 @@
         group.append(make("circle", { r: 8 }, null, true));
       } else {
         group.append(make("rect", { x: -44, y: -19, width: 88, height: 38, rx: 6 }, null, true));
-        group.append(make("text", { y: -2, "text-anchor": "middle" }, shorten(trace.tokens[node.position], 11), true));
+        group.append(make("text", { y: -2, "text-anchor": "middle" }, isolated(shorten(trace.tokens[node.position], 11)), true));
         group.append(make("text", { class: "soft", y: 13, "text-anchor": "middle" }, String(node.position), true));
       }
       group.append(make("title", {}, name, true));
@@ -208,7 +218,7 @@
         lines.push("Choose a token, a link or a path.");
       } else if (picked.node !== undefined) {
         const node = places.get(picked.node);
-        lines.push(`Token ${trace.tokens[node.position]}`, `Position ${node.position}`, node.label);
+        lines.push(`Token ${isolated(trace.tokens[node.position])}`, `Position ${node.position}`, node.label);
         trace.beams.forEach((beam, b) => beam.steps.forEach((step) => {
           if (step.source === node.id || step.target === node.id) lines.push(told(b, step));
         }));

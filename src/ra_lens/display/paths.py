@@ -15,7 +15,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from ra_lens.display.tokens import shorten, visible
+from ra_lens.display.tokens import label, shorten, visible
 from ra_lens.errors import BadInput
 from ra_lens.paths.export import boundaries_of, step_text
 from ra_lens.paths.result import Step, TracedPath, TraceResult
@@ -175,7 +175,7 @@ def _title(trace: TraceResult) -> str:
 
 
 def _about(trace: TraceResult) -> str:
-    token = visible(trace.tokens[trace.target_pos])
+    token = label(trace.tokens[trace.target_pos])
     return (
         f"The {len(trace.beams)} best paths to “{token}” (position {trace.target_pos} of "
         f"{trace.seq_len}) along {_FOLLOW[trace.follow]}, {trace.search} search."

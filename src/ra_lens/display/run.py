@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ra_lens.cache import RACache
-from ra_lens.display.tokens import visible
+from ra_lens.display.tokens import label, visible
 
 _LOSSES = {
     "answer_nll": "−log p of the target",
@@ -53,7 +53,7 @@ def example_facts(ra: RACache, example: int) -> list[tuple[str, str]]:
         rows.append(("Tokens", f"{len(info.str_tokens[example])}{bos}"))
     if info.targets is not None:
         own = " (the model's own top prediction; no target was given)"
-        target = f"“{visible(info.targets[example])}”"
+        target = f"“{label(info.targets[example])}”"
         rows.append(("Target", target + own * info.target_is_top_prediction))
     if ra.loss.numel():
         loss = loss_of(ra, example)

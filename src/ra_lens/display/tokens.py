@@ -1,11 +1,15 @@
-"""Tokens as labels: whitespace made visible, duplicates told apart, markup made harmless."""
+"""Tokens as labels: whitespace made visible, duplicates told apart, markup made harmless.
+
+A token that stands in a text with anything else is a `label`: isolated, so that one written from
+right to left turns nothing around it.
+"""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 
-from ra_lens.token_text import BYTES_SHOWN
+from ra_lens.token_text import BYTES_SHOWN, isolated
 
 _JOINER = "\u200d"
 _VISIBLE = {"\n": "⏎", " ": "·", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", _JOINER: _JOINER}
@@ -19,6 +23,12 @@ def visible(token: str) -> str:
     parts = BYTES_SHOWN.split(token)  # text, bytes, text, …
     parts[::2] = ["".join(map(_visible_character, part)) for part in parts[::2]]
     return _supported("".join(parts)) or "∅"
+
+
+def label(token: str, width: int | None = None) -> str:
+    """Write a token as part of a text: visible, cut to `width` characters, isolated."""
+    text = visible(token)
+    return isolated(text if width is None else shorten(text, width))
 
 
 def shorten(text: str, width: int) -> str:
@@ -35,7 +45,7 @@ def plotly_text(text: str) -> str:
 
 def distinct(tokens: Sequence[str], *, first: int = 0) -> list[str]:
     """Names of the tokens by position, all different: `Paris (3)`, escaped for plotly."""
-    return [f"{plotly_text(visible(token))} ({i})" for i, token in enumerate(tokens, start=first)]
+    return [f"{plotly_text(label(token))} ({i})" for i, token in enumerate(tokens, start=first)]
 
 
 def thinned(n: int, room: int) -> list[int]:

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 
 from ra_lens.cache import RACache
 from ra_lens.display.maps import Head, HeadMaps, head_of_example, read_head, read_heads
-from ra_lens.display.tokens import distinct, plotly_text, shorten, thinned, visible
+from ra_lens.display.tokens import distinct, label, plotly_text, thinned
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import ATTENTION, DIVERGING, finish
 
@@ -300,7 +300,7 @@ def _label_axes(
 
     def labels(names: Sequence[str], tokens: Sequence[str], room: int) -> dict[str, Any]:
         ticks = thinned(len(names), room)
-        texts = [plotly_text(shorten(visible(tokens[i]), 14)) for i in ticks]
+        texts = [plotly_text(label(tokens[i], 14)) for i in ticks]
         return {"tickvals": [names[i] for i in ticks], "ticktext": texts}
 
     # Widths are not known here; so many fit beside each other in half a page.

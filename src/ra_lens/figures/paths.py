@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ra_lens.display.tokens import plotly_text, shorten, visible
+from ra_lens.display.tokens import label, plotly_text
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import finish
 from ra_lens.paths.export import boundaries_of, step_text
@@ -65,7 +65,7 @@ def path_diagram(
         legend={"orientation": "h", "y": 1, "yanchor": "bottom", "traceorder": "reversed"},
         margin={"t": 40 if title is None else 84},
     )
-    names = [plotly_text(shorten(visible(token), 14)) for token in trace.tokens]
+    names = [plotly_text(label(token, 14)) for token in trace.tokens]
     figure.update_xaxes(
         tickmode="array",
         tickvals=list(range(trace.seq_len)),

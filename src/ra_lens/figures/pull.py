@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from ra_lens.cache import RACache
 from ra_lens.display.maps import Cell, Head, HeadMaps, head_of_example
-from ra_lens.display.tokens import plotly_text, shorten, visible
+from ra_lens.display.tokens import label, plotly_text
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import finish
 
@@ -106,8 +106,8 @@ def _line(maps: HeadMaps, cell: Cell, limit: float) -> list[go.Scatter]:
     share = abs(cell.ra) / (limit or 1.0)
     red, green, blue = _PULL if cell.moves == "more" else _PUSH
     from_, to = cell.query - maps.first, cell.key - maps.first_key
-    query = f"{plotly_text(visible(maps.query_token(cell)))} ({cell.query})"
-    key = f"{plotly_text(visible(maps.key_token(cell)))} ({cell.key})"
+    query = f"{plotly_text(label(maps.query_token(cell)))} ({cell.query})"
+    key = f"{plotly_text(label(maps.key_token(cell)))} ({cell.key})"
     word = "pulled to" if cell.moves == "more" else "pushed from"
     told = (
         (
@@ -139,7 +139,7 @@ def _tokens(
 ) -> None:
     for i, token in enumerate(tokens):
         on = first + i in used
-        name = plotly_text(shorten(visible(token), 18))
+        name = plotly_text(label(token, 18))
         figure.add_annotation(
             x=x,
             y=i,

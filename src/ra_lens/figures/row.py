@@ -11,7 +11,7 @@ from rich.cells import cell_len
 
 from ra_lens.cache import RACache
 from ra_lens.display.maps import Head, HeadMaps, head_of_example
-from ra_lens.display.tokens import plotly_text, visible
+from ra_lens.display.tokens import label, plotly_text, visible
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import ATTENTION, DIVERGING, finish
 
@@ -90,13 +90,13 @@ def token_row(
         )  # fmt: skip
         figure.add_annotation(
             x=left + length / 2, y=line, showarrow=False,
-            text=plotly_text(visible(maps.key_tokens[j])),
+            text=plotly_text(label(maps.key_tokens[j])),
             font={
                 "family": "Menlo, Consolas, DejaVu Sans Mono, monospace", "size": 13,
                 "color": _ink(shades[j]) if there else _OUT,
             },
         )  # fmt: skip
-    asks = plotly_text(visible(maps.tokens[row]))
+    asks = plotly_text(label(maps.tokens[row]))
     said = f"{maps.label}: {name} in the row of <b>{asks}</b> ({maps.first + row})"
     finish(
         figure,
@@ -182,7 +182,7 @@ def _hover(
                 "tickfont": {"size": 10},
             },
         },
-        text=[plotly_text(visible(maps.key_tokens[j])) for j in shown],
+        text=[plotly_text(label(maps.key_tokens[j])) for j in shown],
         customdata=[
             [maps.first_key + j, float(values[j]), float(maps.pattern[row, j])] for j in shown
         ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ra_lens.display.tokens import visible
+from ra_lens.display.tokens import label
 from ra_lens.paths.result import (
     Sankey,
     SankeyLink,
@@ -43,7 +43,7 @@ def step_text(result: TraceResult, step: Step) -> str:
 
 
 def _name(result: TraceResult, position: int) -> str:
-    return f"“{visible(result.tokens[position])}” ({position})"
+    return f"“{label(result.tokens[position])}” ({position})"
 
 
 def sankey(result: TraceResult) -> Sankey:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ra_lens.cache import HeadScore, RACache
 from ra_lens.display.maps import HeadMaps, head_of_example
 from ra_lens.display.run import example_facts
-from ra_lens.display.tokens import visible
+from ra_lens.display.tokens import label, visible
 from ra_lens.report import page
 from ra_lens.report.packing import BYTES_PER_CELL, pack
 from ra_lens.report.predictions import PatchedPrompt, Predictions
@@ -190,11 +190,11 @@ def _chips(ra: RACache, example: int, side: Side, place: int, *, last: bool) -> 
 
 def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
     scale = f"{patched.scale:g}".replace("-", "−")
-    target = "" if ra.info.targets is None else visible(ra.info.targets[example])
+    target = "" if ra.info.targets is None else label(ra.info.targets[example])
     columns = [f"p(“{target}”)", "Its rank", "Top predictions"]
 
     def row(name: str, one: Predictions) -> tuple[str, ...]:
-        likely = " · ".join(f"“{visible(text)}” {_percent(chance)}" for text, chance in one.top)
+        likely = " · ".join(f"“{label(text)}” {_percent(chance)}" for text, chance in one.top)
         chance = "–" if one.target is None else _percent(one.target)
         return (name, chance, "–" if one.rank is None else str(one.rank), likely)
 

@@ -16,6 +16,8 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from ra_lens.token_text import ISOLATED
+
 if TYPE_CHECKING:
     from ra_lens.paths import TraceResult
 
@@ -125,6 +127,11 @@ def text(plain: str) -> str:
     return escape(_UNREADABLE.sub(lambda found: f"U+{ord(found.group()):04X}", plain))
 
 
+def tokens_apart(plain: str) -> str:
+    """Escape text in which tokens are isolated; each of them becomes a `<bdi>`."""
+    return ISOLATED.sub(r"<bdi>\1</bdi>", text(plain))
+
+
 def data(value: Any) -> str:
     """Write JSON that cannot end the script block around it, nor open a comment in it."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
@@ -147,21 +154,20 @@ def prompt(tokens: Sequence[tuple[str, str]], *, label: str = "Prompt", side: st
 def facts(rows: Sequence[tuple[str, str]]) -> str:
     """List what is known, name by name."""
     lines = "".join(
-        f'<tr><th scope="row">{text(name)}</th><td><bdi>{text(value)}</bdi></td></tr>'
-        for name, value in rows
+        f'<tr><th scope="row">{text(name)}</th>{_cell(value)}</tr>' for name, value in rows
     )
     return f'<div class="scroll"><table class="facts">{lines}</table></div>'
 
 
 def note(plain: str) -> str:
     """Render small print."""
-    return f'<p class="soft">{text(plain)}</p>'
+    return f'<p class="soft">{tokens_apart(plain)}</p>'
 
 
 def section(part: Section) -> str:
     """Render a section."""
     lines = [f"<section><h2>{text(part.title)}</h2>"]
-    lines += [f"<p>{text(paragraph)}</p>" for paragraph in part.paragraphs]
+    lines += [f"<p>{tokens_apart(paragraph)}</p>" for paragraph in part.paragraphs]
     if part.table is not None:
         lines.append(table(part.table))
     for heading, figures in part.figures:
@@ -178,13 +184,16 @@ def section(part: Section) -> str:
 
 def table(part: Table) -> str:
     """Render a table; it scrolls by itself where it is wider than the page."""
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in part.columns)
-    rows = "".join(
-        f"<tr>{''.join(f'<td><bdi>{text(cell)}</bdi></td>' for cell in row)}</tr>"
-        for row in part.rows
-    )
+    head = "".join(f'<th scope="col">{tokens_apart(name)}</th>' for name in part.columns)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in part.rows)
     titles = f"<thead><tr>{head}</tr></thead>" if any(part.columns) else ""
     return f'<div class="scroll"><table>{titles}<tbody>{rows}</tbody></table></div>'
+
+
+def _cell(plain: str) -> str:
+    # Around tokens that are isolated a cell reads from left to right: `from → to`.
+    shown = tokens_apart(plain)
+    return f"<td>{shown}</td>" if "<bdi>" in shown else f"<td><bdi>{shown}</bdi></td>"
 
 
 def _figure(figure: Any) -> str:

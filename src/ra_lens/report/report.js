@@ -140,9 +140,17 @@
     pen.stroke();
     return context.createPattern(tile, "repeat");
   }
+  // Tokens stand in <bdi>, so that text written from right to left does not turn the rest. On a
+  // canvas FSI and PDI are put around them.
+  const isolated = (text) => {
+    const one = document.createElement("bdi");
+    one.textContent = text;
+    return one;
+  };
   const short = (text, most) => {
     const characters = Array.from(text);
-    return characters.length <= most ? text : characters.slice(0, most - 1).join("") + "…";
+    const cut = characters.length <= most ? text : characters.slice(0, most - 1).join("") + "…";
+    return `\u2068${cut}\u2069`;
   };
 
   const frames = { a: null, r: null };  // where each map lies in its canvas
@@ -240,7 +248,7 @@
   }
 
   // ---- the head chosen ------------------------------------------------------------------------
-  const tokenAt = (token, position) => `${token} (${position})`;
+  const tokenAt = (token, position) => [isolated(token), ` (${position})`];
   function showMaps() {
     const maps = state.head && mapsOf(state.head);
     $("ra-maps").hidden = !maps;
@@ -255,9 +263,7 @@
     const maps = mapsOf(state.head), readout = $("ra-readout");
     if (!maps || !state.cell) { readout.textContent = ""; return; }
     const [i, j] = state.cell, k = i * maps.m + j;
-    const from = tokenAt(maps.rowTokens[i], maps.firstRow + i);
-    const to = tokenAt(maps.columnTokens[j], maps.firstColumn + j);
-    const words = [`from ${from} to ${to}: `];
+    const words = [];
     if (!maps.there[k]) words.push("cannot attend there");
     else {
       const wants = maps.r[k] === 0 ? "same" : (maps.r[k] > 0) === minus ? "more" : "less";
@@ -265,15 +271,8 @@
       words.push(`${nameR} ${digits(maps.r[k], true)} (descent wants ${wants}), `,
         `A ${digits(maps.a[k])}, rank ${rank} of ${cells} in its row`);
     }
-    readout.replaceChildren();
-    // Tokens stand in <bdi>, so that text written from right to left does not turn the rest.
-    const isolated = (text) => {
-      const one = document.createElement("bdi");
-      one.textContent = text;
-      return one;
-    };
-    readout.append("from ", isolated(maps.rowTokens[i]), ` (${maps.firstRow + i}) to `,
-      isolated(maps.columnTokens[j]), ` (${maps.firstColumn + j}): ${words.slice(1).join("")}`);
+    readout.replaceChildren("from ", ...tokenAt(maps.rowTokens[i], maps.firstRow + i), " to ",
+      ...tokenAt(maps.columnTokens[j], maps.firstColumn + j), `: ${words.join("")}`);
     for (const which of ["a", "r"]) {
       $(`ra-${which}`).setAttribute("aria-label",
         `${which === "a" ? "Attention" : nameR} of ${nameOf(state.head)}, ${maps.n} by ${maps.m}`);
@@ -322,13 +321,8 @@
       const wants = (maps.r[k] > 0) === minus ? "more" : "less";
       const button = document.createElement("button");
       button.type = "button";
-      const one = (token, position) => {
-        const text = document.createElement("bdi");
-        text.textContent = tokenAt(token, position);
-        return text;
-      };
-      button.append(one(maps.rowTokens[i], maps.firstRow + i), " → ",
-        one(maps.columnTokens[j], maps.firstColumn + j));
+      button.append(...tokenAt(maps.rowTokens[i], maps.firstRow + i), " → ",
+        ...tokenAt(maps.columnTokens[j], maps.firstColumn + j));
       const choose = () => chooseCell(i, j, "r");
       button.addEventListener("click", choose);
       button.addEventListener("focus", choose);

@@ -17,7 +17,7 @@ from typing import Literal
 from ra_lens.cache import HeadScore, RACache
 from ra_lens.display.maps import check_example, head_of_example
 from ra_lens.display.run import model_facts
-from ra_lens.display.tokens import shorten, visible
+from ra_lens.display.tokens import label
 from ra_lens.errors import BadInput
 from ra_lens.files import check_output, write_whole
 from ra_lens.paths import TraceResult
@@ -126,10 +126,7 @@ def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:
         moved = "nothing"
         if cells:
             cell = cells[0]
-            query, key = (
-                shorten(visible(token), 24)
-                for token in (maps.query_token(cell), maps.key_token(cell))
-            )
+            query, key = label(maps.query_token(cell), 24), label(maps.key_token(cell), 24)
             moved = f"{query} ({cell.query}) → {key} ({cell.key}): {cell.moves}"
         share = f"{score.score / total:.1%}"
         rows.append((str(rank), score.label, f"{score.score:.4g}", share, moved))
