@@ -35,9 +35,9 @@ def test_the_constraints_pin_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for file, groups in {
-        "constraints.txt": ["test", "docs", "images"],
-        "constraints/tl2.txt": ["test"],
-        "constraints/tl4.txt": ["test"],
+        "constraints.txt": ["test", "docs", "images", "notebook", "dev"],
+        "constraints/tl2.txt": ["test", "dev"],
+        "constraints/tl4.txt": ["test", "dev"],
     }.items():
         needed = [*project["dependencies"], *(need for group in groups for need in extras[group])]
         names = {re.match(r"[\w-]+", need)[0].lower() for need in needed}
