@@ -1,0 +1,104 @@
+"""What CI runs beside the README's test command, each part by name: `nox -s lint`, `nox --list`.
+
+Sessions that need the same packages share one environment under `.nox`, so PyTorch is installed
+once for each generation of TransformerLens. What follows `--` goes to pytest:
+`nox -s tests-tl4 -- -k padding`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+GENERATIONS = {
+    "tl3": "constraints.txt",
+    "tl2": "constraints/tl2.txt",
+    "tl4": "constraints/tl4.txt",
+}
+
+nox.options.default_venv_backend = "none"  # nox would make one environment for each session
+nox.options.sessions = ["lint", "tests-tl3"]
+
+
+def environment(session: nox.Session, name: str, *needs: str) -> Callable[..., None]:
+    """Make an environment unless it is there, install into it; give what runs a program of it."""
+    folder = session.env_dir.resolve().parent / name
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    session.env.update(
+        VIRTUAL_ENV=str(folder), PATH=f"{programs}{os.pathsep}{os.environ['PATH']}", PYTHONPATH=None
+    )
+
+    def run(program: str, *arguments: str, quietly: bool = False) -> None:
+        session.run(str(programs / program), *arguments, silent=quietly)
+
+    if not folder.exists():
+        session.run(sys.executable, "-m", "venv", str(folder))
+    if needs:
+        pins = GENERATIONS.get(name, "constraints.txt")
+        run("python", "-m", "pip", "install", "-c", pins, *needs, quietly=True)
+    return run
+
+
+for generation in GENERATIONS:
+
+    @nox.session(name=f"tests-{generation}")
+    def tests(session: nox.Session, generation: str = generation) -> None:
+        """The suite, checking the shapes that the code states at every call."""
+        run = environment(session, generation, "-e", ".[test]")
+        run("python", "-m", "pytest", "--check-shapes", *session.posargs)
+
+    @nox.session(name=f"models-{generation}")
+    def models(session: nox.Session, generation: str = generation) -> None:
+        """Every architecture, where the suite takes a representative part of them."""
+        run = environment(session, generation, "-e", ".[test]")
+        run("python", "-m", "pytest", "tests/conformance", "--every-model", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, types, and which module may import which."""
+    run = environment(session, "tl3", "-e", ".[test,dev]")
+    run("ruff", "check", ".")
+    run("ruff", "format", "--check", ".")
+    run("pyright")
+    run("lint-imports", "--no-logo")
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """The notebooks run, and show what they showed when they were written."""
+    run = environment(session, "tl3", "-e", ".[test,images,notebook]")
+    paths = ["tests/notebooks", "tests/test_figures_notebook.py"]
+    run("python", "-m", "pytest", *paths, "--run-notebooks", "-n", "0", *session.posargs)
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """The documentation as a site, where every warning is an error. Needs no PyTorch."""
+    extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    run = environment(session, "site", *extras["docs"])
+    run("python", "docs/make_site.py")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel alone, in a fresh environment and an empty folder, runs the demo."""
+    shutil.rmtree(session.env_dir.resolve(), ignore_errors=True)
+    run = environment(session, "wheel")
+    with tempfile.TemporaryDirectory() as folder:
+        run("python", "-m", "pip", "wheel", "--no-deps", "-w", folder, ".", quietly=True)
+        (built,) = Path(folder).glob("*.whl")
+        environment(session, "wheel", str(built))
+        built.unlink()
+        with session.chdir(folder):
+            where = "import sys, ra_lens; print(ra_lens.__file__)"
+            run("python", "-c", f"{where}; assert ra_lens.__file__.startswith(sys.prefix)")
+            run("ra-lens", "demo")
+            if not Path("ra_report.html").is_file():
+                session.error("ra-lens demo wrote no ra_report.html")
