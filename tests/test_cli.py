@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from ra_lens import run_with_ra
 from ra_lens.cli import app, show
-from ra_lens.cli.reading import hints, read_layers, read_text, unknown_words
+from ra_lens.cli.reading import hints, read_layers, read_text
 from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
+from ra_lens.sites import as_lens
 from test_figures import make
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
@@ -157,8 +158,9 @@ def test_a_prompt_can_come_from_standard_input(tiny: str) -> None:
     assert json.loads(result.stdout)["prompt"] == PROMPT
 
 
-def test_words_the_tokenizer_does_not_know_are_named(tiny: str) -> None:
-    result = call("run", "-m", tiny, "-p", "w5 nope w6 [red] nope", "--json")
+@pytest.mark.parametrize("command", ["run", "trace"])
+def test_words_the_tokenizer_does_not_know_are_named(tiny: str, command: str) -> None:
+    result = call(command, "-m", tiny, "-p", "w5 nope w6 [red] nope", "--json")
     assert result.exit_code == 0
     json.loads(result.stdout)
     assert result.stderr == (
@@ -168,11 +170,12 @@ def test_words_the_tokenizer_does_not_know_are_named(tiny: str) -> None:
 
 def test_a_tokenizer_whose_unknown_token_is_its_end_knows_every_word(shared: Any) -> None:
     model = shared("gpt2", KINDS[0])
-    assert unknown_words(model, "nope w5") == ["nope"]
+    lens = as_lens(model)
+    assert lens.unknown_words("nope w5") == ["nope"]
     known = model.tokenizer.unk_token
     model.tokenizer.unk_token = model.tokenizer.eos_token
     try:
-        assert unknown_words(model, "nope w5") == []
+        assert lens.unknown_words("nope w5") == []
     finally:
         model.tokenizer.unk_token = known
 

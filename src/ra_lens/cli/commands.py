@@ -15,11 +15,10 @@ from torch import nn
 
 from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
-from ra_lens.cli.reading import check_device, hints, read_layers, read_text, unknown_words
+from ra_lens.cli.reading import check_device, hints, read_layers, read_text
 from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.sites import ModelKind, as_lens
-from ra_lens.token_text import isolated
 
 if TYPE_CHECKING:
     from ra_lens.report import PatchedPrompt
@@ -71,7 +70,7 @@ def run_prompt(options: Options) -> None:
     for hint in dict.fromkeys(slips):
         warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)
-    _warn_of_unknown_words(model, "\n".join(prompts))
+    warn_of_unknown_words(model, "\n".join(prompts))
     target = None if not targets else targets[0] if len(targets) == 1 else targets
     with quiet(debug=options.debug):
         from ra_lens.run import run_with_ra
@@ -224,14 +223,11 @@ def _check_output(path: Path | None) -> None:
     check_output(path)
 
 
-def _warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
-    words = unknown_words(model, prompt)
+def warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
+    """Say which words of a prompt the model does not know, if any."""
+    words = as_lens(model).describe_unknown(prompt)
     if words:
-        named = ", ".join(isolated(repr(word)) for word in words[:8])
-        named += f" and {len(words) - 8} more" * (len(words) > 8)
-        unknown = as_lens(model).tokenizer.unk_token
-        it = "them" if len(words) > 1 else "it"
-        warn("warning", f"the model does not know {named}; its tokenizer reads {it} as {unknown}.")
+        warn("warning", f"the model does not know {words}.")
 
 
 def warn(label: str, text: str) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
 
 import torch
-from torch import nn
 
 from ra_lens.errors import BadInput
-from ra_lens.sites import as_lens
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
@@ -78,19 +75,3 @@ def hints(prompt: str, target: str | None, *, escapes: bool) -> list[str]:
             f"{prompt[-12:]!r}; a new word is {' ' + target!r}."
         )
     return found
-
-
-def unknown_words(model: nn.Module, prompt: str) -> list[str]:
-    """Words of a prompt that the tokenizer reads as its unknown token, each once.
-
-    Tokenizers whose unknown token is also BOS or EOS know every text.
-    """
-    tokenizer: Any = as_lens(model).tokenizer
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    ends = {getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
-    if unknown is None or unknown in ends or not getattr(tokenizer, "is_fast", False):
-        return []
-    read = tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
-    places = zip(read["input_ids"], read["offset_mapping"], strict=True)
-    words = [prompt[start:end] for token, (start, end) in places if token == unknown]
-    return list(dict.fromkeys(word.strip() or repr(word) for word in words))

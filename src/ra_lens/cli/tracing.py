@@ -57,7 +57,7 @@ class Options:
 def run_trace(options: Options) -> None:
     """`ra-lens trace`."""
     from ra_lens.cli import show
-    from ra_lens.cli.commands import DEMO, load, warn
+    from ra_lens.cli.commands import DEMO, load, warn, warn_of_unknown_words
 
     if options.model == DEMO or Path(options.model).is_dir():
         offline()
@@ -71,6 +71,7 @@ def run_trace(options: Options) -> None:
     for hint in hints(prompt, target, escapes=options.escapes):
         warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)
+    warn_of_unknown_words(model, prompt)
     with quiet(debug=options.debug):
         function = trace_layers if options.layer == "all" else trace_paths
         found = function(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ra_lens.errors import BadInput
-from ra_lens.token_text import bytes_of, pieces_as_read
+from ra_lens.token_text import bytes_of, isolated, pieces_as_read
 
 
 class Reader:
@@ -35,6 +35,39 @@ class Reader:
         """Id written at padded positions; what it is never matters, they are masked."""
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return 0 if pad is None else int(pad)
+
+    @property
+    def unknown_token_id(self) -> int | None:
+        """Id of words that the tokenizer does not know; None where it knows them all.
+
+        Tokenizers whose unknown token is also BOS or EOS know every text.
+        """
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        ends = {getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+        return None if unknown in ends else unknown
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that the tokenizer reads as its unknown token, each once."""
+        unknown = self.unknown_token_id
+        if unknown is None:
+            return []
+        if not getattr(self.tokenizer, "is_fast", False):
+            words = [word for word in text.split() if unknown in self.encode_fragment(word)]
+            return list(dict.fromkeys(words))
+        read = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        places = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        words = [text[start:end] for token, (start, end) in places if token == unknown]
+        return list(dict.fromkeys(word.strip() or repr(word) for word in words))
+
+    def describe_unknown(self, text: str) -> str:
+        """Name the unknown words of a text and what they are read as; empty where all are known."""
+        words = self.unknown_words(text)
+        if not words:
+            return ""
+        named = ", ".join(isolated(repr(word)) for word in words[:8])
+        named += f" and {len(words) - 8} more" * (len(words) > 8)
+        it = "them" if len(words) > 1 else "it"
+        return f"{named}; its tokenizer reads {it} as {self.tokenizer.unk_token}"
 
     def encode(self, text: str, *, prepend_bos: bool | None) -> list[int]:
         """Token ids of a prompt, exactly as the model's own `to_tokens` gives them."""
