@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -33,7 +34,7 @@ def tiny(folder: Callable[..., Path]) -> str:
     return str(folder("gpt2"))
 
 
-def call(*arguments: str, text: str | None = None) -> Any:
+def call(*arguments: str, text: str | bytes | None = None) -> Any:
     return CliRunner().invoke(app, list(arguments), input=text)
 
 
@@ -156,6 +157,82 @@ def test_several_prompts_go_into_one_report(tiny: str, shared: Any, tmp_path: Pa
 def test_a_prompt_can_come_from_standard_input(tiny: str) -> None:
     result = call("run", "-m", tiny, "-p", "-", "--json", text=PROMPT + "\n")
     assert json.loads(result.stdout)["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize("before", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\r"])
+def test_text_is_read_without_byte_order_mark_and_with_newlines(
+    before: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(f"{before}wé{end}w7{end}".encode()), encoding="latin-1")
+    monkeypatch.setattr("sys.stdin", stream)
+    assert read_text("-", escapes=False) == ("wé\nw7" if end else "wéw7")
+    assert read_text(f"{before}w5", escapes=False) == "w5"
+
+
+def test_a_byte_order_mark_changes_no_loss(tiny: str) -> None:
+    result = call("run", "-m", tiny, "-p", "-", "--json", text=b"\xef\xbb\xbf" + PROMPT.encode())
+    assert result.stdout == call("run", "-m", tiny, "-p", PROMPT, "--json").stdout
+
+
+NO_UTF8 = [
+    ("w5 é".encode("latin-1"), "text that is not UTF-8 (byte 0xe9 at place 3). Convert"),
+    ("w5 é".encode("utf-16"), "text that is not UTF-8 but UTF-16, by its byte order mark. Convert"),
+    ("w5 é".encode("utf-32"), "text that is not UTF-8 but UTF-32"),
+    ("w5 é".encode("utf-16-le"), "a zero byte at place 1, which is in no text: it may be UTF-16"),
+    (b"w5 \xed\xa0\x80", "text that is not UTF-8 (byte 0xed at place 3)"),
+]
+
+
+@pytest.mark.parametrize(("raw", "told"), NO_UTF8)
+def test_standard_input_that_is_no_utf8_is_told(raw: bytes, told: str) -> None:
+    for command in (["run", "-t", "w5"], ["trace"]):
+        result = call(*command, "-p", "-", text=raw)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: standard input: found {told}")
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(BadInput, match=r"standard input is closed\. Give the text"):
+        read_text("-", escapes=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "place"),
+    [
+        (["run", "-p", "caf\udce9"], "-p", 3),
+        (["run", "-pcaf\udce9"], "-p", 5),
+        (["run", "-p", PROMPT, "--target=\udce9"], "--target", 9),
+        (["run", "-p", PROMPT, "-o", "caf\udce9.html"], "-o", 3),
+        (["trace", "-p", PROMPT, "--model", "\udce9"], "--model", 0),
+        (["rank", "-t", "antonym", "synonym\udce9"], "-t", 7),
+        (["patch", "-t", "antonym", "--separator", "\udce9"], "--separator", 0),
+        (["compare", "caf\udce9.csv"], "an argument", 3),
+    ],
+)
+def test_words_whose_bytes_are_no_utf8_are_told(
+    arguments: list[str], option: str, place: int
+) -> None:
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    told = f"error: found text that is not UTF-8 as {option} (byte 0xe9 at place {place} of "
+    assert result.stderr.startswith(told)
+    assert result.stderr.endswith("Give it in UTF-8.\n")
+    assert result.stderr.count("\n") == 1
+
+
+def test_half_a_character_of_an_option_is_told() -> None:
+    command = [sys.executable, "-m", "ra_lens.cli", "run", "-p", b"caf\xe9"]
+    told = subprocess.run(command, capture_output=True, check=False)
+    assert (told.returncode, told.stdout) == (2, b"")
+    assert told.stderr.startswith(
+        b"error: found text that is not UTF-8 as -p (byte 0xe9 at place 3"
+    )
+    result = call("run", "-p", "w5 \ud83d")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "as -p (half a character at place 3 of 'w5 \\ud83d')" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "trace"])

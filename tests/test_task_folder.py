@@ -155,10 +155,37 @@ def test_wrong_questions_are_told_where(tmp_path: Path, data: Any, told: str) ->
     assert told in str(info.value)
 
 
-def test_a_file_that_is_not_utf8_is_told(tmp_path: Path) -> None:
-    (tmp_path / "latin.json").write_bytes('[{"input": "egg", "output": "\xe9"}]'.encode("latin-1"))
-    with pytest.raises(BadFile, match=r"latin\.json: found text that is not UTF-8"):
-        load_task("latin", tmp_path)
+@pytest.mark.parametrize(
+    ("encoding", "told"),
+    [
+        ("latin-1", r"found text that is not UTF-8 \(byte 0xe9 at place 29\)"),
+        ("utf-16", "found text that is not UTF-8 but UTF-16.*iconv -f UTF-16 -t UTF-8"),
+        ("utf-16-be", "found a zero byte at place 0, .*may be UTF-16 without a byte order mark"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_told(tmp_path: Path, encoding: str, told: str) -> None:
+    text = '[{"input": "egg", "output": "\xe9"}]'.encode(encoding)
+    write(tmp_path / "icl" / "egg.json", "").write_bytes(text)
+    with pytest.raises(BadFile, match=rf"egg\.json: {told}"):
+        load_task("egg", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        ([*CAPITALS, {"input": "x", "output": "\ud83d"}], r'entry 2 \(counted from 0\): "output"'),
+        (QUESTION | {"template": "\ud83d {} is"}, '"template"'),
+        (
+            QUESTION | {"samples": [{"input": "\ud83d", "output": "x"}]},
+            r'samples, entry 0.*"input"',
+        ),
+    ],
+)
+def test_half_a_character_in_an_escape_is_told(tmp_path: Path, data: Any, where: str) -> None:
+    path = write(tmp_path / ("icl" if isinstance(data, list) else "natural") / "odd.json", data)
+    assert "\\ud83d" in path.read_text()  # JSON that is UTF-8
+    with pytest.raises(BadFile, match=rf"odd\.json: {where} has half a character, '\\ud83d' at"):
+        load_task("odd", tmp_path)
 
 
 def test_unknown_names_and_folders_are_refused_with_what_there_is(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ra_lens.cli.experiments import register
 from ra_lens.cli.options import (
@@ -23,12 +24,24 @@ from ra_lens.cli.options import (
     JsonOption,
     KindOption,
     ModelOption,
+    check_words,
     reported,
 )
 from ra_lens.cli.trace import trace
 
+
+class _Commands(TyperGroup):
+    """The commands, behind a look at what was typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with reported(debug=False):
+            check_words(args)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="ra-lens",
+    cls=_Commands,
     help="Reversed Attention: what the backward pass wanted each attention head to do.",
     add_completion=False,
     no_args_is_help=True,

@@ -5,8 +5,9 @@ This module imports neither torch nor plotly, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from ra_lens.errors import RALensError
+from ra_lens.errors import BadInput, RALensError
 
 
 class Kind(str, Enum):
@@ -158,6 +159,28 @@ FigureOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 MetricOption = Annotated[Metric, typer.Option(help="What is shown, and what areas are taken of.")]
 AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve is taken.")]
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words of the command line whose bytes are no text, whatever they are meant as.
+
+    Python puts a lone surrogate in the place of each such byte.
+
+    Raises:
+        BadInput: there is one; the message names its option.
+    """
+    option = "an argument"
+    for word in words:
+        option = (
+            word.split("=")[0] if word.startswith("--") else word[:2] if word[:1] == "-" else option
+        )
+        odd = re.search("[\ud800-\udfff]", word)
+        if odd:
+            byte = f"byte {ord(odd[0]) - 0xDC00:#04x}" if odd[0] >= "\udc80" else "half a character"
+            raise BadInput(
+                f"found text that is not UTF-8 as {option} ({byte} at place {odd.start()} of "
+                f"{ascii(word)[:60]}). Give it in UTF-8."
+            )
 
 
 @contextmanager

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 
 import torch
 
 from ra_lens.errors import BadInput
+from ra_lens.texts import decoded
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
 def read_text(text: str, *, escapes: bool) -> str:
-    """Read a prompt or target: `-` is standard input, and `\\n` a newline where escapes are on."""
+    """Read a prompt or target: `-` is standard input, and `\\n` a newline where escapes are on.
+
+    A byte order mark in front is dropped, which a file brings along.
+
+    Raises:
+        BadInput: standard input is closed, or is not UTF-8.
+    """
     if text == "-":
-        text = sys.stdin.read()
-        text = text.removesuffix("\n")
+        text = _standard_input().removesuffix("\n")
+    text = text.removeprefix("\ufeff")
     return unescaped(text) if escapes else text
+
+
+def _standard_input() -> str:
+    stream = sys.stdin
+    if stream is None or stream.closed:  # pyright: ignore[reportUnnecessaryComparison]
+        raise BadInput("found -, but standard input is closed. Give the text itself.")
+    # Bytes, since the stream would read them with the encoding of the terminal.
+    text = decoded("standard input", stream.buffer.read())
+    return io.StringIO(text, newline=None).read()  # each end of a line is a newline
 
 
 def unescaped(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ra_lens.errors import BadInput
+from ra_lens.texts import whole_text
 from ra_lens.token_text import bytes_of, isolated, pieces_as_read
 
 
@@ -73,7 +74,9 @@ class Reader:
         """Token ids of a prompt, exactly as the model's own `to_tokens` gives them."""
         self._need_tokenizer()
         options: dict[str, Any] = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        return self._model.to_tokens(text, truncate=False, **options)[0].tolist()
+        return self._model.to_tokens(whole_text("text", text), truncate=False, **options)[
+            0
+        ].tolist()
 
     def encode_fragment(self, text: str) -> list[int]:
         """Token ids of a piece of text in the middle of a prompt: no special tokens."""
@@ -84,6 +87,7 @@ class Reader:
 
         # SentencePiece tokenizers put a space of their own in front of a text, so that " Paris"
         # alone is two tokens. Tokenised after something it is one; what that drops must be blank.
+        text = whole_text("text", text)
         before, joint, alone = ids_of(":"), ids_of(":" + text), ids_of(text)
         rest = joint[len(before) :]
         if not rest or joint != before + rest or alone[-len(rest) :] != rest:

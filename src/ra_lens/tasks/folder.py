@@ -28,6 +28,7 @@ from typing import Any, cast
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.tasks.task import Pair, Task, TaskKind
+from ra_lens.texts import decoded, whole_text
 
 ICL_BEFORE, ICL_AFTER = "Q: ", "\nA:"
 
@@ -159,11 +160,9 @@ def _kind_in(path: Path) -> TaskKind | None:
 
 def _parse(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(decoded(str(path), path.read_bytes(), error=BadFile))
     except json.JSONDecodeError as error:
         raise BadFile(f"{path}: found text that is not JSON ({error}).") from error
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path}: found text that is not UTF-8 ({error}).") from error
     except RecursionError as error:
         raise BadFile(f"{path}: found JSON that is nested too deeply for a task.") from error
     except OSError as error:
@@ -178,6 +177,7 @@ def _frame(path: Path, fields: Mapping[str, Any]) -> tuple[str, str]:
     for key, value in given.items():
         if not isinstance(value, str):
             raise BadFile(f'{path}: found {_what(value)} as "{key}"; needed is a text.')
+        whole_text(f'{path}: "{key}"', value, error=BadFile)
     template = given.get("template")
     if template is not None and template.count("{}") != 1:
         raise BadFile(
@@ -224,7 +224,7 @@ def _text(place: str, entry: Mapping[str, Any], key: str) -> str:
             f'{place}: found {_what(value)} as "{key}"; needed is a text, or a list of texts '
             "whose first one counts."
         )
-    return text
+    return whole_text(f'{place}: "{key}"', text, error=BadFile)
 
 
 def _what(value: Any) -> str:

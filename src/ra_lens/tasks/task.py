@@ -16,6 +16,7 @@ from typing import Literal
 
 from ra_lens.errors import BadInput
 from ra_lens.tasks._stable import draw, stable_int
+from ra_lens.texts import whole_text
 
 TaskKind = Literal["icl", "natural"]
 SplitRule = Literal["code", "text"]
@@ -81,6 +82,9 @@ class Task:
         separator: text after the answer of each solved example.
         opening: text in front of the whole prompt.
         source: where the pairs are from: "builtin", "download:" and a commit, the folder, or "own".
+
+    Raises:
+        BadInput: a text with half a character (a lone surrogate).
     """
 
     name: str
@@ -91,6 +95,15 @@ class Task:
     separator: str = "\n\n"
     opening: str = ""
     source: str = "own"
+
+    def __post_init__(self) -> None:
+        """Refuse texts that no tokenizer reads and no file can hold."""
+        own = ("name", "before_subject", "after_subject", "separator", "opening", "source")
+        for what in own:
+            whole_text(f"{what} of task {self.name!r}", getattr(self, what))
+        for i, pair in enumerate(self.pairs):
+            for side, text in (("input", pair.input), ("output", pair.output)):
+                whole_text(f"task {self.name!r}, pair {i}: its {side}", text)
 
     @property
     def base_name(self) -> str:
