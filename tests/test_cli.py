@@ -235,6 +235,14 @@ def test_half_a_character_of_an_option_is_told() -> None:
     assert "as -p (half a character at place 3 of 'w5 \\ud83d')" in result.stderr
 
 
+def test_a_second_bos_is_told_once_in_all_that_a_command_does(tiny: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "out.html")
+    result = call("run", "-m", tiny, "-p", "<|endoftext|> w5", "-t", "w8", "-o", path, "--json")
+    assert result.exit_code == 0
+    assert result.stderr.count("warning: prompt 0 begins with '<|endoftext|>'") == 1
+    assert json.loads(result.stdout)["tokens"] == ["<|endoftext|>"] * 2 + ["w5"]
+
+
 @pytest.mark.parametrize("command", ["run", "trace"])
 def test_words_the_tokenizer_does_not_know_are_named(tiny: str, command: str) -> None:
     result = call(command, "-m", tiny, "-p", "w5 nope w6 [red] nope", "--json")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import cast
 
 from ra_lens.errors import BadInput
+from ra_lens.inputs import answers_given
+from ra_lens.numbers import as_whole
 from ra_lens.prompts import Prompts
 from ra_lens.sites import Lens
-from ra_lens.targets import Bound, Objective, Position, one_each, token_id
+from ra_lens.targets import Bound, Objective, Position, one_each
+from ra_lens.texts import whole_text
 from ra_lens.token_text import isolated
 
 
@@ -81,8 +85,9 @@ def _positions(lens: Lens, position: Position | None, prompts: Prompts) -> list[
         if lens.reads == "both ways":
             return [_the_mask(lens, i, row) for i, row in enumerate(prompts.ids)]
         return [length - 1 for length in prompts.lengths]
-    asked = one_each(position, n)
-    given = [p for p in map(token_id, asked) if p is not None]
+    no_list = isinstance(position, str | bytes | Mapping | Set)
+    asked = [None] if no_list else one_each(answers_given("position", position), n)
+    given = [p for p in map(as_whole, asked) if p is not None]
     if len(given) != len(asked):
         raise BadInput(f"found position={position!r}. Give one integer, or one per prompt.")
     if len(given) != n:
@@ -112,14 +117,17 @@ def _the_mask(lens: Lens, i: int, row: Sequence[int]) -> int:
 
 def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[list[int]]:
     n = len(prompts)
-    given = one_each(tokens, n)
+    given = one_each(answers_given(what, tokens), n)
     if len(given) != n:
+        with_bos = bool(given) and as_whole(given[0]) in _never_predicted(lens)
         raise BadInput(
-            f"found {len(given)} {what}s for {n} prompt{'s' * (n != 1)}. Give one for all, or one "
-            "per prompt; for one answer of several token ids use "
+            f"found {len(given)} {what}{'s' * (len(given) != 1)} for {n} prompt{'s' * (n != 1)}. "
+            "Give one for all, or one per prompt; for one answer of several token ids use "
             "ra_lens.targets.sequence_nll([[id, id, ...]])."
+            + " The first is BOS: model.to_tokens(text, prepend_bos=False) leaves it out."
+            * with_bos
         )
-    rows = [_ids_of(lens, prompts, i, token, what) for i, token in enumerate(given)]
+    rows = [ids_of(lens, prompts, i, token, f"{what} {i}") for i, token in enumerate(given)]
     for row in rows:
         for token in row:
             if not 0 <= token < lens.d_vocab:
@@ -127,31 +135,69 @@ def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[
                     f"{what} {token} is not in the vocabulary of {lens.name}, which has ids 0 to "
                     f"{lens.d_vocab - 1}. Give an id in that range, or the text of the token."
                 )
+    as_ids = [(i, row) for i, row in enumerate(rows) if not isinstance(given[i], str)]
+    _refuse_special_tokens(lens, as_ids, what)
     return rows
 
 
-def _ids_of(lens: Lens, prompts: Prompts, i: int, token: object, what: str) -> list[int]:
-    one = token_id(token)
+def _never_predicted(lens: Lens) -> set[int | None]:
+    """BOS, which no answer begins with; there are decoders that are trained to begin with it."""
+    if lens.reads == "input, then answer":
+        return set()
+    return {getattr(lens.tokenizer, "bos_token_id", None)} - {None}
+
+
+def _refuse_special_tokens(lens: Lens, rows: list[tuple[int, list[int]]], what: str) -> None:
+    """Refuse ids that were made as those of a prompt are: with BOS in front, or padded.
+
+    One token alone is what it is: a model may well predict the end of a text.
+    """
+    several = [(i, row) for i, row in rows if len(row) > 1]
+    for i, row in several:
+        if row[0] in _never_predicted(lens):
+            raise BadInput(
+                f"{what} {i} begins with the BOS token ({_show(lens, row)}), which would count as "
+                "part of the answer. Make ids with model.to_tokens(text, prepend_bos=False), or "
+                "give the text."
+            )
+    pad = getattr(lens.tokenizer, "pad_token_id", None)
+    ends = [i for i, row in several if pad in (row[0], row[-1])]
+    # Where pad is also a token to predict: the longest answer of a padded tensor has none.
+    special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+    padded = len({len(row) for _, row in rows}) == 1 and len(ends) < len(rows)
+    if pad is not None and ends and (padded or pad not in special):
+        raise BadInput(
+            f"{what} {ends[0]} begins or ends with {lens.decode(pad)!r}, which shorter rows are "
+            "padded with. Give texts, or the ids of each answer without padding: [[5], [6, 7]]."
+        )
+
+
+def ids_of(lens: Lens, prompts: Prompts, i: int, answer: object, where: str) -> list[int]:
+    """Token ids of an answer to prompt `i`, which messages call `where`.
+
+    Raises:
+        BadInput: neither text nor ids, no token at all, or a word that the model does not know.
+    """
+    one = as_whole(answer)
     if one is not None:
         return [one]
-    if isinstance(token, list | tuple):
-        ids = [token_id(t) for t in token]
+    if isinstance(answer, list | tuple):
+        ids = [as_whole(token) for token in cast("Sequence[object]", answer)]
         if not ids or None in ids:
             raise BadInput(
-                f"{what} {i} is {token!r}; a list inside a list holds the token ids of one answer, "
+                f"{where} is {answer!r}; a list inside a list holds the token ids of one answer, "
                 "at least one. Give text as text: [' New York', ' Paris']."
             )
         return [t for t in ids if t is not None]
-    if not isinstance(token, str):
-        raise BadInput(f"{what} {i} is a {type(token).__name__}; give text or a token id.")
-    if token == "":
-        raise BadInput(f"{what} {i} is empty text. Give at least one token, such as ' Paris'.")
-    ids = _continuation(lens, prompts, i, token)
-    unknown = getattr(lens.tokenizer, "unk_token_id", None)
-    special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
-    if unknown is not None and unknown not in special and unknown in ids:
+    if not isinstance(answer, str):
+        raise BadInput(f"{where} is a {type(answer).__name__}; give text or a token id.")
+    if answer == "":
+        raise BadInput(f"{where} is empty text. Give at least one token, such as ' Paris'.")
+    ids = _continuation(lens, prompts, i, whole_text(where, answer))
+    unknown = lens.unknown_token_id
+    if unknown is not None and unknown in ids:
         raise BadInput(
-            f"{what} {token!r} is not a word that {lens.name} knows: its tokenizer reads it as "
+            f"{where}: {answer!r} is not a word that {lens.name} knows: its tokenizer reads it as "
             f"{lens.decode(unknown)!r}. Give a token of its vocabulary."
         )
     return ids

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.check_report import ModelReport, Route, SiteReport
-from ra_lens.errors import UnsupportedModel
+from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.masking import by_head
 from ra_lens.patching import patch_hooks
-from ra_lens.prompts import Prompts, read_decoder_prompts, read_prompts
+from ra_lens.prompts import PromptInput, Prompts, read_decoder_prompts, read_prompts
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, Site, as_lens
 
@@ -59,17 +59,19 @@ _reports: weakref.WeakKeyDictionary[nn.Module, dict[object, ModelReport]] = (
 )
 
 
-def check_model(model: nn.Module, *, prompt: str | Tensor | None = None) -> ModelReport:
+def check_model(model: nn.Module, *, prompt: PromptInput | None = None) -> ModelReport:
     """Check on a few tokens what ra_lens can do with a model, and how.
 
     Args:
         model: A HookedTransformer or TransformerBridge, in eval mode.
-        prompt: Text or token ids to check with. Default: eight tokens of the vocabulary.
+        prompt: Text or token ids to check with, several of one length at most. Default: eight
+            tokens of the vocabulary.
 
     Returns:
         A report with one row per attention layer; `print` shows it as a table.
 
     Raises:
+        BadInput: a prompt that cannot be read, or prompts of different lengths.
         UnsupportedModel: not such a model, or one whose attention cannot be read at all.
     """
     lens = as_lens(model)
@@ -83,7 +85,7 @@ def check_model(model: nn.Module, *, prompt: str | Tensor | None = None) -> Mode
     return report
 
 
-def _check(lens: Lens, prompt: str | Tensor | None) -> ModelReport:
+def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
     ids, decoder_ids = _tokens(lens, prompt)
     tolerances = _OF_DTYPE.get(lens.dtype, _Tolerances())
     sites = lens.sites
@@ -156,14 +158,20 @@ def _check(lens: Lens, prompt: str | Tensor | None) -> ModelReport:
 # ---- what is run ---------------------------------------------------------------------------------
 
 
-def _tokens(lens: Lens, prompt: str | Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _tokens(lens: Lens, prompt: PromptInput | None) -> tuple[Tensor, Tensor | None]:
     def spread(n: int) -> Tensor:
         return (torch.arange(n) * 7 + 3) * max(1, lens.d_vocab // (7 * n + 3)) % lens.d_vocab
 
     if prompt is None:
         ids = spread(min(_LENGTH, lens.n_ctx))[None]
     else:
-        ids = torch.tensor(read_prompts(lens, prompt).ids)
+        read = read_prompts(lens, prompt)
+        if len(set(read.lengths)) > 1:
+            raise BadInput(
+                f"found prompts of {min(read.lengths)} to {max(read.lengths)} tokens; check_model "
+                "reads one, or several of one length. Give one."
+            )
+        ids = torch.tensor(read.ids)
     if lens.reads != "input, then answer":
         return ids, None
     start = read_decoder_prompts(lens, None, 1).ids[0]

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.inputs import Given, Mask, TokenIds, read_given
 from ra_lens.sites import Lens
 
 PaddingSide = Literal["left", "right"]
@@ -92,7 +93,9 @@ class Prompts:
 
     def chosen(self, which: Iterable[int]) -> Prompts:
         """Some of the examples, in the order of their indices given; one may be there twice."""
-        return replace(self, ids=tuple(self.ids[i] for i in which), texts=None)
+        order = list(which)
+        texts = None if self.texts is None else tuple(self.texts[i] for i in order)
+        return replace(self, ids=tuple(self.ids[i] for i in order), texts=texts)
 
     def widened(self) -> Prompts:
         """The same, with every batch padded to the longest of all examples."""
@@ -122,11 +125,15 @@ class Prompts:
         return Batch(tokens.to(device), mask.to(device), tuple(starts), self.lengths)
 
 
+PromptInput = Given | TokenIds | Prompts
+"""What is read as prompts: see `ra_lens.inputs`; the last two have been read already."""
+
+
 def read_prompts(
     lens: Lens,
-    input: str | Sequence[str] | Tensor,
+    input: PromptInput,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
 ) -> Prompts:
@@ -134,42 +141,43 @@ def read_prompts(
 
     Args:
         lens: The model.
-        input: One prompt, several prompts, or token ids (`Int[Tensor, "batch pos"]` or one row).
-        attention_mask: For token ids: 1 at real tokens. Without it, in a batch of several rows, a
-            run of the tokenizer's pad token at the end (or start) of a row counts as padding, as
-            in TransformerLens; where pad and BOS are the same token, the last one of a run at the
-            start is kept as BOS.
+        input: Texts or token ids, as `ra_lens.inputs` reads them.
+        attention_mask: For token ids: 1 at real tokens; it wins over the mask of a mapping. Without
+            either, in a batch of several rows of one length, a run of the tokenizer's pad token at
+            the end (or start) of a row counts as padding, as in TransformerLens; where pad and BOS
+            are the same token, the last one of a run at the start is kept as BOS.
         prepend_bos: For text: overrides the model's `cfg.default_prepend_bos`.
         padding_side: Overrides the tokenizer's side.
 
     Raises:
-        BadInput: an empty prompt, ids that are not integers or not in the vocabulary, a mask of
-            another shape or with gaps, options that do not apply to this kind of input.
+        BadInput: neither text nor token ids, an empty prompt, ids that are not integers or not in
+            the vocabulary, a mask of another shape or with gaps, options that do not apply to this
+            kind of input.
     """
+    if isinstance(input, Prompts):
+        if (attention_mask, prepend_bos, padding_side) != (None, None, None):
+            raise BadInput(
+                "found attention_mask, prepend_bos or padding_side with prompts that have been "
+                "read already. Leave it out, or give texts or token ids."
+            )
+        return input
     default_side = getattr(lens.tokenizer, "padding_side", "right")
     side: PaddingSide = padding_side or ("left" if default_side == "left" else "right")
-    if isinstance(input, Tensor):
+    given = read_given("prompt", input, mask=attention_mask)
+    if isinstance(given, TokenIds):
         if prepend_bos is not None:
             raise BadInput(
                 f"found prepend_bos={prepend_bos} with token ids, which are read as they are. "
                 "Pass text, or put the BOS id into the tensor."
             )
-        return _from_tokens(lens, input, attention_mask, padding_side)
+        return _from_tokens(lens, given, side if given.ragged else padding_side)
     if attention_mask is not None:
         raise BadInput(
             "found attention_mask with text input; the mask of text is made from its padding. "
             "Pass token ids with the mask, or leave it out."
         )
-    texts = (input,) if isinstance(input, str) else tuple(input)
-    if not texts:
-        raise BadInput("found an empty list of prompts. Pass at least one prompt.")
     rows: list[tuple[int, ...]] = []
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise BadInput(
-                f"prompt {i} is a {type(text).__name__}; a list of prompts holds strings. "
-                "For token ids pass one tensor."
-            )
+    for i, text in enumerate(given):
         if text == "":
             raise BadInput(f"prompt {i} is empty. Pass a text of at least one token.")
         row = tuple(lens.encode(text, prepend_bos=prepend_bos))
@@ -179,37 +187,52 @@ def read_prompts(
                 "token, or prepend_bos=True."
             )
         rows.append(row)
-    prepended = all(_starts_with_bos(lens, t, r) for t, r in zip(texts, rows, strict=True))
-    return Prompts(tuple(rows), prepended, side, texts=texts)
+    prepended = [_starts_with_bos(lens, t, r) for t, r in zip(given, rows, strict=True)]
+    bos = (getattr(lens.tokenizer, "bos_token_id", None),)
+    twice = [i for i, row in enumerate(rows) if prepended[i] and row[1:2] == bos]
+    if twice and prepend_bos is None:
+        warnings.warn(
+            f"prompt {twice[0]} begins with {lens.decode(rows[twice[0]][0])!r}, which was put in "
+            "front of it once more, as TransformerLens does. Pass prepend_bos=False for text that "
+            "brings its own BOS, such as that of a chat template.",
+            RALensWarning,
+            stacklevel=3,
+        )
+    return Prompts(tuple(rows), all(prepended), side, texts=given)
 
 
-def read_decoder_prompts(
-    lens: Lens, decoder_input: str | Sequence[str] | Tensor | None, n: int
-) -> Prompts:
+def read_decoder_prompts(lens: Lens, decoder_input: Given | None, n: int) -> Prompts:
     """What the decoder of an encoder-decoder has read before the answer.
 
     Args:
         lens: The model.
-        decoder_input: Token ids, read as they are; or text, after the model's start token; one for
-            all prompts, or one each. None: the start token alone.
+        decoder_input: Token ids, read as they are, less what a mask given with them calls padding;
+            or text, after the model's start token; one for all prompts, or one each. None: the
+            start token alone.
         n: Number of prompts.
 
     Raises:
-        BadInput: ids that are not, another number of rows, or a model without a start token.
+        BadInput: neither text nor token ids, ids that are not, another number of rows, or a model
+            without a start token.
     """
-    if isinstance(decoder_input, Tensor):
-        # Many begin with their pad token: nothing here is padding.
-        everything = torch.ones_like(decoder_input)
-        rows = list(_from_tokens(lens, decoder_input, everything, "right").ids)
+    given = read_given("decoder_input", "" if decoder_input is None else decoder_input)
+    if isinstance(given, TokenIds):
+        # Many begin with their pad token: nothing here is padding that no mask calls so.
+        rows = list(_from_tokens(lens, given, "right", guess=False).ids)
     elif lens.decoder_start is None:
         raise BadInput(
             f"{lens.name} does not say which token its decoder begins with. Give decoder_input="
             "as token ids, that token included."
         )
     else:
-        given = decoder_input or ""
-        texts = [given] if isinstance(given, str) else given
-        rows = [(lens.decoder_start, *lens.encode_fragment(text)) for text in texts]
+        rows = [(lens.decoder_start, *lens.encode_fragment(text)) for text in given]
+        if any(row[1:2] == (lens.decoder_start,) for row in rows):
+            warnings.warn(
+                f"a decoder_input begins with {lens.decode(lens.decoder_start)!r}, which is put in "
+                "front of text once more. Leave it out, or give token ids.",
+                RALensWarning,
+                stacklevel=3,
+            )
     rows = rows * n if len(rows) == 1 else rows
     if len(rows) != n:
         raise BadInput(
@@ -228,33 +251,19 @@ def _starts_with_bos(lens: Lens, text: str, row: tuple[int, ...]) -> bool:
 
 
 def _from_tokens(
-    lens: Lens, tokens: Tensor, attention_mask: Tensor | None, padding_side: PaddingSide | None
+    lens: Lens, given: TokenIds, padding_side: PaddingSide | None, *, guess: bool = True
 ) -> Prompts:
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise BadInput(
-            f"found a {tokens.dtype} tensor as input; token ids are integers. "
-            "Use model.to_tokens(text)."
-        )
-    ids = tokens.unsqueeze(0) if tokens.ndim == 1 else tokens
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise BadInput(
-            f"found token ids of shape {tuple(tokens.shape)}; [batch, pos] with at least one "
-            "token is needed. Use model.to_tokens(text)."
-        )
+    ids = given.ids
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= lens.d_vocab:
         raise BadInput(
             f"found token id {low if low < 0 else high}; {lens.name} has ids 0 to "
             f"{lens.d_vocab - 1}. Use the model's own tokenizer: model.to_tokens(text)."
         )
-    if attention_mask is not None:
-        mask = attention_mask.unsqueeze(0) if attention_mask.ndim == 1 else attention_mask
-        if mask.shape != ids.shape:
-            raise BadInput(
-                f"found an attention_mask of shape {tuple(attention_mask.shape)} for token ids of "
-                f"shape {tuple(tokens.shape)}. Give both the same shape."
-            )
-        keep = mask != 0
+    if given.mask is not None:
+        keep = given.mask
+    elif given.ragged or not guess:
+        keep = torch.arange(ids.shape[1]) < torch.tensor(given.lengths).unsqueeze(1)
     else:
         keep = _guess_mask(lens, ids)
         special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
@@ -266,7 +275,7 @@ def _from_tokens(
                 RALensWarning,
                 stacklevel=4,
             )
-    return _strip(ids.cpu(), keep.cpu(), padding_side)
+    return _strip(ids.cpu(), keep.cpu(), given.lengths, padding_side)
 
 
 def _guess_mask(lens: Lens, ids: Tensor) -> Tensor:
@@ -286,7 +295,9 @@ def _guess_mask(lens: Lens, ids: Tensor) -> Tensor:
     return from_right | ~real.any(dim=1, keepdim=True)
 
 
-def _strip(ids: Tensor, keep: Tensor, padding_side: PaddingSide | None) -> Prompts:
+def _strip(
+    ids: Tensor, keep: Tensor, lengths: Sequence[int], padding_side: PaddingSide | None
+) -> Prompts:
     rows: list[tuple[int, ...]] = []
     left = right = False
     for i in range(ids.shape[0]):
@@ -300,11 +311,12 @@ def _strip(ids: Tensor, keep: Tensor, padding_side: PaddingSide | None) -> Promp
                 "Pad on one side only, left or right."
             )
         left |= first > 0
-        right |= last < ids.shape[1] - 1
+        right |= last < lengths[i] - 1
         rows.append(tuple(ids[i, first : last + 1].tolist()))
     if left and right:
         raise BadInput("the rows are padded on different sides. Pad all of them on one side.")
     side: PaddingSide = "left" if left else "right"
     if not left and not right and padding_side is not None:
         side = padding_side
-    return Prompts(tuple(rows), None, side, width=ids.shape[1])
+    width = lengths[0] if len(set(lengths)) == 1 else 0
+    return Prompts(tuple(rows), None, side, width)

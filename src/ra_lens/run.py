@@ -26,18 +26,26 @@ from ra_lens.cache import RACache, Store
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
+from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.prompts import Batch, PaddingSide, Prompts, read_decoder_prompts, read_prompts
+from ra_lens.prompts import (
+    Batch,
+    PaddingSide,
+    PromptInput,
+    Prompts,
+    read_decoder_prompts,
+    read_prompts,
+)
 from ra_lens.record import NamesFilter, Recorder, keeps
 from ra_lens.sites import Layers, Lens, as_lens, with_scales
-from ra_lens.targets import Bound, Metric, Objective, Position, Token, as_objective
+from ra_lens.targets import Answers, Bound, Metric, Objective, Position, as_objective
 
 
 def run_with_ra(
     model: nn.Module,
-    input: str | Sequence[str] | Tensor,
+    input: PromptInput,
     *,
-    target: Token | Sequence[Token] | Tensor | Objective | None = None,
+    target: Answers | Objective | None = None,
     metric: Metric | Objective | None = None,
     position: Position | None = None,
     layers: Layers = None,
@@ -50,10 +58,10 @@ def run_with_ra(
     batch_size: int | None = None,
     recompute: bool = False,
     progress: bool = True,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
-    decoder_input: str | Sequence[str] | Tensor | None = None,
+    decoder_input: Given | None = None,
     softmax_scale: float | Mapping[int, float] | None = None,
 ) -> tuple[Float[Tensor, "batch read d_vocab"], RACache]:
     """Run a model on prompts and collect the Reversed Attention of every head.
@@ -63,11 +71,13 @@ def run_with_ra(
 
     Args:
         model: A HookedTransformer or TransformerBridge, in eval mode if it has dropout.
-        input: A prompt, several prompts (padded as the tokenizer pads), or token ids
-            (`Int[Tensor, "batch pos"]`).
+        input: A prompt, several prompts (padded as the tokenizer pads), or token ids: one row, or
+            `[batch, pos]`, as a tensor, an array or lists. Or what a tokenizer gives
+            (`BatchEncoding`, any mapping with `input_ids`), whose mask is used.
         target: What the loss is −log p of: text, a token id, or one of either per example. Text
             of several tokens is appended to the prompt and the loss is the mean over its tokens
-            (if one of several answers is such, all are appended).
+            (if one of several answers is such, all are appended). Rows of ids, `[batch, k]`, are
+            answers of k tokens each, without BOS: `model.to_tokens(text, prepend_bos=False)`.
             Or an objective from `ra_lens.targets`. Neither target nor metric: the model's own top
             prediction.
         metric: Instead of a target: any function of all logits (`[batch, pos, d_vocab]`) that
@@ -95,14 +105,17 @@ def run_with_ra(
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
             pass; hooks inside blocks run twice.
         progress: False hides the progress bar.
-        attention_mask: For token ids with padding: 1 at real tokens. Without it, runs of the
-            tokenizer's pad token at the end (or start) of rows of a batch count as padding.
-        prepend_bos: For text: overrides the model's default.
+        attention_mask: For token ids with padding: 1 at real tokens; it wins over the mask of a
+            mapping. Without either, runs of the tokenizer's pad token at the end (or start) of rows
+            of a batch count as padding; rows of different lengths have none.
+        prepend_bos: For text: overrides the model's default. False for text that brings its own
+            BOS, such as that of a chat template.
         padding_side: Overrides the tokenizer's side.
         decoder_input: For encoder-decoders, whose encoder reads `input`: what the decoder has read
-            before the target. Token ids are read as they are; text comes after the model's start
-            token. Default: the start token alone. A target is predicted by its last token, one of
-            several tokens is appended to it, and `position` counts within it.
+            before the target. Token ids are read as they are, less what their own mask calls
+            padding; text comes after the model's start token. Default: the start token alone. A
+            target is predicted by its last token, one of several tokens is appended to it, and
+            `position` counts within it.
         softmax_scale: In place of what the model says of the factor between q·k and the scores; one
             number, or by layer. Only needed where that is unknown; 1.0 gives the gradient with
             respect to the scores.

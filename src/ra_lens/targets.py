@@ -16,18 +16,20 @@ text becomes tokens and mistakes become errors.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import BadInput
+from ra_lens.inputs import answers_given
+from ra_lens.numbers import as_whole
 
 Token = str | SupportsIndex
+Answers = Token | Iterable[Any]
 Metric = Callable[[Tensor], Tensor]
 Position = SupportsIndex | Sequence[SupportsIndex] | Tensor
 
@@ -41,8 +43,8 @@ class Objective:
     """
 
     kind: Literal["answer_nll", "sequence_nll", "logit_diff", "top_prediction", "custom"]
-    tokens: Token | Sequence[Token] | Sequence[Sequence[int]] | Tensor | None = None
-    wrong: Token | Sequence[Token] | Tensor | None = None
+    tokens: Answers | None = None
+    wrong: Answers | None = None
     metric: Metric | None = None
 
     def __call__(
@@ -69,16 +71,17 @@ class Objective:
         return Bound(self.kind, None, [[i] for i in ids], wrong).loss(last)
 
 
-def answer_nll(token: Token | Sequence[Token] | Tensor) -> Objective:
+def answer_nll(token: Answers) -> Objective:
     """−log p(token) at the position read (the last real token unless a position is given).
 
     Args:
-        token: A string that is one token, an id, or one of either per example.
+        token: A string that is one token, an id, or one of either per example; ids also as
+            `model.to_tokens(text, prepend_bos=False)` or the tokenizer gives them.
     """
-    return Objective("answer_nll", token)
+    return Objective("answer_nll", answers_given("target", token))
 
 
-def sequence_nll(answer: str | Sequence[str] | Sequence[Sequence[int]]) -> Objective:
+def sequence_nll(answer: Answers) -> Objective:
     """Mean of −log p over the answer's tokens, with the answer appended to the prompt.
 
     The maps then cover prompt and answer, (n+k)×(n+k); the row of the answer's last token is zero,
@@ -87,19 +90,18 @@ def sequence_nll(answer: str | Sequence[str] | Sequence[Sequence[int]]) -> Objec
     Args:
         answer: The answer as text, one per example, or its token ids per example.
     """
-    return Objective("sequence_nll", answer)
+    return Objective("sequence_nll", answers_given("target", answer))
 
 
-def logit_diff(
-    correct: Token | Sequence[Token] | Tensor, wrong: Token | Sequence[Token] | Tensor
-) -> Objective:
+def logit_diff(correct: Answers, wrong: Answers) -> Objective:
     """logit(wrong) − logit(correct): descent raises the correct answer over the wrong one.
 
     Args:
         correct: One-token string, id, or one of either per example.
         wrong: Likewise.
     """
-    return Objective("logit_diff", correct, wrong)
+    right = answers_given("correct answer", correct)
+    return Objective("logit_diff", right, answers_given("wrong answer", wrong))
 
 
 def top_prediction() -> Objective:
@@ -172,7 +174,7 @@ class Bound:
 
 
 def as_objective(
-    target: Token | Sequence[Token] | Tensor | Objective | None,
+    target: Answers | Objective | None,
     metric: Metric | Objective | None,
 ) -> Objective:
     """Read the `target=` and `metric=` of a run.
@@ -196,28 +198,17 @@ def as_objective(
     return top_prediction() if target is None else answer_nll(target)
 
 
-def token_id(token: object) -> int | None:
-    """Give an integer of any type (int, NumPy, …) as int; None for everything else."""
-    if isinstance(token, bool | str):
-        return None
-    try:
-        return operator.index(token)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        return None
-
-
-def one_each(tokens: Any, n: int) -> list[object]:
-    """List `n` tokens: one for all repeated, or one per example as given."""
-    if isinstance(tokens, Tensor):
-        tokens = tokens.tolist()
-    single = isinstance(tokens, str) or not isinstance(tokens, Iterable)
-    return [tokens] * n if single else list(tokens)
+def one_each(answers: object, n: int) -> list[object]:
+    """List `n` answers: one for all repeated, or one per example as given."""
+    return list(cast("list[object]", answers)) if isinstance(answers, list) else [answers] * n
 
 
 def _ids_without_model(tokens: object, n: int) -> list[int]:
-    given = one_each(tokens, n)
-    ids = [t for t in map(token_id, given) if t is not None]
-    if len(ids) != len(given) or len(ids) != n:
+    # A row of one id, as model.to_tokens(text, prepend_bos=False) gives it, is that id.
+    rows = [t if isinstance(t, list) else [t] for t in one_each(tokens, n)]
+    given = [token for row in rows for token in cast("list[object]", row)]
+    ids = [t for t in map(as_whole, given) if t is not None]
+    if not len(ids) == len(given) == len(rows) == n:
         raise BadInput(
             f"found tokens {tokens!r} for logits of {n} examples; outside a run an objective "
             "needs token ids, one or one per example: answer_nll(model.to_single_token(' Paris'))."

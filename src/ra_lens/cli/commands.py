@@ -18,6 +18,7 @@ from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_layers, read_text
 from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.prompts import PromptInput, read_prompts
 from ra_lens.sites import ModelKind, as_lens
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def run_prompt(options: Options) -> None:
     with quiet(debug=options.debug):
         from ra_lens.run import run_with_ra
 
-        _, ra = run_with_ra(model, prompts, target=target, layers=layers, progress=False)
+        read = read_prompts(as_lens(model), prompts)
+        _, ra = run_with_ra(model, read, target=target, layers=layers, progress=False)
     ra = ra.to("cpu")
     written = None
     if options.output is not None:
@@ -84,7 +86,7 @@ def run_prompt(options: Options) -> None:
         refusal, patched = None, ()
         with quiet(debug=options.debug):
             try:
-                patched = _patched(model, prompts, ra, target)
+                patched = _patched(model, read, ra, target)
             except UnsupportedModel as error:  # its patterns can be read but not edited
                 refusal = str(error)
         command = options.command(prompts, targets)
@@ -94,7 +96,7 @@ def run_prompt(options: Options) -> None:
             options.output,
             command=command,
             patched=patched,
-            traces=traces_of_run(ra, model, prompts[0], debug=options.debug) if alone else (),
+            traces=traces_of_run(ra, model, read, debug=options.debug) if alone else (),
         )
         if refusal is not None:
             warn("warning", f"no patched prediction: {refusal}")
@@ -184,7 +186,7 @@ def load(
 
 
 def _patched(
-    model: nn.Module, prompts: str | Sequence[str], ra: RACache, target: str | Sequence[str] | None
+    model: nn.Module, prompts: PromptInput, ra: RACache, target: str | Sequence[str] | None
 ) -> tuple[PatchedPrompt, ...]:
     from ra_lens.report import patched_predictions
 

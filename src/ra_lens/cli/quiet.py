@@ -24,8 +24,9 @@ def offline() -> None:
 def quiet(*, debug: bool) -> Generator[None]:
     """Swallow other libraries' prints, log messages, warnings and progress bars of loading.
 
-    Warnings of categories that ra_lens defines are shown at the end. With `debug` nothing is
-    swallowed, but prints go to standard error, so that standard output holds results only.
+    Warnings of categories that ra_lens defines are shown at the end, each once. With `debug`
+    nothing is swallowed, but prints go to standard error, so that standard output holds results
+    only.
     """
     if debug:
         with redirect_stdout(sys.stderr):
@@ -38,8 +39,8 @@ def quiet(*, debug: bool) -> Generator[None]:
             warnings.simplefilter("always")
             with no_loading_bars():
                 yield
-        for warning in caught:
-            if warning.category.__module__.startswith("ra_lens"):
-                typer.echo(f"warning: {warning.message}", err=True)
+        own = (w for w in caught if w.category.__module__.startswith("ra_lens"))
+        for text in dict.fromkeys(str(warning.message) for warning in own):
+            typer.echo(f"warning: {text}", err=True)
     finally:
         logging.disable(before)

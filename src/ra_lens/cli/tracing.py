@@ -18,6 +18,7 @@ from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import check_output
 from ra_lens.paths import TraceResult, trace_layers, trace_paths
 from ra_lens.paths.result import Follow
+from ra_lens.prompts import PromptInput
 from ra_lens.sites import ModelKind
 
 _OF_ONE_LAYER = {
@@ -122,7 +123,9 @@ def _tell(found: TraceResult) -> None:
         console.print(Text(f"Heads on these paths: {labels}"))
 
 
-def traces_of_run(ra: RACache, model: nn.Module, prompt: str, *, debug: bool) -> list[TraceResult]:
+def traces_of_run(
+    ra: RACache, model: nn.Module, prompt: PromptInput, *, debug: bool
+) -> list[TraceResult]:
     """Traces that the report of a run shows: by norm of what is written, and by the gradient.
 
     What cannot be traced is left out, and said on standard error where that is everything.

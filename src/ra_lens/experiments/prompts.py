@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Literal, SupportsIndex
 
 from ra_lens.errors import BadInput
@@ -29,13 +29,22 @@ def read_tasks(task: Tasks) -> list[Task]:
             tasks of that kind; or several of these.
 
     Raises:
-        BadInput: none, an unknown name, or one name twice.
+        BadInput: none, an unknown name, one name twice, or something that is no task.
     """
+    if isinstance(task, bytes | Mapping | Set) or not isinstance(task, Task | Iterable):
+        raise BadInput(
+            f"found a {type(task).__name__} as task. Give a Task, the name of one, or a list of "
+            "these; of the sets of same_length_sets list(sets.values())."
+        )
     given = [task] if isinstance(task, str | Task) else list(task)
     tasks: list[Task] = []
     for one in given:
         if isinstance(one, Task):
             tasks.append(one)
+        elif not isinstance(one, str):
+            raise BadInput(
+                f"found a {type(one).__name__} among the tasks. Give Tasks, or names of tasks."
+            )
         elif one in ("all", "icl", "natural"):
             names = task_names() if one == "all" else task_names(one)
             tasks += [load_task(name) for name in names]

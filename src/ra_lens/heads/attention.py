@@ -36,11 +36,10 @@ def ra_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
         objective = answer_nll(questions.first_tokens.tolist())
     _, cache = run_with_ra(
         context.model,
-        [prompt.text for prompt in context.prompts],
+        questions.prompts,
         target=objective,
         store="norms",
         batch_size=context.batch_size,
-        prepend_bos=context.prepend_bos,
         progress=context.progress,
     )
     return cache.norms("ra").cpu().double().mean(dim=0)

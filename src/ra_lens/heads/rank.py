@@ -13,7 +13,8 @@ A forward of several rows counts once per row; rows run in batches of `batch_siz
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Set
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from ra_lens.tasks import Prompt
 
 def rank_heads(
     model: nn.Module,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
     method: str = "ra",
     seed: int = 0,
@@ -107,14 +108,16 @@ def rank_heads(
 
 def _checked(prompts: object) -> tuple[Prompt, ...]:
     needed = "Make some with ra_lens.load_task(name).sample(25, shots=5), or Prompt(text, answer)."
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+    unordered = isinstance(prompts, str | Mapping | Set)
+    if unordered or not isinstance(prompts, Iterable):
         raise BadInput(
             f"found prompts of type {_type(prompts)}; a list of Prompt is needed. {needed}"
         )
-    for i, prompt in enumerate(prompts):
+    given = tuple(cast("Iterable[object]", prompts))
+    for i, prompt in enumerate(given):
         if not isinstance(prompt, Prompt):
             raise BadInput(f"prompts[{i}] is a {_type(prompt)}; a Prompt is needed. {needed}")
-    return tuple(prompts)
+    return cast("tuple[Prompt, ...]", given)
 
 
 def _type(thing: object) -> str:

@@ -6,10 +6,11 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool
-from torch import Tensor
 
 from ra_lens.errors import BadInput
+from ra_lens.inputs import Mask
 from ra_lens.paths.layered import Edge, Layered, layered_paths
 from ra_lens.paths.one_layer import Found, Map, beam_paths, exact_paths, normalised, read_norm
 from ra_lens.paths.result import Follow, Step, TracedPath, TraceResult
@@ -57,7 +58,7 @@ def one_layer(
     agg_heads: str | int,
     length_norm: str,
     stop_at_bos: bool,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
 ) -> TraceResult:
     """Trace through the one layer that an example holds; see `trace_paths`."""
     power = read_norm(length_norm)
@@ -147,8 +148,8 @@ def _start(example: Example, target_pos: int) -> int:
     return target_pos % n
 
 
-def _usable(attention_mask: Tensor, example: Example) -> Bool[np.ndarray, "pos"]:
-    mask = attention_mask.detach().cpu().reshape(-1).bool().numpy()
+def _usable(attention_mask: Mask, example: Example) -> Bool[np.ndarray, "pos"]:
+    mask = torch.as_tensor(attention_mask).detach().cpu().reshape(-1).bool().numpy()
     if len(mask) != len(example.tokens):
         raise BadInput(
             f"found an attention_mask of {len(mask)} positions for {len(example.tokens)} tokens."

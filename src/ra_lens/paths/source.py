@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ra_lens.binding import bind
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
+from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.paths.result import Follow
 from ra_lens.paths.weights import GRADIENT, LayerMaps
 from ra_lens.prompts import Prompts, read_prompts
@@ -58,7 +59,7 @@ class Request:
     layers: Layers = None
     target: Any = None
     metric: Any = None
-    attention_mask: Tensor | None = None
+    attention_mask: Mask | None = None
     prepend_bos: bool | None = None
     bos_token_id: int | None = None
     batch_size: int | None = None
@@ -115,16 +116,14 @@ def _read(lens: Lens, prompts: Any, request: Request) -> Prompts:
 def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
     _check_sites(lens.choose_layers(request.layers), request, lens.name)
     read = _read(lens, prompts, request)
-    _, bound = bind(as_objective(request.target, request.metric), lens, read, None)
+    objective = as_objective(request.target, request.metric)
+    _, bound = bind(objective, lens, read, None)
     _, cache = run_with_ra(
         lens.module,
-        prompts,
-        target=request.target,
-        metric=request.metric,
+        read,
+        target=objective,
         layers=request.layers,
         batch_size=request.batch_size,
-        attention_mask=request.attention_mask,
-        prepend_bos=request.prepend_bos,
         progress=False,
     )
     examples = _from_cache(cache, replace(request, bos_token_id=None))
@@ -319,12 +318,13 @@ def _from_tensor(weights: Tensor, prompts: Any, request: Request) -> list[Exampl
         if request.bos_token_id is not None:
             raise BadInput("found bos_token_id= without token ids. Give them as prompt.")
         return examples
-    if not isinstance(prompts, Tensor):
+    given = read_given("prompt", prompts)
+    if not isinstance(given, TokenIds):
         raise BadInput("found text with a tensor of weights. Give token ids: model.to_tokens(text)")
-    rows = cast("list[list[int]]", prompts.reshape(-1, prompts.shape[-1]).tolist())
-    if len(rows) != len(examples) or len(rows[0]) != maps.shape[-1]:
+    rows = given.ids.tolist()
+    if given.ragged or given.ids.shape != (len(examples), maps.shape[-1]):
         raise BadInput(
-            f"found token ids of shape {tuple(prompts.shape)} for {len(examples)} maps of "
+            f"found token ids of shape {tuple(given.ids.shape)} for {len(examples)} maps of "
             f"{maps.shape[-1]} positions."
         )
     return [

@@ -6,22 +6,24 @@ one backward pass (`run_with_ra`); nothing for a cache or a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
+from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.paths.build import Search, across, check_options, one_layer
 from ra_lens.paths.result import Follow, TraceResult
 from ra_lens.paths.source import Example, Request, Source, read_source
+from ra_lens.prompts import PromptInput, Prompts
 from ra_lens.sites import Layers
 
 
 def trace_paths(
     source: Source,
-    prompt: str | Tensor | None = None,
+    prompt: PromptInput | None = None,
     *,
     target_pos: int = -1,
     layer: int = -1,
@@ -34,7 +36,7 @@ def trace_paths(
     length_norm: str = "none",
     stop_at_bos: bool = True,
     bos_token_id: int | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
     example: int = 0,
@@ -49,8 +51,8 @@ def trace_paths(
         source: A TransformerLens model; an `RACache`; an `ActivationCache`; or attention weights
             (R, where that is followed) as a tensor `[query, key]`, `[head, query, key]` or
             `[batch, head, query, key]`.
-        prompt: For a model: text, or token ids. For an `ActivationCache` or a tensor: the ids, if
-            tokens are to be named. An `RACache` knows.
+        prompt: For a model: text, or token ids, as `run_with_ra` takes them. For an
+            `ActivationCache` or a tensor: the ids, if tokens are to be named. An `RACache` knows.
         target_pos: Where to begin; negative counts from the end of the prompt.
         layer: The layer; negative counts from the last.
         follow: `pattern`: forward attention. Or Reversed Attention: `more` goes where descent
@@ -78,6 +80,9 @@ def trace_paths(
     """
     check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
     of_weights = isinstance(source, Tensor)  # one layer, whose mask is no padding
+    prompt = _given(source, prompt)
+    if of_weights and attention_mask is None and isinstance(prompt, TokenIds):
+        attention_mask = prompt.mask
     request = Request(
         follow=follow,
         layers=_layer_of(source, layer),
@@ -105,7 +110,7 @@ def trace_paths(
 
 def trace_many(
     source: Source,
-    prompts: Sequence[str] | Tensor | None = None,
+    prompts: PromptInput | None = None,
     *,
     target_pos: int = -1,
     layer: int = -1,
@@ -118,7 +123,7 @@ def trace_many(
     length_norm: str = "none",
     stop_at_bos: bool = True,
     bos_token_id: int | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
     prepend_bos: bool | None = None,
@@ -150,8 +155,11 @@ def trace_many(
         BadInput: as `trace_paths`.
     """
     check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
-    if isinstance(source, Tensor) and attention_mask is not None:
-        raise BadInput("found attention_mask= with a tensor; use trace_paths for each example.")
+    prompts = _given(source, prompts)
+    if isinstance(source, Tensor):
+        own = prompts.mask if isinstance(prompts, TokenIds) else None
+        if attention_mask is not None or (own is not None and not bool(own.all())):
+            raise BadInput("found attention_mask= with a tensor; use trace_paths for each example.")
     request = Request(
         follow=follow,
         layers=_layer_of(source, layer),
@@ -181,7 +189,7 @@ def trace_many(
 
 def trace_layers(
     source: Source,
-    prompt: str | Tensor | None = None,
+    prompt: PromptInput | None = None,
     *,
     target_pos: int = -1,
     layers: Layers = None,
@@ -189,7 +197,7 @@ def trace_layers(
     top_beam: int = 5,
     residual: float | None = None,
     must_move: bool = True,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
     example: int = 0,
@@ -248,7 +256,7 @@ def trace_layers(
 
 def trace_layers_many(
     source: Source,
-    prompts: Sequence[str] | Tensor | None = None,
+    prompts: PromptInput | None = None,
     *,
     target_pos: int = -1,
     layers: Layers = None,
@@ -256,7 +264,7 @@ def trace_layers_many(
     top_beam: int = 5,
     residual: float | None = None,
     must_move: bool = True,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
     prepend_bos: bool | None = None,
@@ -314,12 +322,21 @@ def _layer_of(source: Source, layer: int) -> int | None:
     return None
 
 
-def _only(source: Source, prompt: str | Tensor | None, request: Request, many: str) -> Example:
+def _given(source: Source, prompt: PromptInput | None) -> Any:
+    """The prompt read once, as an iterator can only be."""
+    if prompt is None or isinstance(source, RACache) or isinstance(prompt, Prompts):
+        return prompt
+    return read_given("prompt", prompt)
+
+
+def _only(source: Source, prompt: PromptInput | None, request: Request, many: str) -> Example:
+    given = _given(source, prompt)
+    one = f"this traces one. For several: {many}."
     if isinstance(source, nn.Module):
         request = replace(request, example=None)
-        if not isinstance(prompt, str | Tensor | None):
-            raise BadInput(f"found a {type(prompt).__name__} as prompt. For several: {many}.")
-    found = read_source(source, prompt, request)
+        if given is not None and len(given) != 1:
+            raise BadInput(f"found {len(given)} prompts; {one}")
+    found = read_source(source, given, request)
     if len(found) != 1:
-        raise BadInput(f"found {len(found)} prompts; this traces one. For several: {many}.")
+        raise BadInput(f"found {len(found)} examples; {one}")
     return found[0]

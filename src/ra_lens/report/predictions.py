@@ -9,18 +9,21 @@ per prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ra_lens.binding import ids_of
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
+from ra_lens.inputs import TokenIds, answers_given, read_given
+from ra_lens.prompts import PromptInput, Prompts, read_prompts
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, as_lens
+from ra_lens.targets import Answers, one_each
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ class PatchedPrompt:
 
 def patched_predictions(
     model: nn.Module,
-    input: str | Sequence[str],
+    input: PromptInput,
     ra: RACache,
     *,
-    target: str | int | Sequence[str | int] | None = None,
+    target: Answers | None = None,
     scale: float = -30.0,
     top: int = 5,
 ) -> tuple[PatchedPrompt, ...]:
@@ -67,7 +70,8 @@ def patched_predictions(
 
     Args:
         model: The model that `ra` is of.
-        input: The prompts as `run_with_ra` was given them.
+        input: The prompts as `run_with_ra` was given them; text is read with BOS or without, as
+            it was then.
         ra: What it gave, with its maps.
         target: The target it was given: text, a token id, or one per prompt; None: the model's own
             top prediction, which stays the target once patched.
@@ -82,34 +86,34 @@ def patched_predictions(
         NotStored: the maps were not kept.
         UnsupportedModel: a model whose attention cannot be edited.
     """
-    texts = [input] if isinstance(input, str) else list(input)
-    if len(texts) != ra.batch_size:
-        raise BadInput(
-            f"found {len(texts)} prompts for a cache of {ra.batch_size}. Give the prompts that "
-            "run_with_ra was given."
-        )
     if top < 1:
         raise BadInput(f"found top={top}; give the number of predictions to tell, at least 1.")
     lens = as_lens(model)
-    if target is None or isinstance(target, str | int):
-        targets: list[str | int | None] = [target] * len(texts)
-    else:
-        targets = list(target)
-    if len(targets) != len(texts):
+    prompts = _read(lens, input, ra)
+    n = len(prompts)
+    if n != ra.batch_size:
         raise BadInput(
-            f"found {len(targets)} targets for {len(texts)} prompts. Give one for all, or one for "
-            "each."
+            f"found {n} prompts for a cache of {ra.batch_size}. Give the prompts that "
+            "run_with_ra was given."
+        )
+    targets = one_each(answers_given("target", target), n)
+    if len(targets) != n:
+        raise BadInput(
+            f"found {len(targets)} targets for {n} prompts. Give one for all, or one for each."
         )
     found: list[PatchedPrompt] = []
-    for i, (text, wanted) in enumerate(zip(texts, targets, strict=True)):
+    for i, wanted in enumerate(targets):
+        prompt = replace(prompts.chosen([i]), width=0)
         options: dict[str, Any] = {"store": "norms", "progress": False}
-        logits, plain = run_with_ra(model, text, target=wanted, **options)
+        logits, plain = run_with_ra(model, prompt, target=_of_one(wanted), **options)
         if wanted is None:
             wanted = int(logits[0, 0].argmax())
         one = ra if not ra.has_batch_dim else ra.apply_slice_to_batch_dim([i])
         hooks = one.mean().patch_hooks(scale=scale)
-        after, patched = run_with_ra(model, text, target=wanted, fwd_hooks=hooks, **options)
-        first = _first_token(lens, plain, text, wanted)
+        after, patched = run_with_ra(
+            model, prompt, target=_of_one(wanted), fwd_hooks=hooks, **options
+        )
+        first = ids_of(lens, prompt, 0, wanted, f"target {i}")[0]
         found.append(
             PatchedPrompt(
                 scale,
@@ -121,21 +125,21 @@ def patched_predictions(
     return tuple(found)
 
 
-def _first_token(lens: Lens, ra: RACache, text: str, target: Any) -> int | None:
-    if isinstance(target, int):
-        return target
-    if not isinstance(target, str):
-        return None
-    # Tokenised after the prompt, as run_with_ra does.
-    start = lens.encode(text, prepend_bos=ra.info.bos_prepended)
-    joint = lens.encode(text + target, prepend_bos=ra.info.bos_prepended)
-    if joint[: len(start)] == start and len(joint) > len(start):
-        return int(joint[len(start)])
-    return int(lens.encode_fragment(target)[0])
+def _read(lens: Lens, input: PromptInput, ra: RACache) -> Prompts:
+    if isinstance(input, Prompts):
+        return input
+    given = read_given("prompt", input)
+    as_text = None if isinstance(given, TokenIds) else ra.info.bos_prepended
+    return read_prompts(lens, given, prepend_bos=as_text)
+
+
+def _of_one(target: object) -> Any:
+    """The target of one prompt as that of a run: a row of ids is one answer, not several."""
+    return [target] if isinstance(target, list) else target
 
 
 def _predictions(
-    lens: Lens, logits: Float[Tensor, "d_vocab"], ra: RACache, first: int | None, top: int
+    lens: Lens, logits: Float[Tensor, "d_vocab"], ra: RACache, first: int, top: int
 ) -> Predictions:
     chances = logits.float().softmax(dim=-1)
     values, ids = chances.topk(min(top, chances.numel()))
@@ -146,7 +150,7 @@ def _predictions(
     if ra.info.objective in ("answer_nll", "top_prediction", "sequence_nll"):
         length = 1 if ra.info.answer_lengths is None else max(ra.info.answer_lengths[0], 1)
         target = math.exp(-float(ra.loss.flatten()[0]) * length)
-    if first is None or target is None:
+    if target is None:
         return Predictions(likely, target)
     rank = 1 + int(torch.sum(logits > logits[first]))
     return Predictions(likely, target, rank)
