@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import Unigram
-from transformers import PreTrainedTokenizerFast
+from transformers import CTRLTokenizer, PreTrainedTokenizerFast
 
 from ra_lens import get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import BadInput, NotStored, RALensWarning, UnsupportedModel
@@ -230,3 +230,18 @@ def test_a_piece_of_text_is_tokenised_as_it_stands_in_a_sentence():
     lens = Lens(model, KINDS[0])
     assert tokenizer(" Paris", add_special_tokens=False)["input_ids"] == [1, 2]
     assert lens.encode_fragment(" Paris") == [2]
+
+
+def test_unknown_words_are_found_by_a_tokenizer_that_gives_no_offsets(tmp_path):
+    vocabulary = {"<unk>": 0, "w": 1, "x": 2, "w@@": 3, "x@@": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    model = torch.nn.Module()
+    model.tokenizer = CTRLTokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), unk_token="<unk>"
+    )
+    lens = Lens(model, KINDS[0])
+    assert not model.tokenizer.is_fast
+    assert lens.unknown_words("w y xw zz y") == ["y", "zz"]
+    assert lens.describe_unknown("w y") == "'y'; its tokenizer reads it as <unk>"
+    assert lens.describe_unknown("w x") == ""

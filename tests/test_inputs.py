@@ -468,6 +468,7 @@ HALF = "w5 \udce9"  # what becomes of the byte of an é in Latin-1, read as a fi
         (lambda m: trace_paths(m, HALF), "prompt 0"),
         (lambda m: check_model(m, prompt=HALF), "prompt 0"),
         (lambda m: rank_heads(m, [Prompt("w5", " w6"), Prompt(HALF, " w6")]), "prompt 1"),
+        (lambda m: rank_heads(m, [Prompt("w5", HALF)]), "an answer of prompt 0"),
         (lambda m: Task("own", "icl", (*PAIRS, Pair("w5", HALF)), "", ""), "pair 10: its output"),
         (lambda m: TASK.with_format(separator=HALF), "separator of task 'own'"),
     ],

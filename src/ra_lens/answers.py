@@ -9,6 +9,7 @@ Cost: one forward pass without gradients, unembedding one position per question.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ra_lens.binding import bind
-from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
+from ra_lens.binding import ids_of
+from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.sites import Lens
-from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Prompt
 
 FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
@@ -59,17 +59,53 @@ def read_questions(
 ) -> Questions:
     """Tokenise the prompts of a task, and their answers as they go on from them.
 
+    Warns of words in the prompts that the model does not know.
+
     Args:
         lens: The model.
         prompts: Of a task.
         prepend_bos: Overrides the model's default.
 
     Raises:
-        BadInput: no prompts, an empty prompt or answer, a word the model does not know.
+        BadInput: no prompts, an empty prompt or answer, an answer that the model does not know.
+        UnsupportedModel: a model that does not predict the next token.
     """
+    _need_next_token(lens)
     read = read_prompts(lens, [prompt.text for prompt in prompts], prepend_bos=prepend_bos)
-    bound, _ = bind(sequence_nll([prompt.answer for prompt in prompts]), lens, read, None)
-    return Questions(read, tuple(tuple(row) for row in bound.targets or ()))
+    _warn_of_unknown_words(lens, prompts, read)
+    answers = [
+        ids_of(lens, read, i, prompt.answer, f"an answer of {_name(prompt, i)}")
+        for i, prompt in enumerate(prompts)
+    ]
+    return Questions(read, tuple(map(tuple, answers)))
+
+
+def _need_next_token(lens: Lens) -> None:
+    if lens.reads == "both ways":
+        raise UnsupportedModel(
+            f"{lens.name} reads in both directions and predicts masked tokens: what comes out at "
+            "the last token of a prompt is no answer. Ask a model that reads left to right."
+        )
+
+
+def _name(prompt: Prompt, i: int) -> str:
+    return f"prompt {i}" if prompt.task is None else f"task {prompt.task.name!r}"
+
+
+def _warn_of_unknown_words(lens: Lens, prompts: Sequence[Prompt], read: Prompts) -> None:
+    texts: dict[str, str] = {}
+    for i, (prompt, ids) in enumerate(zip(prompts, read.ids, strict=True)):
+        name = _name(prompt, i)
+        if lens.unknown_token_id in ids and name not in texts:
+            # All words of a task, so that whichever of its prompts are read, it is one warning.
+            pairs = () if prompt.task is None else prompt.task.pairs
+            texts[name] = "\n".join([*(f"{p.input} {p.output}" for p in pairs), prompt.text])
+    for name, text in texts.items():
+        warnings.warn(
+            f"{name}: {lens.name} does not know {lens.describe_unknown(text)}.",
+            RALensWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +158,7 @@ def last_logits(
         NothingToDifferentiate: NaN logits, which rank nothing.
         UnsupportedModel: a model that does not predict the next token.
     """
-    if lens.reads == "both ways":
-        raise UnsupportedModel(
-            f"{lens.name} reads in both directions and predicts masked tokens: what comes out at "
-            "the last token of a prompt is no answer. Ask a model that reads left to right."
-        )
+    _need_next_token(lens)
     batch = prompts.lay_out(lens)
     columns = batch.columns([[n - 1] for n in batch.lengths])
     # A hook where the logits come out expects every position.
