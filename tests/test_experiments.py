@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,8 +26,10 @@ from ra_lens.experiments import (
     rank_tasks,
     read_results,
 )
+from ra_lens.experiments import perturbation as perturbation_module
+from ra_lens.experiments import ranking as ranking_module
 from ra_lens.experiments import sweep as sweep_module
-from ra_lens.experiments.journal import journal_path
+from ra_lens.experiments.journal import journal_path, settings_hash
 from ra_lens.experiments.results import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import registry as registry_of_methods
@@ -381,6 +384,86 @@ def test_a_run_that_was_stopped_gives_the_identical_result(tmp_path, demo, funct
         function(demo, tasks, out=out, **{**options, "seed": 1})
 
 
+# Settings, their hashes and a journal as an earlier version wrote them: runs that were begun
+# with it are gone on with, and its files are found again.
+FACTS = {
+    "model": "demo", "model_class": "HookedTransformer", "dtype": "float32", "device": "cpu",
+    "weights_hash": "00", "value_biases_folded": False, "ra_lens": "0.1.0",
+    "transformer_lens": "3.9", "transformers": "5", "torch": "2",
+}  # fmt: skip
+HASHES = [
+    (
+        perturbation_test, "antonym",
+        {"methods": "index", "shots": [0, 1], "step": 0.5, "n_rank": 2, "n_test": 3, "seed": 5},
+        "d7e0930b0fd85c1a",
+    ),
+    (perturbation_test, "antonym", {}, "04aa1b0c431fa805"),
+    (
+        patching_sweep, "capitalize",
+        {"scales": [-30, 1], "shots": [0, 2], "n_mean": 6, "n_test": 9, "seed": 5, "length": 6,
+         "at_least": 40},
+        "9406effc0a07fe5c",
+    ),
+    (patching_sweep, "capitalize", {}, "67d7cecabeb71539"),
+    (
+        rank_tasks, "antonym",
+        {"methods": ["ra", "random"], "shots": 2, "n_rank": 4, "seed": 5},
+        "791fe530e5a58d0a",
+    ),
+    (rank_tasks, "antonym", {}, "12100828a05a23de"),
+]  # fmt: skip
+OLD_JOURNAL = """\
+{"ra_lens_journal": 1, "settings": {"experiment": "perturbation", "model": "demo", \
+"model_class": "HookedTransformer", "dtype": "float32", "device": "cpu", "weights_hash": "00", \
+"value_biases_folded": false, "ra_lens": "0.1.0", "transformer_lens": "3.9", "transformers": "5", \
+"torch": "2", "methods": [{"name": "index", "split": "train", "random": false}], \
+"directions": ["forward", "reversed"], "steps": 2, "random_orders": 20, "n_rank": 2, "n_test": 3, \
+"rank_shots": null, "split": "code", "answer_in_input": true, "seed": 5, "prepend_bos": null, \
+"batch_size": 64, "tasks": [{"name": "antonym", "source": "builtin", \
+"format": "[\\"\\", \\"Q: \\", \\"\\\\nA:\\", \\"\\\\n\\\\n\\"]", \
+"pairs_hash": "0df110e2beaf7653", "tokens": "4a1972e2f3c47c67"}], "shots": [0, 1]}}
+{"key": "antonym|0|ends", "result": [\
+{"heads_kept": 0, "top1": 0.001, "top2": 0.002, "top3": 0.003, "logit_diff": -9.5}, \
+{"heads_kept": 32, "top1": 0.901, "top2": 0.902, "top3": 0.903, "logit_diff": 9.5}]}
+"""
+
+
+def with_facts_of_old(patch):
+    for module in (perturbation_module, sweep_module, ranking_module):
+        patch.setattr(module, "model_facts", lambda lens: dict(FACTS))
+
+
+@pytest.mark.parametrize(("function", "task", "options", "wanted"), HASHES)
+def test_settings_are_hashed_as_ever(demo, monkeypatch, function, task, options, wanted):
+    class Hashed(Exception):
+        pass
+
+    def stop(out, settings):
+        raise Hashed(settings_hash(settings))
+
+    with_facts_of_old(monkeypatch)
+    monkeypatch.setattr(sys.modules[function.__module__], "finished_results", stop)
+    arrays = {name: value if isinstance(value, str) else np.array(value)
+              for name, value in options.items()}  # fmt: skip
+    for given in (options, arrays):
+        with pytest.raises(Hashed, match=wanted):
+            function(demo, task, **given, **QUIET)
+
+
+def test_a_run_begun_by_an_older_version_is_gone_on_with(demo, monkeypatch, tmp_path):
+    function, task, options, wanted = HASHES[0]
+    with_facts_of_old(monkeypatch)
+    out = tmp_path / "a.csv"
+    journal_path(out).write_text(OLD_JOURNAL)
+    frame = function(demo, task, out=out, **options, **QUIET)
+    assert set(frame.settings_hash) == {wanted}
+    ends = frame[(frame.n_shots == 0) & (frame.direction == "forward")].set_index("share")
+    assert (ends.top1[0.0], ends.top3[1.0], ends.logit_diff[0.0]) == (0.001, 0.903, -9.5)
+    whole = function(demo, task, **options, **QUIET)
+    rest = frame[(frame.n_shots == 1) | (frame.share == 0.5)]
+    pd.testing.assert_frame_equal(rest, whole.loc[rest.index], check_exact=True)
+
+
 def same_out(demo, tmp_path, **options):
     """Runs with one output file: the given options, over a small run that is already there."""
     defaults = {"methods": "index", "shots": 0, "n_test": 3, "n_rank": 2, "out": tmp_path / "a.csv"}
@@ -474,7 +557,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
         ({"shots": [0, -1]}, r"found shots=\[0, -1\]; give different numbers from 0"),
         ({"step": 0.3}, r"found step=0.3; give a share of the heads that divides 1"),
         ({"directions": []}, r"give 'forward', 'reversed' or both"),
-        ({"n_rank": 0}, r"found n_rank=0; it must be at least 1"),
+        ({"n_rank": 0}, r"found n_rank=0; give at least 1"),
         ({"shots": 500}, r"shots=500"),
         ({"out": tmp_path / "x.json"}, r"must end in \.parquet or \.csv"),
     ]
@@ -487,7 +570,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
         perturbation_test(demo, [], **QUIET)
     for options, message in [
         ({"kinds": []}, r"give 'ra', 'pattern' or both"),
-        ({"scales": []}, r"give at least one finite number, each once"),
+        ({"scales": []}, r"found scales without a number in it; give at least one"),
         ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
         ({"at_least": 5000}, r"has no 5000 pairs"),
     ]:

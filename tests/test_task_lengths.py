@@ -71,7 +71,7 @@ def test_the_format_of_the_task_counts() -> None:
 
 def test_sizes_below_one_are_refused() -> None:
     for name in ("answer_tokens", "at_least"):
-        with pytest.raises(BadInput, match=rf"^found {name}=0; it must be at least 1\.$"):
+        with pytest.raises(BadInput, match=rf"^found {name}=0; give at least 1\.$"):
             same_length_sets(TASK, letters, **{name: 0})
 
 

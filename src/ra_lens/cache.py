@@ -34,7 +34,9 @@ from ra_lens.cache_info import (
 )
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.head_names import Head, layer_and_index, spell_head
 from ra_lens.mean import MeanMaps, RunningMean
+from ra_lens.numbers import Whole, as_whole, whole
 from ra_lens.sites import Site, as_lens, spell_layers
 
 if TYPE_CHECKING:
@@ -153,11 +155,35 @@ class RACache:
         """Memory of the maps stored."""
         return sum(t.nbytes for t in self._maps.values())
 
-    def kv_group(self, head: int) -> int:
-        """Index of the key/value head that query head `head` reads (grouped queries)."""
-        if not -self.n_heads <= head < self.n_heads:
-            raise BadInput(f"found head {head}; this model has heads 0 to {self.n_heads - 1}.")
-        return next(iter(self.sites.values())).kv_group(head % self.n_heads)
+    def kv_group(self, head: Head | Whole) -> int:
+        """Index of the key/value head that a query head reads (grouped queries).
+
+        Args:
+            head: `"L2H3"`, `(layer, head)`, a `HeadScore`; or its index alone, where all layers
+                have the same heads.
+
+        Raises:
+            BadInput: no such head, or an index alone where layers differ.
+        """
+        index = as_whole(head)
+        if index is None:
+            layer, index = layer_and_index(head)
+            layer = layer + self._n_layers if layer < 0 else layer
+        else:
+            layer = self.layers[0]
+            if len({(site.n_heads, site.n_key_value_heads) for site in self.sites.values()}) > 1:
+                raise BadInput(
+                    f"found head {index}, but the layers of this model differ in their heads. "
+                    f"Give its layer too: 'L{layer}H{index}'."
+                )
+        if layer not in self.sites:
+            raise BadInput(f"found head {spell_head(head)}; this cache has layers {self.layers}.")
+        site = self.sites[layer]
+        if not -site.n_heads <= index < site.n_heads:
+            raise BadInput(
+                f"found head {spell_head(head)}; {site.label} has heads 0 to {site.n_heads - 1}."
+            )
+        return site.kv_group(index % site.n_heads)
 
     def __repr__(self) -> str:
         """Say what is in the cache."""
@@ -183,8 +209,9 @@ class RACache:
         kind = read_kind(kind)
         return self._stacked([self._norms[kind, layer] for layer in self.layers], dim=-2)
 
-    def top_heads(self, k: int = 10, kind: MapKind = "ra") -> list[HeadScore]:
+    def top_heads(self, k: Whole = 10, kind: MapKind = "ra") -> list[HeadScore]:
         """Give the `k` heads with the largest norm, averaged over the examples."""
+        k = whole("k", k)
         if k < 1:
             raise BadInput(f"found k={k}; ask for at least one head.")
         scores = self.norms(kind).mean(dim=0) if self.has_batch_dim else self.norms(kind)

@@ -12,6 +12,7 @@ from ra_lens.cache import RACache
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector, MapKind
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Real
 from ra_lens.record import NamesFilter, keeps
 from ra_lens.sites import Layers, Site, as_lens, with_scales
 
@@ -26,7 +27,7 @@ def get_ra_caching_hooks(
     store: Literal["maps", "norms"] = "maps",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    softmax_scale: float | Mapping[int, float] | None = None,
+    softmax_scale: Real | Mapping[int, Real] | None = None,
 ) -> tuple[RACache, HookList, HookList]:
     """Hooks that fill a cache during the user's own forward and backward pass.
 

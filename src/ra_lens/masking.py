@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.patching.choose import Heads, choose_heads
+from ra_lens.head_names import Heads
+from ra_lens.patching.choose import choose_heads
 from ra_lens.sites import Lens, Site, as_lens
 
 
@@ -60,7 +61,7 @@ def mask_heads(model: nn.Module, heads: Heads) -> list[tuple[str, Callable[..., 
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        heads: `(layer, head)` pairs (negative: from the end), labels like `"L3H5"`, or
+        heads: Labels like `"L3H5"`, `(layer, head)` pairs (negative: from the end), or
             `HeadScore`s, such as a ranking's `top(k)`; one or several.
 
     Returns:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ra_lens.cache_info import full_name, in_order, read_kind
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.numbers import Real
 from ra_lens.patching import Align, Heads, HookPairs, Rows, Where, patch_hooks
 from ra_lens.sites import Layers, Site
 
@@ -47,7 +48,7 @@ class MeanMaps:
     def patch_hooks(
         self,
         *,
-        scale: int | float,
+        scale: Real,
         kind: str = "ra",
         heads: Heads = None,
         layers: Layers = None,
@@ -65,7 +66,7 @@ class MeanMaps:
         Args:
             scale: Factor; the paper uses −30 for RA (a descent step) and +1 for `pattern`.
             kind: `"ra"` or `"pattern"`.
-            heads: `(layer, head)` pairs, labels like `"L3H5"`, or a ranking's `top(k)`. Default:
+            heads: Labels like `"L3H5"`, `(layer, head)` pairs, or a ranking's `top(k)`. Default:
                 all.
             layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
                 heads given that lie in these layers.

@@ -39,18 +39,27 @@ def whole(name: str, value: object, *, least: int | None = None) -> int:
     return number
 
 
-def wholes(name: str, values: object, *, least: int | None = None) -> list[int]:
+def whole_or_none(name: str, value: object, *, least: int | None = None) -> int | None:
+    """Give a whole number as an `int`, or None where none was given; see `whole`."""
+    return None if value is None else whole(name, value, least=least)
+
+
+def wholes(
+    name: str, values: object, *, least: int | None = None, none_at_all: bool = False
+) -> list[int]:
     """Give whole numbers as a list of `int`; one alone becomes a list of one.
 
     Args:
         name: What they are given as, for the message.
         values: One number, or several in whatever iterates over them.
         least: The smallest that is allowed.
+        none_at_all: Whether an empty list is one.
 
     Raises:
         BadInput: none at all, something that is not a whole number, or one below `least`.
     """
-    return [whole(name, value, least=least) for value in _several(name, values, "whole number")]
+    given = _several(name, values, "whole number", none_at_all=none_at_all)
+    return [whole(name, value, least=least) for value in given]
 
 
 def real(name: str, value: object) -> float:
@@ -65,6 +74,11 @@ def real(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise BadInput(f"found {name}={number}; give a finite number.")
     return number
+
+
+def real_or_none(name: str, value: object) -> float | None:
+    """Give a finite number as a `float`, or None where none was given; see `real`."""
+    return None if value is None else real(name, value)
 
 
 def reals(name: str, values: object) -> list[float]:
@@ -95,12 +109,12 @@ def _as_float(value: object) -> float | None:
         return None
 
 
-def _several(name: str, values: Any, what: str) -> list[object]:
+def _several(name: str, values: Any, what: str, *, none_at_all: bool = False) -> list[object]:
     if isinstance(values, str | bytes | Mapping):
         raise BadInput(f"found {name}={_shown(values)}; give a {what}, or several in a list.")
     alone = not isinstance(values, Iterable) or getattr(values, "ndim", None) == 0
     given: list[object] = [values] if alone else list(values)
-    if not given:
+    if not given and not none_at_all:
         raise BadInput(f"found {name} without a number in it; give at least one.")
     return given
 

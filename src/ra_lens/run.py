@@ -28,6 +28,7 @@ from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
+from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.prompts import (
     Batch,
     PaddingSide,
@@ -55,14 +56,14 @@ def run_with_ra(
     dtype: torch.dtype | None = None,
     fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]] = (),
     return_logits: Literal["read", "all"] = "read",
-    batch_size: int | None = None,
+    batch_size: Whole | None = None,
     recompute: bool = False,
     progress: bool = True,
     attention_mask: Mask | None = None,
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
     decoder_input: Given | None = None,
-    softmax_scale: float | Mapping[int, float] | None = None,
+    softmax_scale: Real | Mapping[int, Real] | None = None,
 ) -> tuple[Float[Tensor, "batch read d_vocab"], RACache]:
     """Run a model on prompts and collect the Reversed Attention of every head.
 
@@ -145,6 +146,7 @@ def run_with_ra(
         prepend_bos=prepend_bos,
         padding_side=padding_side,
     )
+    batch_size = whole_or_none("batch_size", batch_size)
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"found batch_size={batch_size}; give a positive number, or None.")
     encoded = None

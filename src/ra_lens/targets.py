@@ -16,7 +16,7 @@ text becomes tokens and mistakes become errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, cast
 
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.inputs import answers_given
-from ra_lens.numbers import as_whole
+from ra_lens.numbers import Wholes, as_whole
 
 Token = str | SupportsIndex
 Answers = Token | Iterable[Any]
 Metric = Callable[[Tensor], Tensor]
-Position = SupportsIndex | Sequence[SupportsIndex] | Tensor
+Position = Wholes
 
 
 @dataclass(frozen=True)

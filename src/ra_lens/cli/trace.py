@@ -66,7 +66,7 @@ def trace(
         float, typer.Option(help="Only steps of at least this weight. One layer.")
     ] = 0.0,
     agg_heads: Annotated[
-        str, typer.Option(help="Heads by mean, by max, or the index of one. One layer.")
+        str, typer.Option(help="Heads by mean, by max, or one: 3 or L2H3. One layer.")
     ] = "mean",
     length_norm: Annotated[
         str, typer.Option(help="none, avg_logprob, sqrt or pow:0.7. One layer.")

@@ -17,6 +17,7 @@ from ra_lens.cli.reading import check_device, hints, read_text
 from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import check_output
 from ra_lens.paths import TraceResult, trace_layers, trace_paths
+from ra_lens.paths.build import read_agg
 from ra_lens.paths.result import Follow
 from ra_lens.prompts import PromptInput
 from ra_lens.sites import ModelKind
@@ -104,8 +105,12 @@ def _how(options: Options) -> dict[str, Any]:
     agg: Any = options.agg_heads
     how = {name: getattr(options, name) for name in _OF_ONE_LAYER}
     how["agg_heads"] = int(agg) if agg.lstrip("-").isdigit() else agg
-    if how["agg_heads"] not in ("mean", "max") and not isinstance(how["agg_heads"], int):
-        raise BadInput(f"found --agg-heads {agg}; give mean, max or the index of a head.")
+    try:
+        read_agg(how["agg_heads"])
+    except BadInput:
+        raise BadInput(
+            f"found --agg-heads {agg}; give mean, max, the index of a head, or a head: L2H3."
+        ) from None
     if options.follow == "value_norm":
         raise BadInput("found --follow value_norm with one layer; it is for --layer all.")
     return {**how, "layer": layer, "follow": options.follow or "pattern"}

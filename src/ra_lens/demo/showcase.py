@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ra_lens.display.tokens import label
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.report.page import Section, Table
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, as_lens
@@ -79,10 +80,10 @@ def patched_prediction(
     model: nn.Module,
     *,
     task: str = TASK,
-    averaged: int = 25,
-    tested: int = 48,
-    scale: float = -30.0,
-    seed: int = 0,
+    averaged: Whole = 25,
+    tested: Whole = 48,
+    scale: Real = -30.0,
+    seed: Whole = 0,
 ) -> PatchedPrediction:
     """Patch the mean RA maps of some questions of a task into the attention of others.
 
@@ -98,6 +99,8 @@ def patched_prediction(
         BadInput: too few questions of one length.
         UnsupportedModel: a model whose attention cannot be edited.
     """
+    averaged, tested = whole("averaged", averaged, least=1), whole("tested", tested, least=1)
+    factor = real("scale", scale)
     lens = as_lens(model)
     found = load_task(task)
     prompts = found.sample(len(found.pairs), seed=seed)
@@ -120,7 +123,7 @@ def patched_prediction(
     tokens = torch.tensor([rows[i] for i in asked])
     answers = [lens.encode_fragment(prompts[i].answer)[0] for i in asked]
     before = _last_logits(lens, tokens)
-    hooks = ra.mean().patch_hooks(scale=scale)
+    hooks = ra.mean().patch_hooks(scale=factor)
     with lens.hooks(hooks):
         after = _last_logits(lens, tokens)
     wanted = torch.tensor(answers)
@@ -128,7 +131,7 @@ def patched_prediction(
         task=found.name,
         prompt=prompts[asked[0]].text,
         answer=prompts[asked[0]].answer,
-        scale=scale,
+        scale=factor,
         averaged=len(learned),
         tested=len(asked),
         before=_prediction(lens, before[0], answers[0]),

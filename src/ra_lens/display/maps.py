@@ -6,19 +6,18 @@ is nothing, rather than a 0. Any other NaN is one that the maps themselves hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ra_lens.cache import HeadScore, RACache
+from ra_lens.cache import RACache
 from ra_lens.collect import MapKind
 from ra_lens.errors import BadInput
+from ra_lens.head_names import Head, Heads, layer_and_index, list_heads
+from ra_lens.numbers import Whole, whole, whole_or_none
 from ra_lens.sites import Side
-
-Head = HeadScore | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,13 @@ class HeadMaps:
 
 
 def head_of_example(
-    ra: RACache, head: Head, *, example: int = 0, max_tokens: int | None = None
+    ra: RACache, head: Head, *, example: Whole = 0, max_tokens: Whole | None = None
 ) -> HeadMaps:
     """Cut the maps of one head on one example out of a cache.
 
     Args:
         ra: A cache that holds `ra` and `pattern`.
-        head: The head: a `HeadScore` or `(layer, head)`.
+        head: The head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
         example: Which example.
         max_tokens: Keep at most so many of the last rows and columns. Default: all.
 
@@ -133,7 +132,7 @@ def head_of_example(
         NotStored: the maps were not kept.
     """
     layer, index = read_head(ra, head)
-    check_example(ra, example)
+    example, max_tokens = read_example(ra, example), whole_or_none("max_tokens", max_tokens)
     found, stored = _maps(ra, layer, index, example)
     site = ra.sites[layer]
     sides = [
@@ -149,42 +148,44 @@ def head_of_example(
     return HeadMaps(layer, index, tokens, first, key_tokens, first_key, causal, a, r)
 
 
-def read_head(ra: RACache, head: Head) -> tuple[int, int]:
+def read_head(ra: RACache, head: object) -> tuple[int, int]:
     """Give layer and index of a head.
 
     Raises:
         BadInput: it is not in the cache.
     """
-    layer, index = (head.layer, head.head) if isinstance(head, HeadScore) else head
-    if layer not in ra.layers or not 0 <= index < ra.n_heads:
+    layer, index = layer_and_index(head)
+    n_heads = ra.sites[layer].n_heads if layer in ra.layers else ra.n_heads
+    if layer not in ra.layers or not 0 <= index < n_heads:
         raise BadInput(
             f"found head (layer={layer}, head={index}); this cache has layers {ra.layers} with "
-            f"heads 0 to {ra.n_heads - 1}. Give heads such as ra.top_heads(6) or [(layer, head)]."
+            f"heads 0 to {n_heads - 1}. Give heads such as ra.top_heads(6), 'L2H3' or (2, 3)."
         )
     return layer, index
 
 
-def read_heads(ra: RACache, heads: Sequence[Head]) -> list[tuple[int, int]]:
-    """Give layer and index of several heads.
+def read_heads(ra: RACache, heads: Heads) -> list[tuple[int, int]]:
+    """Give layer and index of several heads, or of one.
 
     Raises:
         BadInput: none is given, or one is not in the cache.
     """
-    if not heads:
+    given = [] if heads is None else list_heads(heads)
+    if not given:
         raise BadInput("found no heads to show. Give some, such as ra.top_heads(6).")
-    return [read_head(ra, head) for head in heads]
+    return [read_head(ra, head) for head in given]
 
 
-def check_example(ra: RACache, example: int) -> None:
-    """Raise if there is no such example.
+def read_example(ra: RACache, example: Whole) -> int:
+    """Give the index of an example.
 
     Raises:
         BadInput: the example is not in the cache.
     """
-    if not 0 <= example < ra.batch_size:
-        raise BadInput(
-            f"found example={example}; this cache has examples 0 to {ra.batch_size - 1}."
-        )
+    index = whole("example", example)
+    if not 0 <= index < ra.batch_size:
+        raise BadInput(f"found example={index}; this cache has examples 0 to {ra.batch_size - 1}.")
+    return index
 
 
 def _maps(

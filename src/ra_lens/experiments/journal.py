@@ -33,8 +33,19 @@ def journal_path(out: str | Path) -> Path:
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """A short text that differs where the settings of two experiments do."""
-    text = json.dumps(_compared(settings), sort_keys=True)
+    """A short text that differs where the settings of two experiments do.
+
+    Raises:
+        BadInput: a setting that JSON does not have, so that no run could be told from it.
+    """
+    try:
+        text = json.dumps(_compared(settings), sort_keys=True)
+    except TypeError as error:
+        name = next((name for name, value in settings.items() if not _is_json(value)), "a setting")
+        raise BadInput(
+            f"found {name}={_short(settings.get(name))}, which cannot be written down ({error}). "
+            "Give texts, numbers, True or False."
+        ) from error
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -153,6 +164,14 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if known != _FORMAT or was != now:
         raise BadInput(_what_differs(path, was, now))
     return done
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _what_differs(path: Path, was: dict[str, Any], now: dict[str, Any]) -> str:

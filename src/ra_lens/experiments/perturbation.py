@@ -28,10 +28,8 @@ from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, open_journal
 from ra_lens.experiments.prompts import (
     SHOTS,
-    Shots,
     Tasks,
     asked,
-    check_counts,
     learned,
     read_shots,
     read_tasks,
@@ -49,6 +47,7 @@ from ra_lens.experiments.results import (
 )
 from ra_lens.heads import HeadScores, rank_heads, ranking_methods
 from ra_lens.masking import mask_hooks, need_heads
+from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
 from ra_lens.sites import Lens, as_lens
 from ra_lens.tasks import Prompt, SplitRule, Task
 
@@ -78,18 +77,18 @@ def perturbation_test(
     task: Tasks,
     *,
     methods: str | Sequence[str] = METHODS,
-    shots: Shots = SHOTS,
-    step: float = 0.1,
+    shots: Wholes = SHOTS,
+    step: Real = 0.1,
     directions: Sequence[Direction] = ("forward", "reversed"),
-    random_orders: int = 20,
-    n_rank: int = 25,
-    n_test: int | None = None,
-    rank_shots: int | None = None,
+    random_orders: Whole = 20,
+    n_rank: Whole = 25,
+    n_test: Whole | None = None,
+    rank_shots: Whole | None = None,
     split: SplitRule = "code",
     answer_in_input: bool = True,
-    seed: int = 0,
+    seed: Whole = 0,
     prepend_bos: bool | None = None,
-    batch_size: int = 64,
+    batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -128,20 +127,19 @@ def perturbation_test(
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
     """
     tasks, counts = read_tasks(task), read_shots(shots)
-    check_counts(random_orders=random_orders, n_rank=n_rank, n_test=n_test, batch_size=batch_size)
     options = _Options(
         methods=read_methods(methods),
         directions=_read_directions(directions),
-        steps=_read_step(step),
-        random_orders=random_orders,
-        n_rank=n_rank,
-        n_test=n_test,
-        rank_shots=rank_shots,
+        steps=_read_step(real("step", step)),
+        random_orders=whole("random_orders", random_orders, least=1),
+        n_rank=whole("n_rank", n_rank, least=1),
+        n_test=whole_or_none("n_test", n_test, least=1),
+        rank_shots=whole_or_none("rank_shots", rank_shots, least=0),
         split=split,
         answer_in_input=answer_in_input,
-        seed=seed,
+        seed=whole("seed", seed),
         prepend_bos=prepend_bos,
-        batch_size=batch_size,
+        batch_size=whole("batch_size", batch_size, least=1),
         progress=progress,
     )
     lens = as_lens(model)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Iterable, Mapping, Set
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import settings_hash
 from ra_lens.experiments.results import prompts_hash
+from ra_lens.numbers import Wholes, wholes
 from ra_lens.sites import Lens
 from ra_lens.tasks import Prompt, Split, Task, load_task, task_names
 
 Tasks = str | Task | Iterable[str | Task]
-
-Shots = SupportsIndex | Iterable[SupportsIndex]
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
@@ -58,19 +56,15 @@ def read_tasks(task: Tasks) -> list[Task]:
     return tasks
 
 
-def read_shots(shots: Shots) -> list[int]:
+def read_shots(shots: Wholes) -> list[int]:
     """Read the numbers of demonstrations.
 
     Raises:
-        BadInput: none, a negative one, or one twice.
+        BadInput: none, a negative one, one twice, or something that is no whole number.
     """
-    try:
-        numbers = [shots] if isinstance(shots, SupportsIndex) else list(shots)
-        given = [operator.index(number) for number in numbers]
-    except TypeError:
-        given = []
-    if not given or min(given) < 0 or len(set(given)) < len(given):
-        raise BadInput(f"found shots={shots!r}; give different numbers from 0, such as (0, 1, 5).")
+    given = wholes("shots", shots)
+    if min(given) < 0 or len(set(given)) < len(given):
+        raise BadInput(f"found shots={given}; give different numbers from 0, such as (0, 1, 5).")
     return given
 
 
@@ -117,17 +111,6 @@ def learned(
             )
         return split.prompts("train", shots=shots, n=n, seed=seed)
     return split.prompts("valid", shots=shots, n=n, seed=seed, with_replacement=True)
-
-
-def check_counts(**counts: int | None) -> None:
-    """Refuse numbers below 1.
-
-    Raises:
-        BadInput: one of them is.
-    """
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise BadInput(f"found {name}={count}; it must be at least 1.")
 
 
 def refuse_hooks(lens: Lens, out: object) -> None:

@@ -20,9 +20,7 @@ from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import open_journal, settings_hash
 from ra_lens.experiments.prompts import (
     SHOTS,
-    Shots,
     Tasks,
-    check_counts,
     learned,
     read_shots,
     read_tasks,
@@ -39,6 +37,7 @@ from ra_lens.experiments.results import (
 )
 from ra_lens.heads import HeadScores, RankingMethod, rank_heads
 from ra_lens.heads.registry import find_method
+from ra_lens.numbers import Whole, Wholes, whole
 from ra_lens.sites import as_lens
 from ra_lens.tasks import Prompt, SplitRule, Task
 
@@ -86,13 +85,13 @@ def rank_tasks(
     task: Tasks,
     *,
     methods: str | Sequence[str] = METHODS,
-    shots: Shots = SHOTS,
-    n_rank: int = 25,
+    shots: Wholes = SHOTS,
+    n_rank: Whole = 25,
     split: SplitRule = "code",
     answer_in_input: bool = True,
-    seed: int = 0,
+    seed: Whole = 0,
     prepend_bos: bool | None = None,
-    batch_size: int = 64,
+    batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -122,7 +121,8 @@ def rank_tasks(
         UnsupportedModel: a model whose attention cannot be read.
     """
     tasks, counts, names = read_tasks(task), read_shots(shots), read_methods(methods)
-    check_counts(n_rank=n_rank, batch_size=batch_size)
+    n_rank, seed = whole("n_rank", n_rank, least=1), whole("seed", seed)
+    batch_size = whole("batch_size", batch_size, least=1)
     lens = as_lens(model)
     lens.refuse_dropout()
     refuse_hooks(lens, out)

@@ -89,15 +89,17 @@ def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.
     """Results that an earlier run with the same settings has written to `out`, if any.
 
     Raises:
-        BadInput: there is a file, of something else.
+        BadInput: there is a file, of something else; or settings that cannot be written down,
+            whether there is a file or not.
     """
+    wanted = settings_hash(dict(settings))
     if out is None or not check_results_path(out).exists():
         return None
     try:
         frame = read_results(out)
     except BadFile as error:
         raise BadInput(f"{out} exists and is something else: {error} Give another name.") from error
-    if SETTINGS not in frame or set(frame[SETTINGS]) != {settings_hash(dict(settings))}:
+    if SETTINGS not in frame or set(frame[SETTINGS]) != {wanted}:
         raise BadInput(
             f"{out} holds the results of a run with other settings"
             f"{_first_difference(frame, settings)}. Give another name, or delete it first."

@@ -15,8 +15,7 @@ which reads them with it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +29,8 @@ from ra_lens.experiments.journal import Journal, open_journal
 from ra_lens.experiments.perturbation import marked
 from ra_lens.experiments.prompts import (
     SHOTS,
-    Shots,
     Tasks,
     asked,
-    check_counts,
     learned,
     read_shots,
     read_tasks,
@@ -49,6 +46,7 @@ from ra_lens.experiments.results import (
     write_results,
 )
 from ra_lens.mean import MeanMaps
+from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching import Where
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, as_lens
@@ -71,19 +69,19 @@ def patching_sweep(
     model: nn.Module,
     task: Tasks,
     *,
-    scales: Sequence[int | float] = PAPER_SCALES,
+    scales: Reals = PAPER_SCALES,
     kinds: Sequence[MapName] = ("ra", "pattern"),
-    shots: Shots = SHOTS,
-    n_mean: int = 25,
-    n_test: int | None = None,
-    length: int | None = None,
-    at_least: int | None = None,
+    shots: Wholes = SHOTS,
+    n_mean: Whole = 25,
+    n_test: Whole | None = None,
+    length: Whole | None = None,
+    at_least: Whole | None = None,
     renormalise: bool = False,
     at: Where = "pattern",
     split: SplitRule = "code",
-    seed: int = 0,
+    seed: Whole = 0,
     prepend_bos: bool | None = None,
-    batch_size: int = 64,
+    batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -123,8 +121,12 @@ def patching_sweep(
         UnsupportedModel: a model whose attention cannot be edited.
     """
     tasks, counts = read_tasks(task), read_shots(shots)
-    check_counts(n_mean=n_mean, n_test=n_test, at_least=at_least, batch_size=batch_size)
-    _check_maps(kinds, scales)
+    n_mean, n_test = whole("n_mean", n_mean, least=1), whole_or_none("n_test", n_test, least=1)
+    length, at_least = whole_or_none("length", length), whole_or_none("at_least", at_least, least=1)
+    seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
+    scales, kinds = _read_scales(scales), _read_maps(kinds)
+    if at not in ("pattern", "scores"):
+        raise BadInput(f"found at={at!r}; give 'pattern' or 'scores'.")
     if renormalise and at == "scores":
         raise BadInput("found renormalise=True with at='scores', which needs none. Give one.")
     lens = as_lens(model)
@@ -135,8 +137,8 @@ def patching_sweep(
         "experiment": "patching",
         **model_facts(lens),
         "tasks": [task_settings(lens, one, prepend_bos) for one in sets],
-        "kinds": list(kinds),
-        "scales": list(map(float, scales)),
+        "kinds": kinds,
+        "scales": scales,
         "shots": counts,
         "n_mean": n_mean,
         "n_test": n_test,
@@ -169,7 +171,7 @@ def patching_sweep(
                     variant=variant,
                 )
             )
-    steps = [("none", None), *((kind, float(scale)) for kind in kinds for scale in scales)]
+    steps = [("none", None), *((kind, scale) for kind in kinds for scale in scales)]
     rows: list[Row] = []
     with open_journal(out, settings) as journal:
         total = len(cells) * len(steps)
@@ -292,8 +294,15 @@ def _one_length(
     return every[chosen]
 
 
-def _check_maps(kinds: Sequence[str], scales: Sequence[int | float]) -> None:
-    if not kinds or len(set(kinds)) < len(kinds) or set(kinds) - {"ra", "pattern"}:
+def _read_scales(scales: Reals) -> list[float]:
+    given = reals("scales", scales)
+    if len(set(given)) < len(given):
+        raise BadInput(f"found scales={given}; give each once.")
+    return given
+
+
+def _read_maps(kinds: Iterable[MapName]) -> list[MapName]:
+    given = list(kinds)
+    if not given or len(set(given)) < len(given) or set(given) - {"ra", "pattern"}:
         raise BadInput(f"found kinds={kinds!r}; give 'ra', 'pattern' or both.")
-    if not scales or len(set(scales)) < len(scales) or not all(map(math.isfinite, scales)):
-        raise BadInput(f"found scales={scales!r}; give at least one finite number, each once.")
+    return given

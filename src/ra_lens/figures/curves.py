@@ -27,7 +27,8 @@ from ra_lens.display.methods import (
 )
 from ra_lens.display.tokens import plotly_text
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish
+from ra_lens.figures.style import finish, read_size
+from ra_lens.numbers import Real
 
 Facet = Literal["n_shots", "task"]
 
@@ -40,8 +41,8 @@ def perturbation_curves(
     metric: Metric = "top1",
     facet: Facet = "n_shots",
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw a metric against the share of heads unmasked, a line per method and direction.
@@ -64,6 +65,7 @@ def perturbation_curves(
     Raises:
         BadInput: not such a frame, several models in it, or an unknown `metric` or `facet`.
     """
+    width, height = read_size(width, height)
     if metric not in METRICS:
         raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
     if facet not in ("n_shots", "task"):

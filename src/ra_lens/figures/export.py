@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ra_lens.errors import BadInput
+from ra_lens.figures.style import read_size
 from ra_lens.files import check_output, whole_file
+from ra_lens.numbers import Real, real
 
 _SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
@@ -16,9 +18,9 @@ def save_figure(
     figure: Any,
     path: str | Path,
     *,
-    width: int | None = None,
-    height: int | None = None,
-    scale: float = 2.0,
+    width: Real | None = None,
+    height: Real | None = None,
+    scale: Real = 2.0,
 ) -> Path:
     """Write a figure to a file: `.png`, `.svg`, `.pdf`, `.jpg`, `.webp` or `.html`.
 
@@ -44,6 +46,7 @@ def save_figure(
         raise BadInput(
             f"found the suffix {suffix!r} in {path}; give one of {', '.join(_SUFFIXES)} or .html."
         )
+    (width, height), factor = read_size(width, height), real("scale", scale)
     destination = check_output(path)
     with whole_file(path) as temporary:
         if suffix == ".html":
@@ -52,11 +55,13 @@ def save_figure(
                 encoding="utf-8",
             )
         else:
-            temporary.write_bytes(_image(figure, suffix[1:], width, height, scale))
+            temporary.write_bytes(_image(figure, suffix[1:], width, height, factor))
     return destination
 
 
-def _image(figure: Any, kind: str, width: int | None, height: int | None, scale: float) -> bytes:
+def _image(
+    figure: Any, kind: str, width: float | None, height: float | None, scale: float
+) -> bytes:
     if find_spec("kaleido") is None:
         raise BadInput(
             f"cannot draw a .{kind}: plotly needs kaleido for images, which is not installed. "

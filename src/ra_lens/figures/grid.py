@@ -20,8 +20,9 @@ from ra_lens.cache import RACache
 from ra_lens.collect import MapKind
 from ra_lens.display.tokens import plotly_text, thinned
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import DIVERGING, MARK, SEQUENTIAL, finish
+from ra_lens.figures.style import DIVERGING, MARK, SEQUENTIAL, finish, read_size
 from ra_lens.heads import HeadScores
+from ra_lens.numbers import Real, Whole, whole
 
 Scores = RACache | HeadScores
 Order = Literal["index", "score"]
@@ -65,11 +66,11 @@ def head_grid(
     kind: MapKind | Sequence[MapKind] = "ra",
     order: Order = "index",
     shared_scale: bool = False,
-    top: int = 10,
+    top: Whole = 10,
     titles: Sequence[str] | None = None,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw layers × heads, coloured by a score; several scores side by side.
@@ -98,6 +99,7 @@ def head_grid(
     """
     if order not in ("index", "score"):
         raise BadInput(f"found order={order!r}; give 'index' or 'score'.")
+    (width, height), top = read_size(width, height), whole("top", top)
     given: list[Scores] = [scores] if isinstance(scores, RACache | HeadScores) else list(scores)
     kinds: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
     panels = [panel for one in given for panel in _panels(one, kinds)]

@@ -16,10 +16,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ra_lens.cache import RACache
-from ra_lens.display.maps import Head, HeadMaps, head_of_example, read_head, read_heads
+from ra_lens.display.maps import HeadMaps, head_of_example, read_heads
 from ra_lens.display.tokens import distinct, label, plotly_text, thinned
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import ATTENTION, DIVERGING, finish
+from ra_lens.figures.style import ATTENTION, DIVERGING, finish, read_size
+from ra_lens.head_names import Head, Heads
+from ra_lens.numbers import Real, Whole, real_or_none, whole_or_none
 
 Sign = Literal["descent", "gradient"]
 Panel = Literal["ra", "pattern"]
@@ -38,20 +40,20 @@ def head_map(
     head: Head,
     *,
     kind: Panel = "ra",
-    example: int = 0,
+    example: Whole = 0,
     sign: Sign = "descent",
-    limit: float | None = None,
-    max_tokens: int | None = 256,
+    limit: Real | None = None,
+    max_tokens: Whole | None = 256,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw one map of one head.
 
     Args:
         ra: A cache that holds `ra` and `pattern`.
-        head: A `HeadScore` or `(layer, head)`.
+        head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
         kind: `"ra"`, or `"pattern"` for the forward attention.
         example: Which example.
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
@@ -70,11 +72,12 @@ def head_map(
         NotStored: the maps were not kept.
     """
     _check(kind, sign)
+    (width, height), most = read_size(width, height), real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
-    figure = go.Figure(_traces(maps, kind, sign, _limit([maps]) if limit is None else limit, bar))
+    figure = go.Figure(_traces(maps, kind, sign, _limit([maps]) if most is None else most, bar))
     pixels = height or _pixels(len(maps.tokens)) + 150
-    _label_axes(figure, maps, room=(pixels - 150) // 12)
+    _label_axes(figure, maps, room=int(pixels - 150) // 12)
     _title_axes(figure)
     finish(figure, title=title, width=width, height=pixels, template=template)
     return figure
@@ -82,24 +85,25 @@ def head_map(
 
 def head_maps(
     ra: RACache,
-    heads: Sequence[Head],
+    heads: Heads,
     *,
     kinds: Sequence[Panel] = ("pattern", "ra"),
-    columns: int | None = None,
-    example: int = 0,
+    columns: Whole | None = None,
+    example: Whole = 0,
     sign: Sign = "descent",
     shared_scale: bool = True,
-    max_tokens: int | None = 256,
+    max_tokens: Whole | None = 256,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw maps of several heads: forward attention beside Reversed Attention, or small multiples.
 
     Args:
         ra: A cache that holds `ra` and `pattern`.
-        heads: The heads, such as `ra.top_heads(6)`, or `(layer, head)` pairs.
+        heads: The heads, such as `ra.top_heads(6)`, `["L2H3", "L0H1"]` or `(layer, head)` pairs;
+            one or several.
         kinds: Which maps of each head; `["ra"]` makes small multiples of RA alone.
         columns: How many maps stand beside each other. Default: the kinds of one head, or of one
             kind three.
@@ -119,6 +123,7 @@ def head_maps(
         BadInput: no heads or kinds, no such head or example, or an unknown kind or `sign`.
         NotStored: the maps were not kept.
     """
+    (width, height), columns = read_size(width, height), whole_or_none("columns", columns)
     if not kinds or (columns is not None and columns < 1):
         raise BadInput(
             f"found kinds={list(kinds)}, columns={columns}; give at least one kind and one column."
@@ -174,13 +179,13 @@ def head_maps(
 
 
 def largest(
-    ra: RACache, heads: Sequence[Head], *, example: int = 0, max_tokens: int | None = 256
+    ra: RACache, heads: Heads, *, example: Whole = 0, max_tokens: Whole | None = 256
 ) -> float:
     """Give the largest |R| in the maps of several heads, as `limit` for a scale they share."""
     return _limit(
         [
-            head_of_example(ra, read_head(ra, head), example=example, max_tokens=max_tokens)
-            for head in heads
+            head_of_example(ra, head, example=example, max_tokens=max_tokens)
+            for head in read_heads(ra, heads)
         ]
     )
 

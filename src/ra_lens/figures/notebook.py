@@ -11,11 +11,12 @@ import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
 
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Real, Whole, real, whole
 
 _NAME = "ra_lens_png"
 
 
-def images_in_notebooks(*, width: int = 900, scale: float = 1.5) -> None:
+def images_in_notebooks(*, width: Whole = 900, scale: Real = 1.5) -> None:
     """From here on, keep a PNG image beside every figure that a notebook shows.
 
     Plotly figures are drawn by JavaScript, which code hosts do not run: a notebook looks empty
@@ -31,10 +32,11 @@ def images_in_notebooks(*, width: int = 900, scale: float = 1.5) -> None:
     Raises:
         BadInput: a width or scale that is not positive.
     """
-    if width < 1 or scale <= 0:
-        raise BadInput(f"found width={width}, scale={scale}; give positive numbers.")
+    pixels, factor = whole("width", width), real("scale", scale)
+    if pixels < 1 or factor <= 0:
+        raise BadInput(f"found width={pixels}, scale={factor}; give positive numbers.")
     renderers: Any = pio.renderers
-    renderers[_NAME] = _Images(width, scale)
+    renderers[_NAME] = _Images(pixels, factor)
     # "notebook" would put plotly.js, megabytes of it, into the file.
     others = [n for n in renderers.default.split("+") if n not in ("", "notebook", "browser")]
     renderers.default = "+".join(dict.fromkeys([*(others or ["plotly_mimetype"]), _NAME]))

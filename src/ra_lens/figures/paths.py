@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from ra_lens.display.tokens import label, plotly_text
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish
+from ra_lens.figures.style import finish, read_size
+from ra_lens.numbers import Real, Whole, whole
 from ra_lens.paths.export import boundaries_of, step_text
 from ra_lens.paths.result import TracedPath, TraceResult
 
@@ -20,10 +21,10 @@ _APART = 0.07
 def path_diagram(
     trace: TraceResult,
     *,
-    n_paths: int = 5,
+    n_paths: Whole = 5,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw the best paths of a trace; `trace.save_html` makes a page that can be explored.
@@ -46,6 +47,7 @@ def path_diagram(
     Raises:
         BadInput: `n_paths` below 1, or a trace without paths.
     """
+    (width, height), n_paths = read_size(width, height), whole("n_paths", n_paths)
     if n_paths < 1:
         raise BadInput(f"found n_paths={n_paths}; give the number of paths to draw, at least 1.")
     beams = trace.beams[:n_paths]

@@ -12,10 +12,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ra_lens.cache import RACache
-from ra_lens.display.maps import Cell, Head, HeadMaps, head_of_example
+from ra_lens.display.maps import Cell, HeadMaps, head_of_example
 from ra_lens.display.tokens import label, plotly_text
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish
+from ra_lens.figures.style import finish, read_size
+from ra_lens.head_names import Head
+from ra_lens.numbers import Real, Whole, whole
 
 _PULL, _PUSH = (178, 24, 43), (33, 102, 172)
 _LEFT, _RIGHT = 0.0, 1.0
@@ -25,19 +27,19 @@ def query_key_pull(
     ra: RACache,
     head: Head,
     *,
-    k: int = 12,
-    example: int = 0,
-    max_tokens: int | None = 48,
+    k: Whole = 12,
+    example: Whole = 0,
+    max_tokens: Whole | None = 48,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw the strongest cells of a head as lines from queries to the keys they are moved to.
 
     Args:
         ra: A cache that holds `ra` and `pattern`.
-        head: A `HeadScore` or `(layer, head)`.
+        head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
         k: So many of the cells with the largest |R|.
         example: Which example.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
@@ -55,6 +57,7 @@ def query_key_pull(
         BadInput: no such head or example, or `k` below 1.
         NotStored: the maps were not kept.
     """
+    (width, height), k = read_size(width, height), whole("k", k)
     if k < 1:
         raise BadInput(f"found k={k}; give the number of cells to draw, at least 1.")
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)

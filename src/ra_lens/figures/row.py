@@ -10,10 +10,12 @@ from plotly.colors import get_colorscale, sample_colorscale
 from rich.cells import cell_len
 
 from ra_lens.cache import RACache
-from ra_lens.display.maps import Head, HeadMaps, head_of_example
+from ra_lens.display.maps import HeadMaps, head_of_example
 from ra_lens.display.tokens import label, plotly_text, visible
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import ATTENTION, DIVERGING, finish
+from ra_lens.figures.style import ATTENTION, DIVERGING, finish, read_size
+from ra_lens.head_names import Head
+from ra_lens.numbers import Real, Whole, real_or_none, whole
 
 _CHARACTER, _LINE, _MARGIN = 7.9, 26, 14
 """Pixels of a character of 13 px monospace type, of a line, and around the text."""
@@ -25,22 +27,22 @@ def token_row(
     ra: RACache,
     head: Head,
     *,
-    query: int = -1,
+    query: Whole = -1,
     kind: Literal["ra", "pattern"] = "ra",
-    example: int = 0,
+    example: Whole = 0,
     sign: Literal["descent", "gradient"] = "descent",
-    limit: float | None = None,
-    max_tokens: int | None = 512,
+    limit: Real | None = None,
+    max_tokens: Whole | None = 512,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw the prompt as text, each token shaded by what one query's row has for it.
 
     Args:
         ra: A cache that holds `ra` and `pattern`.
-        head: A `HeadScore` or `(layer, head)`.
+        head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
         query: Position of the token whose row it is; negative counts from the end.
         kind: `"ra"`, or `"pattern"` for the forward attention.
         example: Which example.
@@ -65,12 +67,13 @@ def token_row(
             f"found kind={kind!r}, sign={sign!r}; give kind 'ra' or 'pattern', and sign 'descent' "
             "(shows −R) or 'gradient' (shows R)."
         )
+    (width, height), given = read_size(width, height), real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
-    row = _row_of(maps, query)
+    row = _row_of(maps, whole("query", query))
     signed = -maps.ra[row] if sign == "descent" else maps.ra[row]
     values = signed if kind == "ra" else maps.pattern[row]
     finite = np.abs(signed[np.isfinite(signed)])
-    most = (float(finite.max(initial=0.0)) if limit is None else limit) or 1.0
+    most = (float(finite.max(initial=0.0)) if given is None else given) or 1.0
     low, scale = (-most, DIVERGING) if kind == "ra" else (0.0, ATTENTION)
     high = most if kind == "ra" else 1.0
     wide = width or 760
@@ -127,7 +130,7 @@ def _row_of(maps: HeadMaps, query: int) -> int:
     return row
 
 
-def _set(maps: HeadMaps, wide: int) -> list[tuple[int, float, float]]:
+def _set(maps: HeadMaps, wide: float) -> list[tuple[int, float, float]]:
     """Place the tokens in lines: line, left edge, width. A line ends after a newline as well."""
     boxes: list[tuple[int, float, float]] = []
     line, left = 0, 0.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ra_lens.numbers import Real, as_whole, real
+
 # Both are read the same by colour-blind eyes: lightness alone tells zero from much, and the
 # diverging scale opposes red and blue (ColorBrewer's RdBu, Purples).
 SEQUENTIAL = "Viridis"
@@ -15,8 +17,22 @@ NOTHING_THERE = "#c9ccd1"
 MARK = "#e4572e"
 
 
+def read_size(width: Real | None, height: Real | None) -> tuple[float | None, float | None]:
+    """Give the size of a figure as numbers of Python's.
+
+    Raises:
+        BadInput: one is no number.
+    """
+    return _pixels("width", width), _pixels("height", height)
+
+
+def _pixels(name: str, value: Real | None) -> float | None:
+    whole = as_whole(value)
+    return real(name, value) if value is not None and whole is None else whole
+
+
 def finish(
-    figure: Any, *, title: str | None, width: int | None, height: int | None, template: str
+    figure: Any, *, title: str | None, width: float | None, height: float | None, template: str
 ) -> None:
     """Apply size, template and title; the figure fills its container where width is None."""
     figure.update_layout(

@@ -29,7 +29,8 @@ from ra_lens.display.methods import (
 from ra_lens.display.numbers import scale_name
 from ra_lens.errors import BadInput
 from ra_lens.figures.curves import panel_columns
-from ra_lens.figures.style import finish
+from ra_lens.figures.style import finish, read_size
+from ra_lens.numbers import Real
 
 _LINEAR = 0.5
 """Scales below it are spaced in proportion, scales above it by their logarithm."""
@@ -48,8 +49,8 @@ def patching_sweep_curve(
     *,
     metric: Metric = "top1",
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw a metric against the scale of the added map, a line per kind of map.
@@ -74,6 +75,7 @@ def patching_sweep_curve(
     Raises:
         BadInput: not such a frame, several models in it, or an unknown `metric`.
     """
+    width, height = read_size(width, height)
     if metric not in METRICS:
         raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
     read_frame(frame, what="patching_sweep()", columns=[*_CELL, metric], cell=_CELL)

@@ -22,7 +22,8 @@ from ra_lens.display.methods import (
 )
 from ra_lens.display.numbers import best_of_rows, short, table_rows
 from ra_lens.display.tokens import plotly_text
-from ra_lens.figures.style import MARK, finish
+from ra_lens.figures.style import MARK, finish, read_size
+from ra_lens.numbers import Real
 
 _CELL = ("task", "n_shots", "method", "direction")
 _SCALE = [[0.0, "#ffffff"], [1.0, "#8ab8e0"]]
@@ -33,8 +34,8 @@ def auc_table(
     frame: pd.DataFrame,
     *,
     title: str | None = None,
-    width: int | None = None,
-    height: int | None = None,
+    width: Real | None = None,
+    height: Real | None = None,
     template: str = "plotly_white",
 ) -> go.Figure:
     """Draw the areas under the perturbation curves as a table with shaded cells.
@@ -53,6 +54,7 @@ def auc_table(
     Raises:
         BadInput: not such a frame, or of several models.
     """
+    width, height = read_size(width, height)
     read_frame(
         frame, what="area_under_curve()", columns=["model", "kind", *_CELL, "auc"], cell=_CELL
     )

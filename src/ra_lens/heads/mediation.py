@@ -38,6 +38,7 @@ from ra_lens.errors import RALensWarning
 from ra_lens.heads.each_head import Edit, Row, ask_each_head
 from ra_lens.heads.registry import RankingContext, ranking_method
 from ra_lens.masking import by_head, mask_hooks, need_heads
+from ra_lens.numbers import Whole, whole
 from ra_lens.prompts import Prompts
 from ra_lens.tasks import Pair, Prompt
 
@@ -83,7 +84,7 @@ def cm2_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return (after - before[:, None, None]).mean(dim=0)
 
 
-def shuffle_labels(prompt: Prompt, *, seed: int, index: int = 0) -> Prompt:
+def shuffle_labels(prompt: Prompt, *, seed: Whole, index: Whole = 0) -> Prompt:
     """Give the outputs of a prompt's demonstrations to each other, in a seeded random order.
 
     The order of outputs is never the right one, unless it cannot be helped: with fewer than two
@@ -100,8 +101,9 @@ def shuffle_labels(prompt: Prompt, *, seed: int, index: int = 0) -> Prompt:
     right = [pair.output for pair in prompt.demonstrations]
     if len(set(right)) < 2:
         return prompt
+    numbers = whole("seed", seed), whole("index", index)
     # As in the random order: only `random()` is the same on every version of Python.
-    generator = random.Random(f"ra_lens shuffled labels {seed} {index}")
+    generator = random.Random("ra_lens shuffled labels {} {}".format(*numbers))
     outputs = right
     while outputs == right:
         keys = [generator.random() for _ in right]

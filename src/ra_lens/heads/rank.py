@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ra_lens.errors import BadInput
 from ra_lens.heads.registry import RankingContext, find_method
 from ra_lens.heads.scores import HeadScores
+from ra_lens.numbers import Whole, whole
 from ra_lens.sites import as_lens
 from ra_lens.tasks import Prompt
 
@@ -30,11 +31,11 @@ def rank_heads(
     prompts: Iterable[Prompt],
     *,
     method: str = "ra",
-    seed: int = 0,
-    draw: int = 0,
+    seed: Whole = 0,
+    draw: Whole = 0,
     answer_in_input: bool = True,
     prepend_bos: bool | None = None,
-    batch_size: int = 32,
+    batch_size: Whole = 32,
     progress: bool = True,
 ) -> HeadScores:
     """Score every head of a model on some questions, by one of `ranking_methods()`.
@@ -73,6 +74,8 @@ def rank_heads(
     """
     chosen = find_method(method)
     lens = as_lens(model)
+    seed, draw = whole("seed", seed), whole("draw", draw)
+    batch_size = whole("batch_size", batch_size)
     if batch_size < 1:
         raise BadInput(f"found batch_size={batch_size}; give a positive number.")
     context = RankingContext(

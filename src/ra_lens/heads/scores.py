@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ra_lens.cache_info import HeadScore
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Whole, whole
 from ra_lens.sites import spell_layers
 
 if TYPE_CHECKING:
@@ -93,12 +94,13 @@ class HeadScores:
         cells = (divmod(i, self.n_heads) for i in self._flat_order())
         return [(self.layers[row], head) for row, head in cells]
 
-    def top(self, k: int = 10) -> list[HeadScore]:
+    def top(self, k: Whole = 10) -> list[HeadScore]:
         """Give the first `k` heads of the order with their scores; all of them if there are fewer.
 
         Raises:
             BadInput: `k` below 1.
         """
+        k = whole("k", k)
         if k < 1:
             raise BadInput(f"found k={k}; ask for at least one head.")
         values = self.scores.flatten().tolist()
@@ -109,12 +111,13 @@ class HeadScores:
         """Give the same heads in exactly the opposite order, ties included; scores are negated."""
         return replace(self, scores=0 - self.scores, is_reversed=not self.is_reversed)
 
-    def keep_mask(self, n: int) -> Bool[Tensor, "layer head"]:
+    def keep_mask(self, n: Whole) -> Bool[Tensor, "layer head"]:
         """Mark the first `n` heads of the order, for `ra_lens.masking.mask_hooks`.
 
         Raises:
             BadInput: fewer than 0 heads, or more than there are.
         """
+        n = whole("n", n)
         if not 0 <= n <= len(self):
             raise BadInput(f"found n={n}; {self.model_name} has {len(self)} heads to keep.")
         mask = torch.zeros(len(self), dtype=torch.bool)

@@ -13,7 +13,8 @@ attention: `renormalise=True` and `at="scores"` (see `ra_lens.patching.edits`).
     through_z.py  the same addition where an edit of the pattern is discarded
 """
 
-from ra_lens.patching.choose import Heads, Rows
+from ra_lens.head_names import Heads
+from ra_lens.patching.choose import Rows
 from ra_lens.patching.edits import Where
 from ra_lens.patching.hooks import HookPairs, patch_hooks
 from ra_lens.patching.place import Align

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.head_names import Heads
+from ra_lens.numbers import Real, Whole, real, whole_or_none, wholes
 from ra_lens.patching.addition import Addition, Placer
-from ra_lens.patching.choose import Heads, Rows, choose_heads, choose_rows
+from ra_lens.patching.choose import Rows, choose_heads, choose_rows
 from ra_lens.patching.edits import Where, added, renormalised, stepped
 from ra_lens.patching.place import ALIGNMENTS, Align, read_mask
 from ra_lens.patching.through_z import ThroughZ
@@ -23,7 +24,7 @@ def patch_hooks(
     maps: Mapping[int, Tensor],
     sites: Mapping[int, Site],
     *,
-    scale: int | float,
+    scale: Real,
     heads: Heads = None,
     layers: Layers = None,
     rows: Rows = None,
@@ -31,7 +32,7 @@ def patch_hooks(
     renormalise: bool = False,
     at: Where = "pattern",
     attention_mask: Tensor | None = None,
-    n_layers: int | None = None,
+    n_layers: Whole | None = None,
 ) -> HookPairs:
     """Forward hooks that add `scale` times a map to the pattern of each layer.
 
@@ -52,8 +53,8 @@ def patch_hooks(
         maps: By layer, `[head, query, key]` (the same for all examples) or with a batch dimension.
         sites: The attention layers, by layer.
         scale: Factor; negative for RA, whose descent lowers the loss.
-        heads: `(layer, head)` pairs (negative: from the end), labels like `"L3H5"`, or
-            `HeadScore`s, such as a ranking's `top(k)`. Default: all.
+        heads: Labels like `"L3H5"`, `(layer, head)` pairs (negative: from the end), or
+            `HeadScore`s, such as a ranking's `top(k)`; one or several. Default: all.
         layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
             heads given that lie in these layers.
         rows: Query rows of the maps to add, counted in the map: ints (negative: from its end) or
@@ -88,19 +89,21 @@ def patch_hooks(
         UnsupportedModel: a layer of which it is not known whether an edit changes anything, or
             `renormalise` or `at="scores"` where the pattern is only observed.
     """
-    _check_options(scale, align, at, renormalise=renormalise)
+    factor = _check_options(scale, align, at, renormalise=renormalise)
     _check_maps(maps, sites)
     present = {layer: sites[layer] for layer in sorted(maps)}
-    total = n_layers or max(sites) + 1
+    total = whole_or_none("n_layers", n_layers) or max(sites) + 1
     chosen = choose_heads(present, heads=heads, layers=layers, n_layers=total)
     _check_sides([sites[layer] for layer in chosen], align, attention_mask)
     _check_routes([sites[layer] for layer in chosen], variant=renormalise or at == "scores")
+    if rows is not None and not isinstance(rows, slice):
+        rows = wholes("rows", rows, none_at_all=True)  # once, for all layers
     placer = Placer(align, read_mask(attention_mask))
     pairs: HookPairs = []
     for layer, of_layer in chosen.items():
         addition = Addition(
             maps[layer],
-            float(scale),
+            factor,
             site=sites[layer],
             heads=of_layer,
             rows=choose_rows(rows, maps[layer].shape[-2]),
@@ -148,9 +151,8 @@ def _beyond(addition: Addition, first: int) -> bool:
     return placer.align == "left" and placer.mask is None and first >= addition.n_tokens
 
 
-def _check_options(scale: int | float, align: str, at: str, *, renormalise: bool) -> None:
-    if not math.isfinite(scale):
-        raise BadInput(f"found scale={scale}; give a finite number.")
+def _check_options(scale: Real, align: str, at: str, *, renormalise: bool) -> float:
+    factor = real("scale", scale)
     if align not in ALIGNMENTS:
         raise BadInput(f"found align={align!r}; give one of {', '.join(map(repr, ALIGNMENTS))}.")
     if at not in ("pattern", "scores"):
@@ -160,6 +162,7 @@ def _check_options(scale: int | float, align: str, at: str, *, renormalise: bool
             "found renormalise=True with at='scores', which keeps the sum of every row by itself. "
             "Leave renormalise out."
         )
+    return factor
 
 
 def _check_maps(maps: Mapping[int, Tensor], sites: Mapping[int, Site]) -> None:

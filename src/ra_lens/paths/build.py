@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Bool
 
 from ra_lens.errors import BadInput
+from ra_lens.head_names import Head, layer_and_index
 from ra_lens.inputs import Mask
+from ra_lens.numbers import Whole, as_whole, whole, whole_or_none
 from ra_lens.paths.layered import Edge, Layered, layered_paths
 from ra_lens.paths.one_layer import Found, Map, beam_paths, exact_paths, normalised, read_norm
 from ra_lens.paths.result import Follow, Step, TracedPath, TraceResult
@@ -24,17 +26,24 @@ from ra_lens.paths.weights import (
 )
 
 Search = Literal["exact", "beam"]
+AggHeads = Literal["mean", "max"] | Whole | Head
 _FOLLOW = ("pattern", "more", "less", "abs")
 
 
 def check_options(
-    follow: str, top_beam: int, *, search: str = "exact", top_k: int | None = None, layered: bool
-) -> None:
-    """Raise if an option is out of range.
+    follow: str,
+    top_beam: Whole,
+    *,
+    search: str = "exact",
+    top_k: Whole | None = None,
+    layered: bool,
+) -> tuple[int, int | None]:
+    """Give `top_beam` and `top_k` as numbers of Python's.
 
     Raises:
-        BadInput: it is.
+        BadInput: an option is out of range.
     """
+    top_beam, top_k = whole("top_beam", top_beam), whole_or_none("top_k", top_k)
     choices = ("value_norm", *_FOLLOW) if layered else _FOLLOW
     if follow not in choices:
         raise BadInput(f"found follow={follow!r}; give one of {', '.join(map(repr, choices))}.")
@@ -44,6 +53,27 @@ def check_options(
         raise BadInput(f"found search={search!r}; give 'exact' or 'beam'.")
     if top_k is not None and top_k < 1:
         raise BadInput(f"found top_k={top_k}; follow at least one step, or None for all.")
+    return top_beam, top_k
+
+
+def read_agg(agg_heads: AggHeads) -> str | int | tuple[int, int]:
+    """Read how heads are put together: `mean`, `max`, the index of one, or its layer and index.
+
+    Raises:
+        BadInput: none of them.
+    """
+    index = as_whole(agg_heads)
+    if index is not None:
+        return index
+    if isinstance(agg_heads, str) and agg_heads in ("mean", "max"):
+        return agg_heads
+    try:
+        return layer_and_index(agg_heads)
+    except BadInput:
+        raise BadInput(
+            f"found agg_heads={agg_heads!r}; give 'mean', 'max' or the index of a head, or the "
+            "head as it is printed, such as 'L2H3'."
+        ) from None
 
 
 def one_layer(
@@ -55,7 +85,7 @@ def one_layer(
     top_beam: int,
     top_k: int | None,
     min_attn: float,
-    agg_heads: str | int,
+    agg_heads: str | int | tuple[int, int],
     length_norm: str,
     stop_at_bos: bool,
     attention_mask: Mask | None = None,
@@ -64,6 +94,7 @@ def one_layer(
     power = read_norm(length_norm)
     start = _start(example, target_pos)
     ((layer, maps),) = example.layers.items()
+    agg_heads = _of_layer(agg_heads, layer)
     edges = aggregate(maps.maps, follow, agg_heads)
     kept = (5 if top_k is None else top_k) if search == "beam" else top_k
     ends = np.zeros(len(example.tokens), dtype=bool)
@@ -136,6 +167,17 @@ def across(
         agg_heads="none",
         model_name=example.model_name,
     )
+
+
+def _of_layer(agg_heads: str | int | tuple[int, int], layer: int) -> str | int:
+    if not isinstance(agg_heads, tuple):
+        return agg_heads
+    if agg_heads[0] != layer:
+        raise BadInput(
+            f"found agg_heads='L{agg_heads[0]}H{agg_heads[1]}', but the layer traced is {layer}. "
+            "Give layer= of the head, or a head of that layer."
+        )
+    return agg_heads[1]
 
 
 def _start(example: Example, target_pos: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Whole, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,7 +171,7 @@ class TraceResult:
         """Whether paths run through layers, one step per layer."""
         return self.layer is None
 
-    def heads(self, n_paths: int = 1) -> list[tuple[int, int]]:
+    def heads(self, n_paths: Whole = 1) -> list[tuple[int, int]]:
         """Heads on the best `n_paths` paths, each once, for `patch_hooks(heads=...)`.
 
         Raises:
@@ -181,7 +182,7 @@ class TraceResult:
                 "found a trace of one layer, whose steps belong to no single head. Use "
                 "ra_lens.paths.trace_layers, or read the path's edges with agg_heads=<head>."
             )
-        found = [head for beam in self.beams[:n_paths] for head in beam.heads]
+        found = [head for beam in self.beams[: whole("n_paths", n_paths)] for head in beam.heads]
         return list(dict.fromkeys(found))
 
     def to_json(self) -> str:

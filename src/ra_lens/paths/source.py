@@ -7,8 +7,7 @@ weights is read as it is.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from ra_lens.binding import bind
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.inputs import Mask, TokenIds, read_given
+from ra_lens.numbers import wholes
 from ra_lens.paths.result import Follow
 from ra_lens.paths.weights import GRADIENT, LayerMaps
 from ra_lens.prompts import Prompts, read_prompts
@@ -356,8 +356,7 @@ def _examples(n: int, example: int | None) -> list[int]:
 def _choose(present: Sequence[int], layers: Layers, n_layers: int) -> list[int]:
     if layers is None:
         return list(present)
-    given = list(layers) if isinstance(layers, Iterable) else [layers]
-    wanted = [operator.index(i) for i in given]
+    wanted = wholes("layers", layers)
     chosen = [i + n_layers if i < 0 else i for i in wanted]
     if any(i not in present for i in chosen):
         raise BadInput(f"found layers={wanted}; this cache has layers {list(present)}.")

@@ -7,14 +7,15 @@ one backward pass (`run_with_ra`); nothing for a cache or a tensor.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.inputs import Mask, TokenIds, read_given
-from ra_lens.paths.build import Search, across, check_options, one_layer
+from ra_lens.numbers import Real, Whole, real, real_or_none, whole, whole_or_none, wholes
+from ra_lens.paths.build import AggHeads, Search, across, check_options, one_layer, read_agg
 from ra_lens.paths.result import Follow, TraceResult
 from ra_lens.paths.source import Example, Request, Source, read_source
 from ra_lens.prompts import PromptInput, Prompts
@@ -25,21 +26,21 @@ def trace_paths(
     source: Source,
     prompt: PromptInput | None = None,
     *,
-    target_pos: int = -1,
-    layer: int = -1,
+    target_pos: Whole = -1,
+    layer: Whole = -1,
     follow: Follow = "pattern",
     search: Search = "exact",
-    top_beam: int = 5,
-    top_k: int | None = None,
-    min_attn: float = 0.0,
-    agg_heads: Literal["mean", "max"] | int = "mean",
+    top_beam: Whole = 5,
+    top_k: Whole | None = None,
+    min_attn: Real = 0.0,
+    agg_heads: AggHeads = "mean",
     length_norm: str = "none",
     stop_at_bos: bool = True,
-    bos_token_id: int | None = None,
+    bos_token_id: Whole | None = None,
     attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
-    example: int = 0,
+    example: Whole = 0,
     prepend_bos: bool | None = None,
 ) -> TraceResult:
     """Trace paths through one layer's map, from a token back to an earlier one, and so on.
@@ -61,7 +62,7 @@ def trace_paths(
         top_beam: How many paths (and the width of the beam).
         top_k: From each token only so many of its heaviest steps. Default: all; 5 for `beam`.
         min_attn: Steps of less weight are not taken. For R, weights are shares of the largest row.
-        agg_heads: Heads put together by `mean` or `max`, or the index of one.
+        agg_heads: Heads put together by `mean` or `max`, or one: its index, or `"L2H3"`.
         length_norm: Divides a score by the number of steps to a power: `none`, `avg_logprob`
             (1), `sqrt` (½), `pow:α`.
         stop_at_bos: End at a BOS token also past position 0.
@@ -78,7 +79,9 @@ def trace_paths(
         NotStored: the cache does not hold the maps.
         UnsupportedModel: the model's maps cannot be read.
     """
-    check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
+    top_beam, top_k = check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
+    target_pos, min_attn = whole("target_pos", target_pos), real("min_attn", min_attn)
+    agg = read_agg(agg_heads)
     of_weights = isinstance(source, Tensor)  # one layer, whose mask is no padding
     prompt = _given(source, prompt)
     if of_weights and attention_mask is None and isinstance(prompt, TokenIds):
@@ -90,8 +93,8 @@ def trace_paths(
         metric=metric,
         attention_mask=None if of_weights else attention_mask,
         prepend_bos=prepend_bos,
-        bos_token_id=bos_token_id,
-        example=example,
+        bos_token_id=whole_or_none("bos_token_id", bos_token_id),
+        example=whole("example", example),
     )
     return one_layer(
         _only(source, prompt, request, "trace_many"),
@@ -101,7 +104,7 @@ def trace_paths(
         top_beam=top_beam,
         top_k=top_k,
         min_attn=min_attn,
-        agg_heads=agg_heads,
+        agg_heads=agg,
         length_norm=length_norm,
         stop_at_bos=stop_at_bos,
         attention_mask=attention_mask if of_weights else None,
@@ -112,22 +115,22 @@ def trace_many(
     source: Source,
     prompts: PromptInput | None = None,
     *,
-    target_pos: int = -1,
-    layer: int = -1,
+    target_pos: Whole = -1,
+    layer: Whole = -1,
     follow: Follow = "pattern",
     search: Search = "exact",
-    top_beam: int = 5,
-    top_k: int | None = None,
-    min_attn: float = 0.0,
-    agg_heads: Literal["mean", "max"] | int = "mean",
+    top_beam: Whole = 5,
+    top_k: Whole | None = None,
+    min_attn: Real = 0.0,
+    agg_heads: AggHeads = "mean",
     length_norm: str = "none",
     stop_at_bos: bool = True,
-    bos_token_id: int | None = None,
+    bos_token_id: Whole | None = None,
     attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
     prepend_bos: bool | None = None,
-    batch_size: int | None = None,
+    batch_size: Whole | None = None,
 ) -> list[TraceResult]:
     """Trace paths for every prompt of a batch, or every example of a cache; see `trace_paths`.
 
@@ -154,7 +157,9 @@ def trace_many(
     Raises:
         BadInput: as `trace_paths`.
     """
-    check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
+    top_beam, top_k = check_options(follow, top_beam, search=search, top_k=top_k, layered=False)
+    target_pos, min_attn = whole("target_pos", target_pos), real("min_attn", min_attn)
+    agg = read_agg(agg_heads)
     prompts = _given(source, prompts)
     if isinstance(source, Tensor):
         own = prompts.mask if isinstance(prompts, TokenIds) else None
@@ -167,8 +172,8 @@ def trace_many(
         metric=metric,
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
-        bos_token_id=bos_token_id,
-        batch_size=batch_size,
+        bos_token_id=whole_or_none("bos_token_id", bos_token_id),
+        batch_size=whole_or_none("batch_size", batch_size, least=1),
     )
     return [
         one_layer(
@@ -179,7 +184,7 @@ def trace_many(
             top_beam=top_beam,
             top_k=top_k,
             min_attn=min_attn,
-            agg_heads=agg_heads,
+            agg_heads=agg,
             length_norm=length_norm,
             stop_at_bos=stop_at_bos,
         )
@@ -191,16 +196,16 @@ def trace_layers(
     source: Source,
     prompt: PromptInput | None = None,
     *,
-    target_pos: int = -1,
+    target_pos: Whole = -1,
     layers: Layers = None,
     follow: Follow = "value_norm",
-    top_beam: int = 5,
-    residual: float | None = None,
+    top_beam: Whole = 5,
+    residual: Real | None = None,
     must_move: bool = True,
     attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
-    example: int = 0,
+    example: Whole = 0,
     prepend_bos: bool | None = None,
 ) -> TraceResult:
     """Trace paths through all layers: which head moved what from where, layer by layer.
@@ -233,7 +238,9 @@ def trace_layers(
         NotStored: the cache does not hold the maps.
         UnsupportedModel: norms of values that this model does not show.
     """
-    check_options(follow, top_beam, layered=True)
+    top_beam, _ = check_options(follow, top_beam, layered=True)
+    layers = None if layers is None else wholes("layers", layers)
+    target_pos, residual = whole("target_pos", target_pos), real_or_none("residual", residual)
     request = Request(
         follow=follow,
         layers=layers,
@@ -242,7 +249,7 @@ def trace_layers(
         metric=metric,
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
-        example=example,
+        example=whole("example", example),
     )
     return across(
         _only(source, prompt, request, "trace_layers_many"),
@@ -258,17 +265,17 @@ def trace_layers_many(
     source: Source,
     prompts: PromptInput | None = None,
     *,
-    target_pos: int = -1,
+    target_pos: Whole = -1,
     layers: Layers = None,
     follow: Follow = "value_norm",
-    top_beam: int = 5,
-    residual: float | None = None,
+    top_beam: Whole = 5,
+    residual: Real | None = None,
     must_move: bool = True,
     attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
     prepend_bos: bool | None = None,
-    batch_size: int | None = None,
+    batch_size: Whole | None = None,
 ) -> list[TraceResult]:
     """Trace paths through all layers for every prompt of a batch; see `trace_layers`.
 
@@ -290,7 +297,9 @@ def trace_layers_many(
     Raises:
         BadInput: as `trace_layers`.
     """
-    check_options(follow, top_beam, layered=True)
+    top_beam, _ = check_options(follow, top_beam, layered=True)
+    layers = None if layers is None else wholes("layers", layers)
+    target_pos, residual = whole("target_pos", target_pos), real_or_none("residual", residual)
     request = Request(
         follow=follow,
         layers=layers,
@@ -299,7 +308,7 @@ def trace_layers_many(
         metric=metric,
         attention_mask=attention_mask,
         prepend_bos=prepend_bos,
-        batch_size=batch_size,
+        batch_size=whole_or_none("batch_size", batch_size, least=1),
     )
     return [
         across(
@@ -314,7 +323,8 @@ def trace_layers_many(
     ]
 
 
-def _layer_of(source: Source, layer: int) -> int | None:
+def _layer_of(source: Source, layer: Whole) -> int | None:
+    layer = whole("layer", layer)
     if not isinstance(source, Tensor):
         return layer
     if layer != -1:

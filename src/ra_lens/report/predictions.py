@@ -20,6 +20,7 @@ from ra_lens.binding import ids_of
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.inputs import TokenIds, answers_given, read_given
+from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.prompts import PromptInput, Prompts, read_prompts
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, as_lens
@@ -63,8 +64,8 @@ def patched_predictions(
     ra: RACache,
     *,
     target: Answers | None = None,
-    scale: float = -30.0,
-    top: int = 5,
+    scale: Real = -30.0,
+    top: Whole = 5,
 ) -> tuple[PatchedPrompt, ...]:
     """Patch each prompt's RA maps into its own attention and compare what comes next.
 
@@ -86,6 +87,7 @@ def patched_predictions(
         NotStored: the maps were not kept.
         UnsupportedModel: a model whose attention cannot be edited.
     """
+    factor, top = real("scale", scale), whole("top", top)
     if top < 1:
         raise BadInput(f"found top={top}; give the number of predictions to tell, at least 1.")
     lens = as_lens(model)
@@ -109,14 +111,14 @@ def patched_predictions(
         if wanted is None:
             wanted = int(logits[0, 0].argmax())
         one = ra if not ra.has_batch_dim else ra.apply_slice_to_batch_dim([i])
-        hooks = one.mean().patch_hooks(scale=scale)
+        hooks = one.mean().patch_hooks(scale=factor)
         after, patched = run_with_ra(
             model, prompt, target=_of_one(wanted), fwd_hooks=hooks, **options
         )
         first = ids_of(lens, prompt, 0, wanted, f"target {i}")[0]
         found.append(
             PatchedPrompt(
-                scale,
+                factor,
                 # The first position read predicts the target's first token.
                 _predictions(lens, logits[0, 0], plain, first, top),
                 _predictions(lens, after[0, 0], patched, first, top),

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from ra_lens.cache import HeadScore, RACache
-from ra_lens.display.maps import check_example, head_of_example
+from ra_lens.display.maps import head_of_example, read_example
 from ra_lens.display.run import model_facts
 from ra_lens.display.tokens import label
 from ra_lens.errors import BadInput
 from ra_lens.files import check_output, write_whole
+from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.paths import TraceResult
 from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
@@ -48,16 +49,16 @@ def write_report(
     ra: RACache,
     path: str | Path,
     *,
-    top: int = 10,
-    examples: Sequence[int] | None = None,
+    top: Whole = 10,
+    examples: Wholes | None = None,
     sign: Sign = "descent",
     title: str | None = None,
     command: str | None = None,
     traces: Sequence[TraceResult] = (),
     sections: Sequence[Section] = (),
     patched: Sequence[PatchedPrompt] = (),
-    max_tokens: int = 256,
-    max_megabytes: float = 22.0,
+    max_tokens: Whole = 256,
+    max_megabytes: Real = 22.0,
 ) -> Path:
     """Write what a cache holds as one self-contained HTML file.
 
@@ -85,13 +86,15 @@ def write_report(
         NotStored: the maps were not kept.
     """
     destination = check_output(path)
-    chosen = list(range(ra.batch_size)) if examples is None else list(examples)
-    for example in chosen:
-        check_example(ra, example)
+    every = range(ra.batch_size)
+    asked = every if examples is None else wholes("examples", examples, none_at_all=True)
+    chosen = [read_example(ra, example) for example in asked]
     if not chosen:
         raise BadInput("found examples=[]; give at least one, or leave it out for all.")
     if sign not in _READ:
         raise BadInput(f"found sign={sign!r}; give 'descent' (shows −R) or 'gradient' (shows R).")
+    top, max_tokens = whole("top", top), whole("max_tokens", max_tokens)
+    max_megabytes = real("max_megabytes", max_megabytes)
     if top < 1:
         raise BadInput(f"found top={top}; give the number of heads to show, at least 1.")
     if max_tokens < 1 or max_megabytes <= 0:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.numbers import Wholes, wholes
 from ra_lens.sites.facts import processing_problems, remarks
 from ra_lens.sites.find import find_sites
 from ra_lens.sites.folding import value_biases_folded
@@ -23,7 +22,7 @@ from ra_lens.sites.site import Site, spell_layers
 # Whether hook_pattern is only observed at a layer, as shown by an earlier run of the same model.
 _observed: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
 
-Layers = SupportsIndex | Iterable[SupportsIndex] | None
+Layers = Wholes | None
 # A language model; a masked one, as BERT; an encoder-decoder, as T5.
 Reads = Literal["left to right", "both ways", "input, then answer"]
 
@@ -64,8 +63,7 @@ class Described(Reader):
         """
         if layers is None:
             return dict(self.sites)
-        given = list(layers) if isinstance(layers, Iterable) else [layers]
-        wanted = [operator.index(i) for i in given]
+        wanted = wholes("layers", layers, none_at_all=True)
         chosen = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
         unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in self.sites]
         if unknown or not chosen:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Real, real
 from ra_lens.sites.site import Gate, Site
 
 
@@ -57,23 +58,25 @@ def softmax_scale(attn: Any) -> float | None:
 
 
 def with_scales(
-    sites: Mapping[int, Site], given: float | Mapping[int, float] | None
+    sites: Mapping[int, Site], given: Real | Mapping[int, Real] | None
 ) -> dict[int, Site]:
     """The sites with the softmax scales that the user gave in place of the model's.
 
     Raises:
-        BadInput: a scale for a layer that is not among the sites.
+        BadInput: a scale for a layer that is not among the sites, or one that is no number.
     """
     if given is None:
         return dict(sites)
-    by_layer = given if isinstance(given, Mapping) else dict.fromkeys(sites, float(given))
+    by_layer = given if isinstance(given, Mapping) else dict.fromkeys(sites, given)
     unknown = [layer for layer in by_layer if layer not in sites]
     if unknown:
         raise BadInput(
             f"found softmax_scale for layers {unknown}; the layers collected are {list(sites)}."
         )
     return {
-        layer: replace(site, scale=float(by_layer[layer])) if layer in by_layer else site
+        layer: replace(site, scale=real("softmax_scale", by_layer[layer]))
+        if layer in by_layer
+        else site
         for layer, site in sites.items()
     }
 

@@ -18,6 +18,7 @@ import random
 from collections.abc import Sequence
 
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Whole, whole
 from ra_lens.tasks._stable import draw, pick, stable_int
 from ra_lens.tasks.lists import LIST_TASKS, SEPARATOR
 from ra_lens.tasks.task import Pair, Prompt, Task
@@ -42,7 +43,7 @@ def is_held_out_adjacency(task: Task, demonstration: Pair, query: Pair) -> bool:
     return key % _ADJACENCY_ONE_IN == 0
 
 
-def held_out_prompts(task: Task, n: int, *, shots: int, seed: int = 0) -> list[Prompt]:
+def held_out_prompts(task: Task, n: Whole, *, shots: Whole, seed: Whole = 0) -> list[Prompt]:
     """Return `n` seeded prompts that did not occur in training, as far as that is possible.
 
     Without demonstrations, the prompts of tasks other than the list tasks did occur (see above).
@@ -54,8 +55,9 @@ def held_out_prompts(task: Task, n: int, *, shots: int, seed: int = 0) -> list[P
         seed: another seed gives other prompts.
 
     Raises:
-        BadInput: `n` or `shots` is out of range for this task.
+        BadInput: `n` or `shots` is out of range for this task, or a number is no whole one.
     """
+    n, shots, seed = whole("n", n), whole("shots", shots), whole("seed", seed)
     if n < 1 or not 0 <= shots < len(task.pairs):
         raise BadInput(
             f"n={n} and shots={shots}; task {task.name!r} with its {len(task.pairs)} pairs needs "

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from ra_lens.errors import BadInput
+from ra_lens.numbers import Whole, whole
 from ra_lens.tasks.task import Pair, Task
 
 
@@ -21,8 +21,8 @@ def same_length_sets(
     task: Task,
     encode: Callable[[str], Sequence[int]],
     *,
-    answer_tokens: int = 1,
-    at_least: int = 100,
+    answer_tokens: Whole = 1,
+    at_least: Whole = 100,
 ) -> dict[int, Task]:
     """Return the sets of pairs that are asked and answered in the same number of tokens.
 
@@ -50,11 +50,10 @@ def same_length_sets(
         the published one for that set. Empty where no set is large enough.
 
     Raises:
-        BadInput: `answer_tokens` or `at_least` is below 1.
+        BadInput: `answer_tokens` or `at_least` is below 1, or no whole number.
     """
-    for name, value in (("answer_tokens", answer_tokens), ("at_least", at_least)):
-        if value < 1:
-            raise BadInput(f"found {name}={value}; it must be at least 1.")
+    answer_tokens = whole("answer_tokens", answer_tokens, least=1)
+    at_least = whole("at_least", at_least, least=1)
     groups: dict[int, list[Pair]] = {}
     for pair in task.pairs:
         question = task.prompt(pair)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ra_lens.errors import BadInput
+from ra_lens.numbers import Whole, whole, whole_or_none
 from ra_lens.tasks._stable import draw, stable_int
 from ra_lens.texts import whole_text
 
@@ -159,7 +160,7 @@ class Task:
             opening=self.opening if opening is None else opening,
         )
 
-    def sample(self, n: int, *, shots: int = 0, seed: int = 0) -> list[Prompt]:
+    def sample(self, n: Whole, *, shots: Whole = 0, seed: Whole = 0) -> list[Prompt]:
         """Return `n` prompts, the same for the same arguments on every machine.
 
         Queries do not repeat until every pair was asked. Demonstrations are drawn anew for each
@@ -172,8 +173,9 @@ class Task:
             seed: another seed gives other queries in another order, with other demonstrations.
 
         Raises:
-            BadInput: `n` or `shots` is out of range.
+            BadInput: `n` or `shots` is out of range, or one of the three is no whole number.
         """
+        n, shots, seed = whole("n", n), whole("shots", shots), whole("seed", seed)
         self._check_sizes(n, shots)
         order: list[Pair] = []
         while len(order) < n:
@@ -201,7 +203,7 @@ class Task:
             task=self,
         )
 
-    def split(self, rule: SplitRule = "code", *, seed: int = 42) -> Split:
+    def split(self, rule: SplitRule = "code", *, seed: Whole = 42) -> Split:
         """Divide the pairs into three parts; `ra_lens.tasks.split` says how.
 
         Args:
@@ -214,7 +216,7 @@ class Task:
         """
         from ra_lens.tasks.split import divide
 
-        train, valid, test = divide(self, rule, seed)
+        train, valid, test = divide(self, rule, whole("seed", seed))
         return Split(self, train, valid, test)
 
     def _ask(self, subject: str) -> str:
@@ -249,9 +251,9 @@ class Split:
         self,
         part: Part,
         *,
-        shots: int = 0,
-        n: int | None = None,
-        seed: int = 0,
+        shots: Whole = 0,
+        n: Whole | None = None,
+        seed: Whole = 0,
         with_replacement: bool = False,
     ) -> list[Prompt]:
         """Return prompts that ask for the pairs of one part, after demonstrations from `train`.
@@ -273,8 +275,10 @@ class Split:
                 larger than the part. The queries do not depend on `shots`.
 
         Raises:
-            BadInput: there is no such part, or `n` or `shots` is out of range.
+            BadInput: there is no such part, `n` or `shots` is out of range, or a number is no
+                whole one.
         """
         from ra_lens.tasks.split import ask
 
-        return ask(self, part, shots, n, seed, with_replacement)
+        numbers = whole("shots", shots), whole_or_none("n", n), whole("seed", seed)
+        return ask(self, part, *numbers, with_replacement)
