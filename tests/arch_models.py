@@ -90,6 +90,22 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "sliding_window": 4,
         },
     ),
+    # Layers with different numbers of heads.
+    "laguna": (
+        "LagunaConfig",
+        "LagunaForCausalLM",
+        {
+            **GROUPED,
+            "num_hidden_layers": 3,
+            "num_attention_heads_per_layer": [2, 6, 4],
+            "head_dim": 6,
+            "mlp_layer_types": ["dense"] * 3,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
     "jetmoe": (
         "JetMoeConfig",
         "JetMoeForCausalLM",

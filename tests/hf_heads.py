@@ -23,7 +23,9 @@ class HFHeads:
             str(folder), attn_implementation="eager", dtype=dtype
         ).eval()
         cfg = self.model.config
-        self.n_layers, self.n_heads = cfg.num_hidden_layers, cfg.num_attention_heads
+        self.n_layers = cfg.num_hidden_layers
+        same = [cfg.num_attention_heads] * self.n_layers
+        self.n_heads = getattr(cfg, "num_attention_heads_per_layer", None) or same
         self._blocks: Any = next(
             m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m)
         )
@@ -49,7 +51,7 @@ class HFHeads:
         module = self.output(layer)
         # Conv1D is input × output, nn.Linear output × input.
         weight = module.weight.data.T if isinstance(module, nn.Linear) else module.weight.data
-        size = weight.shape[0] // self.n_heads
+        size = weight.shape[0] // self.n_heads[layer]
         return weight, slice(head * size, (head + 1) * size)
 
     @contextmanager

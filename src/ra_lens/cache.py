@@ -37,6 +37,7 @@ from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_names import Head, layer_and_index, spell_head
 from ra_lens.mean import MeanMaps, RunningMean
 from ra_lens.numbers import Whole, as_whole, whole
+from ra_lens.ragged import every_head, heads_of, places, spell_counts, table
 from ra_lens.sites import Site, as_lens, spell_layers
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ class RACache:
 
     @property
     def n_heads(self) -> int:
-        """Query heads per layer."""
-        return next(iter(self.sites.values())).n_heads
+        """Query heads per layer; of the layer with the most, where they differ."""
+        return max(heads_of(self.sites))
 
     @property
     def scale(self) -> dict[int, float]:
@@ -192,22 +193,33 @@ class RACache:
         n = self.batch_size
         return (
             f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
-            f"layers {spell_layers(self.layers)}, {self.n_heads} heads ({held})\n"
-            + self.info.describe(self.loss.detach().flatten().tolist())
+            f"layers {spell_layers(self.layers)}, {spell_counts(heads_of(self.sites))} heads "
+            f"({held})\n" + self.info.describe(self.loss.detach().flatten().tolist())
         )
 
     # ---- summaries ------------------------------------------------------------------------------
 
     def stack(self, kind: MapKind = "ra") -> Float[Tensor, "layer *batch head query key"]:
         """Give all layers of one kind of map in one tensor, in the order of `layers`."""
-        return self._stacked([self[kind, layer] for layer in self.layers], dim=0)
+        maps = [self[kind, layer] for layer in self.layers]
+        if len({t.shape for t in maps}) > 1:
+            raise BadInput(
+                "the layers have maps of different shapes or numbers of heads, so they do not go "
+                "into one tensor. Take them layer by layer: ra['ra', 0], or some with layers=."
+            )
+        device = next(iter(self._norms.values())).device
+        return torch.stack([t.to(device) for t in maps])
 
     def norms(self, kind: MapKind = "ra") -> Float[Tensor, "*batch layer head"]:
-        """Frobenius norm of each head's map, per example (paper section 5.2)."""
+        """Frobenius norm of each head's map, per example (paper section 5.2).
+
+        Where layers have different numbers of heads, NaN at those that do not exist.
+        """
         if not self._norms:
             raise NotStored("this cache is empty: run the backward pass first.")
         kind = read_kind(kind)
-        return self._stacked([self._norms[kind, layer] for layer in self.layers], dim=-2)
+        device = next(iter(self._norms.values())).device
+        return table([self._norms[kind, layer].to(device) for layer in self.layers])
 
     def top_heads(self, k: Whole = 10, kind: MapKind = "ra") -> list[HeadScore]:
         """Give the `k` heads with the largest norm, averaged over the examples."""
@@ -215,10 +227,11 @@ class RACache:
         if k < 1:
             raise BadInput(f"found k={k}; ask for at least one head.")
         scores = self.norms(kind).mean(dim=0) if self.has_batch_dim else self.norms(kind)
-        values, order = scores.flatten().sort(descending=True, stable=True)
+        counts = heads_of(self.sites)
+        every = every_head(self.layers, counts)
+        values, order = scores[places(counts)].sort(descending=True, stable=True)
         return [
-            HeadScore(self.layers[int(i) // self.n_heads], int(i) % self.n_heads, float(v))
-            for v, i in zip(values[:k], order[:k], strict=True)
+            HeadScore(*every[int(i)], float(v)) for v, i in zip(values[:k], order[:k], strict=True)
         ]
 
     def mean(self) -> MeanMaps:
@@ -382,15 +395,6 @@ class RACache:
         )
 
     # ---- inside ---------------------------------------------------------------------------------
-
-    def _stacked(self, layers: list[Tensor], *, dim: int) -> Tensor:
-        if len({t.shape for t in layers}) > 1:
-            raise BadInput(
-                "the layers have maps of different shapes or numbers of heads, so they do not go "
-                "into one tensor. Take them layer by layer: ra['ra', 0], or some with layers=."
-            )
-        device = next(iter(self._norms.values())).device
-        return torch.stack([t.to(device) for t in layers], dim=dim)
 
     def _full_name(self, key: str | tuple[str, int]) -> str:
         return full_name(key, self.sites, self._n_layers)

@@ -13,6 +13,7 @@ from ra_lens.cache import RACache
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import reversed_attention
 from ra_lens.errors import NotStored
+from ra_lens.ragged import every_head, heads_of, places
 from ra_lens.sites import as_lens
 
 
@@ -48,18 +49,17 @@ def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
 
 def to_dataframe(cache: RACache) -> pd.DataFrame:
     """See `RACache.to_dataframe`."""
-    n, layers, heads = cache.batch_size, cache.layers, cache.n_heads
+    n, counts = cache.batch_size, heads_of(cache.sites)
     norms = {
-        f"{kind}_norm": cache.norms(kind).reshape(n, len(layers), heads).flatten().tolist()
+        f"{kind}_norm": cache.norms(kind)[..., places(counts)].flatten().tolist()
         for kind in cache.norm_kinds()
     }
     # A scalar loss, or one that nobody told the cache, holds for (or is missing from) every row.
     losses = cache.loss.detach().flatten().tolist() or [float("nan")]
     losses = losses if len(losses) == n else losses * n
     targets = cache.info.targets or (None,) * n
-    index = pd.MultiIndex.from_product(
-        [range(n), layers, range(heads)], names=["prompt", "layer", "head"]
-    )
+    every = [(prompt, *head) for prompt in range(n) for head in every_head(cache.layers, counts)]
+    index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
     frame = pd.DataFrame(norms, index=index).reset_index()
     frame["loss"] = [losses[i] for i in frame["prompt"]]
     frame["target"] = [targets[i] for i in frame["prompt"]]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.head_names import Heads
 from ra_lens.patching.choose import choose_heads
+from ra_lens.ragged import heads_of
 from ra_lens.sites import Lens, Site, as_lens
 
 
@@ -29,8 +30,9 @@ def mask_hooks(
 
     Args:
         sites: The attention layers, by layer.
-        keep: True for the heads left as they are; rows of layers in the order of `sites`. With a
-            batch dimension, each example has heads of its own.
+        keep: True for the heads left as they are; rows of layers in the order of `sites`, as wide
+            as the layer with the most heads. With a batch dimension, each example has heads of its
+            own.
 
     Returns:
         `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`; layers all of whose heads are
@@ -39,7 +41,7 @@ def mask_hooks(
     Raises:
         BadInput: `keep` is not of the shape of the model's heads.
     """
-    n_heads = next(iter(sites.values())).n_heads
+    n_heads = max(heads_of(sites))
     if tuple(keep.shape[-2:]) != (len(sites), n_heads):
         raise BadInput(
             f"found a mask of shape {tuple(keep.shape)} for {len(sites)} layers of {n_heads} heads."
@@ -47,7 +49,7 @@ def mask_hooks(
         )
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for i, site in enumerate(sites.values()):
-        of_layer = keep[..., i, :]
+        of_layer = keep[..., i, : site.n_heads]
         if not bool(of_layer.all()):
             hooks.append((site.z_name, partial(_zero_heads, of_layer)))
     return hooks

@@ -20,6 +20,7 @@ from ra_lens.cache import RACache
 from ra_lens.display.maps import HeadMaps, head_of_example
 from ra_lens.display.run import example_facts, loss_of, prompt_tokens, run_facts
 from ra_lens.display.tokens import label, shorten, visible
+from ra_lens.ragged import every_head, heads_of, places
 from ra_lens.report.page import Section
 from ra_lens.sites import as_lens
 from ra_lens.token_text import isolated
@@ -33,9 +34,10 @@ def as_json(
 ) -> dict[str, object]:
     """What a run gave, as plain data; `ra` is R itself, negative where descent wants more.
 
-    Of several prompts the norms are means, and each has an entry of its own in `prompts`.
+    Of several prompts the norms are means, and each has an entry of its own in `prompts`. The
+    number of heads is one number, or one for each layer where they differ.
     """
-    info = ra.info
+    info, counts = ra.info, heads_of(ra.sites)
     facts: dict[str, object] = {
         "ra_lens": version("ra-lens"),
         "transformer_lens": version("transformer-lens"),
@@ -43,7 +45,7 @@ def as_json(
             "name": info.model_name,
             "kind": as_lens(model).kind,
             "layers": ra.layers,
-            "n_heads": ra.n_heads,
+            "n_heads": counts[0] if len(set(counts)) == 1 else list(counts),
         },
         "objective": info.objective,
         "bos_prepended": info.bos_prepended,
@@ -122,8 +124,9 @@ def print_section(section: Section) -> None:
 
 def _strongest_head(ra: RACache, example: int) -> HeadMaps:
     norms = ra.norms()[example] if ra.has_batch_dim else ra.norms()
-    row, head = divmod(int(norms.argmax()), ra.n_heads)
-    return head_of_example(ra, (ra.layers[row], head), example=example)
+    counts = heads_of(ra.sites)
+    strongest = int(norms[places(counts)].argmax())
+    return head_of_example(ra, every_head(ra.layers, counts)[strongest], example=example)
 
 
 def _facts(ra: RACache, model: nn.Module, example: int) -> Table:

@@ -6,6 +6,7 @@ import math
 
 from ra_lens.cache import RACache
 from ra_lens.display.tokens import label, visible
+from ra_lens.ragged import heads_of, spell_counts
 
 _LOSSES = {
     "answer_nll": "−log p of the target",
@@ -40,7 +41,7 @@ def model_facts(ra: RACache) -> list[tuple[str, str]]:
     layers = f"{first} to {last}" if whole else ", ".join(map(str, ra.layers))
     return [
         ("Model", ra.info.model_name),
-        ("Layers", f"{layers}; {ra.n_heads} heads each"),
+        ("Layers", f"{layers}; {spell_counts(heads_of(ra.sites))} heads each"),
     ]
 
 

@@ -48,6 +48,7 @@ from ra_lens.experiments.results import (
 from ra_lens.heads import HeadScores, rank_heads, ranking_methods
 from ra_lens.masking import mask_hooks, need_heads
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
+from ra_lens.ragged import heads_of
 from ra_lens.sites import Lens, as_lens
 from ra_lens.tasks import Prompt, SplitRule, Task
 
@@ -226,7 +227,7 @@ class _Cell:
 
     @property
     def _n_heads(self) -> int:
-        return sum(site.n_heads for site in self._lens.sites.values())
+        return sum(heads_of(self._lens.sites))
 
     def _unit(self, name: str, compute: Callable[[], Any]) -> Any:
         return self._journal.unit(f"{self._task.name}|{self._shots}|{name}", compute)
@@ -288,7 +289,7 @@ class _Cell:
     def _places(self, order: list[tuple[int, int]]) -> Tensor:
         """Place of each head in the order, `[layer, head]`; any order does for none and all."""
         sites = list(self._lens.sites)
-        place = torch.zeros(len(sites), self._lens.sites[sites[0]].n_heads, dtype=torch.long)
+        place = torch.zeros(len(sites), max(heads_of(self._lens.sites)), dtype=torch.long)
         for i, (layer, head) in enumerate(order):
             place[sites.index(layer), head] = i
         return place

@@ -38,6 +38,7 @@ from ra_lens.experiments.results import (
 from ra_lens.heads import HeadScores, RankingMethod, rank_heads
 from ra_lens.heads.registry import find_method
 from ra_lens.numbers import Whole, Wholes, whole
+from ra_lens.ragged import heads_of
 from ra_lens.sites import as_lens
 from ra_lens.tasks import Prompt, SplitRule, Task
 
@@ -171,6 +172,7 @@ def rank_tasks(
                     journal.unit(f"{one.name}|{n}|{name}", scores), dtype=torch.float64
                 ),
                 layers=tuple(lens.sites),
+                heads=heads_of(lens.sites),
                 n_examples=len(prompts),
                 model_name=lens.name,
             )

@@ -2,7 +2,8 @@
 
 Norms and other scores that are never negative go from 0 up (viridis). Scores with both signs, such
 as effects of ablation, have 0 in the middle of a diverging scale: red for important heads. Heads
-without a score (NaN, infinite) are grey.
+without a score (NaN, infinite) are grey, and so are the places at the end of a row where its layer
+has fewer heads than another; these have no rank, and hovering tells nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Panel:
         title: Above it.
         layers: Layers of its rows.
         values: The scores.
-        ranks: 1 for the most important head.
+        ranks: 1 for the most important head; 0 where there is no head.
     """
 
     name: str
@@ -187,9 +188,11 @@ def _add(
     n_heads = panel.values.shape[1]
     heads = np.tile(np.arange(n_heads), (len(panel.layers), 1))
     if order == "score":
-        heads = panel.ranks.argsort(axis=1, kind="stable")
+        last = np.where(panel.ranks == 0, panel.ranks.size + 1, panel.ranks)
+        heads = last.argsort(axis=1, kind="stable")
     values = np.take_along_axis(panel.values, heads, axis=1)
     ranks = np.take_along_axis(panel.ranks, heads, axis=1)
+    marked = (ranks > 0) & (ranks <= top)
     low, high = limits
     signed = low < 0
     most = max(abs(low), abs(high)) or 1.0
@@ -216,12 +219,12 @@ def _add(
             },
             name=plotly_text(panel.title),
             customdata=np.stack([ranks, heads], axis=-1),
-            text=np.where(ranks <= top, ranks.astype(str), "").tolist(),
+            text=np.where(marked, ranks.astype(str), "").tolist(),
             texttemplate="%{text}",
             hovertemplate=(
                 "<b>%{y}H%{customdata[1]}</b><br>"
                 f"{plotly_text(panel.name)} = %{{z:.4g}}<br>"
-                f"rank %{{customdata[0]}} of {values.size}<extra></extra>"
+                f"rank %{{customdata[0]}} of {int((ranks > 0).sum())}<extra></extra>"
             ),
             hoverongaps=False,
             xgap=1,
@@ -229,7 +232,7 @@ def _add(
         ),
         **where,
     )
-    for i, j in np.argwhere(ranks <= top).tolist():
+    for i, j in np.argwhere(marked).tolist():
         figure.add_shape(**_frame(i, j), **where)
     ticks, lines = thinned(n_heads, 24 // shown), thinned(len(rows), 32)
     place = "head" if order == "index" else "heads of the layer by score"

@@ -51,7 +51,8 @@ def fa_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     total = torch.zeros(context.shape, dtype=torch.float64)
 
     def add(row: int, patterns: Tensor) -> None:
-        total[row] += patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double().sum(dim=0)
+        norms = patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double()
+        total[row, : patterns.shape[1]] += norms.sum(dim=0)
 
     _visit_patterns(context, _inputs(context), add)
     return total / len(context.prompts)
@@ -77,7 +78,7 @@ def fa_of_mean_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     total = torch.zeros(n_layers, n_heads, lengths[0], lengths[0], dtype=torch.float64)
 
     def add(row: int, patterns: Tensor) -> None:
-        total[row] += patterns.sum(dim=0).cpu().double()
+        total[row, : patterns.shape[1]] += patterns.sum(dim=0).cpu().double()
 
     _visit_patterns(context, inputs, add)
     return (total / len(context.prompts)).flatten(start_dim=-2).norm(dim=-1)

@@ -6,7 +6,8 @@ of the call: one row of each layer is also run in full, and where its logits com
 rows of the layer are run in full.
 
 Cost for n questions and L layers of H heads: n + L forward passes of one row, and n·L·H that begin
-at the block of their layer; where the layers are alike these are half as long on average.
+at the block of their layer; where the layers are alike these are half as long on average. Layers
+may have different numbers of heads (`ra_lens.ragged`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def ask_each_head(
 ) -> tuple[Float[Tensor, "question"], Float[Tensor, "question layer head"]]:
     """Give the probability of each answer, in float64: as the model is, and for each head changed.
 
+    It is NaN at heads that do not exist, where layers have different numbers.
+
     Args:
         context: The model and the size of a batch.
         questions: What to ask.
@@ -43,20 +46,20 @@ def ask_each_head(
     """
     from tqdm.auto import tqdm
 
-    n_layers, n_heads = context.shape
+    n_rows = len(questions) * sum(context.n_heads)
     before = torch.zeros(len(questions), dtype=torch.float64)
-    after = torch.zeros(len(questions), n_layers, n_heads, dtype=torch.float64)
+    after = torch.full((len(questions), *context.shape), float("nan"), dtype=torch.float64)
     first_tokens = questions.first_tokens
     runner = _Runner(context, questions, edit)
-    shown = context.progress and after.numel() > context.batch_size
+    shown = context.progress and n_rows > context.batch_size
     with tqdm(
-        total=after.numel(), desc="Causal mediation", unit="row", disable=not shown, leave=False
+        total=n_rows, desc="Causal mediation", unit="row", disable=not shown, leave=False
     ) as bar:
         order = by_length(questions.prompts)
         for first in range(0, len(order), context.batch_size):
             group = order[first : first + context.batch_size]
             before[group] = mark(runner.begin(group), first_tokens[group]).probability
-            for layer in range(n_layers):
+            for layer, n_heads in enumerate(context.n_heads):
                 rows = [(question, layer, head) for question in group for head in range(n_heads)]
                 for start in range(0, len(rows), context.batch_size):
                     part = rows[start : start + context.batch_size]

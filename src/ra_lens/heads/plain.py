@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.heads.registry import RankingContext, ranking_method
+from ra_lens.ragged import table
 
 
 @ranking_method("random", title="random order", random=True)
@@ -25,13 +26,12 @@ def random_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """One uniform number in [0, 1) per head."""
     # A text seeds Python's generator by its digest; `random()` itself never changes.
     generator = random.Random(f"ra_lens random order {context.seed} {context.draw}")
-    n_layers, n_heads = context.shape
-    numbers = [[generator.random() for _ in range(n_heads)] for _ in range(n_layers)]
-    return torch.tensor(numbers, dtype=torch.float64)
+    numbers = [[generator.random() for _ in range(n)] for n in context.n_heads]
+    return table([torch.tensor(row, dtype=torch.float64) for row in numbers])
 
 
 @ranking_method("index", title="first layer first")
 def index_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """How many heads come after this one in the model."""
-    n_layers, n_heads = context.shape
-    return torch.arange(n_layers * n_heads, dtype=torch.float64).flip(0).reshape(n_layers, n_heads)
+    after = torch.arange(sum(context.n_heads), dtype=torch.float64).flip(0)
+    return table(after.split(context.n_heads))

@@ -102,6 +102,7 @@ def rank_heads(
         title=chosen.title,
         scores=scores.detach().cpu().double(),
         layers=tuple(lens.sites),
+        heads=context.n_heads,
         n_examples=len(context.prompts),
         model_name=lens.name,
         seed=seed,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ra_lens.answers import Questions, read_questions
 from ra_lens.errors import BadInput
+from ra_lens.ragged import heads_of
 from ra_lens.sites import Lens
 from ra_lens.tasks import Prompt
 
@@ -63,8 +64,13 @@ class RankingContext:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers with attention, and heads per layer: the shape of the scores."""
-        return len(self.lens.sites), next(iter(self.lens.sites.values())).n_heads
+        """Layers with attention, and heads per layer (the most, if they differ): of the scores."""
+        return len(self.lens.sites), max(self.n_heads)
+
+    @property
+    def n_heads(self) -> tuple[int, ...]:
+        """Heads of each layer. What a method gives beyond them counts for nothing."""
+        return heads_of(self.lens.sites)
 
     def read(self, prompts: tuple[Prompt, ...]) -> Questions:
         """Tokenise other prompts than the given ones."""

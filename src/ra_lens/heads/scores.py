@@ -2,10 +2,14 @@
 
 Ties keep the model's order, first layer and first head first, so that an order is the same on every
 machine. `reversed()` turns the whole order around, ties included: the paper's `[<-]` runs.
+
+Where layers have different numbers of heads, `scores` is as wide as the layer with the most, and
+NaN at heads that do not exist; these are in no order and no table.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,7 @@ from torch import Tensor
 from ra_lens.cache_info import HeadScore
 from ra_lens.errors import BadInput
 from ra_lens.numbers import Whole, whole
+from ra_lens.ragged import every_head, places, spell_counts
 from ra_lens.sites import spell_layers
 
 if TYPE_CHECKING:
@@ -29,13 +34,15 @@ class HeadScores:
     Attributes:
         method: Name of the method, as `rank_heads` takes it.
         title: What the method is, in a few words.
-        scores: Float64 on the CPU; larger = more important. Negated where `is_reversed`.
+        scores: Float64 on the CPU; larger = more important. Negated where `is_reversed`. NaN where
+            a layer has no such head.
         layers: The layers that the rows of `scores` belong to.
         n_examples: Number of prompts that the scores were averaged over.
         model_name: As TransformerLens has it.
         seed: Of the method, where it draws anything.
         draw: Which of the orders of a random method.
         is_reversed: True for what `reversed` gives: the least important head first.
+        heads: Heads of each layer; None: as many as `scores` has columns.
     """
 
     method: str
@@ -47,24 +54,31 @@ class HeadScores:
     seed: int = 0
     draw: int = 0
     is_reversed: bool = False
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Move the scores to float64 on the CPU, and refuse those that rank nothing.
 
         Raises:
-            BadInput: not one row per layer, or NaN.
+            BadInput: not one row per layer, not as wide as the layer with the most heads, or NaN.
         """
         if self.scores.ndim != 2 or self.scores.shape[0] != len(self.layers):
             raise BadInput(
                 f"method {self.method!r} gave scores of shape {tuple(self.scores.shape)} for "
                 f"{len(self.layers)} layers. Give [layer, head]."
             )
-        scores = self.scores.detach().to(device="cpu", dtype=torch.float64)
-        unknown = scores.isnan().nonzero().tolist()
-        if unknown:
-            names = [f"L{self.layers[i]}H{head}" for i, head in unknown]
+        if len(self._counts) != len(self.layers) or max(self._counts) != self.n_heads:
             raise BadInput(
-                f"method {self.method!r} gave NaN for {len(names)} of {scores.numel()} heads "
+                f"found heads={self.heads} for scores of shape {tuple(self.scores.shape)}. Give "
+                "the number of heads of each layer; the largest is the width of the scores."
+            )
+        scores = self.scores.detach().to(device="cpu", dtype=torch.float64)
+        scores = scores.masked_fill(~places(self._counts), float("nan"))
+        unknown = scores[places(self._counts)].isnan().tolist()
+        names = list(itertools.compress(self.labels, unknown))
+        if names:
+            raise BadInput(
+                f"method {self.method!r} gave NaN for {len(names)} of {len(self)} heads "
                 f"({', '.join(names[:4])}{', …' * (len(names) > 4)}). A score is a number, larger "
                 "for a more important head; give a head that cannot be scored 0 or minus infinity."
             )
@@ -72,17 +86,17 @@ class HeadScores:
 
     @property
     def n_heads(self) -> int:
-        """Heads per layer."""
+        """Heads per layer; of the layer with the most, where they differ."""
         return self.scores.shape[1]
 
     def __len__(self) -> int:
         """Give the number of heads."""
-        return self.scores.numel()
+        return sum(self._counts)
 
     @property
     def labels(self) -> list[str]:
-        """`L0H0`, `L0H1`, … in the order of `scores.flatten()`, as TransformerLens labels heads."""
-        return [f"L{layer}H{head}" for layer in self.layers for head in range(self.n_heads)]
+        """`L0H0`, `L0H1`, … of every head, layer by layer, as TransformerLens labels heads."""
+        return [f"L{layer}H{head}" for layer, head in every_head(self.layers, self._counts)]
 
     @property
     def direction(self) -> str:
@@ -91,8 +105,7 @@ class HeadScores:
 
     def order(self) -> list[tuple[int, int]]:
         """Give every head as (layer, head), the most important first (last where reversed)."""
-        cells = (divmod(i, self.n_heads) for i in self._flat_order())
-        return [(self.layers[row], head) for row, head in cells]
+        return [(head.layer, head.head) for head in self._ranked()]
 
     def top(self, k: Whole = 10) -> list[HeadScore]:
         """Give the first `k` heads of the order with their scores; all of them if there are fewer.
@@ -103,9 +116,7 @@ class HeadScores:
         k = whole("k", k)
         if k < 1:
             raise BadInput(f"found k={k}; ask for at least one head.")
-        values = self.scores.flatten().tolist()
-        chosen = zip(self.order(), self._flat_order(), strict=True)
-        return [HeadScore(layer, head, values[i]) for (layer, head), i in list(chosen)[:k]]
+        return self._ranked()[:k]
 
     def reversed(self) -> HeadScores:
         """Give the same heads in exactly the opposite order, ties included; scores are negated."""
@@ -120,15 +131,15 @@ class HeadScores:
         n = whole("n", n)
         if not 0 <= n <= len(self):
             raise BadInput(f"found n={n}; {self.model_name} has {len(self)} heads to keep.")
-        mask = torch.zeros(len(self), dtype=torch.bool)
-        mask[self._flat_order()[:n]] = True
-        return mask.reshape(self.scores.shape)
+        mask = torch.zeros(self.scores.shape, dtype=torch.bool)
+        for layer, head in self.order()[:n]:
+            mask[self.layers.index(layer), head] = True
+        return mask
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per head, in order: layer, head, label, score, rank (1 = first), …."""
         import pandas as pd
 
-        values, labels = self.scores.flatten().tolist(), self.labels
         rows = [
             {
                 "model": self.model_name,
@@ -138,15 +149,13 @@ class HeadScores:
                 "seed": self.seed,
                 "draw": self.draw,
                 "n_examples": self.n_examples,
-                "layer": layer,
-                "head": head,
-                "label": labels[i],
-                "score": values[i],
+                "layer": head.layer,
+                "head": head.head,
+                "label": head.label,
+                "score": head.score,
                 "rank": rank,
             }
-            for rank, ((layer, head), i) in enumerate(
-                zip(self.order(), self._flat_order(), strict=True), start=1
-            )
+            for rank, head in enumerate(self._ranked(), start=1)
         ]
         return pd.DataFrame(rows)
 
@@ -156,13 +165,21 @@ class HeadScores:
         n = self.n_examples
         return (
             f"HeadScores of {self.model_name} by {self.method!r} ({self.title}): "
-            f"layers {spell_layers(self.layers)}, {self.n_heads} heads, "
+            f"layers {spell_layers(self.layers)}, {spell_counts(self._counts)} heads, "
             f"{n} prompt{'s' * (n != 1)}{', reversed' * self.is_reversed}\n"
             f"  first: {best}{', …' * (len(self) > 5)}"
         )
 
-    def _flat_order(self) -> list[int]:
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return self.heads or (self.n_heads,) * len(self.layers)
+
+    def _ranked(self) -> list[HeadScore]:
+        values = self.scores[places(self._counts)]
         # Reversed scores are sorted as they were before, so that ties turn around too.
-        forward = 0 - self.scores if self.is_reversed else self.scores
-        order = forward.flatten().argsort(descending=True, stable=True)
-        return order.flip(0).tolist() if self.is_reversed else order.tolist()
+        forward = 0 - values if self.is_reversed else values
+        order = forward.argsort(descending=True, stable=True).tolist()
+        order = order[::-1] if self.is_reversed else order
+        every, scores = every_head(self.layers, self._counts), values.tolist()
+        ranked = ((every[i], scores[i]) for i in order)
+        return [HeadScore(layer, head, score) for (layer, head), score in ranked]

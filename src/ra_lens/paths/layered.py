@@ -31,11 +31,11 @@ class Layered:
     """The graph.
 
     Attributes:
-        heads: log w of each layer, −∞ where there is no step.
+        heads: log w of the heads of each layer, −∞ where there is no step.
         residual: log ρ of each layer.
     """
 
-    heads: Sequence[Float[np.ndarray, "head query key"]]
+    heads: Sequence[Float[np.ndarray, "_head query key"]]
     residual: Sequence[Float[np.ndarray, "pos"]]
 
 

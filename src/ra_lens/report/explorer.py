@@ -18,6 +18,7 @@ from ra_lens.cache import HeadScore, RACache
 from ra_lens.display.maps import HeadMaps, head_of_example
 from ra_lens.display.run import example_facts
 from ra_lens.display.tokens import label, visible
+from ra_lens.ragged import heads_of
 from ra_lens.report import page
 from ra_lens.report.packing import BYTES_PER_CELL, pack
 from ra_lens.report.predictions import PatchedPrompt, Predictions
@@ -64,12 +65,13 @@ def explorer(
 ) -> str:
     """Render it: HTML, then the data."""
     blocks: list[str] = []
+    counts = heads_of(ra.sites)
     data: dict[str, Any] = {
         "sign": sign,
         "top": top,
         "layers": [{"layer": layer, "name": _layer_name(ra, layer)} for layer in ra.layers],
         "heads": ra.n_heads,
-        "norms": _rounded(_mean(ra, "ra")),
+        "norms": _rounded(_mean(ra, "ra"), counts),
         "examples": [],
     }
     prompts: list[str] = []
@@ -83,8 +85,8 @@ def explorer(
             blocks.append(f'<script type="text/plain" data-map="{key}">{packed.text}</script>')
         data["examples"].append(
             {
-                "norms": _rounded(_of_example(ra, "ra", example)),
-                "attention": _rounded(_of_example(ra, "pattern", example)),
+                "norms": _rounded(_of_example(ra, "ra", example), counts),
+                "attention": _rounded(_of_example(ra, "pattern", example), counts),
                 "maps": maps,
             }
         )
@@ -261,8 +263,9 @@ def _mean(ra: RACache, kind: Any) -> Float[Tensor, "layer head"]:
     return norms.mean(dim=0) if ra.has_batch_dim else norms
 
 
-def _rounded(norms: Float[Tensor, "layer head"]) -> list[list[float | None]]:
+def _rounded(norms: Float[Tensor, "layer head"], counts: Sequence[int]) -> list[list[float | None]]:
+    """Norms with few digits, of the heads that each layer has."""
     return [
-        [float(f"{value:.5g}") if math.isfinite(value) else None for value in row]
-        for row in norms.float().tolist()
+        [float(f"{value:.5g}") if math.isfinite(value) else None for value in row[:n]]
+        for row, n in zip(norms.float().tolist(), counts, strict=True)
     ]
