@@ -61,6 +61,14 @@ def test_the_area_is_that_of_the_line_through_the_points(values):
 def test_curves_that_are_none_are_refused():
     with pytest.raises(BadInput, match="without 'method'; give the result of perturbation_test"):
         area_under_curve(curves([[0, 1]]).drop(columns="method"))
+    wrong = curves([[0, 1]]).astype({"top1": object})
+    wrong.loc[1, "top1"] = "all"
+    with pytest.raises(BadInput, match=r"the text 'all' for top1 in row 2.*perturbation_test"):
+        area_under_curve(wrong)
+    with pytest.raises(BadInput, match="found a table in which 'top1' is empty"):
+        area_under_curve(curves([[0, 1]]).assign(top1=np.nan))
+    with pytest.raises(BadInput, match="found a table without a value for draw in row 2"):
+        area_under_curve(curves([[0, 1]]).assign(draw=[0, np.nan]))
     with pytest.raises(BadInput, match="from 0 to 1"):
         area_under_curve(curves([[0, 1, 1]], [0.0, 0.5, 0.9]))
     twice = pd.concat([curves([[0, 1]]), curves([[0, 1]])])

@@ -323,6 +323,30 @@ def test_where_to_write_is_checked_before_a_model_is_loaded(
     assert call("perturb", "-t", "antonym", "--methods", "nope").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda frame: frame.drop(columns="share"), "damaged.csv is a table without 'share'"),
+        (lambda frame: frame.drop(columns="top1"), "damaged.csv is a table without 'top1'"),
+        (lambda frame: frame.assign(top1=None), "damaged.csv is a table in which 'top1' is empty"),
+        (
+            lambda frame: frame.assign(top1=["n/a", *frame.top1[1:]]),
+            "damaged.csv is a table with the text 'n/a' for top1 in row 1",
+        ),
+    ],
+)
+def test_compare_names_the_file_and_the_column_that_is_damaged(
+    curves: Path, tmp_path: Path, damage: Any, message: str
+) -> None:
+    (tmp_path / "table1.csv").write_text(TABLE)
+    damage(read_results(curves)).to_csv(tmp_path / "damaged.csv", index=False)
+    whole, damaged = str(curves), str(tmp_path / "damaged.csv")
+    result = call("compare", "--paper", str(tmp_path), whole, damaged, "--as-model", "gpt2-xl")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_compare_says_which_model_it_does_not_know(curves: Path, tmp_path: Path) -> None:
     (tmp_path / "table1.csv").write_text(TABLE)
     result = call("compare", "--paper", str(tmp_path), str(curves))

@@ -211,6 +211,13 @@ def test_metric_and_rule_are_as_asked(paper: Path) -> None:
         (lambda: perturbed().assign(experiment="ranking"), "found no results to compare"),
         (lambda: pd.DataFrame({"a": [1]}), "no result of an experiment"),
         (lambda: [], "found no results to compare"),
+        (lambda: patched().drop(columns="map"), "without 'map'.*patching_sweep"),
+        (lambda: patched().drop(columns="top1"), "without 'top1'.*patching_sweep"),
+        (lambda: patched().assign(top1=math.nan), "in which 'top1' is empty"),
+        (lambda: patched().assign(scale="x"), "the text 'x' for scale in row 2"),
+        (lambda: perturbed().drop(columns="share"), "without 'share'.*perturbation_test"),
+        (lambda: perturbed().assign(top1=math.nan), "in which 'top1' is empty"),
+        (lambda: perturbed().assign(top1="x"), "the text 'x' for top1 in row 1"),
     ],
 )
 def test_what_cannot_be_compared_is_said(paper: Path, results: Any, message: str) -> None:

@@ -352,6 +352,20 @@ def test_size_title_and_template_are_as_asked_and_nothing_changes() -> None:
         (lambda: patching_sweep_curve(curves()), "without 'map', 'scale'.*patching_sweep"),
         (lambda: auc_table(curves()), "without 'auc'.*area_under_curve"),
         (lambda: perturbation_curves(curves().iloc[:0]), "without rows"),
+        (lambda: perturbation_curves(curves().assign(top1=math.nan)), "in which 'top1' is empty"),
+        (
+            lambda: perturbation_curves(curves().assign(share="x")),
+            "the text 'x' for share in row 1",
+        ),
+        (
+            lambda: patching_sweep_curve(sweep().assign(scale=math.nan)),
+            r"without a value for scale|'scale' is empty.*patching_sweep\(\)",
+        ),
+        (lambda: patching_sweep_curve(sweep().assign(n_shots="5")), "the text '5' for n_shots"),
+        (lambda: patching_sweep_curve(sweep().assign(top1=math.nan)), "in which 'top1' is empty"),
+        (lambda: auc_table(areas().assign(auc="big")), "the text 'big' for auc in row 1"),
+        (lambda: auc_table(areas().assign(auc=math.nan)), "in which 'auc' is empty"),
+        (lambda: auc_table(areas().assign(task=None)), "in which 'task' is empty"),
         (
             lambda: perturbation_curves(pd.concat([curves(), curves().assign(model="big")])),
             r"2 models \(tiny, big\).*frame\[frame.model == 'tiny'\]",

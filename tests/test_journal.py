@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -92,6 +93,8 @@ def frame():
         {"task": "antonym", "map": "none", "scale": None, "top1": 0.1 + 0.2, "ok": True},
         {"task": "NA", "map": "ra", "scale": -30.0, "top1": 1 / 3, "ok": False},
     ]
+    same = {"kind": "icl", "n_shots": 0, "top2": 0.5, "top3": 0.75, "logit_diff": -1 / 3}
+    rows = [{**row, **same} for row in rows]
     return as_frame("patching", rows, SETTINGS).astype({"scale": float})
 
 
@@ -134,6 +137,85 @@ def test_files_that_are_no_results_are_refused(tmp_path):
         read_results(tmp_path / "other.csv")
     with pytest.raises(BadInput, match="exists and is something else"):
         finished_results(tmp_path / "other.csv", SETTINGS)
+
+
+def rows_of(experiment):
+    """Results of each experiment, as little as can be."""
+    cell = {"experiment": experiment, "model": "toy", "task": "t", "kind": "icl", "n_shots": 0}
+    marks = {"top1": 0.5, "top2": 0.6, "top3": 0.7, "logit_diff": -1.5}
+    if experiment == "perturbation":
+        order = {"method": "ra", "direction": "forward", "draw": 0}
+        return [{**cell, **order, "share": share, **marks} for share in (0.0, 0.5, 1.0)]
+    if experiment == "patching":
+        maps = [("none", None), ("ra", -30.0), ("pattern", 1.0)]
+        return [{**cell, "map": name, "scale": scale, **marks} for name, scale in maps]
+    return [
+        {**cell, "method": "ra", "layer": 0, "head": head, "score": 0.1, "rank": head + 1}
+        for head in range(3)
+    ]
+
+
+def without(name):
+    return lambda table: table.drop(columns=name)
+
+
+def with_text(name, value):
+    return lambda table: table.assign(**{name: [*table[name][:-1], value]})
+
+
+def empty(name):
+    return lambda table: table.assign(**{name: None})
+
+
+DAMAGED = [
+    ("perturbation", without("share"), "without 'share'"),
+    ("perturbation", without(["draw", "kind"]), "without 'kind', 'draw'"),
+    ("perturbation", with_text("top1", "n/a"), "the text 'n/a' for top1 in row 3, not a number"),
+    ("perturbation", with_text("n_shots", "none"), "the text 'none' for n_shots in row 3"),
+    ("perturbation", empty("logit_diff"), "in which 'logit_diff' is empty"),
+    ("perturbation", with_text("top2", None), "without a value for top2 in row 3"),
+    ("perturbation", with_text("share", None), "without a value for share in row 3"),
+    ("perturbation", with_text("task", None), "without a value for task in row 3"),
+    ("perturbation", empty("model"), "in which 'model' is empty"),
+    ("patching", without("map"), "without 'map'"),
+    ("patching", with_text("scale", "-30x"), "the text '-30x' for scale in row 3"),
+    ("patching", with_text("scale", None), "without a value for scale in row 3"),
+    ("patching", empty("top1"), "in which 'top1' is empty"),
+    ("ranking", without("layer"), "without 'layer'"),
+    ("ranking", with_text("score", "high"), "the text 'high' for score in row 3"),
+]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(("experiment", "damage", "message"), DAMAGED, ids=lambda value: str(value))
+def test_a_table_that_lacks_something_is_named_with_the_column(
+    tmp_path, experiment, damage, message, ending
+):
+    path = tmp_path / f"damaged.{ending}"
+    whole = pd.DataFrame(rows_of(experiment))
+    table = damage(whole)
+    if ending == "csv":
+        table.to_csv(path, index=False)
+    else:  # whose columns hold one type
+        texts = {c: str for c in table if table[c].map(lambda v: isinstance(v, str)).any()}
+        table.astype(texts).replace("None", None).to_parquet(path, index=False)
+    with pytest.raises(
+        BadFile, match=rf"damaged\.{ending} is a table .*{re.escape(message)}.*wrote"
+    ):
+        read_results(path)
+    write_results(whole, tmp_path / f"whole.{ending}")
+    assert len(read_results(tmp_path / f"whole.{ending}", measures=["top1"])) == 3
+
+
+def test_a_column_that_is_asked_for_is_needed(tmp_path):
+    trimmed = pd.DataFrame(rows_of("patching")).drop(columns=["top2", "top3"])
+    write_results(trimmed, tmp_path / "trimmed.csv")
+    assert list(read_results(tmp_path / "trimmed.csv").columns) == list(trimmed.columns)
+    with pytest.raises(BadFile, match=r"trimmed\.csv is a table without 'top3'"):
+        read_results(tmp_path / "trimmed.csv", measures=["top3"])
+    several = pd.DataFrame([*rows_of("ranking"), *rows_of("patching"), *rows_of("perturbation")])
+    write_results(several, tmp_path / "several.csv")
+    assert len(read_results(tmp_path / "several.csv")) == 9
 
 
 def test_the_hash_depends_on_what_settings_say_and_not_on_their_order():

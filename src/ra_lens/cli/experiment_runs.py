@@ -255,7 +255,7 @@ def compare(
     """`ra-lens compare`."""
     if out is not None:
         check_results_path(out)
-    frames = [read_results(path) for path in results]
+    frames = [read_results(path, measures=[metric]) for path in results]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compared = compare_with_paper(frames, paper, as_model=as_model, metric=metric, rule=rule)

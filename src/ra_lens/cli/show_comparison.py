@@ -45,10 +45,11 @@ def print_comparison(compared: pd.DataFrame, *, every: bool, out: Path | None) -
         console.print("")
     counts = count_cells(compared)
     both: Any = compared[compared["found"] == "both"]
+    average = float(both["difference"].abs().mean())
+    differing = "" if math.isnan(average) else f", differing by {average:.3f} on average"
     text = (
-        f"{counts['both']} published numbers with a result, differing by "
-        f"{both['difference'].abs().mean():.3f} on average; {counts['paper']} of these models "
-        f"without a result; {counts['ours']} results without a published number"
+        f"{counts['both']} published numbers with a result{differing}; {counts['paper']} of these "
+        f"models without a result; {counts['ours']} results without a published number"
     )
     console.print(Text(text + ("." if every else " (--all lists them)."), style="dim"))
     print_files(console, out, None)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ra_lens.display.tokens import plotly_text
 from ra_lens.errors import BadInput
+from ra_lens.tables import problem_of
 
 Metric = Literal["top1", "top2", "top3", "logit_diff"]
 
@@ -99,15 +100,13 @@ def read_frame(
         cell: The columns that tell its rows apart.
 
     Raises:
-        BadInput: it lacks a column, has no rows, several models, or two rows for a cell.
+        BadInput: it lacks a column, has no rows, text for a number or nothing where there should
+            be something, several models, or two rows for a cell.
     """
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise BadInput(
-            f"found a table without {', '.join(map(repr, missing))}; give the result of {what}."
-        )
-    if frame.empty:
-        raise BadInput(f"found a table without rows; give the result of {what}.")
+    problem = "without rows" if frame.empty and set(columns) <= set(frame.columns) else None
+    problem = problem or problem_of(frame, columns)
+    if problem is not None:
+        raise BadInput(f"found a table {problem}; give the result of {what}.")
     models = list(dict.fromkeys(frame["model"].astype(str))) if "model" in frame else []
     if len(models) > 1:
         raise BadInput(

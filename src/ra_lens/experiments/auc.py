@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ra_lens.errors import BadInput
+from ra_lens.tables import problem_of
 
 Rule = Literal["trapezoid", "mean"]
 Measure = Literal["top1", "top2", "top3", "logit_diff"]
@@ -40,11 +41,9 @@ def area_under_curve(
         BadInput: not a frame of perturbation curves, an unknown rule, or a curve that does not
             reach from 0 to 1.
     """
-    missing = [name for name in [*_CURVE, "draw", "share", metric] if name not in frame]
-    if missing:
-        raise BadInput(
-            f"found a table without {missing[0]!r}; give the result of perturbation_test()."
-        )
+    problem = problem_of(frame, [*_CURVE, "draw", "share", metric])
+    if problem is not None:
+        raise BadInput(f"found a table {problem}; give the result of perturbation_test().")
     if rule not in ("trapezoid", "mean"):
         raise BadInput(f"found rule={rule!r}; give 'trapezoid' or 'mean'.")
     areas: list[dict[str, Any]] = []

@@ -32,6 +32,7 @@ import pandas as pd
 
 from ra_lens.errors import BadFile, BadInput, RALensWarning
 from ra_lens.experiments.auc import Measure, Rule, area_under_curve
+from ra_lens.tables import problem_of
 
 _KEY = ["model", "task", "kind", "n_shots", "method", "direction", "scale", "metric"]
 _SAME = {"CM": "CM1"}  # what tables 1 and 2 print, and what the others call it
@@ -283,6 +284,9 @@ def _auc_cells(frame: Any, metric: Measure, rule: Rule) -> Any:
 
 
 def _patching_cells(frame: Any, metric: Measure, _rule: Rule) -> Any:
+    problem = problem_of(frame, ["model", "task", "kind", "n_shots", "map", "scale", metric])
+    if problem is not None:
+        raise BadInput(f"found a table {problem}; give the result of patching_sweep().")
     scales = frame["scale"].astype(float)
     return frame[["model", "task", "kind", "n_shots"]].assign(
         method=[_MAPS.get(name, name) for name in frame["map"]],

@@ -16,6 +16,7 @@ from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments.journal import NOT_SETTINGS, journal_path, settings_hash
 from ra_lens.files import check_output, whole_file
 from ra_lens.sites import Lens
+from ra_lens.tables import problem_of
 from ra_lens.tasks import Prompt
 
 _SUFFIXES = (".parquet", ".csv")
@@ -25,6 +26,13 @@ _TEXTS = (
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
 )  # fmt: skip
 SETTINGS = "settings_hash"
+_NEEDED = {
+    "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
+    "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
+    "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
+}
+_MARKS = ("top1", "top2", "top3", "logit_diff")
+_MEASURES = {"ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS}
 
 
 def check_results_path(path: str | Path) -> Path:
@@ -52,11 +60,16 @@ def write_results(frame: pd.DataFrame, path: str | Path) -> None:
             frame.to_parquet(temporary, index=False)
 
 
-def read_results(path: str | Path) -> pd.DataFrame:
+def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFrame:
     """Read a table written by `write_results`.
 
+    Args:
+        path: The file.
+        measures: Columns that are wanted beside those that tell the rows apart, such as `top1`.
+
     Raises:
-        BadFile: missing, damaged, or without the columns of an experiment.
+        BadFile: missing, damaged, or without the columns of an experiment, or with text or nothing
+            where they should hold numbers.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -70,6 +83,15 @@ def read_results(path: str | Path) -> pd.DataFrame:
             f"{path} is a table without the columns of an experiment (experiment, model, task, …). "
             "Give a file that ra-lens rank, perturb or patch wrote."
         )
+    for experiment, needed in _NEEDED.items():
+        part: Any = frame[frame["experiment"] == experiment]
+        measured = [m for m in _MEASURES[experiment] if m in frame or m in measures]
+        problem = None if part.empty else problem_of(part, [*needed, *measured])
+        if problem is not None:
+            raise BadFile(
+                f"{path} is a table {problem}. Give the file as ra-lens rank, perturb or patch "
+                "wrote it."
+            )
     return frame
 
 
@@ -96,7 +118,7 @@ def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.
     if out is None or not check_results_path(out).exists():
         return None
     try:
-        frame = read_results(out)
+        frame = read_results(out, measures=("score", "rank", *_MARKS))
     except BadFile as error:
         raise BadInput(f"{out} exists and is something else: {error} Give another name.") from error
     if SETTINGS not in frame or set(frame[SETTINGS]) != {wanted}:
