@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -365,9 +366,20 @@ def test_a_path_that_cannot_be_written_is_found_before_the_model_is_loaded(
 
 def test_a_run_that_fails_leaves_the_report_of_before(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "out.html"
-    path.write_text("old")
+    path.write_text("<p>old")
     assert call("run", "-m", tiny, "-p", PROMPT, "-t", " nope", "-o", str(path)).exit_code == 2
-    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["out.html"])
+    assert (path.read_text(), os.listdir(tmp_path)) == ("<p>old", ["out.html"])
+
+
+def test_a_page_of_something_else_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.html"
+    path.write_bytes(b"PAR1 and more")
+    for command in (["run", "-p", PROMPT], ["demo"], ["trace", "-p", PROMPT]):
+        model = [] if command[0] == "demo" else ["-m", tiny]
+        result = call(*command, *model, "-o", str(path))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert re.search(r"the file there is not a (report|page)\. Give another", result.stderr)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"PAR1 and more", ["results.html"])
 
 
 def test_the_unexpected_exits_1_and_shows_where_on_demand(

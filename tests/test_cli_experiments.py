@@ -252,6 +252,37 @@ def test_json_is_all_that_is_on_standard_output(
     assert "Perturbation test" in written.err  # the progress bar
 
 
+def test_compare_leaves_what_it_reads_and_what_is_no_comparison(
+    curves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("paper").mkdir()
+    Path("paper/table1.csv").write_text(TABLE)
+    Path("ref.parquet").write_bytes(curves.read_bytes())
+    Path("other.parquet").write_bytes(curves.read_bytes())
+    Path("soft.parquet").symlink_to("ref.parquet")
+    Path("hard.parquet").hardlink_to("ref.parquet")
+    command = ["compare", "ref.parquet", "--paper", "paper", "--as-model", "gpt2-xl", "-o"]
+    read = ["ref.parquet", "./paper/../ref.parquet", "~/ref.parquet", "soft.parquet",
+            "hard.parquet", "paper/table1.csv"]  # fmt: skip
+    for out in read:
+        result = call(*command, out)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "it is the input " in result.stderr
+        assert ", which stays" in result.stderr
+    result = call(*command, "other.parquet")
+    assert result.exit_code == 2
+    assert "it holds the results of an experiment (perturbation)" in result.stderr
+    for name in ("ref", "other", "soft", "hard"):
+        assert Path(f"{name}.parquet").read_bytes() == curves.read_bytes()
+    assert Path("paper/table1.csv").read_text() == TABLE
+    for _ in range(2):  # a comparison replaces a comparison
+        result = call(*command, "~/cells.csv", "--json")
+        assert result.exit_code == 0
+    assert not Path("~").exists()
+
+
 # ---- mistakes -----------------------------------------------------------------------------------
 
 
@@ -287,7 +318,7 @@ def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], me
         (["perturb", *SMALL, "--methods", "cm9"], "no ranking method 'cm9'. Did you mean"),
         (["rank", "-t", "antonym", "--methods", "ra", "ra"], "each once"),
         (["perturb", *SMALL, "--step", "0.3"], "found step=0.3"),
-        (["perturb", *SMALL, "--figure", "x.png"], "a name that ends in .html"),
+        (["perturb", *SMALL, "--figure", "x.png"], "must end in .html"),
         (["patch", *SMALL, "--figure", "/no/such/x.html"], "there is no folder /no/such"),
         (["patch", *SMALL, "--kinds", "fa"], "found --kinds fa; give ra, pattern"),
         (["patch", *SMALL, "--scales", "1", "b"], "found --scales 1 b; give numbers"),

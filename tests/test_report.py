@@ -393,7 +393,7 @@ def test_predictions_of_other_prompts_are_refused(ra: RACache, shared: Any, path
 def test_a_failure_leaves_the_old_file_and_nothing_else(
     ra: RACache, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path.write_text("old")
+    path.write_text("<p>old")
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
@@ -401,7 +401,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(BadInput, match=r"No space left on device.*Free some space"):
         write_report(ra, path)
-    assert path.read_text() == "old"
+    assert path.read_text() == "<p>old"
     assert os.listdir(path.parent) == ["report.html"]
 
 

@@ -7,6 +7,10 @@ destination and renamed when complete.
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ra_lens.errors import BadFile, NotStored
-from ra_lens.files import whole_file
+from ra_lens.files import FileKind, check_input, user_path, whole_file
 
 if TYPE_CHECKING:
     from ra_lens.cache import RACache
@@ -22,8 +26,25 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
+def _is_cache(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "ra_lens" in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+CACHE = FileKind("a cache of ra_lens", _is_cache)
+
+
 def save_cache(cache: RACache, path: str | Path) -> None:
-    """Write `cache` to `path`, replacing what is there only when the file is complete."""
+    """Write `cache` to `path`, replacing another cache only when the file is complete.
+
+    Raises:
+        BadInput: the path cannot be written, or holds something that is no cache.
+    """
     from safetensors.torch import save_file
 
     if cache.store == "mean":
@@ -41,7 +62,7 @@ def save_cache(cache: RACache, path: str | Path) -> None:
         "info": asdict(cache.info),
         "sites": [asdict(site) for site in cache.sites.values()],
     }
-    with whole_file(path) as temporary:
+    with whole_file(path, CACHE) as temporary, _system_errors():
         save_file(
             {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
             temporary,
@@ -57,9 +78,8 @@ def load_cache(path: str | Path) -> RACache:
     """
     from safetensors import SafetensorError, safe_open
 
-    source = Path(path)
-    if not source.is_file():
-        raise BadFile(f"there is no file {source}. Give a path written by RACache.save.")
+    source = user_path(path)
+    check_input(source, "Give a path written by RACache.save.")
     try:
         with safe_open(source, framework="pt") as file:
             header: dict[str, str] = file.metadata() or {}
@@ -88,6 +108,20 @@ def load_cache(path: str | Path) -> RACache:
         f"{source} has cache format {version}; this ra_lens reads {FORMAT}. Make the cache again, "
         "or install the version that wrote it."
     )
+
+
+@contextmanager
+def _system_errors() -> Generator[None, None, None]:
+    # safetensors has a class of its own for what the system says, "... (os error 28)".
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> RACache:

@@ -1,18 +1,115 @@
-"""Files appear complete or not at all: written beside their destination, then renamed."""
+"""Files appear complete or not at all, and never in the place of something else.
+
+What is written is written beside its destination, then renamed. A file that is there is replaced
+only by one of its own kind, as its first bytes tell, and never where it is what was read.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadFile, BadInput
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, or a share of one, that takes no more."""
 
 
-def check_output(path: str | Path) -> Path:
+def begins_with(*starts: bytes) -> Callable[[Path], bool]:
+    """Give what tells whether a file begins so, blanks and a byte order mark aside."""
+
+    def tell(path: Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(starts)
+
+    return tell
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What is written to a file.
+
+    Attributes:
+        name: What messages call it.
+        is_one: Tells whether a file that is there is one.
+        endings: How its name ends; empty: in any way.
+    """
+
+    name: str
+    is_one: Callable[[Path], bool]
+    endings: tuple[str, ...] = ()
+
+
+PAGE = FileKind("a page", begins_with(b"<"), (".html", ".htm"))
+REPORT = replace(PAGE, name="a report")
+
+
+def user_path(path: str | Path) -> Path:
+    """Give a path with `~` written out.
+
+    Raises:
+        BadInput: there is no home folder for it.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise BadInput(
+            f"found the path {path}, and no home folder for its ~. Write the folder out."
+        ) from error
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; what cannot be looked at is none.
+
+    Raises:
+        BadInput: there is no home folder for its `~`.
+    """
+    return os.path.isdir(user_path(path))
+
+
+def check_input(path: Path, advice: str, *, folder: bool = False) -> None:
+    """Find out whether a file, or a folder, is there and can be read.
+
+    Args:
+        path: Where; `~` written out.
+        advice: What to give instead, for the message.
+        folder: Whether it has to be a folder.
+
+    Raises:
+        BadFile: it is not, or cannot be read; the message says why.
+    """
+    what = "folder" if folder else "file"
+    try:
+        mode = path.stat().st_mode
+        fits = stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)
+        if fits and folder:
+            os.scandir(path).close()
+        elif fits:
+            path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadFile(f"there is no {what} {path}. {advice}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadFile(f"{path} cannot be read: {reason(error)}. {advice}") from error
+    if not fits:
+        found = "a folder" if stat.S_ISDIR(mode) else "no folder" if folder else "no regular file"
+        raise BadFile(f"{path} is {found}; a {what} is needed. {advice}")
+
+
+def check_output(
+    path: str | Path, kind: FileKind | None = None, *, inputs: Iterable[Path] = ()
+) -> Path:
     """Find out, before any expensive work, whether a file can be written at `path`.
+
+    Args:
+        path: The file to write.
+        kind: What is going to be written. Default: anything, which replaces anything.
+        inputs: Files that are read, which must not be written to.
 
     Returns:
         The destination, links followed.
@@ -20,61 +117,111 @@ def check_output(path: str | Path) -> Path:
     Raises:
         BadInput: it cannot; the message says why.
     """
-    destination = Path(path).expanduser().resolve()
-    if destination.is_dir():
-        raise BadInput(f"cannot write {path}: it is a folder. Give the name of a file in it.")
-    if destination.exists() and not destination.is_file():
-        raise BadInput(f"cannot write {path}: it is not a regular file. Give another name.")
-    if not destination.parent.is_dir():
-        raise BadInput(f"cannot write {path}: there is no folder {destination.parent}. Make it.")
-    if destination.exists() and not os.access(destination, os.W_OK):
-        raise BadInput(f"cannot write {path}: the file there is read-only. Give another name.")
+    given = user_path(path)
     try:
+        destination = given.resolve()
+        mode = _mode_there(destination)
+    except (OSError, RuntimeError, ValueError) as error:  # too long; a link to itself; a NUL
+        raise _cannot_write(path, error) from error
+    if mode is not None and stat.S_ISDIR(mode):
+        raise BadInput(f"cannot write {path}: it is a folder. Give the name of a file in it.")
+    if kind is not None and kind.endings and given.suffix.lower() not in kind.endings:
+        raise BadInput(
+            f"cannot write {path}: {kind.name} is a file whose name must end in "
+            f"{' or '.join(kind.endings)}. Give such a name."
+        )
+    if mode is not None and not stat.S_ISREG(mode):
+        raise BadInput(f"cannot write {path}: it is not a regular file. Give another name.")
+    if not is_folder(destination.parent):
+        raise BadInput(f"cannot write {path}: there is no folder {destination.parent}. Make it.")
+    try:
+        if mode is not None:
+            _check_replaced(path, destination, kind, inputs)
         with tempfile.TemporaryFile(dir=destination.parent):
             pass
     except OSError as error:
-        raise BadInput(
-            f"cannot write {path}: {error.strerror or error}. Give a path in a folder that can "
-            "be written to."
-        ) from error
+        raise _cannot_write(path, error) from error
     return destination
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Generator[Path, None, None]:
+def whole_file(path: str | Path, kind: FileKind | None = None) -> Generator[Path, None, None]:
     """Give a temporary path to write to, which takes the place of `path` when all went well.
 
     Raises:
-        BadInput: the path cannot be written, or the disk is full.
+        BadInput: the path cannot be written or holds another kind of file, or the disk is full.
     """
-    destination = check_output(path)
-    handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name[:80]}.")
-    os.close(handle)
-    temporary = Path(name)
+    destination = check_output(path, kind)
+    temporary: Path | None = None
     try:
+        # Few letters of the name: with more, a long one would be too long.
+        handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name[:20]}.")
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
         temporary.chmod(_mode(destination))
         temporary.replace(destination)
     except OSError as error:
-        raise BadInput(
-            f"cannot write {path}: {error.strerror or error}. Free some space or give another path."
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, text: str) -> Path:
+def write_whole(path: str | Path, text: str, kind: FileKind | None = None) -> Path:
     """Write `text` to `path`, replacing what is there only when the file is complete.
 
     Returns:
         The file written, links followed.
 
     Raises:
-        BadInput: the path cannot be written, or the disk is full.
+        BadInput: the path cannot be written or holds another kind of file, or the disk is full.
     """
-    with whole_file(path) as temporary:
+    with whole_file(path, kind) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-    return Path(path).expanduser().resolve()
+    return user_path(path).resolve()
+
+
+def reason(error: Exception) -> str:
+    """Why something cannot be read or written, in the system's words where there are any."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _check_replaced(
+    path: str | Path, destination: Path, kind: FileKind | None, inputs: Iterable[Path]
+) -> None:
+    """Raise if the file that is at `destination` must stay."""
+    for read in inputs:
+        if read.exists() and read.samefile(destination):  # also by a link of either kind
+            raise BadInput(
+                f"cannot write {path}: it is the input {read}, which stays. Give another name."
+            )
+    if not os.access(destination, os.W_OK):
+        raise BadInput(f"cannot write {path}: the file there is read-only. Give another name.")
+    empty = destination.stat().st_size == 0
+    if kind is not None and not empty and not kind.is_one(destination):
+        raise BadInput(
+            f"cannot write {path}: the file there is not {kind.name}. Give another name, or delete "
+            "it first."
+        )
+
+
+def _cannot_write(path: str | Path, error: Exception) -> BadInput:
+    number = getattr(error, "errno", None)
+    advice = "Give a path in a folder that can be written to."
+    if number in FULL:
+        advice = "Free some space or give another path."
+    elif number == errno.ENAMETOOLONG:
+        advice = "Give a shorter name."
+    return BadInput(f"cannot write {path}: {reason(error)}. {advice}")
+
+
+def _mode_there(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _mode(destination: Path) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 
 from ra_lens.cli.commands import DEMO, load
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device
 from ra_lens.cli.show import print_json, print_line
+from ra_lens.files import is_folder
 from ra_lens.sites import ModelKind
 
 
@@ -17,7 +17,7 @@ def check(
     model: str, *, kind: ModelKind | None, device: str | None, as_json: bool, debug: bool
 ) -> bool:
     """Print the report of `ra_lens.check_model`; gives whether nothing speaks against the model."""
-    if model == DEMO or Path(model).is_dir():
+    if model == DEMO or is_folder(model):
         offline()
     check_device(device)
     loaded = load(model, kind, device, debug=debug)

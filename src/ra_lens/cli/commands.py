@@ -18,6 +18,7 @@ from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_layers, read_text
 from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.files import REPORT, check_output, is_folder
 from ra_lens.prompts import PromptInput, read_prompts
 from ra_lens.sites import ModelKind, as_lens
 
@@ -56,12 +57,13 @@ class Options:
 
 def run_prompt(options: Options) -> None:
     """`ra-lens run`."""
-    if options.model == DEMO or Path(options.model).is_dir():
+    if options.model == DEMO or is_folder(options.model):
         offline()
     prompts, targets = _read(options)
     layers = read_layers(options.layers)
     check_device(options.device)
-    _check_output(options.output)
+    if options.output is not None:
+        check_output(options.output, REPORT)
     each = [None] * len(prompts) if not targets else targets * (len(prompts) // len(targets))
     slips = [
         hint
@@ -125,7 +127,7 @@ def run_demo(
     """`ra-lens demo`."""
     offline()
     check_device(device)
-    _check_output(output)
+    check_output(output, REPORT)
     model = load(DEMO, kind, device, debug=debug)
     from ra_lens.cli import show
     from ra_lens.demo import showcase
@@ -213,16 +215,6 @@ def _tell(
     show.print_run(ra, model, top=top)
     if written is not None:
         show.print_line(f"Report: {written}")
-
-
-def _check_output(path: Path | None) -> None:
-    if path is None:
-        return
-    if str(path) == "-":
-        raise BadInput("found -o -; a report is a file. Give a name such as report.html.")
-    from ra_lens.files import check_output
-
-    check_output(path)
 
 
 def warn_of_unknown_words(model: nn.Module, prompt: str) -> None:

@@ -31,11 +31,11 @@ from ra_lens.experiments import (
     write_results,
 )
 from ra_lens.experiments.auc import Measure, Rule
-from ra_lens.experiments.compare import compare_with_paper
+from ra_lens.experiments.compare import compare_with_paper, paper_tables
 from ra_lens.experiments.prompts import SHOTS, read_shots
 from ra_lens.experiments.ranking import METHODS, read_methods
 from ra_lens.experiments.results import check_results_path
-from ra_lens.files import check_output
+from ra_lens.files import PAGE, check_output, is_folder, user_path
 from ra_lens.patching import Where
 from ra_lens.sites import ModelKind
 from ra_lens.tasks import SplitRule, Task, load_task, task_names
@@ -72,11 +72,12 @@ class Setup:
 
     def prepared(self, methods: Sequence[str] | None = None) -> tuple[list[Task], list[int]]:
         """Check what was typed, before a model is loaded; give the tasks and numbers of shots."""
-        if self.model == DEMO or Path(self.model).is_dir():
+        if self.model == DEMO or is_folder(self.model):
             offline()
         if self.out is not None:
             check_results_path(self.out)
-        _check_figure(self.figure)
+        if self.figure is not None:
+            check_output(self.figure, PAGE)
         check_device(self.device)
         read_methods(METHODS if methods is None else methods)
         counts = read_shots(whole_numbers(self.shots, "--shots") or list(SHOTS))
@@ -254,7 +255,8 @@ def compare(
 ) -> None:
     """`ra-lens compare`."""
     if out is not None:
-        check_results_path(out)
+        read = [*map(user_path, results), *paper_tables(paper)]
+        check_results_path(out, inputs=read)
     frames = [read_results(path, measures=[metric]) for path in results]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -282,11 +284,3 @@ def _asked(task: Task, setup: Setup) -> Task:
             before_subject=f"Q: {task.before_subject}", after_subject=f"{task.after_subject}\nA:"
         )
     return task
-
-
-def _check_figure(path: Path | None) -> None:
-    if path is None:
-        return
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise BadInput(f"found --figure {path}; it is a page, so give a name that ends in .html.")
-    check_output(path)

@@ -10,7 +10,7 @@ import pandas as pd
 from ra_lens.display.methods import METRICS
 from ra_lens.experiments.auc import Measure
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
-from ra_lens.files import write_whole
+from ra_lens.files import PAGE, write_whole
 from ra_lens.report import page
 from ra_lens.report.page import Section
 
@@ -80,4 +80,4 @@ def _write(title: str, frame: pd.DataFrame, sections: list[Section], path: str |
             known.append((name, f"{min(values)} to {max(values)}"))
     body = [_NO_GREY, page.facts(known), *map(page.section, sections)]
     heading = f"{title}: {frame['model'].iloc[0]}"
-    return write_whole(path, page.page(heading, body))
+    return write_whole(path, page.page(heading, body), PAGE)

@@ -15,7 +15,7 @@ from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_text
 from ra_lens.errors import BadInput, RALensError
-from ra_lens.files import check_output
+from ra_lens.files import PAGE, check_output, is_folder
 from ra_lens.paths import TraceResult, trace_layers, trace_paths
 from ra_lens.paths.build import read_agg
 from ra_lens.paths.result import Follow
@@ -61,7 +61,7 @@ def run_trace(options: Options) -> None:
     from ra_lens.cli import show
     from ra_lens.cli.commands import DEMO, load, warn, warn_of_unknown_words
 
-    if options.model == DEMO or Path(options.model).is_dir():
+    if options.model == DEMO or is_folder(options.model):
         offline()
     prompt = read_text(options.prompt, escapes=options.escapes)
     target = options.target
@@ -69,7 +69,7 @@ def run_trace(options: Options) -> None:
     how = _how(options)
     check_device(options.device)
     if options.output is not None:
-        check_output(options.output)
+        check_output(options.output, PAGE)
     for hint in hints(prompt, target, escapes=options.escapes):
         warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)

@@ -32,6 +32,7 @@ import pandas as pd
 
 from ra_lens.errors import BadFile, BadInput, RALensWarning
 from ra_lens.experiments.auc import Measure, Rule, area_under_curve
+from ra_lens.files import check_input, user_path
 from ra_lens.tables import problem_of
 
 _KEY = ["model", "task", "kind", "n_shots", "method", "direction", "scale", "metric"]
@@ -83,13 +84,21 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
     Raises:
         BadFile: there is no such folder, no table in it, or one that is not as above.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise BadFile(f"there is no folder {root}. Give the one with the paper's table*.csv.")
+    return pd.concat([_read_table(path) for path in paper_tables(folder)], ignore_index=True)
+
+
+def paper_tables(folder: str | Path) -> list[Path]:
+    """The files of the published numbers, in order.
+
+    Raises:
+        BadFile: there is no such folder, or no table in it.
+    """
+    root = user_path(folder)
+    check_input(root, "Give the one with the paper's table*.csv.", folder=True)
     paths = sorted(root.glob("table*.csv"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise BadFile(f"{root} has no table*.csv. Give the folder with the paper's numbers.")
-    return pd.concat([_read_table(path) for path in paths], ignore_index=True)
+    return paths
 
 
 def paper_model(name: str) -> str | None:

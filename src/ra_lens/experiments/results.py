@@ -14,12 +14,11 @@ from torch import nn
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments.journal import NOT_SETTINGS, journal_path, settings_hash
-from ra_lens.files import check_output, whole_file
+from ra_lens.files import FileKind, check_input, check_output, user_path, whole_file
 from ra_lens.sites import Lens
 from ra_lens.tables import problem_of
 from ra_lens.tasks import Prompt
 
-_SUFFIXES = (".parquet", ".csv")
 _TEXTS = (
     "experiment", "model", "task", "kind", "method", "direction", "map", "label", "source",
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
@@ -33,31 +32,69 @@ _NEEDED = {
 }
 _MARKS = ("top1", "top2", "top3", "logit_diff")
 _MEASURES = {"ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS}
+_OF_A_COMPARISON = {"paper", "ours", "difference"}
 
 
-def check_results_path(path: str | Path) -> Path:
+def _is_table(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(256)
+    return head.startswith(b"PAR1") or (b"\0" not in head and not head.lstrip().startswith(b"<"))
+
+
+TABLE = FileKind("a table", _is_table, (".parquet", ".csv"))
+
+
+def check_results_path(path: str | Path, *, inputs: Iterable[Path] = ()) -> Path:
     """Find out, before any work, whether results can be written to `path`.
 
+    Args:
+        path: Where.
+        inputs: Files that are read, which must not be written to.
+
     Raises:
-        BadInput: neither `.parquet` nor `.csv`, or it cannot be written.
+        BadInput: neither `.parquet` nor `.csv`, something else than a table is there, or it cannot
+            be written.
     """
-    if Path(path).suffix not in _SUFFIXES:
-        raise BadInput(f"found results file {str(path)!r}; its name must end in .parquet or .csv.")
-    return check_output(path)
+    return check_output(path, TABLE, inputs=inputs)
 
 
 def write_results(frame: pd.DataFrame, path: str | Path) -> None:
     """Write a table of results as Parquet or CSV, by the ending of `path`; whole or not at all.
 
     Raises:
-        BadInput: another ending, or a path that cannot be written.
+        BadInput: another ending, a path that cannot be written, or one that holds something else:
+            a comparison does not replace an experiment, nor one experiment another.
     """
-    check_results_path(path)
-    with whole_file(path) as temporary:
-        if Path(path).suffix == ".csv":
+    if check_results_path(path).exists():
+        _refuse_another_table(path, frame)
+    with whole_file(path, TABLE) as temporary:
+        if Path(path).suffix.lower() == ".csv":
             frame.to_csv(temporary, index=False)
         else:
             frame.to_parquet(temporary, index=False)
+
+
+def _refuse_another_table(path: str | Path, frame: pd.DataFrame) -> None:
+    file = user_path(path)
+    if file.stat().st_size == 0:
+        return
+    try:
+        there = _what(_read(file))
+    except (ValueError, OSError):
+        there = "something that cannot be read as a table"
+    if there != _what(frame):
+        raise BadInput(
+            f"cannot write {path}: it holds {there}, and this is {_what(frame)}. Give another "
+            "name, or delete it first."
+        )
+
+
+def _what(frame: pd.DataFrame) -> str:
+    if set(frame) >= _OF_A_COMPARISON:
+        return "a comparison with the paper"
+    if "experiment" not in frame:
+        return "another table"
+    return f"the results of an experiment ({', '.join(sorted(set(map(str, frame['experiment']))))})"
 
 
 def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFrame:
@@ -71,9 +108,8 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
         BadFile: missing, damaged, or without the columns of an experiment, or with text or nothing
             where they should hold numbers.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise BadFile(f"there is no file {path}. Give the results of ra-lens rank, perturb, patch.")
+    path = user_path(path)
+    check_input(path, "Give the results of ra-lens rank, perturb, patch.")
     try:
         frame = _read(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
@@ -96,7 +132,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
 
 
 def _read(path: Path) -> pd.DataFrame:
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         # Not "none" and "NA": they are names here. An empty cell is a missing number. Before its
         # version 3, pandas read numbers one digit short unless told otherwise.
         exact: dict[str, Any] = (

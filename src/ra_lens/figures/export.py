@@ -8,10 +8,17 @@ from typing import Any
 
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import read_size
-from ra_lens.files import check_output, whole_file
+from ra_lens.files import PAGE, FileKind, begins_with, check_output, whole_file
 from ra_lens.numbers import Real, real
 
-_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".webp")
+_IMAGES = {
+    ".png": (b"\x89PNG",),
+    ".svg": (b"<svg", b"<?xml"),
+    ".pdf": (b"%PDF",),
+    ".jpg": (b"\xff\xd8\xff",),
+    ".webp": (b"RIFF",),
+}
+"""Suffixes of images, and what files of these kinds begin with."""
 
 
 def save_figure(
@@ -30,7 +37,7 @@ def save_figure(
 
     Args:
         figure: Any plotly figure.
-        path: The file; replaced only when the new one is complete.
+        path: The file; one of the same kind is replaced, only when the new one is complete.
         width: In pixels. Default: the figure's own, else 900.
         height: In pixels. Default: the figure's own, else 450.
         scale: Pixels of a PNG per pixel of the figure; 2 is sharp in print.
@@ -39,23 +46,27 @@ def save_figure(
         The file written.
 
     Raises:
-        BadInput: another suffix, a path that cannot be written, or no kaleido or no browser.
+        BadInput: another suffix, a path that cannot be written or holds another kind of file, or no
+            kaleido or no browser.
     """
     suffix = Path(path).suffix.lower()
-    if suffix not in (*_SUFFIXES, ".html"):
+    if suffix not in (*_IMAGES, ".html"):
         raise BadInput(
-            f"found the suffix {suffix!r} in {path}; give one of {', '.join(_SUFFIXES)} or .html."
+            f"found the suffix {suffix!r} in {path}; give one of {', '.join(_IMAGES)} or .html."
         )
     (width, height), factor = read_size(width, height), real("scale", scale)
-    destination = check_output(path)
-    with whole_file(path) as temporary:
-        if suffix == ".html":
-            temporary.write_text(
-                figure.to_html(include_plotlyjs=True, config={"displaylogo": False}),
-                encoding="utf-8",
-            )
-        else:
-            temporary.write_bytes(_image(figure, suffix[1:], width, height, factor))
+    if suffix == ".html":
+        kind = PAGE
+    else:
+        kind = FileKind(f"a {suffix} image", begins_with(*_IMAGES[suffix]))
+    destination = check_output(path, kind)
+    if suffix == ".html":
+        page: str = figure.to_html(include_plotlyjs=True, config={"displaylogo": False})
+        content = page.encode()
+    else:
+        content = _image(figure, suffix[1:], width, height, factor)
+    with whole_file(path, kind) as temporary:
+        temporary.write_bytes(content)
     return destination
 
 

@@ -204,14 +204,14 @@ class TraceResult:
         return paths_page([self])
 
     def save_html(self, path: str | Path) -> Path:
-        """Write `to_html()` to a file, which opens from disk.
+        """Write `to_html()` to a file, whose name ends in `.html` and which opens from disk.
 
         Raises:
-            BadInput: the path cannot be written.
+            BadInput: the path cannot be written, or holds something else than a page.
         """
-        from ra_lens.files import write_whole
+        from ra_lens.files import PAGE, write_whole
 
-        return write_whole(path, self.to_html())
+        return write_whole(path, self.to_html(), PAGE)
 
     def __repr__(self) -> str:
         """Say what was traced, and the paths in words."""

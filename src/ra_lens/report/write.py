@@ -19,7 +19,7 @@ from ra_lens.display.maps import head_of_example, read_example
 from ra_lens.display.run import model_facts
 from ra_lens.display.tokens import label
 from ra_lens.errors import BadInput
-from ra_lens.files import check_output, write_whole
+from ra_lens.files import REPORT, check_output, write_whole
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.paths import TraceResult
 from ra_lens.report import page
@@ -64,7 +64,8 @@ def write_report(
 
     Args:
         ra: A cache from `run_with_ra` with its maps.
-        path: The file; replaced only when the new one is complete.
+        path: The file, whose name ends in `.html`; a page that is there is replaced, only when the
+            new one is complete.
         top: So many heads are numbered in the grid and listed in a table.
         examples: Which examples' prompts and maps. Default: all of them.
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
@@ -81,11 +82,11 @@ def write_report(
         The file written.
 
     Raises:
-        BadInput: the path cannot be written, there is no such example, an option below 1, or
-            `patched` of another number of prompts.
+        BadInput: the path cannot be written or holds something else than a page, there is no such
+            example, an option below 1, or `patched` of another number of prompts.
         NotStored: the maps were not kept.
     """
-    destination = check_output(path)
+    check_output(path, REPORT)
     every = range(ra.batch_size)
     asked = every if examples is None else wholes("examples", examples, none_at_all=True)
     chosen = [read_example(ra, example) for example in asked]
@@ -117,7 +118,7 @@ def write_report(
         page.section(_made(command)),
     ]
     heading = title or f"Reversed Attention of {ra.info.model_name}"
-    return write_whole(destination, page.page(heading, body, script=page.resource("report.js")))
+    return write_whole(path, page.page(heading, body, script=page.resource("report.js")), REPORT)
 
 
 def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:

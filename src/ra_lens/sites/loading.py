@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadInput
+from ra_lens.files import is_folder, user_path
 
 ModelKind = Literal["HookedTransformer", "TransformerBridge"]
 
@@ -55,8 +57,8 @@ def load_model(
     Raises:
         BadInput: the kind is not in this TransformerLens, or the model cannot be found or loaded.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = user_path(name)
+    if is_folder(folder):
         return load_folder(folder, kind=kind, device=device, dtype=dtype)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise BadInput(f"there is no folder {str(name)!r}. Give a folder with a config.json.")
@@ -92,9 +94,9 @@ def load_folder(
     Raises:
         BadInput: no `config.json` there, or an architecture this TransformerLens cannot convert.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     kinds = available_kinds() if kind is None else (_choose_kind(kind),)
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):
         raise BadInput(
             f"{path} has no config.json. A model folder holds config.json, the weights and the "
             "tokenizer, as Hugging Face's save_pretrained writes them."

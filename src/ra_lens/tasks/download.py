@@ -29,7 +29,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from ra_lens.errors import BadFile, BadInput, DownloadFailed
-from ra_lens.files import whole_file
+from ra_lens.files import reason, user_path, whole_file
 from ra_lens.tasks.folder import read_task
 from ra_lens.tasks.task import Task
 
@@ -150,12 +150,12 @@ def cache_folder() -> Path:
     """Return the folder for what is downloaded; see the module."""
     own = os.environ.get("RA_LENS_CACHE")
     if own:
-        return Path(own).expanduser()
+        return user_path(own)
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ra_lens"
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return user_path(base) / "ra_lens"
 
 
 def fetch(url: str, sha256: str, destination: Path, *, timeout: float = TIMEOUT) -> Path:
@@ -286,7 +286,7 @@ def _write(path: Path, content: bytes | bytearray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(
-            f"cannot make the folder {path.parent}: {error.strerror or error}. Set RA_LENS_CACHE "
+            f"cannot make the folder {path.parent}: {reason(error)}. Set RA_LENS_CACHE "
             "to a folder that can be written to."
         ) from error
     try:

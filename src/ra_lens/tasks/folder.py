@@ -22,11 +22,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from ra_lens.errors import BadFile, BadInput
+from ra_lens.files import check_input, is_folder, user_path
 from ra_lens.tasks.task import Pair, Task, TaskKind
 from ra_lens.texts import decoded, whole_text
 
@@ -47,6 +49,7 @@ def folder_names(folder: str | Path, kind: TaskKind | None = None) -> tuple[str,
 
     Raises:
         BadInput: there is no such folder.
+        BadFile: it cannot be looked into.
     """
     root = _check(folder)
     icl = sorted({path.stem for path in _files(root, "icl")})
@@ -65,7 +68,8 @@ def load_from_folder(name: str, folder: str | Path) -> Task:
 
     Raises:
         BadInput: there is no such folder or task; the message names close ones.
-        BadFile: the file is not as it has to be; the message says where.
+        BadFile: the file is not as it has to be, the message says where; or the folder cannot be
+            looked into.
     """
     root = _check(folder)
     wanted, _, bare = name.rpartition("/")
@@ -124,12 +128,14 @@ def read_task(path: Path, name: str, kind: TaskKind | None, *, source: str) -> T
 
 
 def _check(folder: str | Path) -> Path:
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise BadInput(
-            f"There is no folder {str(folder)!r}. source is 'builtin', 'download', or a folder "
-            "with the files of tasks."
-        )
+    needed = "source is 'builtin', 'download', or a folder with the files of tasks."
+    root = user_path(folder)
+    if not is_folder(root):
+        raise BadInput(f"There is no folder {str(folder)!r}. {needed}")
+    for places in _PLACES.values():
+        for place in places:
+            if is_folder(root / place):
+                check_input(root / place, needed, folder=True)
     return root
 
 
@@ -144,7 +150,7 @@ def _files(root: Path, kind: TaskKind, name: str | None = None) -> Iterator[Path
 def _json_files(folder: Path) -> list[Path]:
     # Names are looked up in this list, so that none of them leads out of the folder.
     found = (path for path in folder.glob("*.json") if not path.name.startswith("."))
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if os.path.isfile(path))
 
 
 def _kind_in(path: Path) -> TaskKind | None:
