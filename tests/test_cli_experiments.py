@@ -336,9 +336,24 @@ def test_mistakes_of_a_command_are_one_line_too(arguments: list[str], message: s
 
 def test_results_of_other_settings_are_not_touched(curves: Path) -> None:
     before = curves.read_bytes()
-    result = call(*PERTURB, "--seed", "3", "--out", str(curves))
-    assert result.exit_code == 2
-    assert "other settings" in result.stderr
+    for options, told in [
+        (["--seed", "3"], "seed: there 0, here 3"),
+        (["--n-rank", "4", "--shots", "2"], "n_rank: there 3, here 4; shots: there [0, 1], here"),
+        (["--methods", "fa"], "methods: there ['ra', 'random', 'index'], here ['ra', 'random', "),
+        (["-t", "synonym"], "tasks: there ['antonym'], here ['antonym', 'synonym']"),
+        (["--separator", "|"], 'format of antonym: there ["", "Q: ", "\\nA:", "\\n\\n"], here'),
+        (["--n-test", "5"], "n_test: there 6, here 5"),
+        (
+            ["--n-test", "7"],
+            "in what the table does not show: what the methods do; n_test, here 7, ",
+        ),
+    ]:
+        result = call(*PERTURB, *options, "--out", str(curves))
+        assert result.exit_code == 2
+        assert f"holds the results of a run with other settings ({told}" in result.stderr
+    assert curves.read_bytes() == before
+    ranks = call("rank", *SMALL[:2], "--n-rank", "3", "--shots", "1", "-q", "--out", str(curves))
+    assert "experiment: there perturbation, here ranking" in ranks.stderr
     assert curves.read_bytes() == before
 
 

@@ -485,7 +485,7 @@ def test_what_changes_the_numbers_is_a_setting(tmp_path):
     model = load_demo_model(device="cpu")
     same_out(model, tmp_path)
     assert set(same_out(model, tmp_path, batch_size=7).batch_size) == {64}  # changes no number
-    with pytest.raises(BadInput, match=r"\(seed: 0 there, 1 now\)"):
+    with pytest.raises(BadInput, match=r"\(seed: there 0, here 1\)"):
         same_out(model, tmp_path, seed=1)
     before = model.cfg.default_prepend_bos
     model.cfg.default_prepend_bos = not before

@@ -11,8 +11,9 @@ import pytest
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
-from ra_lens.experiments.journal import journal_path, open_journal, settings_hash
+from ra_lens.experiments.journal import differences, journal_path, open_journal, settings_hash
 from ra_lens.experiments.results import as_frame, finished_results
+from test_files import disk_of, folder_of_others
 
 SETTINGS = {"model": "toy", "seed": 1, "shots": [0, 1]}
 
@@ -74,12 +75,90 @@ def test_a_journal_of_other_settings_is_refused_and_kept(tmp_path):
     with pytest.raises(Killed):
         run(out, upto=1)
     before = journal_path(out).read_bytes()
-    with pytest.raises(BadInput, match=r"unfinished run with seed=1; this one has 2\. Repeat"):
-        run(out, upto=None, settings={**SETTINGS, "seed": 2})
+    wanted = (
+        r"unfinished run with other settings \(seed: there 1, here 2; extra: there None, here x\)"
+    )
+    with pytest.raises(BadInput, match=wanted + r"\. Repeat that run to finish it, give another"):
+        run(out, upto=None, settings={**SETTINGS, "seed": 2, "extra": "x"})
     assert journal_path(out).read_bytes() == before
-    journal_path(out).write_text("not a journal\n")
-    with pytest.raises(BadFile, match="is not the journal of an experiment"):
+
+
+LINES = [
+    b"not a journal\n",
+    b"\xff\xfe\x00 no text\n",
+    b"[]\n",
+    b'{"ra_lens_journal": 1, "settings": []}\n',
+    b'{"ra_lens_journal": 1, "settings": {}}\n\xff\n',
+    b'{"ra_lens_journal": 1, "settings": {}}\n{"key": []}\n',
+    b"\x00" * 40 + b"\n",
+]
+
+
+@pytest.mark.parametrize("damage", LINES)
+def test_a_damaged_journal_is_refused_and_kept(tmp_path, damage):
+    out = tmp_path / "results.csv"
+    journal_path(out).write_bytes(damage)
+    with pytest.raises(BadFile, match=r"is not the journal of an experiment .*Delete it to start"):
         run(out, upto=None)
+    assert journal_path(out).read_bytes() == damage
+
+
+def test_a_journal_of_another_format_says_so(tmp_path):
+    out = tmp_path / "results.csv"
+    journal_path(out).write_text('{"ra_lens_journal": 2, "settings": {}}\n')
+    with pytest.raises(BadInput, match=r"a journal of format 2; this ra_lens writes 1\."):
+        run(out, upto=None)
+
+
+# ---- what cannot be written ---------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path):
+    out = tmp_path / "results.csv"
+    with pytest.raises(Killed):
+        run(out, upto=2)
+    size = journal_path(out).stat().st_size
+    journal_path(out).unlink()
+    with disk_of(size + 5), pytest.raises(BadInput) as info:  # the third unit does not fit
+        run(out, upto=None)
+    told = f"cannot write {journal_path(out)}, which keeps what is done: File too large. Free some"
+    assert told in str(info.value)
+    assert str(info.value).endswith(
+        "What is done is kept: the same call with the same output file goes on from there."
+    )
+    assert [p.name for p in tmp_path.iterdir()] == [journal_path(out).name]
+    results, computed = run(out, upto=None)
+    assert (computed, results) == ([2], run(None, upto=None)[0])
+
+
+def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path):
+    out = tmp_path / "results.csv"
+    with disk_of(10), pytest.raises(BadInput, match=r"Free some space\.$"):
+        run(out, upto=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_do_not_fit_any_more_are_not_lost(tmp_path):
+    out = tmp_path / "results.csv"
+    with (
+        pytest.raises(BadInput, match=r"cannot write .*results\.csv: .*What is done is kept"),
+        open_journal(out, SETTINGS) as journal,
+    ):
+        journal.unit("unit", lambda: 1)
+        with disk_of(10):
+            write_results(frame(), out)
+    assert [p.name for p in tmp_path.iterdir()] == [journal_path(out).name]
+
+
+def test_a_journal_that_cannot_be_opened_is_one_error(tmp_path):
+    out = tmp_path / ("x" * 251 + ".csv")  # its own name is just short enough
+    with pytest.raises(BadInput, match=r"journal, which keeps what is done: File name too long\."):
+        run(out, upto=None)
+    journal_path(tmp_path / "a.csv").mkdir()
+    with pytest.raises(BadInput, match=r"which keeps what is done: Is a directory\. Give another"):
+        run(tmp_path / "a.csv", upto=None)
+    with folder_of_others() as folder, pytest.raises(BadInput, match="Permission denied"):
+        run(folder / "a.csv", upto=None)
 
 
 def test_without_a_file_nothing_is_written(tmp_path, monkeypatch):
@@ -118,8 +197,34 @@ def test_finished_results_are_found_again_and_others_are_refused(tmp_path):
     found = finished_results(out, SETTINGS)
     assert found is not None
     assert found["top1"].tolist() == frame()["top1"].tolist()
-    with pytest.raises(BadInput, match="holds the results of a run with other settings"):
-        finished_results(out, {**SETTINGS, "shots": [0]})
+    for other, told in [
+        ({"seed": 2}, "seed: there 1, here 2"),
+        ({"seed": 2, "model": "other"}, "model: there toy, here other; seed: there 1, here 2"),
+        # The toy table has no column of these.
+        ({"shots": [0]}, r"in what the table does not show: shots, here \[0\]"),
+        ({"kinds": ["ra", "pattern"]}, r"kinds: there \['ra'\], here \['ra', 'pattern'\]"),
+        ({"scales": [-30.0, 1.0]}, r"scales: there \[-30.0\], here \[-30.0, 1.0\]"),
+    ]:
+        wanted = rf"holds the results of a run with other settings \({told}\)\. Give another name"
+        with pytest.raises(BadInput, match=wanted):
+            finished_results(out, {**SETTINGS, **other})
+
+
+def test_what_differs_is_said_where_it_differs():
+    task = {"name": "a", "format": "Q: , A:", "tokens": "x"}
+    long = list(range(60))
+    for was, now, told in [
+        ({"a": 1}, {"a": 1}, ""),
+        ({"a": None}, {}, ""),
+        ({"a": 1}, {"b": 2}, "a: there 1, here None; b: there None, here 2"),
+        ({"t": [task]}, {"t": [{**task, "format": "Q"}]}, "format of a: there Q: , A:, here Q"),
+        ({"t": [task]}, {"t": [{**task, "name": "b"}]}, "t: there ['a'], here ['b']"),
+        ({"s": long}, {"s": [*long, 99]}, "s: only there [], only here [99]"),
+        ({"s": "y" * 80 + "a"}, {"s": "y" * 80 + "b"}, f"s: there …{'y' * 10}a, here …{'y' * 10}b"),
+        (dict.fromkeys("abcdefg", 1), {}, "e: there 1, here None; and 2 more"),
+    ]:
+        assert differences(was, now).endswith(told), differences(was, now)
+        assert bool(differences(was, now)) == bool(told)
 
 
 def test_files_that_are_no_results_are_refused(tmp_path):

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.files import check_output
+from ra_lens.files import check_output, reason, user_path
 
 _FORMAT = 1
+_LONG = 60  # characters of a value in a message
 
 NOT_SETTINGS = frozenset({"batch_size"})
 """What a run may go on with another value of: a unit's numbers do not depend on its batches."""
@@ -28,7 +30,7 @@ NOT_SETTINGS = frozenset({"batch_size"})
 
 def journal_path(out: str | Path) -> Path:
     """Where the journal of an output file lies: beside it, hidden, under its name."""
-    destination = Path(out).expanduser().resolve()
+    destination = user_path(out).resolve()
     return destination.with_name(f".{destination.name}.journal")
 
 
@@ -71,6 +73,9 @@ class Journal:
         Args:
             key: Names the unit within the experiment.
             compute: Gives its result, as JSON has it: dicts, lists, texts, numbers.
+
+        Raises:
+            BadInput: the result cannot be written, as on a full disk. Those of before are kept.
         """
         if key not in self._done:
             result = compute()
@@ -78,8 +83,7 @@ class Journal:
                 line = json.dumps({"key": key, "result": result})
                 # Through JSON also when it is fresh, so that a resumed run cannot differ.
                 result = json.loads(line)["result"]
-                self._file.write(line + "\n")
-                self._file.flush()
+                _append(self._file, line)
             self._done[key] = result
         return self._done[key]
 
@@ -98,30 +102,54 @@ def open_journal(
         settings: Everything that the results depend on, as JSON has it.
 
     Raises:
-        BadInput: `out` cannot be written, or its journal belongs to other settings.
-        BadFile: the journal is not one.
+        BadInput: `out` or its journal cannot be written, or the journal belongs to other settings.
+        BadFile: the journal is not one, or cannot be read.
     """
     if out is None:
         yield Journal({}, None)
         return
     check_output(out)
     path = journal_path(out)
-    done = _read(path, settings) if path.exists() else {}
-    with path.open("a", encoding="utf-8") as file:
+    try:
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {path}, which keeps what is done: {reason(error)}. Give another output "
+            "file."
+        ) from error
+    journal: Journal | None = None
+    finished = False
+    try:
         _lock(file, path)
-        if file.tell() == 0:
-            file.write(json.dumps({"ra_lens_journal": _FORMAT, "settings": settings}) + "\n")
-            file.flush()
-        journal = Journal(done, file)
-        finished = False
-        try:
-            yield journal
-            finished = True
-        finally:
-            # Without a unit there is nothing to go on from, and the settings were perhaps a slip.
+        journal = Journal(_read(path, settings), file)
+        if os.fstat(file.fileno()).st_size == 0:
+            _append(file, json.dumps({"ra_lens_journal": _FORMAT, "settings": settings}))
+        yield journal
+        finished = True
+    except BadInput as error:  # a disk that is full, say
+        if journal:
+            raise BadInput(
+                f"{error} What is done is kept: the same call with the same output file goes on "
+                "from there."
+            ) from error
+        raise
+    finally:
+        with suppress(OSError):  # what could not be written was told; the rest of it goes
             file.close()
-            if finished or not journal:
+        # Without a unit there is nothing to go on from, and the settings were perhaps a slip.
+        if finished or (journal is not None and not journal):
+            with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _append(file: IO[str], line: str) -> None:
+    try:
+        file.write(line + "\n")
+        file.flush()
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {file.name}, which keeps what is done: {reason(error)}. Free some space."
+        ) from error
 
 
 def _lock(file: IO[str], path: Path) -> None:
@@ -136,6 +164,8 @@ def _lock(file: IO[str], path: Path) -> None:
             f"another run is writing {path} at this moment. Wait for it, or give another output "
             "file."
         ) from error
+    except OSError:  # a file system without locks
+        return
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -143,26 +173,38 @@ def _compared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end < len(data):  # the run was killed in the middle of a line
-        with path.open("r+b") as file:
-            file.truncate(end)
-    lines = data[:end].decode("utf-8").splitlines()
-    if not lines:
+    try:
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):  # the run was killed in the middle of a line
+            with path.open("r+b") as file:
+                file.truncate(end)
+    except OSError as error:
+        raise BadFile(
+            f"{path} cannot be read: {reason(error)}. Give another output file."
+        ) from error
+    if end == 0:
         return {}
     try:
-        head = json.loads(lines[0])
-        known, was = head["ra_lens_journal"], head["settings"]
-        entries = [json.loads(line) for line in lines[1:]]
+        head, *rest = data[:end].decode("utf-8").splitlines()
+        facts = json.loads(head)
+        known, was = facts["ra_lens_journal"], _compared(facts["settings"])
+        entries = [json.loads(line) for line in rest]
         done = {entry["key"]: entry["result"] for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFile(
             f"{path} is not the journal of an experiment ({error}). Delete it to start afresh."
         ) from error
-    was, now = _compared(was), _compared(json.loads(json.dumps(settings)))
-    if known != _FORMAT or was != now:
-        raise BadInput(_what_differs(path, was, now))
+    if known != _FORMAT:
+        raise BadInput(
+            f"{path} is a journal of format {known}; this ra_lens writes {_FORMAT}. Give another "
+            "output file, or delete the journal."
+        )
+    if differing := differences(was, _compared(json.loads(json.dumps(settings)))):
+        raise BadInput(
+            f"{path} holds an unfinished run with other settings ({differing}). Repeat that run to "
+            "finish it, give another output file, or delete the journal."
+        )
     return done
 
 
@@ -174,17 +216,61 @@ def _is_json(value: object) -> bool:
     return True
 
 
-def _what_differs(path: Path, was: dict[str, Any], now: dict[str, Any]) -> str:
-    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    name = names[0] if names else "format"
-    before, after = (_short(values.get(name)) for values in (was, now))
-    more = f" (and {len(names) - 1} more)" * (len(names) > 1)
-    return (
-        f"{path} holds an unfinished run with {name}={before}{more}; this one has {after}. "
-        "Repeat that run to finish it, give another output file, or delete the journal."
-    )
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which settings differ and how: `seed: there 1, here 2`; nothing where none does."""
+    found = [
+        text for name in {**was, **now} for text in _differing(name, was.get(name), now.get(name))
+    ]
+    more = f"; and {len(found) - 5} more" * (len(found) > 5)
+    return "; ".join(found[:5]) + more
+
+
+def _differing(name: str, was: object, now: object) -> Iterator[str]:
+    if was == now:
+        return
+    before, after = _named(was), _named(now)
+    if before and after and list(before) == list(after):  # of the same tasks, or methods
+        for one, facts in before.items():
+            for fact in {**facts, **after[one]}:
+                yield from _differing(f"{fact} of {one}", facts.get(fact), after[one].get(fact))
+    else:
+        yield f"{name}: {_there_and_here(list(before) or was, list(after) or now)}"
+
+
+def _there_and_here(was: object, now: object) -> str:
+    """Two values, or of long ones where they differ."""
+    there, here = (value if isinstance(value, str) else repr(value) for value in (was, now))
+    if max(len(there), len(here)) <= _LONG:
+        return f"there {there}, here {here}"
+    if isinstance(was, list) and isinstance(now, list):
+        ours, theirs = cast("list[object]", now), cast("list[object]", was)
+        only_there, only_here = (
+            [value for value in one if value not in other]
+            for one, other in ((theirs, ours), (ours, theirs))
+        )
+        if only_there or only_here:
+            return f"only there {_short(only_there)}, only here {_short(only_here)}"
+    letters = zip(there, here, strict=False)
+    same = next((i for i, (a, b) in enumerate(letters) if a != b), min(len(there), len(here)))
+    start = max(same - 10, 0)
+    before, after = (f"{'…' * (start > 0)}{text[start:]}" for text in (there, here))
+    return f"there {_cut(before)}, here {_cut(after)}"
+
+
+def _named(value: object) -> dict[str, dict[str, Any]]:
+    """Parts of a setting by their names; nothing where it is no list of such."""
+    if not isinstance(value, list):
+        return {}
+    parts = cast("list[object]", value)
+    named = [cast("dict[str, Any]", part) for part in parts if isinstance(part, dict)]
+    if len(named) < len(parts) or not all("name" in part for part in named):
+        return {}
+    return {str(part["name"]): part for part in named}
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.experiments.journal import NOT_SETTINGS, journal_path, settings_hash
+from ra_lens.experiments.journal import NOT_SETTINGS, differences, journal_path, settings_hash
 from ra_lens.files import FileKind, check_input, check_output, user_path, whole_file
 from ra_lens.sites import Lens
 from ra_lens.tables import problem_of
@@ -159,20 +159,67 @@ def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.
         raise BadInput(f"{out} exists and is something else: {error} Give another name.") from error
     if SETTINGS not in frame or set(frame[SETTINGS]) != {wanted}:
         raise BadInput(
-            f"{out} holds the results of a run with other settings"
-            f"{_first_difference(frame, settings)}. Give another name, or delete it first."
+            f"{out} holds the results of a run with other settings ({_differences(frame, settings)}"
+            "). Give another name, or delete it first."
         )
     journal_path(out).unlink(missing_ok=True)  # of a run killed just after it had written
     return frame
 
 
-def _first_difference(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+# Settings that are lists, by the column that shows them.
+_COLUMNS = {
+    "shots": "n_shots",
+    "methods": "method",
+    "directions": "direction",
+    "kinds": "map",
+    "scales": "scale",
+}
+
+
+def _differences(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    there: dict[str, Any] = {}
+    here: dict[str, Any] = {}
+    unseen: list[str] = []
     for name, value in settings.items():
-        if name in frame and name not in NOT_SETTINGS and isinstance(value, str | int | float):
-            there = frame[name].iloc[0]
-            if there != value:
-                return f" ({name}: {there} there, {value} now)"
-    return ""
+        if name in NOT_SETTINGS:
+            continue
+        if name == "tasks" and {"task", "source", "format", "pairs_hash"} <= set(frame):
+            there[name], here[name] = _tasks(frame), [_of_task(task) for task in value]
+            unseen.append("how the model's tokenizer reads the tasks")
+        elif name == "methods" and "method" in frame:
+            there[name] = _values(frame, "method")
+            here[name] = [method["name"] for method in value]
+            unseen.append("what the methods do")
+        elif name in _COLUMNS and _values(frame, _COLUMNS[name]):
+            there[name], here[name] = _values(frame, _COLUMNS[name]), value
+        elif name == "n_test" and name in frame:  # there it is the number asked, not the limit
+            asked = int(frame[name].max())
+            if value is not None and asked > value:
+                there[name], here[name] = asked, value
+            else:
+                unseen.append(f"n_test, here {value}, there at least {asked}")
+        elif name not in frame:
+            unseen.append(f"{name}, here {value}")
+        else:
+            there[name], here[name] = next(iter(_values(frame, name)), None), value
+    return differences(there, here) or f"in what the table does not show: {'; '.join(unseen)}"
+
+
+def _values(frame: pd.DataFrame, column: str) -> list[Any]:
+    """The values of a column, in order, without those that say that there is none."""
+    if column not in frame:
+        return []
+    values: Any = frame[column].dropna()
+    return [value for value in dict.fromkeys(values.tolist()) if value != "none"]
+
+
+def _tasks(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    rows: Any = frame[["task", "source", "format", "pairs_hash"]].drop_duplicates()
+    return rows.rename(columns={"task": "name"}).to_dict("records")
+
+
+def _of_task(task: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: task[name] for name in ("name", "source", "format", "pairs_hash")}
 
 
 def as_frame(
