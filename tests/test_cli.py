@@ -355,6 +355,19 @@ def test_mistakes_are_one_line_and_exit_2(tiny: str, arguments: list[str], messa
     assert message in lines[0]
 
 
+@pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_model_folder_is_one_error(tiny: str, tmp_path: Path, damage: str) -> None:
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for content in (b"", b"{}", b"\xff\xfe\x00", (tmp_path / damage).read_bytes()[:500]):
+        (tmp_path / damage).write_bytes(content)
+        for kind in KINDS:
+            result = call("run", "-m", str(tmp_path), "-p", PROMPT, "--kind", kind)
+            assert (result.exit_code, result.stdout) == (2, ""), result.stderr
+            assert len(result.stderr.splitlines()) == 1
+            assert str(tmp_path) in result.stderr
+
+
 def test_a_path_that_cannot_be_written_is_found_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

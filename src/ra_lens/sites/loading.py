@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ra_lens.errors import BadInput
@@ -92,7 +93,8 @@ def load_folder(
     """Load a local folder in Hugging Face format, offline. Arguments as in `load_model`.
 
     Raises:
-        BadInput: no `config.json` there, or an architecture this TransformerLens cannot convert.
+        BadInput: no `config.json` there, files that cannot be read as a model, or an architecture
+            this TransformerLens cannot convert.
     """
     path = user_path(folder)
     kinds = available_kinds() if kind is None else (_choose_kind(kind),)
@@ -106,12 +108,14 @@ def load_folder(
             with suppress(_CannotConvert):  # architectures that only the bridge knows
                 return _loaded(path, other, device, dtype)
         return _loaded(path, kinds[-1], device, dtype)
-    except OSError as error:
-        raise BadInput(
-            f"{path} cannot be loaded: {_first_line(error)} A model folder holds config.json, the "
-            "weights and the tokenizer, as save_pretrained writes them."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be loaded: {_first_line(error)} {_HOLDS}") from error
 
+
+_HOLDS = (
+    "A model folder holds config.json, the weights and the tokenizer, as save_pretrained writes "
+    "them."
+)
 
 # With these TransformerLens refuses architectures that it does not know.
 _REFUSALS = (
@@ -161,8 +165,16 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     conversion: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
-    hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    here: dict[str, Any] = {"local_files_only": True}
+    try:
+        hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **here)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **here)
+    except _REFUSALS as error:
+        if isinstance(error, OSError):
+            raise
+        raise _CannotConvert(
+            f"HookedTransformer cannot load the model in {path}: {_first_line(error)} {_HOLDS}"
+        ) from error
     try:
         cfg = _hooked_transformer_config(conversion, path, device, dtype)
         state_dict = conversion.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=dtype)
