@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ra_lens import trace_paths
 from ra_lens.cli import app
+from ra_lens.display.paths import MOST_PATHS
 from ra_lens.paths import trace_layers
 from tiny_models import KINDS
 
@@ -59,6 +60,23 @@ def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == f"Paths: {path}"
     assert '<div class="ra-paths">' in path.read_text(encoding="utf-8")
+
+
+def test_more_paths_than_a_page_can_show_are_not_looked_for(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "paths.html"
+    arguments = ["-m", tiny, "-p", PROMPT, "--json"]
+    result = call(*arguments, "--top", "100000", "-o", str(path))
+    assert result.exit_code == 0
+    assert result.stderr == (
+        f"note: found --top 100000; these are the {MOST_PATHS} best paths, as many as a page can "
+        "show. In Python, top_beam of trace_paths and trace_layers gives more.\n"
+    )
+    found = json.loads(result.stdout)
+    assert len(found["beams"]) == found["metadata"]["top_beam"] == MOST_PATHS == 500
+    assert path.stat().st_size < 2e6
+    few = call(*arguments, "--top", str(MOST_PATHS))
+    assert few.stderr == ""
+    assert json.loads(few.stdout)["beams"] == found["beams"]
 
 
 def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:

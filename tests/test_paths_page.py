@@ -46,6 +46,12 @@ def wide() -> TraceResult:
     return trace_paths(maps.softmax(dim=-1), length_norm="avg_logprob")
 
 
+def many(n: int = 600) -> TraceResult:
+    """So many of the 1024 paths from the last of 12 tokens."""
+    maps = torch.rand(12, 12, generator=torch.Generator().manual_seed(5)) + 0.1
+    return trace_paths(maps, top_beam=n)
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[Any]:
     with browser() as found:
@@ -76,6 +82,20 @@ def data_of(page: str) -> Any:
 
 
 # ---- without a browser --------------------------------------------------------------------------
+
+
+def test_a_page_shows_as_many_paths_as_it_can() -> None:
+    trace = many()
+    assert len(trace.beams) == len(trace.paths_text) == len(json.loads(trace.to_json())["beams"])
+    assert len(trace.beams) == 600
+    for n, told in ((600, "The 500 best of 600 paths to"), (500, "The 500 best paths to")):
+        one = replace(trace, beams=trace.beams[:n])
+        data = data_of(one.to_html())[0]
+        assert data["about"].startswith(told)
+        texts = [text.rpartition(" (score")[0] for text in one.paths_text[:500]]
+        assert [beam["text"] for beam in data["beams"]] == texts
+        shown = {id for beam in data["beams"] for id in beam["nodes"]}
+        assert shown == {node["id"] for node in data["nodes"]}
 
 
 def test_the_page_holds_the_paths_and_asks_for_nothing(layered: TraceResult) -> None:

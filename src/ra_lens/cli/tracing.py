@@ -14,6 +14,7 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_text
+from ra_lens.display.paths import MOST_PATHS
 from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import PAGE, check_output, is_folder
 from ra_lens.paths import TraceResult, trace_layers, trace_paths
@@ -70,6 +71,12 @@ def run_trace(options: Options) -> None:
     check_device(options.device)
     if options.output is not None:
         check_output(options.output, PAGE)
+    if options.top > MOST_PATHS:
+        warn(
+            "note",
+            f"found --top {options.top}; these are the {MOST_PATHS} best paths, as many as a page "
+            "can show. In Python, top_beam of trace_paths and trace_layers gives more.",
+        )
     for hint in hints(prompt, target, escapes=options.escapes):
         warn("note", hint)
     model = load(options.model, options.kind, options.device, debug=options.debug)
@@ -77,7 +84,12 @@ def run_trace(options: Options) -> None:
     with quiet(debug=options.debug):
         function = trace_layers if options.layer == "all" else trace_paths
         found = function(
-            model, prompt, target_pos=options.target_pos, target=target, top_beam=options.top, **how
+            model,
+            prompt,
+            target_pos=options.target_pos,
+            target=target,
+            top_beam=min(options.top, MOST_PATHS),
+            **how,
         )
     written = None if options.output is None else found.save_html(options.output)
     if options.as_json:

@@ -198,7 +198,7 @@ class TraceResult:
         return to_dataframe(self)
 
     def to_html(self) -> str:
-        """Give an interactive page that needs no network; see `save_html`."""
+        """Give an interactive page of the best 500 paths, which needs no network."""
         from ra_lens.display.paths import paths_page
 
         return paths_page([self])
