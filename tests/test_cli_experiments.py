@@ -24,6 +24,7 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments.compare import compare_with_paper
+from test_files import disk_of
 
 SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
 PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",
@@ -281,6 +282,25 @@ def test_compare_leaves_what_it_reads_and_what_is_no_comparison(
         result = call(*command, "~/cells.csv", "--json")
         assert result.exit_code == 0
     assert not Path("~").exists()
+
+
+def test_results_are_printed_where_their_figure_finds_the_disk_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    page, out = tmp_path / "p.html", tmp_path / "p.csv"
+    # Loading writes a file of its own.
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: model)
+    for command in (PERTURB, PATCH):
+        wanted = done(*command)
+        with disk_of(10):
+            result = call(*command, "--figure", str(page))
+            assert (result.exit_code, result.stdout) == (2, wanted)
+            assert result.stderr.startswith(f"error: cannot write {page}: ")
+            assert "Free some space" in result.stderr
+            result = call(*command, "--out", str(out))
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert result.stderr.startswith(f"error: cannot write {tmp_path / '.p.csv.journal'}, ")
+        assert list(tmp_path.iterdir()) == []
 
 
 # ---- mistakes -----------------------------------------------------------------------------------

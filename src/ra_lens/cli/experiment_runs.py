@@ -6,7 +6,8 @@ What can be wrong without a model is found before one is loaded.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,18 +183,19 @@ def perturb(
             **setup.common,
         )
     areas = area_under_curve(frame, metric=metric, rule=rule)
-    if setup.figure is not None:
+
+    def draw(path: Path) -> None:
         from ra_lens.cli.figure_page import write_perturbation_page
 
-        write_perturbation_page(frame, areas, setup.figure, metric=metric)
-    if setup.as_json:
-        show_experiments.print_areas_json(
-            frame, areas, metric=metric, rule=rule, out=setup.out, figure=setup.figure
-        )
-    else:
-        show_experiments.print_areas(
-            frame, areas, metric=metric, out=setup.out, figure=setup.figure
-        )
+        write_perturbation_page(frame, areas, path, metric=metric)
+
+    with _drawn(setup.figure, draw) as figure:
+        if setup.as_json:
+            show_experiments.print_areas_json(
+                frame, areas, metric=metric, rule=rule, out=setup.out, figure=figure
+            )
+        else:
+            show_experiments.print_areas(frame, areas, metric=metric, out=setup.out, figure=figure)
 
 
 def patch(
@@ -232,14 +234,17 @@ def patch(
             at=at,
             **setup.common,
         )
-    if setup.figure is not None:
+
+    def draw(path: Path) -> None:
         from ra_lens.cli.figure_page import write_sweep_page
 
-        write_sweep_page(frame, setup.figure, metric=metric)
-    if setup.as_json:
-        show_sweep.print_sweep_json(frame, metric=metric, out=setup.out, figure=setup.figure)
-    else:
-        show_sweep.print_sweep(frame, metric=metric, out=setup.out, figure=setup.figure)
+        write_sweep_page(frame, path, metric=metric)
+
+    with _drawn(setup.figure, draw) as figure:
+        if setup.as_json:
+            show_sweep.print_sweep_json(frame, metric=metric, out=setup.out, figure=figure)
+        else:
+            show_sweep.print_sweep(frame, metric=metric, out=setup.out, figure=figure)
 
 
 def compare(
@@ -269,6 +274,20 @@ def compare(
         show_comparison.print_comparison_json(compared, out=out)
     else:
         show_comparison.print_comparison(compared, every=every, out=out)
+
+
+@contextmanager
+def _drawn(path: Path | None, draw: Callable[[Path], None]) -> Generator[Path | None, None, None]:
+    """Draw a figure, if any; where that fails, raise only when the results are printed."""
+    failed: BadInput | None = None
+    if path is not None:
+        try:
+            draw(path)
+        except BadInput as error:  # a disk that is full by now
+            failed = error
+    yield None if failed else path
+    if failed is not None:
+        raise failed
 
 
 def _methods(methods: Sequence[str] | None) -> list[str]:
