@@ -334,6 +334,13 @@ def test_a_gradient_of_zero_is_said(shared: Any, monkeypatch: pytest.MonkeyPatch
         (["-p", " ".join(["w5"] * 40)], "reads at most 16"),
         (["-p", PROMPT, "--layers", "7"], r"found layers=[7]"),
         (["-p", PROMPT, "--layers", "x"], "found --layers 'x'"),
+        (
+            ["-p", PROMPT, "--layers", "0-99999"],
+            "found --layers '0-99999'; give numbers and rising",
+        ),
+        (["-p", PROMPT, "--layers", "0-9" + "9" * 5000], "'0-9999"),
+        (["-p", PROMPT, "--layers", "0-9999"], "found layers=[3, 4, 5, 6, 7, 8, ...]; "),
+        (["-p", PROMPT, "--layers", ",".join(map(str, range(9000)))], "found layers=[3, 4, 5, 6"),
         (["-p", PROMPT, "--device", "nodevice"], "cannot use --device nodevice"),
         (["-p", PROMPT, "-o", "/nowhere/at/all.html"], "there is no folder /nowhere/at"),
         (["-p", PROMPT, "-o", "-"], "a report is a file"),
@@ -353,6 +360,7 @@ def test_mistakes_are_one_line_and_exit_2(tiny: str, arguments: list[str], messa
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+    assert len(lines[0]) < 1000
 
 
 @pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -12,6 +12,7 @@ from ra_lens.errors import BadInput
 from ra_lens.texts import decoded
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+_MOST_LAYERS = 10_000  # more than any model has; a longer range is a slip of the keyboard
 
 
 def read_text(text: str, *, escapes: bool) -> str:
@@ -52,13 +53,15 @@ def read_layers(text: str | None) -> list[int] | None:
         return None
     layers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(-?\d{1,9})(?:-(\d{1,9}))?\s*", part)
         first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
         several = range(int(first), int(last) + 1)
-        if not several:  # no match, or a range that runs backwards
+        # No match, a range that runs backwards, or one that no model has the layers for.
+        if not several or len(layers) + len(several) > _MOST_LAYERS:
             raise BadInput(
-                f"found --layers {text!r}; give numbers and rising ranges with commas between, "
-                "such as 0,5-8,-1 (negative: from the end)."
+                f"found --layers {text if len(text) <= 60 else text[:57] + '…'!r}; give numbers "
+                "and rising ranges with commas between, such as 0,5-8,-1 (negative: from the end), "
+                f"of at most {_MOST_LAYERS:,} layers."
             )
         layers += several
     return layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 
 import torch
@@ -84,7 +85,7 @@ def _choose_layers(sites: Mapping[int, Site], layers: Layers, n_layers: int) -> 
     unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in sites]
     if unknown or not chosen:
         raise BadInput(
-            f"found layers={unknown or wanted}; there are maps for layers "
+            f"found layers={reprlib.repr(unknown or wanted)}; there are maps for layers "
             f"{spell_layers(sorted(sites))}. Give one or several of these; negative counts from "
             f"the end of the model's {n_layers}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import weakref
 from dataclasses import replace
 from functools import cached_property
@@ -67,8 +68,9 @@ class Described(Reader):
         chosen = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
         unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in self.sites]
         if unknown or not chosen:
+            found = reprlib.repr(unknown or wanted)  # a hundred thousand are not spelled out
             raise BadInput(
-                f"found layers={unknown or wanted}; {self.name} has attention at layers "
+                f"found layers={found}; {self.name} has attention at layers "
                 f"{spell_layers(list(self.sites))}. Give one or several of these; negative counts "
                 "from the end."
             )
