@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from ra_lens import run_with_ra
-from ra_lens.cli import app, show
+from ra_lens.cli import app, main, show
+from ra_lens.cli.options import reported
 from ra_lens.cli.reading import hints, read_layers, read_text
 from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
@@ -334,6 +336,23 @@ def test_a_gradient_of_zero_is_said(shared: Any, monkeypatch: pytest.MonkeyPatch
         (["-p", " ".join(["w5"] * 40)], "reads at most 16"),
         (["-p", PROMPT, "--layers", "7"], r"found layers=[7]"),
         (["-p", PROMPT, "--layers", "x"], "found --layers 'x'"),
+        (["-p", PROMPT, "--device", "nodevice"], "cannot use --device nodevice"),
+        (["-p", PROMPT, "-o", "/nowhere/at/all.html"], "there is no folder /nowhere/at"),
+        (["-p", PROMPT, "-o", "-"], "a report is a file whose name must end in .html"),
+        (
+            ["-p", PROMPT, "-o", "results.parquet"],
+            "a report is a file whose name must end in .html",
+        ),
+        (["-p", PROMPT, "-o", "x" * 260 + ".html"], "File name too long. Give a shorter name."),
+        (["-p", PROMPT, "-o", "~no-one/report.html"], "no home folder for its ~"),
+        (["-p", PROMPT, "-o", ""], "found --output/-o '', which is empty"),
+        (["-p", PROMPT, "-o", "--escapes"], "found --escapes where the value of --output/-o is"),
+        (["-p", "--top"], "found --top where the value of --prompt/-p is needed"),
+        (["-p", PROMPT, "-m", ""], "found --model/-m '', which is empty"),
+        (["-p", PROMPT, "-m", "x" * 300], "could not load 'xxx"),
+        (["-p", PROMPT, "-m", "~no-one/model"], "no home folder for its ~"),
+        (["-p", PROMPT, "--layers", ""], "found --layers '', which is empty"),
+        (["-p", PROMPT, "--device", ""], "found --device '', which is empty"),
         (
             ["-p", PROMPT, "--layers", "0-99999"],
             "found --layers '0-99999'; give numbers and rising",
@@ -341,9 +360,6 @@ def test_a_gradient_of_zero_is_said(shared: Any, monkeypatch: pytest.MonkeyPatch
         (["-p", PROMPT, "--layers", "0-9" + "9" * 5000], "'0-9999"),
         (["-p", PROMPT, "--layers", "0-9999"], "found layers=[3, 4, 5, 6, 7, 8, ...]; "),
         (["-p", PROMPT, "--layers", ",".join(map(str, range(9000)))], "found layers=[3, 4, 5, 6"),
-        (["-p", PROMPT, "--device", "nodevice"], "cannot use --device nodevice"),
-        (["-p", PROMPT, "-o", "/nowhere/at/all.html"], "there is no folder /nowhere/at"),
-        (["-p", PROMPT, "-o", "-"], "a report is a file"),
         (["-p", "a", "-p", "b", "-p", "c", "-t", "x", "-t", "y"], "2 targets for 3 prompts"),
         (["-p", "-", "-t", "-"], "standard input can be read only once"),
         (["-p", PROMPT, "-m", "./missing"], "there is no folder './missing'"),
@@ -361,6 +377,50 @@ def test_mistakes_are_one_line_and_exit_2(tiny: str, arguments: list[str], messa
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert len(lines[0]) < 1000
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), reported(debug=False):
+        raise BadInput(f"found {list(range(100_000))}; give one.")
+    told = capsys.readouterr().err
+    assert told.startswith("error: found [0, 1, 2")
+    assert told.endswith("99999]; give one.\n")
+    assert len(told) < 2100
+
+
+FULL = "error: cannot write what is printed: No space left on device.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "-p", PROMPT], ["run", "-p", PROMPT, "--json"], ["--version"], ["-h"]]
+)
+def test_what_finds_no_space_to_be_printed_on_is_one_error(
+    tiny: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    model = ["-m", tiny] if arguments[0] == "run" else []
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "argv", ["ra-lens", *arguments, *model])
+        with pytest.raises(SystemExit) as done:
+            main()
+        monkeypatch.undo()
+    assert (done.value.code, capfd.readouterr().err) == (2, FULL)
+
+
+def test_a_page_of_something_else_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.html"
+    path.write_bytes(b"PAR1 and more")
+    for command in (["run", "-p", PROMPT], ["demo"], ["trace", "-p", PROMPT]):
+        model = [] if command[0] == "demo" else ["-m", tiny]
+        result = call(*command, *model, "-o", str(path))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert re.search(r"the file there is not a (report|page)\. Give another", result.stderr)
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"PAR1 and more", ["results.html"])
+
+
+def test_a_value_that_looks_like_an_option_can_be_meant(tiny: str) -> None:
+    result = call("run", "-m", tiny, "--prompt=--top", "--json")
+    assert json.loads(result.stdout)["prompt"] == "--top"
 
 
 @pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -390,17 +450,6 @@ def test_a_run_that_fails_leaves_the_report_of_before(tiny: str, tmp_path: Path)
     path.write_text("<p>old")
     assert call("run", "-m", tiny, "-p", PROMPT, "-t", " nope", "-o", str(path)).exit_code == 2
     assert (path.read_text(), os.listdir(tmp_path)) == ("<p>old", ["out.html"])
-
-
-def test_a_page_of_something_else_is_not_overwritten(tiny: str, tmp_path: Path) -> None:
-    path = tmp_path / "results.html"
-    path.write_bytes(b"PAR1 and more")
-    for command in (["run", "-p", PROMPT], ["demo"], ["trace", "-p", PROMPT]):
-        model = [] if command[0] == "demo" else ["-m", tiny]
-        result = call(*command, *model, "-o", str(path))
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert re.search(r"the file there is not a (report|page)\. Give another", result.stderr)
-    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"PAR1 and more", ["results.html"])
 
 
 def test_the_unexpected_exits_1_and_shows_where_on_demand(

@@ -281,6 +281,7 @@ def test_compare_leaves_what_it_reads_and_what_is_no_comparison(
     for _ in range(2):  # a comparison replaces a comparison
         result = call(*command, "~/cells.csv", "--json")
         assert result.exit_code == 0
+        assert json.loads(result.stdout)["out"] == str(tmp_path / "cells.csv")
     assert not Path("~").exists()
 
 
@@ -311,7 +312,7 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
     [
         (["-t", "antonymm"], "There is no task 'antonymm'. Close names: antonym"),
         (["-t", "antonym", "antonym"], "antonym"),
-        (["-t", ","], "found no task"),
+        (["-t", ","], "found --task ',', which is empty"),
         (["-t", "antonym", "--shots", "x"], "found --shots x; give whole numbers"),
         (["-t", "antonym", "--shots", "-1"], "shots=[-1]"),
         (["-t", "antonym", "--shots", "5000"], "shots=5000"),
@@ -320,6 +321,19 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
         (["-t", "antonym", "-m", "./missing"], "there is no folder './missing'"),
         (["-t", "antonym", "--out", "x.txt"], "must end in .parquet or .csv"),
         (["-t", "antonym", "--out", "/no/such/x.csv"], "there is no folder /no/such"),
+        (["-t", "antonym", "--out", "x" * 260 + ".csv"], "File name too long. Give a shorter name"),
+        (["-t", "antonym", "--out", "~no-one/x.csv"], "no home folder for its ~"),
+        (["-t", "", "--shots", "0"], "found --task/-t '', which is empty"),
+        (["-t", "antonym", "--shots", ""], "found --shots '', which is empty"),
+        (["-t", "antonym", "--shots", "0", ""], "found --shots '', which is empty"),
+        (["-t", "antonym", "--source", ""], "found --source '', which is empty"),
+        (["-t", "antonym", "-m", ""], "found --model/-m '', which is empty"),
+        (["-t", "antonym", "--device", " "], "found --device ' ', which is empty"),
+        (["-t", "antonym", "--out", ""], "found --out/-o '', which is empty"),
+        (["-t", "antonym", "-o", ""], "found --out/-o '', which is empty"),
+        (["-t", "antonym", "-o", "-q"], "found -q where the value of --out/-o is needed"),
+        (["-t", "antonym", "--shots", "0-99999"], "found --shots 0-99999; give whole numbers"),
+        (["-t", "antonym", "--shots", *map(str, range(20000))], "found 20,000 values of --shots"),
     ],
 )
 @pytest.mark.parametrize("command", ["rank", "perturb", "patch"])
@@ -339,12 +353,20 @@ def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], me
         (["rank", "-t", "antonym", "--methods", "ra", "ra"], "each once"),
         (["perturb", *SMALL, "--step", "0.3"], "found step=0.3"),
         (["perturb", *SMALL, "--figure", "x.png"], "must end in .html"),
+        (["perturb", *SMALL, "--figure", ""], "found --figure '', which is empty"),
+        (["perturb", *SMALL, "--methods", ""], "found --methods '', which is empty"),
+        (["patch", *SMALL, "--scales", ""], "found --scales '', which is empty"),
+        (["patch", *SMALL, "--kinds", ""], "found --kinds '', which is empty"),
         (["patch", *SMALL, "--figure", "/no/such/x.html"], "there is no folder /no/such"),
         (["patch", *SMALL, "--kinds", "fa"], "found --kinds fa; give ra, pattern"),
         (["patch", *SMALL, "--scales", "1", "b"], "found --scales 1 b; give numbers"),
         (["patch", *SMALL, "--length", "99"], "of 99 tokens"),
         (["patch", *SMALL, "--at-least", "9999"], "no 9999 pairs"),
         (["compare", "--paper", "/no/such", "missing.csv"], "there is no file missing.csv"),
+        (["compare", "--paper", "/no/such", ""], "found RESULTS '', which is empty"),
+        (["compare", "--paper", "", "missing.csv"], "found --paper '', which is empty"),
+        (["compare", "--paper", "--all", "missing.csv"], "found --all where the value of --paper"),
+        (["compare", "--paper", "/no/such", "/dev"], "/dev is a folder; a file is needed"),
     ],
 )
 def test_mistakes_of_a_command_are_one_line_too(arguments: list[str], message: str) -> None:

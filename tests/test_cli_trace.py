@@ -98,6 +98,10 @@ def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
         (["--layer", "1", "--agg-heads", "sum"], "--agg-heads sum; give mean, max"),
         (["--layer", "1", "--follow", "value_norm"], "--follow value_norm with one layer"),
         (["-o", "/nowhere/paths.html"], "no folder"),
+        (["-o", "paths.json"], "a page is a file whose name must end in .html"),
+        (["-o", ""], "found --output/-o '', which is empty"),
+        (["--layer", ""], "found --layer '', which is empty"),
+        (["--agg-heads", ""], "found --agg-heads '', which is empty"),
         (["--target-pos", "77"], "target_pos=77"),
     ],
 )

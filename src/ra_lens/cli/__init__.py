@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ra_lens.cli.command import Command
 from ra_lens.cli.experiments import register
 from ra_lens.cli.options import (
     DebugOption,
@@ -55,7 +56,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a token may not exist in the terminal's encoding
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    app(prog_name="ra-lens")
+    try:
+        with reported(debug=False):  # what is printed outside of a command, as help
+            app(prog_name="ra-lens")
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
 
 
 @app.callback()
@@ -73,7 +78,7 @@ def about(
     """Reversed Attention: what the backward pass wanted each attention head to do."""
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     prompt: Annotated[
         list[str],
@@ -136,7 +141,7 @@ def run(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to write the report.")
@@ -159,7 +164,7 @@ def demo(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     model: ModelOption = "demo",
     kind: KindOption = None,
@@ -190,4 +195,4 @@ def _say(wanted: bool) -> bool:
 
 
 register(app)
-app.command()(trace)
+app.command(cls=Command)(trace)

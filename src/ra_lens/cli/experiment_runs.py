@@ -81,7 +81,8 @@ class Setup:
             check_output(self.figure, PAGE)
         check_device(self.device)
         read_methods(METHODS if methods is None else methods)
-        counts = read_shots(whole_numbers(self.shots, "--shots") or list(SHOTS))
+        shots = whole_numbers(self.shots, "--shots")
+        counts = read_shots(list(SHOTS) if shots is None else shots)
         return read_tasks(self), counts
 
     def load(self) -> nn.Module:
@@ -109,7 +110,7 @@ def read_tasks(setup: Setup) -> list[Task]:
         BadInput: one is not there, or none is.
     """
     names: list[str] = []
-    for name in split_values(setup.task):
+    for name in split_values(setup.task, "--task"):
         if name in _GROUPS:
             found = task_names(_GROUPS[name], source=setup.source)
             if not found:
@@ -212,8 +213,9 @@ def patch(
     metric: Measure,
 ) -> None:
     """`ra-lens patch`."""
-    factors = numbers(scales, "--scales") or list(PAPER_SCALES)
-    maps: Any = ["ra", "pattern"] if kinds is None else split_values(kinds)
+    given = numbers(scales, "--scales")
+    factors = list(PAPER_SCALES) if given is None else given
+    maps: Any = ["ra", "pattern"] if kinds is None else split_values(kinds, "--kinds")
     unknown = [name for name in maps if name not in ("ra", "pattern")]
     if unknown:
         raise BadInput(f"found --kinds {unknown[0]}; give ra, pattern or both.")
@@ -291,7 +293,7 @@ def _drawn(path: Path | None, draw: Callable[[Path], None]) -> Generator[Path | 
 
 
 def _methods(methods: Sequence[str] | None) -> list[str]:
-    return list(METHODS) if methods is None else split_values(methods)
+    return list(METHODS) if methods is None else split_values(methods, "--methods")
 
 
 def _asked(task: Task, setup: Setup) -> Task:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ra_lens.cli import options as opt
+from ra_lens.cli.command import Command
 from ra_lens.cli.many_values import ManyValuesCommand
 from ra_lens.cli.options import reported
 
@@ -19,7 +20,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for command in (rank, perturb, patch):
         app.command(cls=ManyValuesCommand)(command)
-    app.command()(compare)
+    app.command(cls=Command)(compare)
 
 
 def rank(
@@ -51,7 +52,8 @@ def rank(
 
         setup = runs.Setup(
             model, task, source, shots, seed, split.value, separator, natural.value, bos,
-            batch_size, device, dtype.value, None if kind is None else kind.value, out, None,
+            batch_size, device, dtype.value, None if kind is None else kind.value,
+            opt.written_to(out), None,
             as_json, quiet, debug,
         )  # fmt: skip
         runs.rank(setup, methods=methods, n_rank=n_rank, answer_in_input=answer_in_input, top=top)
@@ -95,7 +97,8 @@ def perturb(
 
         setup = runs.Setup(
             model, task, source, shots, seed, split.value, separator, natural.value, bos,
-            batch_size, device, dtype.value, None if kind is None else kind.value, out, figure,
+            batch_size, device, dtype.value, None if kind is None else kind.value,
+            opt.written_to(out), opt.written_to(figure),
             as_json, quiet, debug,
         )  # fmt: skip
         runs.perturb(
@@ -162,7 +165,8 @@ def patch(
 
         setup = runs.Setup(
             model, task, source, shots, seed, split.value, separator, natural.value, bos,
-            batch_size, device, dtype.value, None if kind is None else kind.value, out, figure,
+            batch_size, device, dtype.value, None if kind is None else kind.value,
+            opt.written_to(out), opt.written_to(figure),
             as_json, quiet, debug,
         )  # fmt: skip
         runs.patch(
@@ -212,6 +216,6 @@ def compare(
             metric=metric.value,
             rule=auc_rule.value,
             every=every,
-            out=out,
+            out=opt.written_to(out),
             as_json=as_json,
         )

@@ -5,10 +5,13 @@ This module imports neither torch nor plotly, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import sys
 import traceback
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +19,11 @@ from typing import Annotated
 import typer
 
 from ra_lens.errors import BadInput, RALensError
+from ra_lens.files import FULL, user_path
+
+# What the system says of a file that only the user can do something about.
+_OF_THE_SYSTEM = (*FULL, errno.EACCES, errno.ENAMETOOLONG, errno.EPERM, errno.EROFS)
+_LONGEST = 2000  # characters of an error: some lines of a terminal
 
 
 class Kind(str, Enum):
@@ -188,6 +196,8 @@ def reported(*, debug: bool) -> Generator[None]:
     """Turn exceptions into one line and an exit code."""
     try:
         yield
+        if sys.stdout is not None:  # what is still to be written may find the disk full
+            sys.stdout.flush()
     except (typer.Exit, typer.Abort, BrokenPipeError):
         raise
     except Exception as error:
@@ -195,7 +205,27 @@ def reported(*, debug: bool) -> Generator[None]:
             traceback.print_exc()
         text = " ".join(str(error).split())
         expected = isinstance(error, RALensError)
+        if isinstance(error, OSError) and not expected:
+            if error.filename and error.errno in _OF_THE_SYSTEM:
+                expected, text = True, f"{error.filename} cannot be used: {error.strerror}."
+            elif error.errno in FULL:  # of what was open already, and files have their own errors
+                expected, text = True, f"cannot write what is printed: {error.strerror}."
+                _drop_what_is_printed()
         if not expected:
             text = f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
-        typer.echo(f"error: {text}", err=True)
+        if len(text) > _LONGEST:  # what is needed stands at the end
+            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+        with suppress(OSError):
+            typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2 if expected else 1) from None
+
+
+def written_to(path: Path | None) -> Path | None:
+    """Give the path of an option with `~` written out, as it is printed and as it is used."""
+    return None if path is None else user_path(path)
+
+
+def _drop_what_is_printed() -> None:
+    # What could not be written would be tried again at the end, with an exit code of its own.
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
