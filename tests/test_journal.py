@@ -292,7 +292,11 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-@pytest.mark.parametrize(("experiment", "damage", "message"), DAMAGED, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("experiment", "damage", "message"),
+    DAMAGED,
+    ids=lambda v: v if isinstance(v, str) else "damage",
+)
 def test_a_table_that_lacks_something_is_named_with_the_column(
     tmp_path, experiment, damage, message, ending
 ):
