@@ -169,9 +169,9 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
     try:
         hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **here)
         tokenizer = AutoTokenizer.from_pretrained(str(path), **here)
-    except _REFUSALS as error:
-        if isinstance(error, OSError):
-            raise
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # tokenizers has no other class for a file that it cannot read
         raise _CannotConvert(
             f"HookedTransformer cannot load the model in {path}: {_first_line(error)} {_HOLDS}"
         ) from error
