@@ -11,7 +11,8 @@ import pytest
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
-from ra_lens.experiments.journal import differences, journal_path, open_journal, settings_hash
+from ra_lens.experiments.differences import differences
+from ra_lens.experiments.journal import journal_path, open_journal, settings_hash
 from ra_lens.experiments.results import as_frame, finished_results
 from test_files import disk_of, folder_of_others
 
@@ -75,10 +76,8 @@ def test_a_journal_of_other_settings_is_refused_and_kept(tmp_path):
     with pytest.raises(Killed):
         run(out, upto=1)
     before = journal_path(out).read_bytes()
-    wanted = (
-        r"unfinished run with other settings \(seed: there 1, here 2; extra: there None, here x\)"
-    )
-    with pytest.raises(BadInput, match=wanted + r"\. Repeat that run to finish it, give another"):
+    differing = r"\(seed: there 1, here 2; extra: there nothing, here x\)"
+    with pytest.raises(BadInput, match=rf"other settings {differing}\. Repeat that run to finish"):
         run(out, upto=None, settings={**SETTINGS, "seed": 2, "extra": "x"})
     assert journal_path(out).read_bytes() == before
 
@@ -215,13 +214,13 @@ def test_what_differs_is_said_where_it_differs():
     long = list(range(60))
     for was, now, told in [
         ({"a": 1}, {"a": 1}, ""),
-        ({"a": None}, {}, ""),
-        ({"a": 1}, {"b": 2}, "a: there 1, here None; b: there None, here 2"),
+        ({"a": None}, {}, "a: there None, here nothing"),
+        ({"a": 1}, {"b": 2}, "a: there 1, here nothing; b: there nothing, here 2"),
         ({"t": [task]}, {"t": [{**task, "format": "Q"}]}, "format of a: there Q: , A:, here Q"),
         ({"t": [task]}, {"t": [{**task, "name": "b"}]}, "t: there ['a'], here ['b']"),
         ({"s": long}, {"s": [*long, 99]}, "s: only there [], only here [99]"),
         ({"s": "y" * 80 + "a"}, {"s": "y" * 80 + "b"}, f"s: there …{'y' * 10}a, here …{'y' * 10}b"),
-        (dict.fromkeys("abcdefg", 1), {}, "e: there 1, here None; and 2 more"),
+        (dict.fromkeys("abcdefg", 1), {}, "e: there 1, here nothing; and 2 more"),
     ]:
         assert differences(was, now).endswith(told), differences(was, now)
         assert bool(differences(was, now)) == bool(told)

@@ -13,16 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from ra_lens.errors import BadFile, BadInput
+from ra_lens.experiments.differences import differences, short
 from ra_lens.files import check_output, reason, user_path
 
 _FORMAT = 1
-_LONG = 60  # characters of a value in a message
 
 NOT_SETTINGS = frozenset({"batch_size"})
 """What a run may go on with another value of: a unit's numbers do not depend on its batches."""
@@ -45,7 +45,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
     except TypeError as error:
         name = next((name for name, value in settings.items() if not _is_json(value)), "a setting")
         raise BadInput(
-            f"found {name}={_short(settings.get(name))}, which cannot be written down ({error}). "
+            f"found {name}={short(settings.get(name))}, which cannot be written down ({error}). "
             "Give texts, numbers, True or False."
         ) from error
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -200,10 +200,11 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"{path} is a journal of format {known}; this ra_lens writes {_FORMAT}. Give another "
             "output file, or delete the journal."
         )
-    if differing := differences(was, _compared(json.loads(json.dumps(settings)))):
+    now = _compared(json.loads(json.dumps(settings)))
+    if was != now:
         raise BadInput(
-            f"{path} holds an unfinished run with other settings ({differing}). Repeat that run to "
-            "finish it, give another output file, or delete the journal."
+            f"{path} holds an unfinished run with other settings ({differences(was, now)}). Repeat "
+            "that run to finish it, give another output file, or delete the journal."
         )
     return done
 
@@ -214,63 +215,3 @@ def _is_json(value: object) -> bool:
     except TypeError:
         return False
     return True
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say which settings differ and how: `seed: there 1, here 2`; nothing where none does."""
-    found = [
-        text for name in {**was, **now} for text in _differing(name, was.get(name), now.get(name))
-    ]
-    more = f"; and {len(found) - 5} more" * (len(found) > 5)
-    return "; ".join(found[:5]) + more
-
-
-def _differing(name: str, was: object, now: object) -> Iterator[str]:
-    if was == now:
-        return
-    before, after = _named(was), _named(now)
-    if before and after and list(before) == list(after):  # of the same tasks, or methods
-        for one, facts in before.items():
-            for fact in {**facts, **after[one]}:
-                yield from _differing(f"{fact} of {one}", facts.get(fact), after[one].get(fact))
-    else:
-        yield f"{name}: {_there_and_here(list(before) or was, list(after) or now)}"
-
-
-def _there_and_here(was: object, now: object) -> str:
-    """Two values, or of long ones where they differ."""
-    there, here = (value if isinstance(value, str) else repr(value) for value in (was, now))
-    if max(len(there), len(here)) <= _LONG:
-        return f"there {there}, here {here}"
-    if isinstance(was, list) and isinstance(now, list):
-        ours, theirs = cast("list[object]", now), cast("list[object]", was)
-        only_there, only_here = (
-            [value for value in one if value not in other]
-            for one, other in ((theirs, ours), (ours, theirs))
-        )
-        if only_there or only_here:
-            return f"only there {_short(only_there)}, only here {_short(only_here)}"
-    letters = zip(there, here, strict=False)
-    same = next((i for i, (a, b) in enumerate(letters) if a != b), min(len(there), len(here)))
-    start = max(same - 10, 0)
-    before, after = (f"{'…' * (start > 0)}{text[start:]}" for text in (there, here))
-    return f"there {_cut(before)}, here {_cut(after)}"
-
-
-def _named(value: object) -> dict[str, dict[str, Any]]:
-    """Parts of a setting by their names; nothing where it is no list of such."""
-    if not isinstance(value, list):
-        return {}
-    parts = cast("list[object]", value)
-    named = [cast("dict[str, Any]", part) for part in parts if isinstance(part, dict)]
-    if len(named) < len(parts) or not all("name" in part for part in named):
-        return {}
-    return {str(part["name"]): part for part in named}
-
-
-def _short(value: object) -> str:
-    return _cut(repr(value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"

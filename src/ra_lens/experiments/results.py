@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.experiments.journal import NOT_SETTINGS, differences, journal_path, settings_hash
+from ra_lens.experiments.differences import differences
+from ra_lens.experiments.journal import NOT_SETTINGS, journal_path, settings_hash
 from ra_lens.files import FileKind, check_input, check_output, user_path, whole_file
 from ra_lens.sites import Lens
 from ra_lens.tables import problem_of
