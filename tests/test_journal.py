@@ -171,8 +171,8 @@ def frame():
         {"task": "antonym", "map": "none", "scale": None, "top1": 0.1 + 0.2, "ok": True},
         {"task": "NA", "map": "ra", "scale": -30.0, "top1": 1 / 3, "ok": False},
     ]
-    same = {"kind": "icl", "n_shots": 0, "top2": 0.5, "top3": 0.75, "logit_diff": -1 / 3}
-    rows = [{**row, **same} for row in rows]
+    same = {"kind": "icl", "top2": 0.5, "top3": 0.75, "logit_diff": -1 / 3}
+    rows = [{**row, **same, "n_shots": n} for n, row in zip(SETTINGS["shots"], rows, strict=True)]
     return as_frame("patching", rows, SETTINGS).astype({"scale": float})
 
 
@@ -199,8 +199,9 @@ def test_finished_results_are_found_again_and_others_are_refused(tmp_path):
     for other, told in [
         ({"seed": 2}, "seed: there 1, here 2"),
         ({"seed": 2, "model": "other"}, "model: there toy, here other; seed: there 1, here 2"),
-        # The toy table has no column of these.
-        ({"shots": [0]}, r"in what the table does not show: shots, here \[0\]"),
+        ({"shots": [0]}, r"shots: there \[0, 1\], here \[0\]"),
+        # The toy table has no column of it.
+        ({"limit": 4}, "in what the table does not show: limit, here 4"),
         ({"kinds": ["ra", "pattern"]}, r"kinds: there \['ra'\], here \['ra', 'pattern'\]"),
         ({"scales": [-30.0, 1.0]}, r"scales: there \[-30.0\], here \[-30.0, 1.0\]"),
     ]:
