@@ -54,6 +54,14 @@ def test_options_reach_the_trace(tiny: str, shared: Any) -> None:
     assert [b["positions"] for b in found["beams"]] == [list(b.positions) for b in wanted.beams]
 
 
+def test_a_head_is_taken_as_it_is_printed(tiny: str, shared: Any) -> None:
+    result = call("-m", tiny, "-p", PROMPT, "--layer", "1", "--agg-heads", "L1H3", "--json")
+    wanted = trace_paths(shared("gpt2", KINDS[0]), PROMPT, layer=1, agg_heads=3)
+    found = json.loads(result.stdout)
+    assert [b["positions"] for b in found["beams"]] == [list(b.positions) for b in wanted.beams]
+    assert found["metadata"]["agg_heads"] == 3
+
+
 def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "paths.html"
     result = call("-m", tiny, "-p", PROMPT, "--layer=-1", "-o", str(path))
@@ -96,6 +104,7 @@ def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
         (["--layer", "last"], "--layer last; give a number or all"),
         (["--layer", "1", "--residual", "0.5"], "--residual with one layer"),
         (["--layer", "1", "--agg-heads", "sum"], "--agg-heads sum; give mean, max"),
+        (["--layer", "1", "--agg-heads", "L2H3"], "agg_heads='L2H3', but the layer traced is 1"),
         (["--layer", "1", "--follow", "value_norm"], "--follow value_norm with one layer"),
         (["-o", "/nowhere/paths.html"], "no folder"),
         (["-o", "paths.json"], "a page is a file whose name must end in .html"),

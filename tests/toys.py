@@ -1,10 +1,14 @@
-"""A model small enough to work out: two heads, one of which knows the answers.
+"""Models small enough to work out: one that knows the answers, and one that guesses digits.
 
-One layer. Words lie in the first 34 dimensions of the residual stream, what is read off lies in the
-others. Queries and keys are 0, so both heads look everywhere alike; BOS is the zero vector and
-writes nothing. Head 0 writes the word three places on with gain 2, head 1 the word five places on
-with gain 1/2. So the answer "three places on" is right with head 0 alone and with both heads, wrong
-with head 1 alone, and without a head all logits are equal, which answers nothing.
+The first: two heads, one layer. Words lie in the first 34 dimensions of the residual stream, what
+is read off lies in the others. Queries and keys are 0, so both heads look everywhere alike; BOS is
+the zero vector and writes nothing. Head 0 writes the word three places on with gain 2, head 1 the
+word five places on with gain 1/2. So the answer "three places on" is right with head 0 alone and
+with both heads, wrong with head 1 alone, and without a head all logits are equal, which answers
+nothing.
+
+The second looks at nothing but its last token: after a colon it writes a space, after a space a 3.
+Its tokenizer makes a token of every character, as others do of a space before a digit.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ra_lens.tasks import Pair, Task
 from tiny_models import D_VOCAB, load, tokenizer
@@ -62,6 +67,53 @@ def write_toy(where: Path) -> Path:
                 block.c_proj.weight[head * n + word, n + follow(word, places)] = gain
     model.save_pretrained(str(where))
     tokenizer("gpt2").save_pretrained(str(where))
+    return where
+
+
+GUESS = "3"
+CHARACTERS = ["<|endoftext|>", " ", ":", "\n", "<pad>", "-", *"0123456789"]
+
+
+def digits_task(name: str = "digits") -> Task:
+    """Asks for the digit that comes after: `4:` is answered by ` 5`."""
+    pairs = [Pair(f"{i}{j}", str((i + j) % 10)) for i in range(5) for j in range(10)]
+    return Task(name, "icl", tuple(pairs), "", ":", separator="\n")
+
+
+def write_digits(where: Path) -> Path:
+    """Save the toy that guesses as a Hugging Face folder."""
+    n = len(CHARACTERS)
+    config = transformers.GPT2Config(
+        vocab_size=n,
+        n_layer=1,
+        n_head=2,
+        n_embd=n,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    follows = {":": " ", " ": GUESS}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_gain = "ln_" in name and name.endswith("weight")
+            parameter.fill_(1.0 if is_gain else 0.0)
+        for i, character in enumerate(CHARACTERS):
+            model.transformer.wte.weight[i, i] = 1.0
+            after = CHARACTERS.index(follows.get(character, "-"))
+            model.lm_head.weight[after, i] = 1.0
+    model.save_pretrained(str(where))
+    vocabulary = {character: i for i, character in enumerate(CHARACTERS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<pad>",
+    ).save_pretrained(str(where))
     return where
 
 

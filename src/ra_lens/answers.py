@@ -1,10 +1,17 @@
 """Asking a model questions and marking its answers, as the paper's experiments do.
 
-A question is read at its last position only, and its answer is the first token that the answer
-would add to it: the rank of that token among all, its probability, and its logit against the best
-other one. Accuracy top-k is the share of questions whose answer is among the first k.
+By the first token (the paper's experiments): a question is read at its last position only, and its
+answer is the first token that the answer would add to it: the rank of that token among all, its
+probability, and its logit against the best other one. Accuracy top-k is the share of questions
+whose answer is among the first k.
 
-Cost: one forward pass without gradients, unembedding one position per question.
+By the whole answer: it is appended to the question, and each of its tokens is marked where it is
+predicted. Top-1 is then greedy exact match: a greedy decode gives the answer if and only if every
+token of it comes first after the right ones before it, so that one forward pass tells. Top-k: every
+token is among the first k. The probability is that of the whole, the logit difference the smallest
+of its tokens, positive where a greedy decode is right.
+
+Cost: one forward pass without gradients, unembedding one position per question or token of it.
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +32,7 @@ from ra_lens.sites import Lens
 from ra_lens.tasks import Prompt
 
 FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
+Accuracy = Literal["first token", "answer"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Questions:
 
     Attributes:
         prompts: What the model reads.
-        answers: Ids of the whole answer, one list per question; its first token is what counts.
+        answers: Ids of the whole answer, one list per question.
     """
 
     prompts: Prompts
@@ -47,6 +55,11 @@ class Questions:
     def first_tokens(self) -> Int[Tensor, "question"]:
         """First token of each answer."""
         return torch.tensor([answer[0] for answer in self.answers])
+
+    @property
+    def with_answers(self) -> Prompts:
+        """The prompts with their answers appended, but for the last token, which predicts none."""
+        return self.prompts.extended([answer[:-1] for answer in self.answers])
 
     def repeated(self, times: int) -> Questions:
         """The same questions several times over."""
@@ -113,14 +126,15 @@ class Marks:
     """How a model answered: one value per question.
 
     Attributes:
-        above: How many tokens have a larger logit than the right answer.
+        above: How many tokens have a larger logit than the right one; of whole answers, for each
+            token of the answer (0 beyond its end).
         tied: How many others have the same logit: many in bfloat16, or where nothing is left.
         logit_diff: Logit of the right answer minus that of the best other token.
         probability: Of the right answer, in float64.
     """
 
-    above: Int[Tensor, "question"]
-    tied: Int[Tensor, "question"]
+    above: Int[Tensor, "question *token"]
+    tied: Int[Tensor, "question *token"]
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
 
@@ -134,13 +148,13 @@ class Marks:
         )
 
     def accuracy(self, k: int = 1) -> float:
-        """Share of the questions whose answer is among the top `k`.
+        """Share of the questions whose answer is among the top `k`, with each of its tokens.
 
         Where it ties with others, it counts by the chance of being there if ties are broken at
         random, so that coarse logits bias nothing.
         """
-        chance = (k - self.above).double() / (1 + self.tied)
-        return float(chance.clamp(0, 1).mean())
+        chance = ((k - self.above).double() / (1 + self.tied)).clamp(0, 1)
+        return float((chance if chance.ndim == 1 else chance.prod(dim=1)).mean())
 
 
 @torch.no_grad()
@@ -149,9 +163,21 @@ def last_logits(
 ) -> Float[Tensor, "question d_vocab"]:
     """Run the model once on all prompts and give the logits at the last position of each.
 
+    See `logits_at`.
+    """
+    return logits_at(lens, prompts, [[n - 1] for n in prompts.lengths], fwd_hooks)[:, 0]
+
+
+@torch.no_grad()
+def logits_at(
+    lens: Lens, prompts: Prompts, positions: Sequence[Sequence[int]], fwd_hooks: FwdHooks = ()
+) -> Float[Tensor, "question read d_vocab"]:
+    """Run the model once on all prompts and give the logits at some positions of each.
+
     Args:
         lens: The model.
         prompts: What it reads, all in one batch.
+        positions: Positions within each prompt, as many for each.
         fwd_hooks: TransformerLens hooks for this run.
 
     Raises:
@@ -160,7 +186,7 @@ def last_logits(
     """
     _need_next_token(lens)
     batch = prompts.lay_out(lens)
-    columns = batch.columns([[n - 1] for n in batch.lengths])
+    columns = batch.columns(positions)
     # A hook where the logits come out expects every position.
     whole = lens.logits_are_hooked
     reading = lens.reading(None if whole else columns)
@@ -169,13 +195,12 @@ def last_logits(
     if whole:
         rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
         logits = logits[rows, columns.to(logits.device)]
-    last = logits[:, 0]
-    if bool(last.isnan().any()):
+    if bool(logits.isnan().any()):
         raise NothingToDifferentiate(
             f"the logits of {lens.name} contain NaN at the last token of a prompt. Check the "
             "weights and hooks; for float16 models try bfloat16 or float32."
         )
-    return last
+    return logits
 
 
 def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "question"]) -> Marks:
@@ -203,6 +228,7 @@ def ask(
     questions: Questions,
     hooks_of: Callable[[list[int]], FwdHooks] | None = None,
     *,
+    accuracy: Accuracy = "first token",
     batch_size: int = 32,
 ) -> Marks:
     """Ask every question and mark the answers.
@@ -211,23 +237,65 @@ def ask(
         lens: The model.
         questions: What to ask. Those of like length are asked together, so that little is padded.
         hooks_of: Gives the hooks for a batch, told which questions are in it.
+        accuracy: What is marked: the first token of each answer, or the whole.
         batch_size: Questions per forward pass at most.
     """
-    order = by_length(questions.prompts)
+    prompts = questions.prompts if accuracy == "first token" else questions.with_answers
+    order = by_length(prompts)
     parts: list[Marks] = []
     # As few batches as can be, of like size: a small last one would pad the others for nothing.
     for batch in torch.tensor(order).tensor_split(-(-len(order) // batch_size)):
         part = batch.tolist()
         hooks = () if hooks_of is None else hooks_of(part)
-        logits = last_logits(lens, questions.prompts.chosen(part), hooks)
-        parts.append(mark(logits, questions.first_tokens[part]))
+        if accuracy == "first token":
+            logits = last_logits(lens, prompts.chosen(part), hooks)
+            parts.append(mark(logits, questions.first_tokens[part]))
+        else:
+            answers = [questions.answers[i] for i in part]
+            parts.append(_ask_answers(lens, prompts.chosen(part), answers, hooks))
     asked = torch.tensor(order).argsort()  # back to the order given
     return Marks(
-        above=torch.cat([p.above for p in parts])[asked],
-        tied=torch.cat([p.tied for p in parts])[asked],
+        above=_joined([p.above for p in parts])[asked],
+        tied=_joined([p.tied for p in parts])[asked],
         logit_diff=torch.cat([p.logit_diff for p in parts])[asked],
         probability=torch.cat([p.probability for p in parts])[asked],
     )
+
+
+def _ask_answers(
+    lens: Lens, prompts: Prompts, answers: Sequence[tuple[int, ...]], fwd_hooks: FwdHooks
+) -> Marks:
+    """Mark whole answers, each token where it is predicted; `prompts` hold them but the last."""
+    width = max(map(len, answers))
+    # Shorter answers repeat their last token, whose marks are then left out.
+    steps = [[min(step, len(answer) - 1) for step in range(width)] for answer in answers]
+    positions = [
+        [n - len(answer) + step for step in row]
+        for n, answer, row in zip(prompts.lengths, answers, steps, strict=True)
+    ]
+    ids = [[answer[step] for step in row] for answer, row in zip(answers, steps, strict=True)]
+    logits = logits_at(lens, prompts, positions, fwd_hooks)
+    marks = mark(logits.flatten(0, 1), torch.tensor(ids).flatten())
+    theirs = torch.arange(width) < torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
+
+    def by_token(values: Tensor, beyond: float) -> Tensor:
+        return values.reshape(theirs.shape).where(theirs, torch.tensor(beyond).to(values))
+
+    return Marks(
+        above=by_token(marks.above, 0),
+        tied=by_token(marks.tied, 0),
+        logit_diff=by_token(marks.logit_diff, float("inf")).amin(dim=1),
+        probability=by_token(marks.probability, 1).prod(dim=1),
+    )
+
+
+def _joined(parts: Sequence[Int[Tensor, "_question *_token"]]) -> Int[Tensor, "question *token"]:
+    """Marks of several batches, whose longest answers may differ."""
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def by_length(prompts: Prompts) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 import typer
 from torch import nn
 
+from ra_lens.answers import Accuracy
 from ra_lens.cli import show_comparison, show_experiments, show_sweep
 from ra_lens.cli.commands import DEMO, load
 from ra_lens.cli.many_values import numbers, split_values, whole_numbers
@@ -46,6 +47,9 @@ _GROUPS: dict[str, Literal["icl", "natural"] | None] = {
     "icl": "icl",
     "natural": "natural",
 }
+
+
+_ACCURACIES: dict[str, Accuracy] = {"first-token": "first token", "answer": "answer"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def perturb(
     n_test: int | None,
     step: float,
     random_orders: int,
+    accuracy: Literal["first-token", "answer"],
     metric: Measure,
     rule: Rule,
     answer_in_input: bool,
@@ -181,6 +186,7 @@ def perturb(
             n_test=n_test,
             rank_shots=rank_shots,
             answer_in_input=answer_in_input,
+            accuracy=_ACCURACIES[accuracy],
             **setup.common,
         )
     areas = area_under_curve(frame, metric=metric, rule=rule)
@@ -208,8 +214,10 @@ def patch(
     n_test: int | None,
     length: int | None,
     at_least: int | None,
+    answer_tokens: int,
     renormalise: bool,
     at: Where,
+    accuracy: Literal["first-token", "answer"],
     metric: Measure,
 ) -> None:
     """`ra-lens patch`."""
@@ -232,8 +240,10 @@ def patch(
             n_test=n_test,
             length=length,
             at_least=at_least,
+            answer_tokens=answer_tokens,
             renormalise=renormalise,
             at=at,
+            accuracy=_ACCURACIES[accuracy],
             **setup.common,
         )
 

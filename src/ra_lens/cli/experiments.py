@@ -73,6 +73,7 @@ def perturb(
     n_test: opt.NTestOption = None,
     step: Annotated[float, typer.Option(help="Share of the heads unmasked at a time.")] = 0.1,
     random_orders: Annotated[int, typer.Option(min=1, help="How many random orders to draw.")] = 20,
+    accuracy: opt.AccuracyOption = opt.Accuracy.FIRST_TOKEN,
     metric: opt.MetricOption = opt.Metric.TOP1,
     auc_rule: opt.AucRuleOption = opt.AucRule.TRAPEZOID,
     answer_in_input: opt.AnswerOption = True,
@@ -109,6 +110,7 @@ def perturb(
             n_test=n_test,
             step=step,
             random_orders=random_orders,
+            accuracy=accuracy.value,
             metric=metric.value,
             rule=auc_rule.value,
             answer_in_input=answer_in_input,
@@ -137,12 +139,16 @@ def patch(
         int | None,
         typer.Option(min=1, help="Pairs of one length needed. Default: 100; builtin tasks: 40."),
     ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the answers, with their leading space.")
+    ] = 1,
     renormalise: Annotated[
         bool, typer.Option("--renormalise", help="Keep every row of the pattern a distribution.")
     ] = False,
     at: Annotated[
         opt.Where, typer.Option(help="What maps are added to: the pattern, or the scores.")
     ] = opt.Where.PATTERN,
+    accuracy: opt.AccuracyOption = opt.Accuracy.FIRST_TOKEN,
     metric: opt.MetricOption = opt.Metric.TOP1,
     seed: opt.SeedOption = 0,
     split: opt.SplitOption = opt.Split.CODE,
@@ -177,8 +183,10 @@ def patch(
             n_test=n_test,
             length=length,
             at_least=at_least,
+            answer_tokens=answer_tokens,
             renormalise=renormalise,
             at=at.value,
+            accuracy=accuracy.value,
             metric=metric.value,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ra_lens.display.methods import METRICS
+from ra_lens.display.methods import metric_name
 from ra_lens.experiments.auc import Measure
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
 from ra_lens.files import PAGE, write_whole
@@ -24,6 +24,7 @@ _FACTS = {
     "n_rank": "Questions ranked on",
     "n_mean": "Questions averaged",
     "n_test": "Test questions",
+    "accuracy": "Accuracy by",
     "answer_in_input": "Answer in the input",
     "value_biases_folded": "Value biases folded",
     "ra_lens": "ra_lens",
@@ -51,7 +52,9 @@ def write_perturbation_page(
     table = Section(
         "Areas under the curves",
         figures=(("", (auc_table(areas),)),),
-        notes=(f"Area under the curve of: {METRICS[metric]}. Random: mean of the draws.",),
+        notes=(
+            f"Area under the curve of: {metric_name(frame, metric)}. Random: mean of the draws.",
+        ),
     )
     return _write("Perturbation test", frame, [curves, table], path)
 

@@ -71,6 +71,13 @@ class Metric(str, Enum):
     LOGIT_DIFF = "logit_diff"
 
 
+class Accuracy(str, Enum):
+    """What counts as right, as choices of `--accuracy`."""
+
+    FIRST_TOKEN = "first-token"
+    ANSWER = "answer"
+
+
 class AucRule(str, Enum):
     """How the area under a curve is taken, as choices of `--auc-rule`."""
 
@@ -165,6 +172,12 @@ FigureOption = Annotated[
     Path | None, typer.Option(help="Also draw the results: one self-contained HTML file.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+AccuracyOption = Annotated[
+    Accuracy,
+    typer.Option(
+        help="What counts as right: the answer's first token, or the whole answer, greedily."
+    ),
+]
 MetricOption = Annotated[Metric, typer.Option(help="What is shown, and what areas are taken of.")]
 AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve is taken.")]
 

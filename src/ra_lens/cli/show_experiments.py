@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ra_lens.cli.tables import (
     METRIC_COLUMNS,
+    answer_columns,
     groups,
     mean_of,
     new_console,
@@ -24,7 +25,7 @@ from ra_lens.cli.tables import (
     print_files,
     records,
 )
-from ra_lens.display.methods import METRICS, method_styles, shots_name
+from ra_lens.display.methods import method_styles, metric_name, shots_name
 from ra_lens.display.numbers import short, table_rows
 
 # ---- rankings -----------------------------------------------------------------------------------
@@ -75,7 +76,8 @@ def print_areas(
 ) -> None:
     """Print the areas under the curves: rows are tasks, or numbers of shots of a single task."""
     console = new_console()
-    console.print(Text(f"Area under the perturbation curve: {METRICS[metric]}", style="bold"))
+    title = f"Area under the perturbation curve: {metric_name(frame, metric)}"
+    console.print(Text(title, style="bold"))
     rows, shots = table_rows(areas), sorted({int(n) for n in areas["n_shots"]})
     styles = method_styles(areas["method"])
     names = [style.name for style in styles.values()]
@@ -123,7 +125,8 @@ def print_areas_json(
     cell = ["n_shots", "method", "direction"]
     means = areas.groupby(cell, sort=False).agg(auc=("auc", "mean"), tasks=("task", "nunique"))
     whole: Any = frame[frame["share"] == 1.0]
-    full = whole.drop_duplicates(["task", "n_shots"])[["task", "kind", "n_shots", *METRIC_COLUMNS]]
+    columns = ["task", "kind", "n_shots", *METRIC_COLUMNS, *answer_columns(frame)]
+    full = whole.drop_duplicates(["task", "n_shots"])[columns]
     facts = {
         "metric": metric,
         "auc_rule": rule,

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ra_lens.cli.tables import (
     METRIC_COLUMNS,
+    answer_columns,
     mean_of,
     new_console,
     new_table,
@@ -20,7 +21,7 @@ from ra_lens.cli.tables import (
     print_files,
     records,
 )
-from ra_lens.display.methods import METRICS, shots_name
+from ra_lens.display.methods import metric_name, shots_name
 from ra_lens.display.numbers import scale_name, table_rows
 
 _MAPS = {"ra": "RA", "pattern": "FA"}
@@ -32,7 +33,7 @@ def print_sweep(frame: pd.DataFrame, *, metric: str, out: Path | None, figure: P
     console = new_console()
     rows, shots = table_rows(frame), sorted({int(n) for n in frame["n_shots"]})
     columns = _columns(frame)
-    console.print(Text(f"Attention patching: {METRICS[metric]}", style="bold"))
+    console.print(Text(f"Attention patching: {metric_name(frame, metric)}", style="bold"))
     unpatched: Any = frame[frame["map"] == "none"]
     beside = f"unpatched {'/'.join(map(str, shots))}"
     for n in shots:
@@ -62,7 +63,7 @@ def print_sweep_json(
     means = frame.groupby(cell, sort=False, dropna=False).agg(
         **{metric: (metric, "mean")}, tasks=("task", "nunique")
     )
-    columns = ["task", "kind", *cell, *METRIC_COLUMNS, "n_test", "n_tokens"]
+    columns = ["task", "kind", *cell, *METRIC_COLUMNS, "n_test", "n_tokens", *answer_columns(frame)]
     facts = {
         "metric": metric,
         "cells": records(frame[columns]),

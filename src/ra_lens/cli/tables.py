@@ -18,7 +18,12 @@ from ra_lens.display.numbers import short
 METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
 _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",
          "heads_kept", "map", "scale", "layer", "head", "label", "rank", "prompts_hash", "n_test",
-         "n_tokens", *METRIC_COLUMNS}  # fmt: skip
+         "n_tokens", "n_first_tokens", *METRIC_COLUMNS}  # fmt: skip
+
+
+def answer_columns(frame: Any) -> list[str]:
+    """The column that tells how many answers begin alike; files of earlier versions lack it."""
+    return ["n_first_tokens"] if "n_first_tokens" in frame else []
 
 
 def groups(frame: Any, by: list[str]) -> list[tuple[Any, Any]]:

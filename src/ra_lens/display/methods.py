@@ -26,6 +26,20 @@ METRICS: dict[str, str] = {
 }
 
 
+_OF_ANSWERS: dict[str, str] = {
+    "top1": "accuracy (whole answer, greedily)",
+    "top2": "accuracy (each token of the answer among the first 2)",
+    "top3": "accuracy (each token of the answer among the first 3)",
+    "logit_diff": "logit of the answer − best other logit, smallest of its tokens",
+}
+
+
+def metric_name(frame: pd.DataFrame, metric: str) -> str:
+    """Name a metric as an experiment measured it: by the first token, or the whole answer."""
+    whole = "accuracy" in frame and set(frame["accuracy"]) == {"answer"}
+    return (_OF_ANSWERS if whole else METRICS)[metric]
+
+
 @dataclass(frozen=True)
 class MethodStyle:
     """How a method looks.
@@ -101,7 +115,7 @@ def read_frame(
 
     Raises:
         BadInput: it lacks a column, has no rows, text for a number or nothing where there should
-            be something, several models, or two rows for a cell.
+            be something, several models or kinds of accuracy, or two rows for a cell.
     """
     problem = "without rows" if frame.empty and set(columns) <= set(frame.columns) else None
     problem = problem or problem_of(frame, columns)
@@ -112,6 +126,12 @@ def read_frame(
         raise BadInput(
             f"found results of {len(models)} models ({', '.join(models)}); a figure shows one. "
             f"Give frame[frame.model == {models[0]!r}]."
+        )
+    kinds = sorted(frame["accuracy"].dropna().unique()) if "accuracy" in frame else []
+    if len(kinds) > 1:
+        raise BadInput(
+            f"found accuracies of two kinds ({' and '.join(kinds)}); a figure shows one. "
+            f"Give frame[frame.accuracy == {kinds[0]!r}]."
         )
     twice: Any = frame[frame.duplicated(list(cell), keep=False)]
     if not twice.empty:

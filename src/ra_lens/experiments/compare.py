@@ -142,6 +142,7 @@ def compare_with_paper(
     paper = read_paper(folder)
     frames = [results] if isinstance(results, pd.DataFrame) else list(results)
     _warn_of_other_data(frames)
+    _warn_of_other_accuracy(frames)
     forced = _forced_model(as_model, paper)
     ours = _our_cells(frames, forced, metric, rule)
     of_models: Any = paper[paper["model"].isin(list(set(ours["model"])))]
@@ -173,6 +174,17 @@ def _warn_of_other_data(frames: Sequence[pd.DataFrame]) -> None:
             f"the results for {', '.join(own[:3])}{', …' * (len(own) > 3)} are on ra_lens's own "
             "word lists, not on the paper's data. Run with source='download' or a folder of the "
             "published files (--source) to compare like with like.",
+            RALensWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_other_accuracy(frames: Sequence[pd.DataFrame]) -> None:
+    """Say so where whole answers were marked, and the published numbers are of first tokens."""
+    if any("accuracy" in frame and "answer" in set(frame["accuracy"]) for frame in frames):
+        warnings.warn(
+            "some results were marked by the whole answer (accuracy='answer'); the published "
+            "numbers go by its first token, as far as can be told.",
             RALensWarning,
             stacklevel=3,
         )

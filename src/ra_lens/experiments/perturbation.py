@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ra_lens.answers import Marks, Questions, ask, read_questions
+from ra_lens.answers import Accuracy, Marks, ask, read_questions
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, open_journal
 from ra_lens.experiments.prompts import (
     SHOTS,
     Tasks,
+    accuracy_settings,
+    answer_facts,
     asked,
     learned,
     read_shots,
@@ -36,8 +38,9 @@ from ra_lens.experiments.prompts import (
     refuse_hooks,
     task_facts,
     task_settings,
+    warn_of_first_tokens,
 )
-from ra_lens.experiments.ranking import METHODS, method_facts, read_methods
+from ra_lens.experiments.ranking import METHODS, by_first_token, method_facts, read_methods
 from ra_lens.experiments.results import (
     as_frame,
     finished_results,
@@ -67,6 +70,7 @@ class _Options:
     rank_shots: int | None
     split: SplitRule
     answer_in_input: bool
+    accuracy: Accuracy
     seed: int
     prepend_bos: bool | None
     batch_size: int
@@ -87,6 +91,7 @@ def perturbation_test(
     rank_shots: Whole | None = None,
     split: SplitRule = "code",
     answer_in_input: bool = True,
+    accuracy: Accuracy = "first token",
     seed: Whole = 0,
     prepend_bos: bool | None = None,
     batch_size: Whole = 64,
@@ -111,6 +116,9 @@ def perturbation_test(
             for test, as in its text.
         answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
             or on the prompt alone.
+        accuracy: What counts as right: `"first token"` of the answer (the paper's), or the whole
+            `"answer"`, as a greedy decode gives it. The first says nothing where all answers of a
+            task begin with one token, as digits after a space do in many tokenizers.
         seed: Demonstrations, and random orders.
         prepend_bos: Overrides the model's default.
         batch_size: Rows per forward pass.
@@ -121,7 +129,10 @@ def perturbation_test(
         One row per task, number of demonstrations, method, direction, draw and share of the heads
         unmasked: `heads_kept`, accuracy `top1`, `top2`, `top3` (first answer token, at the last
         position of the prompt), and `logit_diff` (the answer's logit minus the best other one,
-        mean); then what is needed to repeat it.
+        mean); `accuracy` and `n_first_tokens`, the number of different first tokens among the
+        answers asked for; then what is needed to repeat it. With `accuracy="answer"` top-k is the
+        share of questions with every token of the answer among the first k, and `logit_diff` the
+        smallest of its tokens.
 
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
@@ -138,6 +149,7 @@ def perturbation_test(
         rank_shots=whole_or_none("rank_shots", rank_shots, least=0),
         split=split,
         answer_in_input=answer_in_input,
+        accuracy=accuracy,
         seed=whole("seed", seed),
         prepend_bos=prepend_bos,
         batch_size=whole("batch_size", batch_size, least=1),
@@ -150,7 +162,8 @@ def perturbation_test(
     settings = {
         "experiment": "perturbation",
         **model_facts(lens),
-        **{name: value for name, value in vars(options).items() if name != "progress"},
+        **{k: v for k, v in vars(options).items() if k not in ("progress", "accuracy")},
+        **accuracy_settings(accuracy),
         "tasks": [task_settings(lens, one, prepend_bos) for one in tasks],
         "methods": method_facts(options.methods),
         "shots": counts,
@@ -160,6 +173,9 @@ def perturbation_test(
         return finished
     # All prompts are made before anything runs, so that a mistake in the last task shows at once.
     cells = [_Cell(lens, one, n, options) for one in tasks for n in counts]
+    by_first = by_first_token(options.methods, answer_in_input=answer_in_input)
+    read = [(cell.task, cell.questions) for cell in cells]
+    warn_of_first_tokens(lens, read, accuracy=accuracy, by_first=by_first)
     rows: list[Row] = []
     with open_journal(out, settings) as journal:
         orders = len(list(_orders(options)))
@@ -179,7 +195,7 @@ class _Cell:
 
     def __init__(self, lens: Lens, task: Task, shots: int, options: _Options) -> None:
         self._lens = lens
-        self._task = task
+        self.task = task
         self._shots = shots
         self._options = options
         split = task.split(options.split)
@@ -194,12 +210,12 @@ class _Cell:
                     split, part, shots=rank_shots, n=n, seed=seed, count="n_rank"
                 )
         self._journal = Journal({}, None)
-        self._questions: Questions | None = None
+        self.questions = read_questions(lens, self._asked, prepend_bos=options.prepend_bos)
 
     @property
     def name(self) -> str:
         """What the progress bar says."""
-        return f"{self._task.name}, shots: {self._shots}"
+        return f"{self.task.name}, shots: {self._shots}"
 
     def rows(self, journal: Journal, advance: Callable[[], object]) -> list[Row]:
         """Rows of every order, in the order of the methods given."""
@@ -216,9 +232,9 @@ class _Cell:
             shares = [i / self._options.steps for i in range(self._options.steps + 1)]
             for share, row in zip(shares, [ends[0], *inner, ends[1]], strict=True):
                 rows.append({**about, "share": share, **row, "n_test": len(self._asked)})
-        self._questions = None
         made = {
-            **task_facts(self._task),
+            **answer_facts(self.questions, self._options.accuracy),
+            **task_facts(self.task),
             "prompts_hash": prompts_hash(self._asked, *self._learned.values()),
         }
         return [{**row, **made} for row in rows]
@@ -230,12 +246,12 @@ class _Cell:
         return sum(heads_of(self._lens.sites))
 
     def _unit(self, name: str, compute: Callable[[], Any]) -> Any:
-        return self._journal.unit(f"{self._task.name}|{self._shots}|{name}", compute)
+        return self._journal.unit(f"{self.task.name}|{self._shots}|{name}", compute)
 
     def _about(self, method: str, direction: str, draw: int) -> Row:
         return {
-            "task": self._task.name,
-            "kind": self._task.kind,
+            "task": self.task.name,
+            "kind": self.task.kind,
             "n_shots": self._shots,
             "method": method,
             "direction": direction,
@@ -269,7 +285,7 @@ class _Cell:
 
     def _evaluate(self, order: list[tuple[int, int]], kept: list[int]) -> list[Row]:
         """Ask all questions with the first `kept` heads of the order, for each number of heads."""
-        questions = self._read()
+        questions = self.questions
         n = len(questions)
         place = self._places(order)
         # One row per number of heads and question, so that a batch holds several numbers.
@@ -279,6 +295,7 @@ class _Cell:
             self._lens,
             every,
             lambda part: mask_hooks(self._lens.sites, place < heads[part, None, None]),
+            accuracy=self._options.accuracy,
             batch_size=self._options.batch_size,
         )
         return [
@@ -293,14 +310,6 @@ class _Cell:
         for i, (layer, head) in enumerate(order):
             place[sites.index(layer), head] = i
         return place
-
-    def _read(self) -> Questions:
-        if self._questions is None:
-            options = self._options
-            self._questions = read_questions(
-                self._lens, self._asked, prepend_bos=options.prepend_bos
-            )
-        return self._questions
 
 
 def marked(marks: Marks) -> Row:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Set
-from typing import Any, Literal
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, Literal, get_args
 
-from ra_lens.errors import BadInput
+from ra_lens.answers import Accuracy, Questions
+from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import settings_hash
 from ra_lens.experiments.results import prompts_hash
 from ra_lens.numbers import Wholes, wholes
@@ -111,6 +113,63 @@ def learned(
             )
         return split.prompts("train", shots=shots, n=n, seed=seed)
     return split.prompts("valid", shots=shots, n=n, seed=seed, with_replacement=True)
+
+
+def accuracy_settings(accuracy: Accuracy) -> dict[str, str]:
+    """The setting that says what counts as right; none for the paper's, which came first.
+
+    Raises:
+        BadInput: something else is asked for.
+    """
+    if accuracy not in get_args(Accuracy):
+        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
+    return {} if accuracy == "first token" else {"accuracy": accuracy}
+
+
+def answer_facts(questions: Questions, accuracy: Accuracy) -> dict[str, Any]:
+    """What is marked, and how many first tokens the answers have: of one only, nothing is told."""
+    firsts = {answer[0] for answer in questions.answers}
+    return {"accuracy": accuracy, "n_first_tokens": len(firsts)}
+
+
+def warn_of_first_tokens(
+    lens: Lens,
+    asked: Iterable[tuple[Task, Questions]],
+    *,
+    accuracy: Accuracy | None,
+    by_first: Sequence[str] = (),
+) -> None:
+    """Warn of each task whose answers begin with one token, where that token alone is measured.
+
+    Args:
+        lens: The model.
+        asked: Tasks with their questions; a task may come several times.
+        accuracy: What is marked; None: nothing is.
+        by_first: Names of the ranking methods that go by the probability of the first token.
+    """
+    warned: set[str] = set()
+    for task, questions in asked:
+        firsts = {answer[0] for answer in questions.answers}
+        if len(firsts) > 1 or len(set(questions.prompts.ids)) < 2 or task.name in warned:
+            continue
+        so: list[str] = []
+        if len(set(questions.answers)) == 1:
+            so.append("they are all the same; take a task with several answers")
+        elif accuracy == "first token":
+            so.append(
+                "accuracy by the first token is 1.0 for a model that begins so and guesses the "
+                "rest; give accuracy='answer' (--accuracy answer), which takes whole answers"
+            )
+        if by_first:
+            so.append(f"{' and '.join(by_first)} rank heads by the probability of that token alone")
+        if so:
+            warned.add(task.name)
+            warnings.warn(
+                f"all {len(questions)} answers asked for in task {task.name!r} begin with the "
+                f"token {lens.decode(*firsts)!r} of {lens.name}: {', and '.join(so)}.",
+                RALensWarning,
+                stacklevel=3,
+            )
 
 
 def refuse_hooks(lens: Lens, out: object) -> None:

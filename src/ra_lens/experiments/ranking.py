@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ra_lens.answers import read_questions
 from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import open_journal, settings_hash
 from ra_lens.experiments.prompts import (
@@ -27,6 +28,7 @@ from ra_lens.experiments.prompts import (
     refuse_hooks,
     task_facts,
     task_settings,
+    warn_of_first_tokens,
 )
 from ra_lens.experiments.results import (
     as_frame,
@@ -79,6 +81,12 @@ def read_methods(methods: str | Sequence[str]) -> list[str]:
     if not given or len(set(given)) < len(given):
         raise BadInput(f"found methods={methods!r}; give at least one, each once.")
     return [find_method(name).name for name in given]
+
+
+def by_first_token(methods: Sequence[str], *, answer_in_input: bool) -> list[str]:
+    """Give the methods that go by the probability of the answer's first token alone."""
+    always = ("cm1", "cm1_last", "cm2")
+    return [name for name in methods if name in always or (name, answer_in_input) == ("ra", False)]
 
 
 def rank_tasks(
@@ -148,6 +156,13 @@ def rank_tasks(
         for n in counts
         for name in names
     ]
+    by_first = by_first_token(names, answer_in_input=answer_in_input)
+    read = (
+        (one, read_questions(lens, prompts, prepend_bos=prepend_bos))
+        for one, _, name, prompts in cells
+        if name in by_first
+    )
+    warn_of_first_tokens(lens, read, accuracy=None, by_first=by_first)
     rows: list[dict[str, Any]] = []
     with open_journal(out, settings) as journal:
         bar = tqdm(cells, desc="Ranking heads", unit="ranking", disable=not progress)

@@ -24,6 +24,7 @@ _TEXTS = (
     "experiment", "model", "task", "kind", "method", "direction", "map", "label", "source",
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
+    "accuracy",
 )  # fmt: skip
 SETTINGS = "settings_hash"
 _NEEDED = {

@@ -5,8 +5,9 @@ and added to the attention of every head on the test questions. Maps are taken o
 with the mean cross-entropy over the answer as the loss, separately for each number of
 demonstrations. The published scales are −30 for RA, a descent step, and +1 for forward attention.
 
-Questions of one length: pairs whose answer is one token, grouped by the number of tokens of prompt
-and answer (`ra_lens.tasks.same_length_sets`); the largest group is taken unless a length is given.
+Questions of one length: pairs whose answer is one token (or another number of tokens, the same for
+all), grouped by the number of tokens of prompt and answer (`ra_lens.tasks.same_length_sets`); the
+largest group is taken unless a length is given.
 
 The test questions are read without their answer, and the map's row for the answer falls away:
 attention is causal, so the prediction at the end of the prompt is that of the published protocol,
@@ -23,13 +24,15 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from ra_lens.answers import FwdHooks, Questions, ask, read_questions
+from ra_lens.answers import Accuracy, FwdHooks, ask, read_questions
 from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import Journal, open_journal
 from ra_lens.experiments.perturbation import marked
 from ra_lens.experiments.prompts import (
     SHOTS,
     Tasks,
+    accuracy_settings,
+    answer_facts,
     asked,
     learned,
     read_shots,
@@ -37,6 +40,7 @@ from ra_lens.experiments.prompts import (
     refuse_hooks,
     task_facts,
     task_settings,
+    warn_of_first_tokens,
 )
 from ra_lens.experiments.results import (
     as_frame,
@@ -76,6 +80,8 @@ def patching_sweep(
     n_test: Whole | None = None,
     length: Whole | None = None,
     at_least: Whole | None = None,
+    answer_tokens: Whole = 1,
+    accuracy: Accuracy = "first token",
     renormalise: bool = False,
     at: Where = "pattern",
     split: SplitRule = "code",
@@ -99,6 +105,10 @@ def patching_sweep(
             pairs have.
         at_least: Smallest number of pairs of one length. Default: 100, as published; 40 for the
             built-in tasks, whose lists are shorter.
+        answer_tokens: Tokens of the answers, with their leading space; 1, as published. Digits are
+            2 where a tokenizer makes the space a token of its own.
+        accuracy: What counts as right: the `"first token"` of the answer (the paper's), or the
+            whole `"answer"`, as in `perturbation_test`.
         renormalise: Set negative attention to 0 and let rows keep their sum; not the paper's.
         at: `"pattern"` (the paper's), or `"scores"`: what the maps are added to.
         split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
@@ -111,7 +121,8 @@ def patching_sweep(
 
     Returns:
         One row per task, number of demonstrations, map and scale, with accuracy `top1`, `top2`,
-        `top3` and `logit_diff` as in `perturbation_test`; map `"none"` is the unpatched model,
+        `top3`, `logit_diff`, `accuracy` and `n_first_tokens` as in `perturbation_test`; map
+        `"none"` is the unpatched model,
         whose rows with demonstrations are the n-shot accuracy; `n_tokens` of the questions as
         read, without their answer (the name of a set counts it); then what is needed to repeat it.
 
@@ -124,6 +135,7 @@ def patching_sweep(
     n_mean, n_test = whole("n_mean", n_mean, least=1), whole_or_none("n_test", n_test, least=1)
     length, at_least = whole_or_none("length", length), whole_or_none("at_least", at_least, least=1)
     seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
+    answer_tokens = whole("answer_tokens", answer_tokens, least=1)
     scales, kinds = _read_scales(scales), _read_maps(kinds)
     if at not in ("pattern", "scores"):
         raise BadInput(f"found at={at!r}; give 'pattern' or 'scores'.")
@@ -132,7 +144,7 @@ def patching_sweep(
     lens = as_lens(model)
     lens.refuse_dropout()
     refuse_hooks(lens, out)
-    sets = [_one_length(lens, one, length, at_least, prepend_bos) for one in tasks]
+    sets = [_one_length(lens, one, length, at_least, answer_tokens, prepend_bos) for one in tasks]
     settings = {
         "experiment": "patching",
         **model_facts(lens),
@@ -148,6 +160,8 @@ def patching_sweep(
         "seed": seed,
         "prepend_bos": prepend_bos,
         "batch_size": batch_size,
+        **accuracy_settings(accuracy),
+        **({} if answer_tokens == 1 else {"answer_tokens": answer_tokens}),
     }
     if (finished := finished_results(out, settings)) is not None:
         return finished
@@ -167,10 +181,13 @@ def patching_sweep(
                     train,
                     test,
                     prepend_bos=prepend_bos,
+                    accuracy=accuracy,
                     batch_size=batch_size,
                     variant=variant,
                 )
             )
+    read = [(cell.task, cell.questions) for cell in cells]
+    warn_of_first_tokens(lens, read, accuracy=accuracy)
     steps = [("none", None), *((kind, scale) for kind in kinds for scale in scales)]
     rows: list[Row] = []
     with open_journal(out, settings) as journal:
@@ -200,45 +217,55 @@ class _Cell:
         asked: list[Prompt],
         *,
         prepend_bos: bool | None,
+        accuracy: Accuracy,
         batch_size: int,
         variant: dict[str, Any],
     ) -> None:
-        self._lens, self._task, self._shots = lens, task, shots
+        self._lens, self.task, self._shots = lens, task, shots
         self._learned, self._asked = learned, asked
         self._prepend_bos, self._batch_size, self._variant = prepend_bos, batch_size, variant
+        self._accuracy: Accuracy = accuracy
         self._mean: MeanMaps | None = None
-        self._questions: Questions | None = None
+        self.questions = read_questions(lens, asked, prepend_bos=prepend_bos)
+        self._need_one_length()
 
     @property
     def name(self) -> str:
         """What the progress bar says."""
-        return f"{self._task.name}, shots: {self._shots}"
+        return f"{self.task.name}, shots: {self._shots}"
 
     def row(self, journal: Journal, kind: str, scale: float | None) -> Row:
         """The row of one map and scale; the unpatched model where there is no scale."""
         about = {
-            "task": self._task.name,
-            "kind": self._task.kind,
+            "task": self.task.name,
+            "kind": self.task.kind,
             "n_shots": self._shots,
             "map": kind,
             "scale": scale,
         }
-        key = f"{self._task.name}|{self._shots}|{kind}|{scale}"
+        key = f"{self.task.name}|{self._shots}|{kind}|{scale}"
         found = journal.unit(key, lambda: self._evaluate(kind, scale))
-        return {**about, **found, **task_facts(self._task)}
+        made = {**answer_facts(self.questions, self._accuracy), **task_facts(self.task)}
+        return {**about, **found, **made}
 
     def forget(self) -> None:
         """Let the maps go."""
-        self._mean = self._questions = None
+        self._mean = None
 
     def _evaluate(self, kind: str, scale: float | None) -> Row:
-        questions = self._read()
+        questions = self.questions
         hooks: FwdHooks = ()
         if scale is not None:
             if self._mean is None:
                 self._mean = self._mean_maps()
             hooks = self._mean.patch_hooks(scale=scale, kind=kind, align="left", **self._variant)
-        marks = ask(self._lens, questions, lambda _part: hooks, batch_size=self._batch_size)
+        marks = ask(
+            self._lens,
+            questions,
+            lambda _part: hooks,
+            accuracy=self._accuracy,
+            batch_size=self._batch_size,
+        )
         return {
             **marked(marks),
             "n_tokens": questions.prompts.lengths[0],
@@ -258,27 +285,32 @@ class _Cell:
         )
         return ra.mean()
 
-    def _read(self) -> Questions:
-        if self._questions is None:
-            read = read_questions(self._lens, self._asked, prepend_bos=self._prepend_bos)
-            if len(set(read.prompts.lengths)) > 1:
-                raise BadInput(
-                    f"the questions of {self._task.name} with {self._shots} demonstrations have "
-                    f"{min(read.prompts.lengths)} to {max(read.prompts.lengths)} tokens, though "
-                    "they have one length without: this tokenizer joins tokens across "
-                    "demonstrations. Patch without demonstrations (shots=0), or another task."
-                )
-            self._questions = read
-        return self._questions
+    def _need_one_length(self) -> None:
+        lengths = self.questions.prompts.lengths
+        if len(set(lengths)) > 1:
+            raise BadInput(
+                f"the questions of {self.task.name} with {self._shots} demonstrations have "
+                f"{min(lengths)} to {max(lengths)} tokens, though they have one length without: "
+                "this tokenizer joins tokens across demonstrations. Patch without demonstrations "
+                "(shots=0), or another task."
+            )
 
 
 def _one_length(
-    lens: Lens, task: Task, length: int | None, at_least: int | None, prepend_bos: bool | None
+    lens: Lens,
+    task: Task,
+    length: int | None,
+    at_least: int | None,
+    answer_tokens: int,
+    prepend_bos: bool | None,
 ) -> Task:
     if at_least is None:
         at_least = _AT_LEAST_BUILT_IN if task.source == "builtin" else _AT_LEAST
     every = same_length_sets(
-        task, lambda text: lens.encode(text, prepend_bos=prepend_bos), at_least=1
+        task,
+        lambda text: lens.encode(text, prepend_bos=prepend_bos),
+        answer_tokens=answer_tokens,
+        at_least=1,
     )
     sizes = {n: len(one.pairs) for n, one in every.items()}
     fitting = {n: size for n, size in sizes.items() if size >= at_least}
@@ -286,9 +318,10 @@ def _one_length(
     if chosen not in fitting:
         found = ", ".join(f"{n} tokens: {sizes[n]}" for n in sorted(sizes)) or "none"
         wanted = "" if length is None else f" of {length} tokens"
+        of = "a one-token answer" if answer_tokens == 1 else f"an answer of {answer_tokens} tokens"
         raise BadInput(
-            f"task {task.name!r} has no {at_least} pairs{wanted} with a one-token answer and one "
-            f"length (pairs by length of prompt and answer: {found}). Give at_least= or length=, "
+            f"task {task.name!r} has no {at_least} pairs{wanted} with {of} and one length (pairs "
+            f"by length of prompt and answer: {found}). Give at_least=, length= or answer_tokens=, "
             "or another task."
         )
     return every[chosen]

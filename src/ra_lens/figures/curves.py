@@ -18,6 +18,7 @@ from ra_lens.display.methods import (
     MethodStyle,
     Metric,
     method_styles,
+    metric_name,
     order_name,
     read_frame,
     shots_name,
@@ -85,7 +86,7 @@ def perturbation_curves(
         vertical_spacing=0 if rows == 1 else min(0.5 / rows, 62 / max(pixels - 110, 1)),
         subplot_titles=names,
         x_title="share of heads unmasked",
-        y_title=METRICS[metric],
+        y_title=metric_name(frame, metric),
     )
     styles = method_styles(frame["method"])
     counts: list[int] = []

@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 from ra_lens.display.methods import (
     METRICS,
     Metric,
+    metric_name,
     read_frame,
     shots_name,
     subtitle_of,
@@ -98,7 +99,7 @@ def patching_sweep_curve(
         vertical_spacing=0 if rows == 1 else min(0.5, 64 / max(pixels - 140, 1)),
         subplot_titles=[shots_name(n) for n in shots],
         x_title="scale of the map added to the attention pattern (asinh axis; 0: unpatched)",
-        y_title=METRICS[metric],
+        y_title=metric_name(frame, metric),
     )
     figure.update_annotations(font_size=13)
     scales = sorted({float(s) for s in patched["scale"]} | {0.0})
