@@ -112,9 +112,10 @@ def test_effects_are_those_of_full_passes_and_blocks_before_a_head_are_skipped(
     found = rank_heads(model, QUESTIONS, method="cm1", batch_size=4, progress=False)
     for handle in handles:
         handle.remove()
-    # 3 questions as they are; a row of each layer in full; then 3 batches of 12 rows per layer.
+    # The shortest and longest question padded and alone; 3 questions as they are; a row of each
+    # layer in full; then 3 batches of 12 rows per layer.
     rows = len(QUESTIONS) * N_HEADS
-    assert counts == [2 + rows // 4 * (layer + 1) for layer in range(N_LAYERS)]
+    assert counts == [3 + 2 + rows // 4 * (layer + 1) for layer in range(N_LAYERS)]
     wanted = in_full(model, QUESTIONS, zeroed)
     assert float((found.scores - wanted).abs().max()) < 1e-5
     assert relative(found.scores, wanted) < 1e-4
@@ -142,7 +143,7 @@ def test_windows_experts_gates_and_latents_pass_on_no_more_than_they_return(arch
     found = rank_heads(model, QUESTIONS, method="cm1", batch_size=6, progress=False)
     for handle in handles:
         handle.remove()
-    assert counts == [4, 6]
+    assert counts == [3 + 4, 3 + 6]
     wanted = in_full(model, QUESTIONS, zeroed)
     assert relative(found.scores, wanted) < 1e-4
 

@@ -17,7 +17,7 @@ Cost: one forward pass without gradients, unembedding one position per question 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ra_lens.binding import ids_of
 from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
+from ra_lens.padding import together, watched
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.sites import Lens
 from ra_lens.tasks import Prompt
@@ -176,13 +177,13 @@ def logits_at(
 
     Args:
         lens: The model.
-        prompts: What it reads, all in one batch.
+        prompts: What it reads, all in one batch; `ra_lens.padding` says which may be in one.
         positions: Positions within each prompt, as many for each.
         fwd_hooks: TransformerLens hooks for this run.
 
     Raises:
         NothingToDifferentiate: NaN logits, which rank nothing.
-        UnsupportedModel: a model that does not predict the next token.
+        UnsupportedModel: a model that does not predict the next token, or attention to padding.
     """
     _need_next_token(lens)
     batch = prompts.lay_out(lens)
@@ -190,7 +191,7 @@ def logits_at(
     # A hook where the logits come out expects every position.
     whole = lens.logits_are_hooked
     reading = lens.reading(None if whole else columns)
-    with lens.hooks(list(fwd_hooks)), lens.lean(), reading:
+    with lens.hooks(list(fwd_hooks)), lens.lean(), reading, watched(lens, batch):
         logits = lens.forward(batch.tokens, batch.attention_mask)
     if whole:
         rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
@@ -241,18 +242,21 @@ def ask(
         batch_size: Questions per forward pass at most.
     """
     prompts = questions.prompts if accuracy == "first token" else questions.with_answers
-    order = by_length(prompts)
+    order: list[int] = []
     parts: list[Marks] = []
-    # As few batches as can be, of like size: a small last one would pad the others for nothing.
-    for batch in torch.tensor(order).tensor_split(-(-len(order) // batch_size)):
-        part = batch.tolist()
-        hooks = () if hooks_of is None else hooks_of(part)
-        if accuracy == "first token":
-            logits = last_logits(lens, prompts.chosen(part), hooks)
-            parts.append(mark(logits, questions.first_tokens[part]))
-        else:
-            answers = [questions.answers[i] for i in part]
-            parts.append(_ask_answers(lens, prompts.chosen(part), answers, hooks))
+    for some in together(lens, prompts):
+        group = torch.tensor(by_length(prompts, some))
+        # As few batches as can be, of like size: a small last one would pad the others for nothing.
+        for batch in group.tensor_split(-(-len(some) // batch_size)):
+            part = batch.tolist()
+            hooks = () if hooks_of is None else hooks_of(part)
+            if accuracy == "first token":
+                logits = last_logits(lens, prompts.chosen(part), hooks)
+                parts.append(mark(logits, questions.first_tokens[part]))
+            else:
+                answers = [questions.answers[i] for i in part]
+                parts.append(_ask_answers(lens, prompts.chosen(part), answers, hooks))
+            order += part
     asked = torch.tensor(order).argsort()  # back to the order given
     return Marks(
         above=_joined([p.above for p in parts])[asked],
@@ -298,6 +302,6 @@ def _joined(parts: Sequence[Int[Tensor, "_question *_token"]]) -> Int[Tensor, "q
     return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
 
-def by_length(prompts: Prompts) -> list[int]:
-    """Give the indices of some prompts, shorter prompts first."""
-    return sorted(range(len(prompts)), key=prompts.lengths.__getitem__)
+def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:
+    """Give the indices of all prompts or of some, shorter prompts first."""
+    return sorted(range(len(prompts)) if some is None else some, key=prompts.lengths.__getitem__)

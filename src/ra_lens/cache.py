@@ -380,17 +380,28 @@ class RACache:
             self._norms[read_kind(kind), int(layer)] = value
 
     @classmethod
-    def joined(cls, parts: Sequence[RACache], *, running: RunningMean | None = None) -> RACache:
-        """Join caches of several batches of one run."""
+    def joined(
+        cls,
+        parts: Sequence[RACache],
+        *,
+        running: RunningMean | None = None,
+        order: Sequence[int] | None = None,
+    ) -> RACache:
+        """Join caches of several batches of one run; their examples come in `order`, if given."""
         first = parts[0]
         if len(parts) == 1:
             return replace(first, _running=running)
+
+        def join(tensors: Iterable[Tensor]) -> Tensor:
+            whole = torch.cat(list(tensors))
+            return whole if order is None else whole[list(order)]
+
         names, keys = list(first._maps), first._norms
         return replace(
             first,
             # Popped, as parts beside the whole would take twice the memory.
-            _maps={name: torch.cat([p._maps.pop(name) for p in parts]) for name in names},
-            _norms={key: torch.cat([p._norms[key] for p in parts]) for key in keys},
+            _maps={name: join(p._maps.pop(name) for p in parts) for name in names},
+            _norms={key: join(p._norms[key] for p in parts) for key in keys},
             _running=running,
         )
 

@@ -7,14 +7,18 @@ On a few tokens, and with nothing left behind on the model:
 1. a forward pass; its logits against those of the Hugging Face model inside a TransformerBridge;
 2. `run_with_ra`, which finds out whether an edit of hook_pattern reaches the model;
 3. an edit: every layer's pattern moved a little along its Reversed Attention, up and down. What the
-   loss does is compared with what the maps say, Σ ⟨G, edit⟩, up to third order of the edit.
+   loss does is compared with what the maps say, Σ ⟨G, edit⟩, up to third order of the edit;
+4. the prompt and a shorter one in one batch, padded on the left and on the right: whether padding
+   is hidden from them (`ra_lens.padding`), and whether they have the maps that each has alone.
 
-Cost: five forward passes and one backward pass of a short prompt, and one for each layer whose
-pattern is only observed. The report of a model is remembered until it is processed or converted.
+Cost: fifteen forward passes and five backward passes of a short prompt, and one forward pass for
+each layer whose pattern is only observed. The report of a model is remembered until it is processed
+or converted.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
-from ra_lens.check_report import ModelReport, Route, SiteReport
+from ra_lens.check_report import ModelReport, Padded, Route, SiteReport
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.masking import by_head
+from ra_lens.padding import padding_is_hidden
 from ra_lens.patching import patch_hooks
-from ra_lens.prompts import PromptInput, Prompts, read_decoder_prompts, read_prompts
+from ra_lens.prompts import PaddingSide, PromptInput, Prompts, read_decoder_prompts, read_prompts
 from ra_lens.run import run_with_ra
 from ra_lens.sites import Lens, Site, as_lens
 
@@ -47,11 +52,12 @@ class _Tolerances:
     rows: float = 1e-3
     z: float = 1e-2
     change: float = 1e-5  # of the loss
+    padded: float = 1e-2  # of R; in half precision it need only be finite
 
 
 _OF_DTYPE = {
-    torch.bfloat16: _Tolerances(logits=0.15, rows=3e-2, z=0.1, change=3e-2),
-    torch.float16: _Tolerances(logits=0.15, rows=1e-2, z=0.05, change=5e-3),
+    torch.bfloat16: _Tolerances(logits=0.15, rows=3e-2, z=0.1, change=3e-2, padded=math.inf),
+    torch.float16: _Tolerances(logits=0.15, rows=1e-2, z=0.05, change=5e-3, padded=math.inf),
 }
 
 _reports: weakref.WeakKeyDictionary[nn.Module, dict[object, ModelReport]] = (
@@ -110,6 +116,8 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
     off = _what_edits_do(lens, cache, editable, ids, decoder_ids, tolerances)
     if not lens.has_experts:
         problems += off
+    padded, wrong = _padding(lens, ids, decoder_ids, unknown, tolerances)
+    problems += wrong
     sinks = {layer for layer in sites if _row_deficit(cache, layer) > tolerances.rows}
     folded = lens.value_biases_folded
     if folded and sinks:
@@ -150,6 +158,8 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
         dtype=str(lens.dtype).removeprefix("torch."),
         sites=rows,
         logits_error=error,
+        padded_left=padded.get("left"),
+        padded_right=padded.get("right"),
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -307,6 +317,71 @@ def _what_edits_do(
         f"a small edit of the patterns changed the loss by {measured:.3g} instead of "
         f"{predicted:.3g}, as the maps say: do not trust maps or patches here."
     ]
+
+
+# ---- padding -------------------------------------------------------------------------------------
+
+
+def _padding(
+    lens: Lens,
+    ids: Tensor,
+    decoder_ids: Tensor | None,
+    scales: dict[int, float],
+    tolerances: _Tolerances,
+) -> tuple[dict[PaddingSide, Padded], list[str]]:
+    """How the prompt and a shorter one run together, and whether their maps are those alone."""
+    row = tuple(ids[0].tolist())
+    rows = (row, row[: -(-len(row) // 2)])
+    routes: dict[PaddingSide, Padded] = {}
+    problems: list[str] = []
+    if len(rows[1]) == len(row):
+        return routes, problems
+
+    def run(prompts: Prompts) -> RACache:
+        batch = prompts.lay_out(lens)
+        more = None if decoder_ids is None else decoder_ids.expand(len(prompts), -1)
+        _, cache = run_with_ra(
+            lens.module,
+            batch.tokens,
+            attention_mask=batch.attention_mask,
+            target=row[0],
+            position=-1,
+            decoder_input=more,
+            softmax_scale=scales or None,
+            progress=False,
+        )
+        return cache
+
+    alone = [run(Prompts((one,), None, "right")) for one in rows]
+    sides: tuple[PaddingSide, PaddingSide] = ("left", "right")
+    for side in sides:
+        prompts = Prompts(rows, None, side)
+        encoded, read = None, prompts
+        if decoder_ids is not None:
+            encoded, read = prompts, Prompts((tuple(decoder_ids[0].tolist()),) * 2, None, "right")
+        hidden = padding_is_hidden(lens, read, encoded)
+        routes[side] = "together" if hidden else "by length"
+        error = _worst(run(prompts), alone)
+        if not error < tolerances.padded:
+            problems.append(
+                f"R of a prompt changes by {error:.0%} in a batch padded on the {side}: run "
+                "prompts of one length at a time."
+            )
+    return routes, problems
+
+
+def _worst(together: RACache, alone: Sequence[RACache]) -> float:
+    """Largest relative error of R in a batch, of the examples that also ran alone."""
+    errors: list[Tensor] = []
+    for i, (one, start) in enumerate(zip(alone, together.info.starts or (), strict=True)):
+        for layer, site in together.sites.items():
+            wanted = one["ra", layer][0]
+            sides = zip((site.query_side, site.key_side), wanted.shape[-2:], strict=True)
+            firsts = [(start if side == "input" else 0, n) for side, n in sides]
+            rows, columns = (slice(first, first + n) for first, n in firsts)
+            error = (together["ra", layer][i, :, rows, columns] - wanted).norm()
+            errors.append(error / wanted.norm().clamp(min=torch.finfo(wanted.dtype).tiny))
+    return float(torch.stack(errors).max())
 
 
 # ---- what is said --------------------------------------------------------------------------------

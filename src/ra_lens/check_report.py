@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Route = Literal["pattern", "z", "refused"]
+Padded = Literal["together", "by length"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class ModelReport:
         logits_error: Relative difference from the logits of the Hugging Face model inside, up to
             rounding 0; None where there is none to compare with (HookedTransformer, processed
             weights).
+        padded_left: How prompts of different lengths run that are padded on the left: `together`,
+            or `by length` where padding changes what the model computes. None: not tried.
+        padded_right: The same for padding on the right.
         problems: Reasons not to trust maps or patches.
         notes: What else to know.
     """
@@ -65,6 +69,8 @@ class ModelReport:
     dtype: str
     sites: tuple[SiteReport, ...]
     logits_error: float | None
+    padded_left: Padded | None
+    padded_right: Padded | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -81,6 +87,7 @@ class ModelReport:
         lines += [f"Patches of {label}: {reason}" for reason, label in refused.items()]
         if self.logits_error is not None:
             lines.append(f"Logits against Hugging Face's own: {self.logits_error:.1e}")
+        lines += _padding(self)
         lines += [f"Note: {note}." for note in self.notes]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         if self.ok:
@@ -93,6 +100,23 @@ class ModelReport:
 
         rows = [{**asdict(site), "notes": "; ".join(site.notes)} for site in self.sites]
         return pd.DataFrame(rows).assign(model=self.model, model_class=self.model_class)
+
+
+def _padding(report: ModelReport) -> list[str]:
+    sides = {"left": report.padded_left, "right": report.padded_right}
+    hidden = [side for side, how in sides.items() if how == "together"]
+    shown = [side for side, how in sides.items() if how == "by length"]
+    lines: list[str] = []
+    if hidden:
+        lines.append(
+            f"Padding on the {' or '.join(hidden)}: each prompt computes what it does alone"
+        )
+    if shown:
+        lines.append(
+            f"Padding on the {' or '.join(shown)} changes what the model computes: prompts run in "
+            "groups of one length, without padding"
+        )
+    return lines
 
 
 _HEADER = ("layer", "hook", "hook_pattern is", "softmax scale", "patches", "heads", "notes")

@@ -40,9 +40,28 @@ class Batch:
     lengths: tuple[int, ...]
 
     @property
+    def is_padded(self) -> bool:
+        """Whether any example has padding."""
+        return min(self.lengths) < self.tokens.shape[1]
+
+    @property
     def first_span(self) -> slice:
         """Columns of the first example's tokens; of all examples where they are equally long."""
-        return slice(self.starts[0], self.starts[0] + self.lengths[0])
+        return self.span(0)
+
+    def span(self, i: int) -> slice:
+        """Columns of an example's tokens."""
+        return slice(self.starts[i], self.starts[i] + self.lengths[i])
+
+    def spread(self, value: Tensor, dim: int) -> Tensor:
+        """Lay values of examples that ran without padding out as this batch is; elsewhere 0."""
+        width, before = self.tokens.shape[1], self.starts[0]
+        if value.shape[dim] == width:
+            return value
+        shapes = [list(value.shape), list(value.shape)]
+        shapes[0][dim], shapes[1][dim] = before, width - before - value.shape[dim]
+        zeros = [value.new_zeros(shape) for shape in shapes]
+        return torch.cat([zeros[0], value, zeros[1]], dim=dim)
 
     def columns(self, positions: Sequence[Sequence[int]]) -> Int[Tensor, "batch read"]:
         """Turn positions within each example into columns of `tokens`."""
@@ -79,6 +98,22 @@ class Prompts:
         """Number of tokens of each example."""
         return tuple(len(row) for row in self.ids)
 
+    @property
+    def padded_width(self) -> int:
+        """Width of a batch of all examples."""
+        return max(self.width, *self.lengths)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Column of each example's first token in a batch of all examples."""
+        left, width = self.padding_side == "left", self.padded_width
+        return tuple(width - n if left else 0 for n in self.lengths)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any example is padded in a batch of all."""
+        return min(self.lengths) < self.padded_width
+
     def extended(self, answers: Sequence[Sequence[int]]) -> Prompts:
         """Append to each example the tokens of its answer (teacher forcing)."""
         rows = tuple((*row, *answer) for row, answer in zip(self.ids, answers, strict=True))
@@ -99,7 +134,11 @@ class Prompts:
 
     def widened(self) -> Prompts:
         """The same, with every batch padded to the longest of all examples."""
-        return replace(self, width=max(self.width, *self.lengths))
+        return replace(self, width=self.padded_width)
+
+    def unpadded(self) -> Prompts:
+        """The same, padded no more than their lengths need."""
+        return replace(self, width=0)
 
     def lay_out(self, lens: Lens) -> Batch:
         """Pad the examples to one width and move them to the model's device.
@@ -107,7 +146,7 @@ class Prompts:
         Raises:
             BadInput: an example longer than the model's context.
         """
-        width = max(self.width, *self.lengths)
+        width = self.padded_width
         if width > lens.n_ctx:
             raise BadInput(
                 f"found a prompt of {width} tokens (answer included), but {lens.name} reads at "
@@ -115,14 +154,11 @@ class Prompts:
             )
         tokens = torch.full((len(self), width), lens.pad_token_id)
         mask = torch.zeros((len(self), width), dtype=torch.bool)
-        starts: list[int] = []
-        for i, row in enumerate(self.ids):
-            start = width - len(row) if self.padding_side == "left" else 0
+        for i, (row, start) in enumerate(zip(self.ids, self.starts, strict=True)):
             tokens[i, start : start + len(row)] = torch.tensor(row)
             mask[i, start : start + len(row)] = True
-            starts.append(start)
         device = lens.device
-        return Batch(tokens.to(device), mask.to(device), tuple(starts), self.lengths)
+        return Batch(tokens.to(device), mask.to(device), self.starts, self.lengths)
 
 
 PromptInput = Given | TokenIds | Prompts

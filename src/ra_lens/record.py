@@ -79,6 +79,7 @@ class Recorder:
         def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
             queries, keys = sides[site.query_side], sides[site.key_side]
             for kind, value in maps.items():
+                value = keys.spread(queries.spread(value, -2), -1)
                 if padded:
                     rows = queries.attention_mask.to(value.device)[:, None, :, None]
                     columns = keys.attention_mask.to(value.device)[:, None, None, :]
@@ -94,6 +95,17 @@ class Recorder:
                     self._running.add(name, cut.to(device=self.device))
 
         return deliver
+
+    def take_back(self, n_examples: int) -> None:
+        """Forget the batch begun last, of which nothing has been delivered."""
+        self._caches.pop()
+        if self._running is not None:
+            self._running.count -= n_examples
+
+    def regroup(self, n_groups: int, order: Sequence[int]) -> None:
+        """Make one batch of the last ones, which were groups of it, its examples in `order`."""
+        parts, self._caches = self._caches[-n_groups:], self._caches[:-n_groups]
+        self._caches.append(RACache.joined(parts, order=order))
 
     @property
     def kinds_kept(self) -> dict[int, int]:

@@ -14,7 +14,8 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.binding import bind
+from ra_lens.by_length import BatchResult, places, run_by_length
 from ra_lens.cache import RACache, Store
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector
@@ -29,6 +31,7 @@ from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
 from ra_lens.numbers import Real, Whole, whole_or_none
+from ra_lens.padding import PaddingShows, of_one_length, padding_is_hidden, watched
 from ra_lens.prompts import (
     Batch,
     PaddingSide,
@@ -173,20 +176,22 @@ def run_with_ra(
         encoded = None if encoded is None else encoded.widened()
     recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype)
     _check_memory(lens, recorder, prompts, encoded, batch_size, recompute=recompute)
+    hidden = padding_is_hidden(lens, prompts, encoded)
     parts = list(prompts.batches(batch_size))
-    results = [
-        _run_batch(
+    results: list[BatchResult] = []
+    for examples, part in _with_progress(parts, show=progress and len(parts) > 1):
+        result = _run_part(
             lens,
             part,
             None if encoded is None else replace(encoded, ids=encoded.ids[examples], texts=None),
             bound.part(examples),
             list(fwd_hooks),
             recorder,
+            hidden=hidden,
             every=every,
             recompute=recompute,
         )
-        for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
-    ]
+        results.append(result)
     return _finish(lens, bound, prompts, encoded, recorder, results)
 
 
@@ -217,13 +222,54 @@ def _check_memory(
     refuse_what_cannot_fit(lens, plan)
 
 
-@dataclass
-class _BatchResult:
-    logits: Tensor
-    loss: Tensor
-    batch: Batch
-    encoded: Batch | None
-    targets: list[list[int]] | None
+def _run_part(
+    lens: Lens,
+    prompts: Prompts,
+    encoder_prompts: Prompts | None,
+    bound: Bound,
+    fwd_hooks: list[Any],
+    recorder: Recorder,
+    *,
+    hidden: bool,
+    every: bool,
+    recompute: bool,
+) -> BatchResult:
+    """Run a batch as it is laid out or, where padding would show, in groups of one length."""
+    run = partial(
+        _run_batch,
+        lens,
+        fwd_hooks=fwd_hooks,
+        recorder=recorder,
+        every=every,
+        recompute=recompute,
+    )
+    if hidden or not (prompts.is_padded or (encoder_prompts or prompts).is_padded):
+        try:
+            return run(prompts, encoder_prompts, bound)
+        except PaddingShows:  # through a hook of the user's; nothing has been delivered yet
+            recorder.take_back(len(prompts))
+    if fwd_hooks or lens.is_hooked:
+        warnings.warn(
+            f"padding changes what {lens.name} computes here, so these prompts run in groups of "
+            "one length: hooks get one group at a time, without padding.",
+            RALensWarning,
+            stacklevel=3,
+        )
+    groups = of_one_length(prompts, encoder_prompts)
+
+    def of(group: Sequence[int]) -> tuple[Prompts, Prompts | None]:
+        encoder_group = None if encoder_prompts is None else encoder_prompts.widened().chosen(group)
+        return prompts.widened().chosen(group), encoder_group
+
+    result = run_by_length(
+        groups,
+        bound,
+        run=lambda group, objective: run(*of(group), objective, unpadded=True),
+        logits_of=lambda group: _logits_of(lens, *of(group), fwd_hooks),
+        loss_of=lambda logits: _checked_loss(bound, logits, len(prompts)),
+    )
+    recorder.regroup(len(groups), places(groups))
+    return result
 
 
 def _run_batch(
@@ -236,11 +282,14 @@ def _run_batch(
     *,
     every: bool,
     recompute: bool,
-) -> _BatchResult:
-    batch = prompts.lay_out(lens)
+    unpadded: bool = False,
+) -> BatchResult:
+    layout, encoder_layout = _laid_out(lens, prompts, encoder_prompts)
+    batch, encoded = layout, encoder_layout
+    if unpadded:  # all of one length; what comes back is laid out with padding all the same
+        batch, encoded = _laid_out(lens, prompts, encoder_prompts, unpadded=True)
     columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
-    encoded = None if encoder_prompts is None else encoder_prompts.lay_out(lens)
-    collector = Collector(lens, recorder.sites, recorder.begin(batch, encoded))
+    collector = Collector(lens, recorder.sites, recorder.begin(layout, encoder_layout))
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(lens.parameters_frozen())
@@ -249,10 +298,10 @@ def _run_batch(
         whole = every or bound.positions is None or lens.logits_are_hooked
         stack.enter_context(lens.reading(None if whole else columns))
         stack.enter_context(collector.attached(recompute=recompute))
-        if not bool(batch.attention_mask.all()):
+        if batch.is_padded:
             stack.enter_context(lens.fully_masked_rows_apart())
-        source = None if encoded is None else (encoded.tokens, encoded.attention_mask)
-        logits = lens.forward(batch.tokens, batch.attention_mask, source)
+        with watched(lens, batch, encoded):
+            logits = _forward(lens, batch, encoded)
         rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
         read = logits[rows, columns.to(logits.device)] if whole else logits
         if bool(read.detach().isnan().any()):
@@ -260,10 +309,34 @@ def _run_batch(
                 f"the logits of {lens.name} contain NaN at the positions read. Check the weights "
                 "and hooks; for float16 models try bfloat16 or float32."
             )
+        logits = layout.spread(logits, 1) if whole else logits
         loss = _checked_loss(bound, logits if bound.positions is None else read, len(prompts))
         collector.backward(loss.sum())
     kept = (logits if every else read).detach().to(recorder.device)
-    return _BatchResult(kept, loss.detach(), batch, encoded, bound.targets)
+    return BatchResult(kept, loss.detach(), (encoder_layout or layout).starts, bound.targets)
+
+
+def _laid_out(
+    lens: Lens, prompts: Prompts, encoder_prompts: Prompts | None, *, unpadded: bool = False
+) -> tuple[Batch, Batch | None]:
+    reads = [prompts] if encoder_prompts is None else [prompts, encoder_prompts]
+    batches = [(read.unpadded() if unpadded else read).lay_out(lens) for read in reads]
+    return batches[0], batches[1] if encoder_prompts is not None else None
+
+
+def _forward(lens: Lens, batch: Batch, encoded: Batch | None) -> Tensor:
+    source = None if encoded is None else (encoded.tokens, encoded.attention_mask)
+    return lens.forward(batch.tokens, batch.attention_mask, source)
+
+
+@torch.no_grad()
+def _logits_of(
+    lens: Lens, prompts: Prompts, encoder_prompts: Prompts | None, fwd_hooks: list[Any]
+) -> Float[Tensor, "group pos d_vocab"]:
+    """Logits of prompts of one length, run without padding and laid out with it."""
+    with lens.hooks(fwd_hooks), lens.lean():
+        logits = _forward(lens, *_laid_out(lens, prompts, encoder_prompts, unpadded=True))
+    return prompts.lay_out(lens).spread(logits, 1)
 
 
 def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts:
@@ -304,7 +377,7 @@ def _finish(
     prompts: Prompts,
     encoded: Prompts | None,
     recorder: Recorder,
-    results: list[_BatchResult],
+    results: list[BatchResult],
 ) -> tuple[Tensor, RACache]:
     scalars = [r for r in results if r.loss.ndim == 0]
     if scalars and len(results) > 1:
@@ -323,7 +396,7 @@ def _finish(
         target_is_top_prediction=bound.kind == "top_prediction",
         str_tokens=_decoded(lens, source),
         answer_lengths=bound.answer_lengths,
-        starts=tuple(start for r in results for start in (r.encoded or r.batch).starts),
+        starts=tuple(start for r in results for start in r.starts),
         bos_prepended=source.bos_prepended,
         decoder_tokens=None if encoded is None else _decoded(lens, prompts),
     )

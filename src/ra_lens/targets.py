@@ -138,15 +138,17 @@ class Bound:
         appended = self.kind == "sequence_nll" and self.targets is not None
         return tuple(map(len, self.targets or ())) if appended else None
 
-    def part(self, examples: slice) -> Bound:
+    def part(self, examples: slice | Sequence[int]) -> Bound:
         """The same objective for some of the examples."""
 
+        def cut(values: list[Any] | None) -> list[Any] | None:
+            if values is None:
+                return None
+            chosen = range(len(values))[examples] if isinstance(examples, slice) else examples
+            return [values[i] for i in chosen]
+
         return Bound(
-            self.kind,
-            None if self.positions is None else self.positions[examples],
-            None if self.targets is None else self.targets[examples],
-            None if self.wrong is None else self.wrong[examples],
-            self.metric,
+            self.kind, cut(self.positions), cut(self.targets), cut(self.wrong), self.metric
         )
 
     def loss(self, logits: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
   output; the error is relative to what the addition changed.
 - scale: against the factor measured between q·k and S.
 - heads: heads masked by `mask_hooks`, against the oracle without their patterns.
-- padding: the map of a prompt padded on the left against its map alone.
+- padding: R and loss of two prompts in a batch padded on either side, against each alone; and
+  whether they run together or in groups of one length.
 - compat: R in compatibility mode against R without it; patches and padding there.
 - bfloat16, float16: R of a model of that type against R in float32.
 - what `check_model` says, against all that.
@@ -34,9 +35,11 @@ from ra_lens.sites import as_lens, load_folder
 
 from .build import hf_model, write_folder
 from .configs import NORMALISED
+from .padded import SIDES, by_length
 from .pieces import Architecture
 from .record import (
     COMPAT_LIMIT,
+    FINITE,
     MAPS_LIMIT,
     PATCH_LIMIT,
     SAME_LOGITS,
@@ -81,7 +84,8 @@ class _Checks(Subject):
         self.patches()
         self.own_backward()
         self.heads()
-        self.padding()
+        record.padding_left = self.padding(self.model, "left", "padding", COMPAT_LIMIT)
+        record.padding_right = self.padding(self.model, "right", "padding", COMPAT_LIMIT)
         with torch.no_grad():
             if not torch.equal(self.model(self.ids, **self.inputs), self.own):
                 self.fail("the model was not left as it was")
@@ -220,11 +224,6 @@ class _Checks(Subject):
             else:
                 self.fail(f"heads: error {self.record.heads:.1e}")
 
-    def padding(self) -> None:
-        self.record.padding = self.padding_error(self.model, "padding")
-        if isinstance(self.record.padding, float) and not self.record.padding <= COMPAT_LIMIT:
-            self.fail(f"padding: error {self.record.padding:.1e}")
-
     def compat(self) -> None:
         model = self.boot()
         if not hasattr(model, "enable_compatibility_mode"):
@@ -246,11 +245,8 @@ class _Checks(Subject):
         if isinstance(self.record.compat, float) and not self.record.compat <= COMPAT_LIMIT:
             self.fail(f"compatibility mode: error {self.record.compat:.1e}")
         self.reports(model, "processed")
-        padding = self.padding_error(model, "padding in compatibility mode")
-        if isinstance(padding, str) != isinstance(self.record.padding, str):
-            self.fail(f"padding in compatibility mode: {padding}")
-        elif isinstance(padding, float) and not padding <= COMPAT_LIMIT:
-            self.fail(f"padding in compatibility mode: error {padding:.1e}")
+        for side in SIDES:
+            self.padding(model, side, "compatibility mode", COMPAT_LIMIT)
         if isinstance(self.record.patches, str):
             return
         patches = self.patch_error(model, as_lens(model).sites, zero_rows=True)
@@ -276,7 +272,8 @@ class _Checks(Subject):
             if not found <= floor + 3 * own:
                 self.fail(f"{name}: error {found:.1e}, Hugging Face's own {own:.1e}")
             self.reports(model, name)
-            self.padding_error(model, f"padding of the {name} model")  # finite is all that is asked
+            for side in SIDES:
+                self.padding(model, side, name, FINITE)
         return found
 
     def report(self) -> None:
@@ -284,6 +281,7 @@ class _Checks(Subject):
         report = self.reports(self.boot(), "float32")
         if report is None:
             return
+        self.record.by_length = by_length(report)
         for row, (key, site) in zip(report.sites, self.sites.items(), strict=True):
             patches = "refused" if self.record.route == "refused" else _route(site)
             ours = (key, site.observe_only, site.scale, patches)

@@ -48,7 +48,8 @@ class Expected:
         because: What the reason says.
         compat: Not None: compatibility mode raises this, or says that it changes the logits.
         precision: Not None: what a bfloat16 and a float16 model raise.
-        padding: Not None: why a padded prompt cannot be compared.
+        by_length: Padded on which sides prompts run in groups of one length, as padding would
+            change what the model computes.
         scale: Not None: why the softmax scale cannot be compared.
         heads: Not None: why masking a head cannot be compared.
     """
@@ -57,22 +58,22 @@ class Expected:
     because: str = ""
     compat: str | None = None
     precision: str | None = None
-    padding: str | None = None
+    by_length: str = "neither"
     scale: str | None = None
     heads: str | None = None
 
 
 _NO_PATTERN = Expected("no attention", "no hook point")
 _CHANGES = "changes the logits"
-_OWN_LOGITS = "own logits change"
 
 # TransformerBridge, by architecture; ("3", name) only on that generation.
 _BRIDGE: dict[str | tuple[str, str], Expected] = {
     "gpt2_noscale": Expected("logits differ"),
-    # Their positions do not move with padding on the left.
-    "openai_gpt": Expected(padding=_OWN_LOGITS),
-    "bart": Expected(padding=_OWN_LOGITS),
-    "marian": Expected(padding=_OWN_LOGITS),
+    # Any mask makes it attend to later tokens.
+    "openai_gpt": Expected(by_length="left and right"),
+    # Their positions count from the first column.
+    "bart": Expected(by_length="left"),
+    "marian": Expected(by_length="left"),
     "gpt_bigcode_mha": Expected("does not boot", "multi_query=True"),
     "codegen": Expected(precision="same dtype"),
     "falcon_newdec_gqa": Expected("does not boot", "split_with_sizes"),
@@ -107,7 +108,7 @@ _HOOKED: dict[str | tuple[str, str], Expected] = {
     "gated_mlp": Expected(compat=_CHANGES),
     "experts": Expected(compat=_CHANGES),
     ("2", "experts"): Expected(compat="W_out"),
-    "bidirectional": Expected(padding=_OWN_LOGITS),
+    "bidirectional": Expected(by_length="left and right"),  # ignores the mask
     "clip_qkv": Expected(compat=_CHANGES),
     "attention_sinks": Expected(compat=_CHANGES),
     ("2", "rotary_yarn"): _UNKNOWN_OPTION,
@@ -138,7 +139,6 @@ def surprises(record: dict[str, object], what: Expected) -> list[str]:
         "compat": what.compat,
         "bfloat16": what.precision,
         "float16": what.precision,
-        "padding": what.padding,
         "scale": what.scale,
         "heads": what.heads,
     }
@@ -150,4 +150,7 @@ def surprises(record: dict[str, object], what: Expected) -> list[str]:
             found.append(f"{name}: {value}")
         elif piece is not None and piece not in str(value):
             found.append(f"{name}: {value}, expected {piece!r}")
+    groups = record.get("by_length") or what.by_length  # None: not checked in this run
+    if groups != what.by_length:
+        found.append(f"by length: {groups}, expected {what.by_length}")
     return found

@@ -26,6 +26,7 @@ from ra_lens.masking import mask_hooks
 from ra_lens.patching import patch_hooks
 
 from .build import randomise
+from .padded import SIDES, Side, by_length, padded_error
 from .record import COMPAT_LIMIT, SAME_LOGITS, Over, Record, relative, spell
 from .reference import Seen, Wide, measured_scale
 from .variants import BASE, D_VOCAB, N_HEADS, VARIANTS
@@ -222,31 +223,22 @@ class _Variant:
             self.record.failures.append(f"heads: error {self.record.heads:.1e}")
 
     def padding(self) -> None:
-        """The second prompt is 2 tokens shorter, padded on the left and then on the right."""
-        n, errors = 2, []
-        for side in ("left", "right"):
-            real = slice(n, POS) if side == "left" else slice(0, POS - n)
-            padding = slice(0, n) if side == "left" else slice(POS - n, POS)
-            ids, mask = self.ids.clone(), torch.ones_like(self.ids)
-            ids[1, padding], mask[1, padding] = 0, 0
-            alone = self.ids[1:, real]
+        """R and loss of two prompts in a padded batch, of answers of one and of two tokens."""
+        more = {"position": -1} if self.both_ways else {}
+        answers = [[5], [11]] if self.both_ways else [[5, 11], [11]]
+        errors: dict[Side, float] = {}
+        for side in SIDES:
             try:
-                with torch.no_grad():
-                    padded = self.model(ids, attention_mask=mask)[1:, real]
-                    change = relative(padded, self.model(alone))
-                if not change < SAME_LOGITS:
-                    self.record.padding = f"the model's own logits change by {change:.0%}"
-                    return
-                _, ra = run_with_ra(self.model, ids, target=list(TARGETS), attention_mask=mask)
-                _, one = run_with_ra(self.model, alone, target=TARGETS[1])
+                errors[side] = padded_error(
+                    self.model, self.ids, side, answers=answers, pad=0, **more
+                )
             except Exception as error:
                 self.record.failures.append(f"padding on the {side}: {spell(error)}")
-                return
-            for layer in self.sites:
-                errors.append(relative(ra["ra", layer][1:, :, real, real], one["ra", layer]))
-        self.record.padding = max(errors)
-        if not self.record.padding <= MAPS_LIMIT:
-            self.record.failures.append(f"padding: error {self.record.padding:.1e}")
+                continue
+            if not errors[side] <= MAPS_LIMIT:
+                self.record.failures.append(f"padding on the {side}: error {errors[side]:.1e}")
+        self.record.padding_left = errors.get("left")
+        self.record.padding_right = errors.get("right")
 
     def processing(self) -> None:
         """R does not change with TransformerLens's processing of the weights."""
@@ -274,6 +266,7 @@ class _Variant:
         except Exception as error:
             self.record.failures.append(f"check_model: {spell(error)}")
             return
+        self.record.by_length = by_length(report)
         if report.problems:
             self.record.failures.append(f"check_model: {report.problems}")
         for row, (layer, site) in zip(report.sites, self.sites.items(), strict=True):

@@ -12,6 +12,7 @@ MAPS_LIMIT = 1e-5
 PATCH_LIMIT = 1e-4
 COMPAT_LIMIT = 1e-4
 SAME_LOGITS = 1e-3
+FINITE = 1e30
 
 
 class Over(Exception):
@@ -34,7 +35,9 @@ class Record:
     compat: float | str | None = None
     bfloat16: float | str | None = None
     float16: float | str | None = None
-    padding: float | str | None = None
+    padding_left: float | str | None = None
+    padding_right: float | str | None = None
+    by_length: str | None = None  # padded on which sides prompts run in groups of one length
     heads: float | str | None = None
     sites: int = 0
     failures: list[str] = field(default_factory=list)

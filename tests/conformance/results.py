@@ -33,7 +33,9 @@ _KEPT = (
     "bfloat16",
     "float16",
     "heads",
-    "padding",
+    "padding_left",
+    "padding_right",
+    "by_length",
 )
 
 
@@ -109,7 +111,9 @@ your own: `ra_lens.check_model(model)`.
   (HookedTransformer), against R without.
 - **Head masking**: a head of the first and of the last layer zeroed with `ra_lens.masking`, against
   the model with their patterns set to 0; relative to what this changes.
-- **Left padding**: the map of a padded prompt against its map alone.
+- **Left padding**, **right padding**: R and loss of two prompts of different lengths in one batch,
+  against each alone. *By length*: padding would change what the model computes, so they run in
+  groups of one length, which `check_model` says too.
 
 A HookedTransformer has no second implementation of its variants to compare with. There, in float64,
 the maps are compared with finite differences of the loss, entry by entry, and patches with the same
@@ -170,7 +174,8 @@ def _table(
     notes, versions = _Notes(), list(results)
     of = {v: records for v, (_, records) in results.items()}
     per_version = [f"{what} {v}" for what in ("Maps", "Patches") for v in versions]
-    rest = ["Scale", "bf16", "fp16", "Compatibility mode", "Head masking", "Left padding"]
+    rest = ["Scale", "bf16", "fp16", "Compatibility mode", "Head masking"]
+    rest += ["Left padding", "Right padding"]
     head = [first, *per_version, *rest]
     lines = [f"## {kind}", "", _row(head), _row(["---"] * len(head))]
     for name in names:
@@ -182,10 +187,10 @@ def _table(
             ("float16", _percent),
             ("compat", _error),
             ("heads", _error),
-            ("padding", _error),
         ):
             found = [_value(row, key, spell, notes) for row in rows]
             cells.append(_joined(found, versions))
+        cells += [_joined([_padded(row, s) for row in rows], versions) for s in ("left", "right")]
         label = f"{name} ({ARCHITECTURES[name].model})" if name in ARCHITECTURES else name
         lines.append(_row([label, *cells]))
     return "\n".join([*lines, "", *notes.lines(), ""])
@@ -219,6 +224,13 @@ def _value(row: dict[str, Any], key: str, spell: Any, notes: _Notes) -> str:
     if value is None:
         return "–"
     return notes.number(_tidy(value)) if isinstance(value, str) else spell(value)
+
+
+def _padded(row: dict[str, Any], side: str) -> str:
+    error = row.get(f"padding_{side}")
+    if error is None:
+        return "–"
+    return f"{_error(error)} by length" if side in row["by_length"] else _error(error)
 
 
 def _joined(cells: list[str], versions: list[str]) -> str:

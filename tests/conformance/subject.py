@@ -15,8 +15,9 @@ from ra_lens.sites import Site, load_folder
 
 from .build import BATCH, DECODER_POS, POS, hf_model, random_ids
 from .configs import ENCODER_DECODERS, MASKED
+from .padded import Side, padded_error
 from .pieces import PAD, Architecture
-from .record import SAME_LOGITS, Record, relative, spell
+from .record import Record, relative, spell
 from .reference import Reference, Seen
 
 TARGETS = (5, 11)
@@ -94,30 +95,20 @@ class Subject:
             self.fail("patches: the oracle's own change is too small to tell")
         return float((patched.double().log_softmax(-1) - wanted).norm() / change.norm())
 
-    def padding_error(self, model: Any, what: str) -> float | str | None:
-        """Error of the maps of the second prompt, 3 tokens shorter and padded in front."""
-        n = 3
-        ids, mask = self.ids.clone(), torch.ones_like(self.ids)
-        ids[1, :n], mask[1, :n] = PAD, 0
-        alone, theirs = self.ids[1:, n:], {k: v[1:] for k, v in self.inputs.items()}
+    def padding(self, model: Any, side: Side, what: str, limit: float) -> float | None:
+        """Error of R and loss in a padded batch, of answers of one and of two tokens."""
+        options = {name: value for name, value in self.options.items() if name != "target"}
+        answers = [[token] for token in TARGETS]
+        if self.architecture.name not in MASKED:  # which predict one token where it stands
+            answers[0].append(TARGETS[1])
         try:
-            with torch.no_grad():
-                together = model(ids, attention_mask=mask, **self.inputs)[1:]
-                by_itself = model(alone, **theirs)
-                difference = relative(together[:, -by_itself.shape[1] :], by_itself)
-            _, ra = run_with_ra(model, ids, attention_mask=mask, **self.options)
-            options = {**self.options, **theirs, "target": TARGETS[1]}
-            _, one = run_with_ra(model, alone, **options)
+            error = padded_error(model, self.ids, side, answers=answers, pad=PAD, **options)
         except Exception as error:
-            self.fail(f"{what}: {spell(error)}")
+            self.fail(f"{what}, padded on the {side}: {spell(error)}")
             return None
-        if not all(bool(ra["ra", key].isfinite().all()) for key in self.sites):
-            self.fail(f"{what}: not finite")
-        if not difference < SAME_LOGITS:
-            return f"the model's own logits change by {difference:.0%}"
-        # Rows and columns of the decoder have no padding: take as many as there are.
-        pairs = [(ra["ra", key][1:], one["ra", key]) for key in self.sites]
-        return max(relative(a[..., -b.shape[-2] :, -b.shape[-1] :], b) for a, b in pairs)
+        if not error <= limit:
+            self.fail(f"{what}, padded on the {side}: error {error:.1e}")
+        return error
 
     def refuses(self, what: str) -> None:
         try:

@@ -6,6 +6,7 @@ architectures below.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from .variants import VARIANTS
 
 # GPT-2, Llama, OPT and GPT-J are what all the other tests run on.
 REPRESENTATIVE = {
+    "openai_gpt",  # no padding
     "gpt_neo",  # softmax scale 1, local windows
     "falcon_alibi",  # bias of positions
     "gemma2",  # softcap, windows, a scale of its own
@@ -28,6 +30,7 @@ REPRESENTATIVE = {
     "qwen3_5_text",  # hybrid, gated
     "bert_mlm",  # both directions
     "t5",  # encoder and decoder, cross-attention
+    "bart",  # positions count padding on the left
     "jetmoe",  # patches refused
     "gpt2_noscale",  # other logits
     "phimoe",  # does not boot
@@ -101,23 +104,29 @@ def _patch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{__package__}.{module}.patch_hooks", lambda *_a, **_k: [])
 
 
+def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
+    monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
+
+
 @pytest.mark.parametrize(
-    ("mistake", "noticed"),
+    ("mistake", "noticed", "of"),
     [
-        (_double_scale, "scale"),
-        (_forget_row_sums, "maps"),
-        (_patch_nothing, "patches"),
+        (_double_scale, "scale", ("gpt2", "standard")),
+        (_forget_row_sums, "maps", ("gpt2", "standard")),
+        (_patch_nothing, "patches", ("gpt2", "standard")),
+        (_trust_every_mask, "padding", ("openai_gpt", "bidirectional")),
     ],
 )
 @pytest.mark.parametrize("kind", available_kinds())
 def test_mistakes_are_noticed(
-    mistake: Any, noticed: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    mistake: Any, noticed: str, of: tuple[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from .checks import check
     from .hooked import check_variant
 
     mistake(monkeypatch)
     bridge = kind == "TransformerBridge"
-    record = check(ARCHITECTURES["gpt2"], quick=True) if bridge else check_variant("standard")
+    record = check(ARCHITECTURES[of[0]], quick=True) if bridge else check_variant(of[1])
     assert record.status == "failing"
     assert any(failure.startswith(noticed) for failure in record.failures)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.heads.registry import RankingContext, ranking_method
+from ra_lens.padding import batches, watched
 from ra_lens.prompts import Prompts
 from ra_lens.run import run_with_ra
 from ra_lens.targets import answer_nll, sequence_nll
@@ -101,7 +102,7 @@ def _visit_patterns(
     """
     lens = context.lens
     lens.refuse_dropout()
-    for _, prompts in inputs.batches(context.batch_size):
+    for _, prompts in batches(lens, inputs, context.batch_size):
         batch = prompts.lay_out(lens)
         real = batch.attention_mask
         keep = real[:, None, :, None] & real[:, None, None, :]
@@ -115,5 +116,6 @@ def _visit_patterns(
 
         hooks = [(site.pattern_name, look(i)) for i, site in enumerate(lens.sites.values())]
         last = batch.columns([[n - 1] for n in batch.lengths])
-        with lens.hooks(hooks), lens.reading(None if lens.logits_are_hooked else last):
+        reading = lens.reading(None if lens.logits_are_hooked else last)
+        with lens.hooks(hooks), reading, watched(lens, batch):
             lens.forward(batch.tokens, batch.attention_mask)

@@ -12,7 +12,7 @@ may have different numbers of heads (`ra_lens.ragged`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ra_lens.answers import FwdHooks, Questions, by_length, last_logits, mark
 from ra_lens.heads.registry import RankingContext
+from ra_lens.padding import together
 from ra_lens.prefix import Prefix
 from ra_lens.prompts import Prompts
 
@@ -55,9 +56,7 @@ def ask_each_head(
     with tqdm(
         total=n_rows, desc="Causal mediation", unit="row", disable=not shown, leave=False
     ) as bar:
-        order = by_length(questions.prompts)
-        for first in range(0, len(order), context.batch_size):
-            group = order[first : first + context.batch_size]
+        for group in _groups(context, questions):
             before[group] = mark(runner.begin(group), first_tokens[group]).probability
             for layer, n_heads in enumerate(context.n_heads):
                 rows = [(question, layer, head) for question in group for head in range(n_heads)]
@@ -68,6 +67,14 @@ def ask_each_head(
                     after[which, layer, heads] = marks.probability
                     bar.update(len(part))
     return before, after
+
+
+def _groups(context: RankingContext, questions: Questions) -> Iterator[list[int]]:
+    """Questions of like length that may run together, as many as go into a batch."""
+    for some in together(context.lens, questions.prompts):
+        order = by_length(questions.prompts, some)
+        for first in range(0, len(order), context.batch_size):
+            yield order[first : first + context.batch_size]
 
 
 class _Runner:

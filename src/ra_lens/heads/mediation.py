@@ -39,6 +39,7 @@ from ra_lens.heads.each_head import Edit, Row, ask_each_head
 from ra_lens.heads.registry import RankingContext, ranking_method
 from ra_lens.masking import by_head, mask_hooks, need_heads
 from ra_lens.numbers import Whole, whole
+from ra_lens.padding import batches
 from ra_lens.prompts import Prompts
 from ra_lens.tasks import Pair, Prompt
 
@@ -178,7 +179,9 @@ def _last_z(context: RankingContext) -> list[Float[Tensor, "question head d_head
     """z at the last token of each prompt, in float64, for each layer."""
     sites = list(context.lens.sites.values())
     found: list[list[Tensor]] = [[] for _ in sites]
-    for _, prompts in context.questions.prompts.batches(context.batch_size):
+    order: list[int] = []
+    for part, prompts in batches(context.lens, context.questions.prompts, context.batch_size):
+        order += part
         columns = _last_columns(context, prompts)
 
         def look(layer: int, n_heads: int, columns: Tensor = columns) -> Callable[..., None]:
@@ -190,7 +193,8 @@ def _last_z(context: RankingContext) -> list[Float[Tensor, "question head d_head
 
         hooks = [(site.z_name, look(i, site.n_heads)) for i, site in enumerate(sites)]
         last_logits(context.lens, prompts, hooks)
-    return [torch.cat(of_layer) for of_layer in found]
+    asked = torch.tensor(order).argsort()  # back to the order given
+    return [torch.cat(of_layer)[asked] for of_layer in found]
 
 
 def _of_the_others(z: Float[Tensor, "question head d_head"]) -> Tensor:

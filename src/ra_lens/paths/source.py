@@ -21,6 +21,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.numbers import wholes
+from ra_lens.padding import batches, watched
 from ra_lens.paths.result import Follow
 from ra_lens.paths.weights import GRADIENT, LayerMaps
 from ra_lens.prompts import Prompts, read_prompts
@@ -139,13 +140,14 @@ def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
     sites = lens.choose_layers(request.layers)
     _check_sites(sites, request, lens.name)
     values = request.follow == "value_norm"
-    found: list[Example] = []
-    for _, part in _read(lens, prompts, request).batches(request.batch_size):
+    found: dict[int, Example] = {}
+    for which, part in batches(lens, _read(lens, prompts, request), request.batch_size):
         batch = part.lay_out(lens)
         seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in sites}
         hooks = [hook for site in sites.values() for hook in _hooks(lens, site, seen, values)]
         last = batch.columns([[n - 1] for n in batch.lengths])
-        with lens.hooks(hooks), lens.reading(None if lens.logits_are_hooked else last):
+        reading = lens.reading(None if lens.logits_are_hooked else last)
+        with lens.hooks(hooks), reading, watched(lens, batch):
             lens.forward(batch.tokens, batch.attention_mask)
         _check_seen(lens, seen)
         norms = {
@@ -153,8 +155,8 @@ def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
             for layer, site in sites.items()
             if values
         }
-        for i, (ids, start) in enumerate(zip(part.ids, batch.starts, strict=True)):
-            span = slice(start, start + len(ids))
+        for i, (place, ids) in enumerate(zip(which, part.ids, strict=True)):
+            span = batch.span(i)
             layers = {
                 layer: LayerMaps(
                     _numpy(things["pattern"][i, :, span, span]),
@@ -163,9 +165,9 @@ def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
                 )
                 for layer, things in seen.items()
             }
-            tokens = lens.decode_each(ids)
-            found.append(Example(tokens, ids, _bos(lens, ids, request), layers, lens.name))
-    return found
+            tokens, bos = lens.decode_each(ids), _bos(lens, ids, request)
+            found[place] = Example(tokens, ids, bos, layers, lens.name)
+    return [found[place] for place in sorted(found)]
 
 
 def _hooks(

@@ -196,6 +196,12 @@ class Described(Reader):
         point: Any = self.hook_points.get("unembed.hook_out")
         return point is not None and bool(point.fwd_hooks)
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether there are TransformerLens hooks on the model, other than permanent ones."""
+        points: list[Any] = list(self.hook_points.values())
+        return any(not handle.is_permanent for point in points for handle in point.fwd_hooks)
+
     def remarks(self, site: Site) -> list[str]:
         """What is unusual about an attention layer, as its module says."""
         return remarks(self._model.get_submodule(site.prefix), self._model.cfg)

@@ -1,7 +1,8 @@
-"""States of a model in which its maps would be wrong, or could not be had."""
+"""States of a model in which its maps would be wrong or could not be had, and ways around them."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -63,3 +64,24 @@ def fully_masked_rows_apart(score_points: Iterable[nn.Module]) -> Generator[None
         for point in score_points:
             stack.callback(point.register_forward_pre_hook(at_scores).remove)
         yield
+
+
+@contextmanager
+def without_hooks(points: Iterable[Any]) -> Generator[None, None, None]:
+    """Leave out the TransformerLens hooks of these hook points while the context is open.
+
+    What runs inside is none of theirs: they may fit one batch only, or count how often they ran.
+    Permanent ones stay, some of which are a bridge's own.
+    """
+    before: dict[Any, Any] = {}
+    try:
+        for point in points:
+            theirs = {handle.hook.id for handle in point.fwd_hooks if not handle.is_permanent}
+            if theirs and point not in before:
+                before[point] = point._forward_hooks
+                others = [(i, hook) for i, hook in before[point].items() if i not in theirs]
+                vars(point)["_forward_hooks"] = OrderedDict(others)
+        yield
+    finally:
+        for point, hooks in before.items():
+            vars(point)["_forward_hooks"] = hooks

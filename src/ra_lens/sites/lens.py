@@ -8,8 +8,8 @@ attached, and removing them cannot touch the user's.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from ra_lens.sites.guards import (
     fully_masked_rows_apart,
     refuse_dropout,
     refuse_inference_mode,
+    without_hooks,
 )
 from ra_lens.sites.lean import lean, no_attention_returned
 from ra_lens.sites.plain import huggingface_logits
@@ -77,12 +78,17 @@ class Lens(Described):
             if not bool(attention_mask.all()):
                 options["decoder_attention_mask"] = attention_mask.long()
             tokens, attention_mask = encoded
-        guesses_mask = getattr(self.tokenizer, "padding_side", "right") == "left"
-        if guesses_mask or not bool(attention_mask.all()):
-            # HookedTransformer guesses a mask from the token ids when its tokenizer pads left,
-            # which mistakes a real end-of-text token for padding: say what is padding instead.
+        if self._guesses_mask or not bool(attention_mask.all()):
             options["attention_mask"] = attention_mask.long()
         return self._model(tokens, return_type="logits", **options)
+
+    @property
+    def _guesses_mask(self) -> bool:
+        # HookedTransformer guesses a mask from the token ids when its tokenizer pads left, which
+        # mistakes a real end-of-text token for padding: say what is padding instead. A bridge does
+        # not, and there is a model that a mask does more to than hide padding.
+        left = getattr(self.tokenizer, "padding_side", "right") == "left"
+        return left and self.kind == "HookedTransformer"
 
     @contextmanager
     def hooks(self, fwd_hooks: list[tuple[Any, Any]]) -> Generator[None, None, None]:
@@ -98,6 +104,24 @@ class Lens(Described):
         finally:
             if was_caching is not None:
                 self._model.is_caching = was_caching
+
+    def without_hooks(self) -> AbstractContextManager[None]:
+        """Leave out the TransformerLens hooks on the model while the context is open."""
+        return without_hooks(self.hook_points.values())
+
+    @contextmanager
+    def looking(self, looks: Mapping[str, Callable[[Tensor], None]]) -> Generator[None, None, None]:
+        """Show functions what reaches the hook points of these names, before any hook sees it."""
+
+        def pre_hook(look: Callable[[Tensor], None]) -> Callable[..., None]:
+            return lambda _module, args: look(args[0].detach())
+
+        with ExitStack() as stack:
+            for name, look in looks.items():
+                point = self.hook_points[name]
+                handle = point.register_forward_pre_hook(pre_hook(look), prepend=True)
+                stack.callback(handle.remove)
+            yield
 
     @contextmanager
     def reading(self, positions: Int[Tensor, "batch read"] | None) -> Generator[None, None, None]:

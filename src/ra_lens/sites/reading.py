@@ -73,7 +73,12 @@ def _at_positions(forward: Any, positions: Tensor, *args: Any, **kwargs: Any) ->
     if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[0] != positions.shape[0]:
         return forward(*args, **kwargs)
     index = _index(positions, x)
-    found = forward(x[index], *args[1:], **kwargs)
+
+    def narrow(value: Any) -> Any:  # Bloom and MPT hand their MLP the residual stream as well
+        whole = isinstance(value, Tensor) and value.shape[:2] == x.shape[:2]
+        return value[index] if whole else value
+
+    found = forward(*map(narrow, args), **{name: narrow(value) for name, value in kwargs.items()})
     if not isinstance(found, Tensor) or found.shape[:-1] != positions.shape:
         return forward(*args, **kwargs)
     whole = found.new_zeros((*x.shape[:-1], found.shape[-1]))

@@ -1,0 +1,256 @@
+"""Which prompts run in one batch, so that each of them computes what it computes alone.
+
+In a batch of several lengths the shorter prompts are padded, and a mask is to hide that from them.
+Not every model obeys: some attend to padding all the same, some to later tokens as soon as there is
+a mask, some count positions from the first column. It is found by looking, not by name:
+
+* before a model's first padded batch the shortest and the longest prompt run padded together, and
+  each alone. The residual stream of every token, what it attends to, and the logits must be the
+  same (`padding_is_hidden`);
+* in every padded batch no token may attend to padding nor, in a causal layer, to what comes after
+  it (`watched`).
+
+Where this does not hold, prompts run in groups of one length, without padding and so without a
+mask, which is exact. `together` is the one place that says which prompts these are.
+
+Cost: three forward passes of one prompt for each side that is padded, once per model and again for
+wider batches than seen before; in a padded batch the largest weight of each query and key.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ra_lens.errors import UnsupportedModel
+from ra_lens.prompts import Batch, PaddingSide, Prompts
+from ra_lens.sites import Lens, Side, Site
+
+_N_READ = 8  # positions of each prompt at which logits are compared
+_NOTHING = torch.finfo(torch.float32).eps  # a smaller weight is none
+# What float32 is rounded to in products, by torch's own word for it.
+_MATMUL = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+# The widest batches in which padding was seen to be hidden from a model's prompts, of an encoder
+# and of the rest, by what may change that; None where it was seen not to be.
+_seen: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, int] | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class PaddingShows(UnsupportedModel):
+    """Tokens of a padded batch attended to what they must not see."""
+
+
+# ---- which prompts run together ------------------------------------------------------------------
+
+
+def together(lens: Lens, prompts: Prompts, encoded: Prompts | None = None) -> list[list[int]]:
+    """Give the indices of the prompts that may run in one batch: all, or those of each length.
+
+    Args:
+        lens: The model.
+        prompts: What is to be read; what the decoder reads in an encoder-decoder.
+        encoded: What an encoder-decoder's encoder reads.
+
+    Returns:
+        Groups of indices in rising order; shorter prompts first.
+    """
+    if padding_is_hidden(lens, prompts, encoded):
+        return [list(range(len(prompts)))]
+    return of_one_length(prompts, encoded)
+
+
+def of_one_length(prompts: Prompts, encoded: Prompts | None = None) -> list[list[int]]:
+    """Give the indices of the prompts of each length, or pair of lengths; shorter ones first."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, lengths in enumerate(zip((encoded or prompts).lengths, prompts.lengths, strict=True)):
+        groups.setdefault(lengths, []).append(i)
+    return [groups[lengths] for lengths in sorted(groups)]
+
+
+def batches(
+    lens: Lens, prompts: Prompts, batch_size: int | None
+) -> Iterator[tuple[list[int], Prompts]]:
+    """Split prompts into batches of those that may run together, told by their indices.
+
+    Args:
+        lens: The model.
+        prompts: What is to be read.
+        batch_size: Prompts in a batch at most. None: no limit.
+    """
+    hidden = padding_is_hidden(lens, prompts)
+    for group in [list(range(len(prompts)))] if hidden else of_one_length(prompts):
+        step = batch_size or len(group)
+        for start in range(0, len(group), step):
+            part = group[start : start + step]
+            yield part, prompts.chosen(part) if hidden else prompts.chosen(part).unpadded()
+
+
+# ---- in every padded batch -----------------------------------------------------------------------
+
+
+@contextmanager
+def watched(lens: Lens, batch: Batch, encoded: Batch | None = None) -> Generator[None, None, None]:
+    """Watch a forward pass of a padded batch while the context is open.
+
+    Args:
+        lens: The model.
+        batch: What is read; what the decoder reads in an encoder-decoder.
+        encoded: What an encoder-decoder's encoder reads.
+
+    Raises:
+        PaddingShows: when it closes; a token attended to padding, or to a later token in a causal
+            layer.
+    """
+    sides: dict[Side, Batch] = {"input": encoded or batch, "decoder": batch}
+    if not any(side.is_padded for side in sides.values()):
+        yield
+        return
+    masks: dict[tuple[Side, Side, bool], Tensor] = {}
+    largest: dict[str, Tensor] = {}
+
+    def look(site: Site, pattern: Tensor) -> None:
+        kind = (site.query_side, site.key_side, site.causal and not site.cross)
+        if kind not in masks:
+            masks[kind] = _out_of_sight(sides[kind[0]], sides[kind[1]], causal=kind[2])
+        weights = pattern.amax(dim=1)
+        found = weights.where(masks[kind].to(weights.device), 0.0).amax()
+        before = largest.get(site.label, found)  # where a layer runs several times
+        largest[site.label] = torch.maximum(before, found)
+
+    looks = {site.pattern_name: partial(look, site) for site in lens.sites.values()}
+    with lens.looking(looks):
+        yield
+    shown = [label for label, value in largest.items() if float(value) > _NOTHING]
+    if shown:
+        raise PaddingShows(
+            f"found tokens that attend to padding, or to later tokens, at {shown[0]} of "
+            f"{lens.name} in a batch of prompts of different lengths, although its mask forbids "
+            "it. Give prompts of one length at a time."
+        )
+
+
+def _out_of_sight(queries: Batch, keys: Batch, *, causal: bool) -> Bool[Tensor, "batch query key"]:
+    """Where a real token must not attend to."""
+    seen = keys.attention_mask[:, None, :].expand(-1, queries.tokens.shape[1], -1)
+    seen = seen.tril() if causal else seen
+    return queries.attention_mask[:, :, None] & ~seen
+
+
+# ---- once for each model -------------------------------------------------------------------------
+
+
+def padding_is_hidden(lens: Lens, prompts: Prompts, encoded: Prompts | None = None) -> bool:
+    """Whether prompts compute in one padded batch what they compute alone, as far as was seen.
+
+    Args:
+        lens: The model. Hooks on it have no part in this.
+        prompts: What is to be read; what the decoder reads in an encoder-decoder.
+        encoded: What an encoder-decoder's encoder reads.
+    """
+    sides = (_side(encoded), _side(prompts))
+    if sides == (None, None):
+        return True
+    key = (lens.state, lens.pad_token_id, sides)
+    seen = _seen.setdefault(lens.module, {})
+    known = seen.get(key, (0, 0))
+    if known is None:
+        return False
+    width = prompts.padded_width
+    widest = max(known[0], 0 if encoded is None else encoded.padded_width), max(known[1], width)
+    if widest != known:
+        seen[key] = widest if _same_as_alone(lens, prompts, encoded) else None
+    return seen[key] is not None
+
+
+def _side(prompts: Prompts | None) -> PaddingSide | None:
+    """Where prompts are padded if they run in one batch."""
+    return prompts.padding_side if prompts is not None and prompts.is_padded else None
+
+
+@torch.no_grad()
+def _same_as_alone(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> bool:
+    """Run the shortest and the longest prompts padded together, and each alone."""
+    every = range(len(prompts))
+    lengths = [read.lengths for read in (prompts, encoded) if read is not None]
+    chosen = sorted({pick(every, key=n.__getitem__) for n in lengths for pick in (min, max)})
+    prompts, encoded = prompts.widened(), None if encoded is None else encoded.widened()
+
+    def run(part: Callable[[Prompts], Prompts]) -> list[list[Tensor]]:
+        return _run(lens, part(prompts), None if encoded is None else part(encoded))
+
+    with lens.without_hooks(), lens.lean(), lens.no_attention_returned():
+        try:
+            padded = run(lambda read: read.chosen(chosen))
+        except PaddingShows:
+            return False
+        for i, found in zip(chosen, padded, strict=True):
+            [wanted] = run(lambda read, i=i: read.chosen([i]).unpadded())
+            if not all(_agree(lens, *pair) for pair in zip(found, wanted, strict=True)):
+                return False
+    return True
+
+
+def _run(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> list[list[Tensor]]:
+    """What each prompt computes, `[token, feature]`.
+
+    It is what goes into every block with attention, a sketch of every pattern, and some logits.
+    """
+    batch = prompts.lay_out(lens)
+    other = None if encoded is None else encoded.lay_out(lens)
+    source = None if other is None else (other.tokens, other.attention_mask)
+    sides: dict[Side, Batch] = {"input": other or batch, "decoder": batch}
+    found: list[list[Tensor]] = [[] for _ in batch.lengths]
+
+    def at_pattern(site: Site, pattern: Tensor) -> None:
+        queries, keys = sides[site.query_side], sides[site.key_side]
+        for i, of_prompt in enumerate(found):
+            of_prompt.append(_sketch(pattern[i, :, queries.span(i), keys.span(i)]))
+
+    def at_block(tokens: Batch, residual: Tensor) -> None:
+        if residual.shape[:2] == tokens.tokens.shape:
+            for i, of_prompt in enumerate(found):
+                of_prompt.append(residual[i, tokens.span(i)])
+
+    looks: dict[str, Callable[[Tensor], None]] = {}
+    for site in lens.sites.values():
+        with suppress(UnsupportedModel):  # a block without a hook point on its input
+            looks[lens.block_input_name(site)] = partial(at_block, sides[site.query_side])
+        looks[site.pattern_name] = partial(at_pattern, site)
+    spread = [[(n - 1) * k // (_N_READ - 1) for k in range(_N_READ)] for n in batch.lengths]
+    reading = lens.reading(batch.columns(spread))
+    with watched(lens, batch, other), lens.looking(looks), reading:
+        logits = lens.forward(batch.tokens, batch.attention_mask, source)
+    for of_prompt, read in zip(found, logits, strict=True):
+        of_prompt.append(read)
+    return found
+
+
+def _sketch(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "query head"]:
+    """A number for each row, of about its size, that no other row is likely to have."""
+    wide = pattern if pattern.dtype == torch.float64 else pattern.float()
+    waves = torch.arange(wide.shape[-1], device=wide.device).mul(2.4).cos()
+    return (wide @ waves.to(wide.dtype)).T
+
+
+def _agree(
+    lens: Lens, found: Float[Tensor, "token feature"], wanted: Float[Tensor, "token feature"]
+) -> bool:
+    """Whether two values are the same up to rounding: half of their digits are.
+
+    In half precision that is asked of the middle token, not of the worst: rounding sends some to
+    another expert, and padding in the wrong place moves all.
+    """
+    precision = _MATMUL[torch.get_float32_matmul_precision()]
+    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, wanted.dtype, precision))
+    difference = (found - wanted).where(found != wanted, 0.0).float()  # infinities may be equal
+    size = wanted.float().nan_to_num(0.0, 0.0, 0.0).square().sum(dim=-1).mean().sqrt()
+    errors = difference.norm(dim=-1) / size
+    exact = eps <= torch.finfo(torch.float32).eps
+    return bool((errors.max() if exact else errors.median()) <= eps**0.5)
