@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -96,6 +98,24 @@ def test_maps_are_the_gradients_of_hugging_faces_scores(arch, both):
             keys = found.shape[-1]  # Hugging Face's gpt_oss has one more: the sink
             assert relative(found, gradient[..., :keys]) < 1e-5
             assert relative(ra["pattern", layer], pattern[..., :keys]) < 1e-5
+
+
+@pytest.mark.parametrize("arch", [*EXACT, "jetmoe"])
+def test_a_run_leaves_no_graph_on_any_module_and_the_model_can_be_copied(arch, both):
+    model, _ = both(arch)
+    position = -1 if arch == "bert" else None
+    run_with_ra(model, IDS, target=TARGETS, position=position, **inputs_of(arch))
+    kept = [
+        (type(module).__name__, name)
+        for module in (*torch.nn.Module.modules(model), *model.original_model.modules())
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
+    assert kept == []
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        inputs = inputs_of(arch)
+        assert torch.equal(again(IDS, **inputs), model(IDS, **inputs))
 
 
 @pytest.mark.parametrize("kind", ["ra", "pattern"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from ra_lens import run_with_ra
+from ra_lens import RACache, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import BadInput, NotStored
 from tiny_models import CASES, KINDS, N_HEADS, N_KV, N_LAYERS, random_ids, relative, text
 
@@ -44,7 +46,13 @@ def test_it_is_a_mapping_from_full_names_to_maps(ra):
 
 
 def test_what_is_not_there_is_said_with_what_is(ra):
-    for key in (("ra", N_LAYERS), ("ra", -4), "blocks.9.attn.hook_ra", "hook_ra"):
+    for key in (
+        ("ra", N_LAYERS),
+        ("ra", -4),
+        ("ra", np.int64(9)),
+        "blocks.9.attn.hook_ra",
+        "hook_ra",
+    ):
         assert key not in ra
         with pytest.raises(NotStored, match=r"not in this cache, which holds blocks.*layers \[0"):
             ra[key]
@@ -55,11 +63,23 @@ def test_what_is_not_there_is_said_with_what_is(ra):
         ra["z", 0]
     assert 5 not in ra
     assert None not in ra
+    assert ra["ra", np.int64(1)] is ra["ra", torch.tensor(1)] is ra["ra", 1]
+    assert ("ra", np.int64(1)) in ra
 
 
-@pytest.mark.parametrize("strange", [("ra",), ("ra", 0, "attn"), ("ra", "0"), (0, "ra")])
-def test_asking_for_something_of_another_form_is_no_error(ra, strange):
+STRANGE = [("ra",), ("ra", 0, "attn"), ("ra", "0"), ("ra", 0.0), ("ra", True), (0, "ra"), 0, None]
+STRANGE += [("ra", slice(0, 2)), ("ra", [0])]
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=repr)
+def test_a_name_of_another_form_is_not_there_and_said_to_be_none(ra, strange, request):
     assert strange not in ra
+    if request.config.getoption("--check-shapes"):
+        pytest.skip("the check of types is there first")
+    needed = re.escape(f"found {strange!r}; ask for a map by kind and number of the layer, as ra['")
+    for maps in (ra, ra.mean()):
+        with pytest.raises(NotStored, match=needed):
+            maps[strange]
 
 
 def test_stack_and_norms_are_made_of_the_maps(ra):
@@ -86,6 +106,7 @@ def test_top_heads_are_sorted_by_mean_norm(ra):
     assert [(h.layer, h.head) for h in top] == [(i, h) for _, i, h in order[:5]]
     assert [h.score for h in top] == pytest.approx([s for s, _, _ in order[:5]])
     assert top[0].label == f"L{top[0].layer}H{top[0].head}"
+    assert ra.top_heads(np.int64(5)) == ra.top_heads(torch.tensor(5)) == top
     assert len(ra.top_heads()) == 10
     assert len(ra.top_heads(100)) == N_LAYERS * N_HEADS
     by_pattern = [(h.layer, h.head) for h in ra.top_heads(12, "pattern")]
@@ -105,12 +126,101 @@ def test_slicing_the_batch_keeps_what_belongs_to_each_example(ra):
         assert cut.info.targets == tuple(ra.info.targets[i] for i in chosen)
         assert torch.equal(cut.norms().reshape(-1, N_LAYERS, N_HEADS), ra.norms()[chosen])
     assert ra.batch_size == 3  # the original is as it was
-    with pytest.raises(BadInput, match=r"selects none of the 3 examples"):
-        ra.apply_slice_to_batch_dim(slice(3, None))
-    with pytest.raises(IndexError):
-        ra.apply_slice_to_batch_dim(3)
     with pytest.raises(BadInput, match="no batch dimension"):
         ra.apply_slice_to_batch_dim(0).apply_slice_to_batch_dim(0)
+
+
+# What chooses examples, and those that it chooses; a number alone drops the batch dimension.
+ONE_OF_THREE = [
+    *(np.dtype(name).type(2) for name in ("int8", "int16", "int32", "int64", "uint8", "uint64")),
+    np.array(2),
+    *(torch.tensor(2, dtype=t) for t in (torch.uint8, torch.int8, torch.int32, torch.int64)),
+]
+MASK = [True, False, True]
+SEVERAL_OF_THREE = [
+    (MASK, [0, 2]),
+    ([np.True_, np.False_, np.True_], [0, 2]),
+    ([torch.tensor(keep) for keep in MASK], [0, 2]),
+    (np.array(MASK), [0, 2]),
+    (torch.tensor(MASK), [0, 2]),
+    (pd.Series(MASK, index=["a", "b", "c"]), [0, 2]),
+    (pd.Series(MASK, dtype="boolean"), [0, 2]),
+    (lambda: (keep for keep in MASK), [0, 2]),
+    (torch.tensor([-1, 0], dtype=torch.int8), [2, 0]),
+    (np.array([2, 0], dtype=np.uint16), [2, 0]),
+    (pd.Series([2, 0], index=[0, 1]), [2, 0]),
+    (pd.Index([2, 0]), [2, 0]),
+    ([np.int64(2), torch.tensor(0)], [2, 0]),
+    (range(2, -1, -2), [2, 0]),
+    (lambda: iter([2, 0]), [2, 0]),
+    ([1], [1]),
+    (torch.tensor([1]), [1]),
+    (np.array([1]), [1]),
+    (slice(np.int64(1), None), [1, 2]),
+]
+
+
+def spelled(given):
+    return f"{type(given).__module__}.{type(given).__name__} {getattr(given, 'dtype', '')}"
+
+
+@pytest.mark.parametrize("given", ONE_OF_THREE, ids=spelled)
+def test_a_number_of_any_type_takes_one_example(given, ra):
+    cut = ra.apply_slice_to_batch_dim(given)
+    assert not cut.has_batch_dim
+    assert torch.equal(cut["ra", 1], ra["ra", 1][2])
+    assert cut.loss == ra.loss[2]
+    assert cut.info.targets == (f"w{TARGET[2]}",)
+
+
+@pytest.mark.parametrize(
+    ("given", "examples"), SEVERAL_OF_THREE, ids=[spelled(g) for g, _ in SEVERAL_OF_THREE]
+)
+def test_several_examples_are_taken_by_places_or_by_bools(given, examples, ra):
+    cut = ra.apply_slice_to_batch_dim(given() if callable(given) else given)
+    assert cut.has_batch_dim
+    assert torch.equal(cut["ra", 1], ra["ra", 1][examples])
+    assert torch.equal(cut.loss, ra.loss[examples])
+    assert cut.info.targets == tuple(f"w{TARGET[i]}" for i in examples)
+
+
+def test_a_condition_on_the_loss_takes_the_examples_that_meet_it(ra):
+    order = ra.loss.argsort()
+    between = (ra.loss[order[0]] + ra.loss[order[1]]) / 2
+    cut = ra.apply_slice_to_batch_dim(ra.loss > between)
+    assert float(cut.loss.min()) > between
+    assert cut.batch_size == 2
+    with pytest.raises(BadInput, match=r"batch_slice=tensor.*which is none of the 3 examples"):
+        ra.apply_slice_to_batch_dim(ra.loss > 1e6)
+
+
+NO_CHOICE = {
+    "nothing": (slice(3, None), r"none of the 3 examples. Give at least one"),
+    "an empty list": ([], r"batch_slice=\[\], which is none of the 3 examples"),
+    "all False": (np.zeros(3, dtype=bool), r"none of the 3 examples"),
+    "outside": (3, r"batch_slice=3, but 3 is none of the 3 examples: 0 to 2, or -3 to -1"),
+    "one outside": ([0, -4], r"but -4 is none of the 3 examples"),
+    "too few bools": (torch.tensor([True, False]), r"a bool for each of the 3 examples"),
+    "bools and numbers": ([True, 1, 2], r"\[True, 1, 2\]; give whole numbers"),
+    "a missing value": (pd.Series([True, None, True], dtype="boolean"), "give whole numbers"),
+    "one bool": (True, r"batch_slice=True; give whole numbers, a slice, or a bool for each"),
+    "one bool of torch": (torch.tensor(True), "give whole numbers"),
+    "floats": (np.array([0.0, 1.0]), r"array\(\[0., 1.\]\); give whole numbers"),
+    "a float of torch": (torch.tensor(1.0), "give whole numbers"),
+    "text": ("01", r"batch_slice='01'; give whole numbers"),
+    "a column": (torch.tensor([[True], [False], [True]]), "give whole numbers"),
+    "a table": (pd.DataFrame({0: [1, 2]}), "give whole numbers"),
+    "a dict": ({0: "a"}, "give whole numbers"),
+    "ends that are floats": (slice(0.5, 2), "give whole numbers"),
+    "a step of 0": (slice(0, 2, 0), "give whole numbers"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHOICE)
+def test_what_chooses_no_example_is_refused_by_name(case, ra):
+    given, needed = NO_CHOICE[case]
+    with pytest.raises(BadInput, match=f"(?s)found {needed}|found batch_slice=.*{needed}"):
+        ra.apply_slice_to_batch_dim(given)
 
 
 def test_one_example_can_lose_its_batch_dimension(ra):
@@ -137,7 +247,74 @@ def test_to_moves_and_converts_every_tensor(ra):
     assert {t.dtype for t in (*wide.values(), wide.norms(), wide.loss)} == {torch.float64}
     assert relative(wide.stack(), ra.stack()) == 0
     assert ra["ra", 0].dtype == torch.float32
+    for place, needed in (
+        ("float16", r"dtype='float16'; give torch.float16"),
+        (torch.int8, r"dtype=torch.int8, which holds no floating-point numbers"),
+        ("nowhere", r"device='nowhere'; give a device of torch, such as 'cpu'"),
+    ):
+        with pytest.raises(BadInput, match=needed):
+            ra.to(place)
     assert ra.to("cpu")["ra", 0].device.type == "cpu"
+
+
+def own_pass(model, ids, **options):
+    """A cache filled by the user's own backward pass, which knows no loss."""
+    ra, fwd_hooks, _ = get_ra_caching_hooks(model, **options)
+    with model.hooks(fwd_hooks=fwd_hooks):
+        logits = model(ids)[:, -1].log_softmax(-1)
+        (-logits.gather(1, torch.tensor(TARGET[: len(ids)])[:, None])).sum().backward()
+    return ra
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_that_was_given_no_loss_does_what_others_do(kind, shared, ra, tmp_path):
+    cache = own_pass(shared("gpt2", kind), IDS)
+    assert cache.loss.shape == (3,)
+    assert bool(cache.loss.isnan().all())
+    some = cache.apply_slice_to_batch_dim([2, 0])
+    assert relative(some["ra", 0], ra["ra", 0][[2, 0]]) < 1e-5
+    one = cache.apply_slice_to_batch_dim(1)
+    bare = cache.apply_slice_to_batch_dim([1]).remove_batch_dim()
+    for cut in (one, bare):
+        assert relative(cut["ra", 0], ra["ra", 0][1]) < 1e-5
+        assert cut.loss.isnan()
+    for each in (cache, some, one):
+        assert "nan" not in repr(each).lower()
+        frame = each.to_dataframe()
+        assert len(frame) == each.batch_size * N_LAYERS * N_HEADS
+        assert frame["loss"].isna().all()
+        each.save(tmp_path / "cache")
+        back = RACache.load(tmp_path / "cache")
+        assert repr(back) == repr(each)
+        assert torch.equal(back.stack(), each.stack())
+        assert back.loss.shape == each.loss.shape
+        page = each.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+        assert "nan" not in page.partition("<script")[0].lower()
+    other = own_pass(shared("gpt2", kind), IDS[:2], store="norms")
+    assert other.apply_slice_to_batch_dim(1).loss.isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_examples_of_a_second_backward_pass_may_be_others(kind, shared):
+    model = shared("gpt2", kind)
+    ra, fwd_hooks, _ = get_ra_caching_hooks(model)
+    with model.hooks(fwd_hooks=fwd_hooks):
+        for n in (3, 2):
+            model(IDS[:n])[:, -1, 5].sum().backward()
+            assert ra.batch_size == len(ra.loss) == n
+    assert ra.apply_slice_to_batch_dim(-1)["ra", 0].shape == (N_HEADS, POS, POS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_activation_cache_without_batch_dimension_is_read(kind, shared):
+    model = shared("gpt2", kind)
+    _, cache = model.run_with_cache(IDS[:1], return_type="loss", incl_bwd=True)
+    ra = RACache.from_activation_cache(cache, model)
+    bare = RACache.from_activation_cache(cache.remove_batch_dim(), model)
+    assert not bare.has_batch_dim
+    assert torch.equal(bare.stack(), ra.stack()[:, 0])
+    assert bare.loss.isnan()
+    assert bare.loss.shape == ()
 
 
 def test_means_need_equal_lengths(shared):
@@ -176,14 +353,27 @@ def test_repr_says_what_is_in_it(ra, shared):
         assert part in said
 
 
+def test_the_repr_of_mean_maps_says_what_was_averaged(ra, shared):
+    wanted = f"MeanMaps of 3 prompts: layers 0…2, {N_HEADS} heads, 6 × 6 tokens (ra, pattern, "
+    n_bytes = 3 * N_LAYERS * N_HEADS * POS * POS * 4
+    assert repr(ra.mean()) == wanted + f"pattern_grad, {n_bytes / 1e6:.2f} MB)"
+    names = ["blocks.0.attn.hook_ra", "blocks.2.attn.hook_ra"]
+    model = shared("gpt2", KINDS[0])
+    _, one = run_with_ra(model, IDS[:1], target=8, layers=[0, 2], store="mean", names_filter=names)
+    assert "of 1 prompt: layers 0, 2, 4 heads, 6 × 6 tokens (ra, 0.00 MB)" in repr(one.mean())
+
+
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_kv_groups_are_those_of_the_model(arch, kind, shared):
     _, ra = run_with_ra(shared(arch, kind), IDS, target=TARGET)
     per_group = N_HEADS // N_KV if arch == "llama" else 1
     assert [ra.kv_group(h) for h in range(N_HEADS)] == [h // per_group for h in range(N_HEADS)]
     assert ra.kv_group(-1) == ra.kv_group(N_HEADS - 1)
+    assert ra.kv_group(np.int64(3)) == ra.kv_group(torch.tensor(3)) == ra.kv_group(3)
     with pytest.raises(BadInput, match=r"head 4.*heads 0 to 3"):
         ra.kv_group(4)
+    with pytest.raises(BadInput, match=r"found True among heads"):
+        ra.kv_group(True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,6 +399,8 @@ def test_to_activation_cache_holds_the_same_maps(ra, shared):
     assert set(cache.keys()) == set(ra)
     assert torch.equal(cache["blocks.1.attn.hook_ra"], ra["ra", 1])
     assert torch.equal(cache["pattern", 1], ra["pattern", 1])
+    for kind_of_map in KIND_OF_MAP:  # as the docstring says
+        assert cache[kind_of_map, 1, "attn"] is ra[kind_of_map, 1]
 
 
 def test_to_dataframe_has_a_row_per_prompt_layer_and_head(ra):

@@ -157,8 +157,27 @@ def test_a_damaged_description(ra, tmp_path, change):
         RACache.load(tmp_path / "cache")
 
 
-def test_a_running_mean_is_not_saved_silently(shared, tmp_path):
-    _, ra = run_with_ra(shared("gpt2", KINDS[0]), random_ids(2, 6), target=8, store="mean")
-    with pytest.raises(NotStored, match=r"store='mean'.*'maps' or 'norms'"):
-        ra.save(tmp_path / "cache")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mean_is_saved_and_patches_as_before(kind, dtype, shared, tmp_path):
+    model, ids = shared("gpt2", kind), random_ids(5, 6)
+    options = {"target": 8, "store": "mean", "batch_size": 2, "progress": False}
+    _, ra = run_with_ra(model, ids, **options, dtype=dtype, names_filter=lambda n: "grad" not in n)
+    ra.save(tmp_path / "cache")
+    back = RACache.load(tmp_path / "cache")
+    assert (repr(back), repr(back.mean())) == (repr(ra), repr(ra.mean()))
+    assert back.mean().count == 5
+    for name in ("ra", "pattern"):
+        for layer in ra.layers:
+            assert back.mean()[name, layer].dtype == (dtype or torch.float32)
+            assert torch.equal(back.mean()[name, layer], ra.mean()[name, layer])
+    with pytest.raises(NotStored, match="not among the mean maps"):
+        back.mean()["pattern_grad", 0]
+    patched = [
+        model.run_with_hooks(ids, fwd_hooks=cache.mean().patch_hooks(scale=-20.0))
+        for cache in (ra, back)
+    ]
+    assert torch.equal(*patched)
+    assert not torch.equal(patched[0], model(ids))
+    with pytest.raises(NotStored, match=r"store='mean', which gives ra.mean\(\)"):
+        back["ra", 0]

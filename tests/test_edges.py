@@ -63,6 +63,27 @@ def test_negative_layers_count_from_the_end_of_the_model(model):
     assert ("ra", -1) not in ra
 
 
+@pytest.mark.parametrize("layers", [slice(0, 2), 1.0, [1.0], "0", np.array([0.5])], ids=repr)
+def test_layers_that_are_no_whole_numbers_are_refused_by_name(layers, model, request):
+    if request.config.getoption("--check-shapes"):
+        pytest.skip("the check of types is there first")
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    for call in (
+        lambda: run_with_ra(model, IDS, target=TARGET, layers=layers),
+        lambda: get_ra_caching_hooks(model, layers=layers),
+        lambda: ra.mean().patch_hooks(scale=-1.0, layers=layers),
+    ):
+        with pytest.raises(BadInput, match=r"found layers=.*; give a whole number"):
+            call()
+
+
+@pytest.mark.parametrize("as_given", [np.int64, np.array, torch.tensor, lambda i: iter([i])])
+def test_layers_of_any_integer_type(as_given, model):
+    _, ra = run_with_ra(model, IDS, target=TARGET, layers=as_given(1))
+    assert ra.layers == [1]
+    assert ra["ra", 1].any()
+
+
 def test_a_name_of_a_layer_that_is_not_collected(model):
     name = "blocks.0.attn.hook_ra"
     with pytest.raises(BadInput, match=r"blocks.0.attn.hook_ra.*no map of the layers collected"):
@@ -71,7 +92,7 @@ def test_a_name_of_a_layer_that_is_not_collected(model):
 
 def test_no_heads_are_no_answer(model):
     _, ra = run_with_ra(model, IDS, target=TARGET)
-    with pytest.raises(BadInput, match=r"k=-1; ask for at least one head"):
+    with pytest.raises(BadInput, match=r"k=-1; give at least 1"):
         ra.top_heads(-1)
 
 
@@ -94,6 +115,33 @@ def test_a_mean_in_low_precision_is_summed_in_full(model):
     low, full = rough.mean()["ra", 1], exact.mean()["ra", 1]
     assert low.dtype == torch.bfloat16
     assert torch.equal(low, full.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({"dtype": "float16"}, r"dtype='float16'; give torch.float16\."),
+        ({"dtype": "torch.float16"}, r"dtype='torch.float16'; give torch.float16\."),
+        ({"dtype": np.float32}, r"numpy.float32.*; give torch.float32\."),
+        ({"dtype": "half precision"}, r"give one of torch, such as torch.float16"),
+        ({"dtype": torch.int64}, r"dtype=torch.int64, which holds no floating-point numbers"),
+        ({"dtype": torch.bool}, r"dtype=torch.bool, which holds no floating-point numbers"),
+        ({"dtype": torch.complex64}, r"torch.complex64, which holds no floating-point numbers"),
+        ({"device": "gpu"}, r"device='gpu'; give a device of torch, such as 'cpu' or 'cuda:0'"),
+    ],
+)
+def test_where_and_in_what_maps_are_kept_is_read_first(options, needed, model, request):
+    of_torch = all(isinstance(value, torch.dtype) for value in options.values())
+    if request.config.getoption("--check-shapes") and not (of_torch or "device" in options):
+        pytest.skip("the check of types is there first")
+    seen = []
+    hooks = [("blocks.0.hook_resid_pre", lambda x, hook: seen.append(x))]
+    for store in ("maps", "norms", "mean"):
+        with pytest.raises(BadInput, match=needed):
+            run_with_ra(model, IDS, target=TARGET, store=store, fwd_hooks=hooks, **options)
+    with pytest.raises(BadInput, match=needed):
+        get_ra_caching_hooks(model, **options)
+    assert seen == []
 
 
 def test_a_running_mean_moves_with_its_cache(model):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from torch.utils.checkpoint import checkpoint
 
-from ra_lens import get_ra_caching_hooks, run_with_ra
+from ra_lens import check_model, get_ra_caching_hooks, run_with_ra
 from ra_lens.answers import mark
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensError, UnsupportedModel
 from ra_lens.targets import answer_nll, logit_diff, sequence_nll
-from tiny_models import D_VOCAB, KINDS, N_CTX, random_ids
+from tiny_models import CASES, D_VOCAB, KINDS, N_CTX, random_ids
 
 IDS = random_ids(2, 5)
 ONE = random_ids(1, 5)
@@ -27,7 +30,8 @@ BAD_INPUT = {
         r"layers=\[7\].*layers 0…2.*negative counts from the end",
     ),
     "unknown layers": (IDS, {"layers": [0, -4, 3]}, r"layers=\[-4, 3\].*0…2"),
-    "no layer": (IDS, {"layers": []}, r"layers=\[\].*Give one or several"),
+    "no layer": (IDS, {"layers": []}, r"found layers without a number in it; give at least one"),
+    "bools for layers": (IDS, {"layers": [True, False]}, r"layers=True; give a whole number"),
     "id out of vocabulary": (IDS, {"target": D_VOCAB}, r"target 34 is not in the voc.*0 to 33"),
     "negative id": (IDS, {"target": -1}, r"target -1 is not in the vocabulary.*0 to 33"),
     "unknown word": (IDS, {"target": " Paris"}, r"' Paris' is not a word.*vocabulary"),
@@ -226,6 +230,93 @@ def test_a_loss_without_attention_is_refused(kind, shared):
         run_with_ra(model, IDS, metric=lambda logits: logits[:, -1, 3] / 0)
 
 
+@contextmanager
+def changed(module, change):
+    """A module of the model's own that gives something else; no hook."""
+    forward = module.forward
+    vars(module)["forward"] = lambda *args, **kwargs: change(forward, *args, **kwargs)
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+
+
+def detached(forward, *args, **kwargs):
+    out = forward(*args, **kwargs)
+    return out.detach() if isinstance(out, torch.Tensor) else (out[0].detach(), *out[1:])
+
+
+def rounded(forward, x, *args, **kwargs):
+    """An unembedding of integers: a gradient comes back, and it is 0."""
+    return forward(x.round(), *args, **kwargs)
+
+
+@pytest.mark.parametrize("met", [False, True])
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_layers_that_the_model_itself_cuts_off_are_refused(arch, kind, met, fresh):
+    model = fresh(arch, kind)
+    _, whole = run_with_ra(model, IDS, target=4)
+    model = model if met else fresh(arch, kind)
+    needed = (
+        r"no gradient reaches the attention of layers \[0, 1\], and no hook on the model cuts them "
+        r"off: the model itself does, between layer 1 and the loss.*layers= above it"
+    )
+    with changed(model.blocks[1], detached):
+        for options in ({}, {"recompute": True}, {"store": "norms"}, {"layers": [0, 1, 2]}):
+            with pytest.raises(NothingToDifferentiate, match=needed):
+                run_with_ra(model, IDS, target=4, **options)
+        _, ra = run_with_ra(model, IDS, target=4, layers=[2])
+        assert torch.allclose(ra["ra", 2], whole["ra", 2], atol=1e-6)
+        # A hook may be what cuts: its maps are zero, as before.
+        if met:
+            hooks = [("blocks.0.hook_resid_pre", lambda x, hook: x)]
+            _, ra = run_with_ra(model, IDS, target=4, fwd_hooks=hooks)
+            assert not ra["ra", 1].any()
+            assert torch.equal(ra["pattern", 1], whole["pattern", 1])
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"store": "mean"}, {"layers": [0]}])
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_maps_of_zeros_by_the_models_own_doing_are_refused(arch, kind, options, fresh):
+    model = fresh(arch, kind)
+    first = max(options.get("layers", [2]))
+    needed = (
+        rf"gradient is 0 everywhere from layer {first} on down, although it is not at the logits "
+        r"and no hook on the model cuts it off.*in floating point"
+    )
+    for _ in range(2):
+        with changed(model.unembed, rounded), pytest.raises(NothingToDifferentiate, match=needed):
+            run_with_ra(model, IDS, target=4, **options)
+        run_with_ra(model, IDS, target=4)
+    with changed(model.unembed, rounded):
+        hooks = [("blocks.0.hook_resid_pre", lambda x, hook: x)]
+        _, ra = run_with_ra(model, IDS, target=4, fwd_hooks=hooks)
+    assert not ra["pattern_grad", 0].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_that_are_zero_by_right_are_no_error(kind, fresh):
+    model = fresh("gpt2", kind)
+    # One token: the softmax has nothing to share out.
+    _, ra = run_with_ra(model, IDS[:, :1], target=4)
+    assert not ra.stack().any()
+    assert ra.stack("pattern_grad").any()
+    # A hinge that is met: the loss does not change with the logits.
+    _, ra = run_with_ra(model, IDS, metric=lambda logits: (logits[:, -1, 4] - 1e6).clamp(min=0))
+    assert not ra.stack("pattern_grad").any()
+    # A loss so small that squares of its gradients are 0.
+    tiny = 2.0**-90
+    _, ra = run_with_ra(model, IDS, metric=lambda logits: tiny * logits[:, -1, 4])
+    assert ra["pattern_grad", 1].any()
+    # A layer whose heads write nothing, beside others.
+    attn = model.blocks[1].attn
+    with torch.no_grad():
+        (attn.W_O if kind == "HookedTransformer" else attn.o.original_component.weight).zero_()
+    _, ra = run_with_ra(model, IDS, target=4)
+    assert not ra["pattern_grad", 1].any()
+    assert ra["pattern_grad", 0].any()
+
+
 def test_a_model_of_another_library_is_refused(reference):
     hugging_face = reference("gpt2").model
     needed = r"GPT2LMHeadModel.*HookedTransformer or TransformerBridge.*load_model"
@@ -233,6 +324,95 @@ def test_a_model_of_another_library_is_refused(reference):
         run_with_ra(hugging_face, IDS, target=4)
     with pytest.raises(UnsupportedModel, match=needed):
         get_ra_caching_hooks(hugging_face)
+
+
+class Around(torch.nn.Module):
+    """A wrapper as those of PEFT, which holds the model as `base_model.model`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile's own
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrappers_are_refused_with_the_model_inside(kind, shared, reference):
+    model = shared("gpt2", kind)
+    for wrapped, where in (
+        (torch.compile(model), "_orig_mod"),
+        (torch.nn.DataParallel(model), "module"),
+        (Around(model), "base_model.model"),
+        (torch.nn.DataParallel(Around(model)), "module.base_model.model"),
+    ):
+        needed = rf"found a .*{type(wrapped).__name__} around a {kind}.* give model\.{where}\.$"
+        for call in (lambda m: run_with_ra(m, IDS, target=4), get_ra_caching_hooks, check_model):
+            with pytest.raises(UnsupportedModel, match=needed):
+                call(wrapped)
+        inside = wrapped.get_submodule(where)
+        assert torch.equal(
+            run_with_ra(inside, IDS, target=4)[1].stack(),
+            run_with_ra(model, IDS, target=4)[1].stack(),
+        )
+    needed = r"Around;.*boot_transformers\(name, hf_model=model\.base_model\.model\)"
+    with pytest.raises(UnsupportedModel, match=needed):
+        run_with_ra(Around(reference("gpt2").model), IDS, target=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing_:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.skipif("TransformerBridge" not in KINDS, reason="no TransformerBridge here")
+def test_gradient_checkpointing_in_train_mode_is_refused(reentrant, fresh):
+    model = fresh("llama", "TransformerBridge")
+    _, wanted = run_with_ra(model, IDS, target=4)
+    inside = model.train().original_model
+    inside.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    needed = r"train mode with gradient checkpointing.*Call model.eval\(\) first, or gradient_check"
+    for call in (lambda: run_with_ra(model, IDS, target=4), lambda: get_ra_caching_hooks(model)):
+        with pytest.raises(UnsupportedModel, match=needed):
+            call()
+    inside.gradient_checkpointing_disable()
+    assert torch.equal(run_with_ra(model, IDS, target=4)[1].stack(), wanted.stack())
+    inside.gradient_checkpointing_enable()
+    assert torch.equal(run_with_ra(model.eval(), IDS, target=4)[1].stack(), wanted.stack())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_that_checkpoints_by_itself_is_refused(reentrant, kind, shared):
+    model = shared("llama", kind)
+    _, wanted = run_with_ra(model, IDS, target=4)
+
+    def again(forward, *args, **kwargs):
+        if "past_key_values" in kwargs:  # to which the second pass would add
+            kwargs["past_key_values"] = None
+        return checkpoint(lambda *a: forward(*a, **kwargs), *args, use_reentrant=reentrant)
+
+    needed = "switches gradients off by itself before" if reentrant else "fired twice in one run"
+    with (
+        changed(model.blocks[1], again),
+        pytest.raises(UnsupportedModel, match=rf"{needed}.*as gradient checkpointing does"),
+    ):
+        run_with_ra(model, IDS, target=4)
+    assert torch.equal(run_with_ra(model, IDS, target=4)[1].stack(), wanted.stack())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_on_the_meta_device_is_refused(kind, fresh, capsys):
+    model = fresh("gpt2", kind).to("meta")
+    needed = r"gpt2.* is on the meta device, where tensors have a shape and no values. Load it with"
+    for ids in (IDS, IDS.to("meta")):
+        for call in (
+            lambda ids=ids: run_with_ra(model, ids, target=4),
+            lambda: get_ra_caching_hooks(model),
+            lambda: check_model(model),
+        ):
+            with pytest.raises(UnsupportedModel, match=needed):
+                call()
+    if kind == "TransformerBridge":
+        model.cfg.device = "cpu"  # weights may be there that the configuration does not know of
+        with pytest.raises(UnsupportedModel, match=needed):
+            run_with_ra(model, IDS, target=4)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k == "HookedTransformer"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,13 @@ class Oops(Exception):
     pass
 
 
+def every_module(model):
+    """Those of the Hugging Face model inside a bridge too."""
+    roots = [model, getattr(model, "original_model", None)]
+    found = (m for root in roots if root is not None for m in torch.nn.Module.modules(root))
+    return list({id(m): m for m in found}.values())
+
+
 def snapshot(model):
     """Everything a run could leave behind, by where it is."""
     state = {}
@@ -30,6 +39,9 @@ def snapshot(model):
         for where in ("fwd_hooks", "bwd_hooks"):
             state[name, where] = len(getattr(module, where, None) or ())
         state[name, "ctx"] = dict(getattr(module, "ctx", None) or {})
+    for i, module in enumerate(every_module(model)):
+        kept = {n: id(v) for n, v in vars(module).items() if isinstance(v, torch.Tensor)}
+        state[type(module).__name__, i, "tensors"] = kept
     for name, p in torch.nn.Module.named_parameters(model):
         state[name, "parameter"] = (p.requires_grad, p.data_ptr(), p._version, p.dtype)
         g = p.grad
@@ -83,6 +95,8 @@ EVENTS = {
     "success": (None, {}),
     "success, norms": (None, {"store": "norms"}),
     "success, batches": (None, {"batch_size": 1, "progress": False}),
+    "success, last layer": (None, {"layers": -1}),
+    "success, recomputed": (None, {"recompute": True}),
     "bad target": (BadInput, {"target": 10_000}),
     "bad layer": (BadInput, {"layers": [9]}),
     "unknown hook": (BadInput, {"fwd_hooks": [("blocks.0.nothing", constant)]}),
@@ -138,7 +152,10 @@ def run(model, event):
 
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize(
-    ("arch", "kind"), [("llama", kind) for kind in KINDS] + sorted(OBSERVE_ONLY & set(CASES))[-1:]
+    ("arch", "kind"),
+    [("llama", kind) for kind in KINDS]
+    + [c for c in CASES if c == ("gpt2", "TransformerBridge")]  # which keeps its last pattern
+    + sorted(OBSERVE_ONLY & set(CASES))[-1:],
 )
 def test_nothing_is_left_behind(arch, kind, event, fresh):
     model = used(fresh(arch, kind))
@@ -226,7 +243,42 @@ def test_hooks_for_ones_own_backward_pass_leave_with_their_context(arch, kind, f
     with pytest.raises(Oops), model.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
         model(IDS)
         raise Oops
-    assert changes(before, snapshot(model)) == {}
+    # Tensors of a pass without a backward are those that the model keeps by itself.
+    assert [key for key in changes(before, snapshot(model)) if key[-1] != "tensors"] == []
+
+
+def graphs(model):
+    """Attributes in which modules keep a tensor with a graph."""
+    return [
+        (type(module).__name__, name)
+        for module in every_module(model)
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_model_can_be_copied_after_a_run(arch, kind, fresh):
+    model = fresh(arch, kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    with pytest.raises(Oops):
+        run_with_ra(model, IDS, metric=raises(Oops()))
+    assert graphs(model) == []
+    again = copy.deepcopy(model)
+    assert torch.equal(run_with_ra(again, IDS, target=TARGET)[1].stack(), ra.stack())
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_frozen_model_can_be_copied_after_ones_own_backward_pass(arch, kind, fresh):
+    model = fresh(arch, kind)
+    for parameter in torch.nn.Module.parameters(model):
+        parameter.requires_grad_(False)
+    run_with_ra(model, IDS, target=TARGET)
+    _, fwd_hooks, bwd_hooks = get_ra_caching_hooks(model)
+    with model.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
+        model(IDS)[:, -1, TARGET].sum().backward()
+    assert graphs(model) == []
+    copy.deepcopy(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

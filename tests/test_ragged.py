@@ -19,7 +19,7 @@ from ra_lens.figures import head_grid, head_map
 from ra_lens.heads import HeadScores, ranking_methods
 from ra_lens.masking import mask_heads, mask_hooks
 from ra_lens.paths import trace_layers
-from ra_lens.ragged import every_head, places, spell_counts, table
+from ra_lens.ragged import every_head, head_places, spell_counts, table
 from ra_lens.report import write_report
 from ra_lens.report.explorer import choose, explorer
 from ra_lens.sites import as_lens, available_kinds, load_folder
@@ -280,7 +280,7 @@ def test_a_cache_has_the_norms_of_the_heads_that_there_are(model: Any, tmp_path:
     assert list(zip(frame["prompt"], frame["layer"], frame["head"], strict=True)) == [
         (prompt, *head) for prompt in range(3) for head in EVERY
     ]
-    assert frame["ra_norm"].tolist() == norms[:, places(HEADS)].flatten().tolist()
+    assert frame["ra_norm"].tolist() == norms[:, head_places(HEADS)].flatten().tolist()
     assert "2 to 6 heads" in repr(ra)
     assert ra.kv_group("L1H5") == ra.kv_group((2, 2)) == ra.kv_group("L0H1") == 1
     assert ra.kv_group("L1H2") == 0
@@ -353,6 +353,6 @@ def test_scores_by_hand_are_in_no_order_where_there_is_no_head() -> None:
 def test_tables_are_laid_out_by_layer() -> None:
     laid = table([torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])])
     assert laid.nan_to_num(0).tolist() == [[[1, 0], [3, 4]], [[2, 0], [5, 6]]]
-    assert laid[:, places((1, 2))].tolist() == [[1, 3, 4], [2, 5, 6]]
+    assert laid[:, head_places((1, 2))].tolist() == [[1, 3, 4], [2, 5, 6]]
     assert every_head((3, 7), (1, 2)) == [(3, 0), (7, 0), (7, 1)]
     assert (spell_counts((4, 4)), spell_counts((2, 6, 4))) == ("4", "2 to 6")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,6 @@ from torch import Tensor
 from ra_lens.cache_info import (
     HeadScore,
     RunInfo,
-    chosen_examples,
     full_name,
     in_order,
     read_kind,
@@ -36,9 +35,10 @@ from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_names import Head, layer_and_index, spell_head
 from ra_lens.mean import MeanMaps, RunningMean
-from ra_lens.numbers import Whole, as_whole, whole
-from ra_lens.ragged import every_head, heads_of, places, spell_counts, table
+from ra_lens.numbers import Whole, as_whole, is_several, places, whole
+from ra_lens.ragged import every_head, head_places, heads_of, spell_counts, table
 from ra_lens.sites import Site, as_lens, spell_layers
+from ra_lens.tensors import read_place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,8 @@ class RACache:
 
     Attributes:
         sites: The attention layers, by layer.
-        loss: Loss of each example (a scalar if the metric gave one).
+        loss: Loss of each example (a scalar if the metric gave one). NaN where nobody said what it
+            is: with your own backward pass, and in what is read from an ActivationCache.
         info: What it was made from.
         store: What was kept: `maps`, only `norms`, or the `mean` over examples.
         has_batch_dim: False after `remove_batch_dim`.
@@ -74,7 +75,9 @@ class RACache:
 
     # ---- reading --------------------------------------------------------------------------------
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "*batch head query key"]:
+    def __getitem__(
+        self, key: str | tuple[str, SupportsIndex]
+    ) -> Float[Tensor, "*batch head query key"]:
         """Give a map by name: `ra["ra", 5]`, `ra["pattern", -1]`, `ra["blocks.5.attn.hook_ra"]`.
 
         Raises:
@@ -90,7 +93,7 @@ class RACache:
         match key:
             case str():
                 return key in self._maps
-            case (str() as kind, int() as layer):
+            case (str() as kind, layer):
                 try:
                     return self._full_name((kind, layer)) in self._maps
                 except NotStored:
@@ -223,13 +226,11 @@ class RACache:
 
     def top_heads(self, k: Whole = 10, kind: MapKind = "ra") -> list[HeadScore]:
         """Give the `k` heads with the largest norm, averaged over the examples."""
-        k = whole("k", k)
-        if k < 1:
-            raise BadInput(f"found k={k}; ask for at least one head.")
+        k = whole("k", k, least=1)
         scores = self.norms(kind).mean(dim=0) if self.has_batch_dim else self.norms(kind)
         counts = heads_of(self.sites)
         every = every_head(self.layers, counts)
-        values, order = scores[places(counts)].sort(descending=True, stable=True)
+        values, order = scores[head_places(counts)].sort(descending=True, stable=True)
         return [
             HeadScore(*every[int(i)], float(v)) for v, i in zip(values[:k], order[:k], strict=True)
         ]
@@ -268,9 +269,14 @@ class RACache:
     # ---- making others --------------------------------------------------------------------------
 
     def to(self, device: str | torch.device | torch.dtype) -> RACache:
-        """Move or convert every tensor; gives a new cache."""
-        new = self._map_tensors(lambda t: t.to(device))
-        return replace(new, _running=None if self._running is None else self._running.to(device))
+        """Move or convert every tensor; gives a new cache.
+
+        Raises:
+            BadInput: no device, and no floating-point dtype.
+        """
+        where = read_place(device)
+        new = self._map_tensors(lambda t: t.to(where))
+        return replace(new, _running=None if self._running is None else self._running.to(where))
 
     def remove_batch_dim(self) -> RACache:
         """Drop the batch dimension of a cache of one example; gives a new cache."""
@@ -284,25 +290,39 @@ class RACache:
         new = self._map_tensors(lambda t: t[0] if t.ndim else t)
         return replace(new, has_batch_dim=False)
 
-    def apply_slice_to_batch_dim(self, batch_slice: int | slice | Sequence[int]) -> RACache:
-        """Keep some of the examples; an int keeps one and drops the batch dimension.
+    def apply_slice_to_batch_dim(
+        self, batch_slice: SupportsIndex | slice | Iterable[Any]
+    ) -> RACache:
+        """Keep some of the examples; one whole number keeps one and drops the batch dimension.
 
-        A list may hold positions, or a bool for every example. The loss of a metric that gave one
-        scalar for the batch belongs to no example and becomes NaN.
+        The loss of a metric that gave one scalar for the batch belongs to no example and becomes
+        NaN.
+
+        Args:
+            batch_slice: A place or several (negative: from the end), a slice, or a bool for every
+                example, as in `ra.apply_slice_to_batch_dim(ra.loss > 1)`; of Python, NumPy, torch
+                or pandas.
+
+        Raises:
+            BadInput: none of these, an example that is not there, or none at all.
+            NotStored: with `store="mean"`, which keeps no examples.
         """
         if not self.has_batch_dim:
             raise BadInput("this cache has no batch dimension to slice.")
         if self.store == "mean":
             raise NotStored(self._why_not("ra"))
-        chosen = chosen_examples(batch_slice, self.batch_size)
-        index = torch.tensor(chosen)
+        examples = places("batch_slice", batch_slice, self.batch_size, "examples")
+        index = torch.tensor(examples)
         new = self._map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t)
         loss = new.loss if self.loss.ndim else torch.full_like(self.loss, float("nan"))
-        new = replace(new, info=self.info.part(chosen), loss=loss)
-        return new.remove_batch_dim() if isinstance(batch_slice, int) else new
+        new = replace(new, info=self.info.part(examples), loss=loss)
+        return new if is_several(batch_slice) else new.remove_batch_dim()
 
     def to_activation_cache(self, model: nn.Module) -> Any:
         """Give the maps as a TransformerLens `ActivationCache` of `model`.
+
+        There `("ra", 5)` stands for `blocks.5.hook_ra`, as TransformerLens does not know that these
+        maps belong to the attention: ask for `cache["ra", 5, "attn"]`, or for the full name.
 
         Raises:
             NotStored: the maps were not kept.
@@ -358,9 +378,13 @@ class RACache:
 
     def put_norms(
         self, layer: int, kind: MapKind, value: Tensor, device: str | torch.device | None = None
-    ) -> None:
-        """Add the norms of a map; they are taken where it is, and only they move to `device`."""
-        self._norms[kind, layer] = value.flatten(start_dim=-2).norm(dim=-1).to(device=device)
+    ) -> Float[Tensor, "batch head"]:
+        """Add the norms of a map; gives them where it is, and only they move to `device`."""
+        norms = value.flatten(start_dim=-2).norm(dim=-1)
+        self._norms[kind, layer] = norms.to(device=device)
+        if self.loss.ndim and len(self.loss) != len(norms):  # of examples met for the first time
+            self.loss = torch.full(norms.shape[:1], float("nan"))
+        return norms
 
     def keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
         """Add a map without its norms."""
@@ -370,11 +394,18 @@ class RACache:
         """Norms per (kind, layer), `[batch, head]`."""
         return self._norms.items()
 
+    @property
+    def running_mean(self) -> RunningMean | None:
+        """The sums of a cache of `store="mean"`."""
+        return self._running
+
     def restore(self, entry: str, value: Tensor) -> None:
-        """Put back an entry of a file: `map/{full name}` or `norm/{kind}/{layer}`."""
+        """Put back an entry of a file: `map/{full name}`, `sum/…` or `norm/{kind}/{layer}`."""
         group, _, name = entry.partition("/")
         if group == "map":
             self._maps[name] = value
+        elif group == "sum" and self._running is not None:
+            self._running.add(name, value.unsqueeze(0))
         else:
             kind, _, layer = name.partition("/")
             self._norms[read_kind(kind), int(layer)] = value
@@ -407,7 +438,7 @@ class RACache:
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    def _full_name(self, key: str | tuple[str, int]) -> str:
+    def _full_name(self, key: object) -> str:
         return full_name(key, self.sites, self._n_layers)
 
     @property

@@ -13,7 +13,7 @@ from ra_lens.cache import RACache
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import reversed_attention
 from ra_lens.errors import NotStored
-from ra_lens.ragged import every_head, heads_of, places
+from ra_lens.ragged import every_head, head_places, heads_of
 from ra_lens.sites import as_lens
 
 
@@ -51,12 +51,11 @@ def to_dataframe(cache: RACache) -> pd.DataFrame:
     """See `RACache.to_dataframe`."""
     n, counts = cache.batch_size, heads_of(cache.sites)
     norms = {
-        f"{kind}_norm": cache.norms(kind)[..., places(counts)].flatten().tolist()
+        f"{kind}_norm": cache.norms(kind)[..., head_places(counts)].flatten().tolist()
         for kind in cache.norm_kinds()
     }
-    # A scalar loss, or one that nobody told the cache, holds for (or is missing from) every row.
-    losses = cache.loss.detach().flatten().tolist() or [float("nan")]
-    losses = losses if len(losses) == n else losses * n
+    losses = cache.loss.detach().flatten().tolist()
+    losses = losses if len(losses) == n else losses * n  # a scalar holds for every row
     targets = cache.info.targets or (None,) * n
     every = [(prompt, *head) for prompt in range(n) for head in every_head(cache.layers, counts)]
     index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])

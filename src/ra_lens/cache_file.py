@@ -15,9 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ra_lens.errors import BadFile, NotStored
+from ra_lens.errors import BadFile
 from ra_lens.files import FileKind, check_input, user_path, whole_file
 
 if TYPE_CHECKING:
@@ -47,20 +48,21 @@ def save_cache(cache: RACache, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    if cache.store == "mean":
-        raise NotStored(
-            "found a cache with store='mean', whose maps were not kept. Save caches of "
-            "store='maps' or 'norms'."
-        )
+    running = cache.running_mean
     tensors: dict[str, Tensor] = {"loss": cache.loss}
     tensors.update({f"map/{name}": value for name, value in cache.items()})
     tensors.update({f"norm/{kind}/{layer}": v for (kind, layer), v in cache.norm_items()})
+    if running is not None:
+        tensors.update({f"sum/{name}": value for name, value in running.items()})
     description = {
         "format": FORMAT,
         "store": cache.store,
         "has_batch_dim": cache.has_batch_dim,
         "info": asdict(cache.info),
         "sites": [asdict(site) for site in cache.sites.values()],
+        "mean": None
+        if running is None
+        else {"count": running.count, "dtype": _named(running.dtype)},
     }
     with whole_file(path, CACHE) as temporary, _system_errors():
         save_file(
@@ -127,20 +129,33 @@ def _system_errors() -> Generator[None, None, None]:
 def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> RACache:
     from ra_lens.cache import RACache
     from ra_lens.cache_info import RunInfo
+    from ra_lens.mean import RunningMean
     from ra_lens.sites import Site
 
     sites = [Site(**fields) for fields in description["sites"]]
+    by_layer = {site.layer: site for site in sites}
+    mean = description.get("mean")
+    running = None if mean is None else RunningMean(by_layer, mean["count"], _dtype(mean["dtype"]))
     cache = RACache(
-        sites={site.layer: site for site in sites},
+        sites=by_layer,
         loss=tensors["loss"],
         info=RunInfo(**{name: _tuples(value) for name, value in description["info"].items()}),
         store=description["store"],
         has_batch_dim=description["has_batch_dim"],
+        _running=running,
     )
     for name, value in tensors.items():
         if name != "loss":
             cache.restore(name, value)
     return cache
+
+
+def _named(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def _tuples(value: Any) -> Any:

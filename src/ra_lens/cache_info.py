@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ra_lens.collect import MAP_KINDS, MapKind
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.numbers import as_whole
 from ra_lens.sites import Side, Site
 from ra_lens.token_text import isolated
 
 
-def full_name(key: str | tuple[str, int], sites: Mapping[int, Site], n_layers: int) -> str:
+def full_name(key: object, sites: Mapping[int, Site], n_layers: int) -> str:
     """Full name of a map asked for by name, or as `(kind, layer)` with a layer from either end.
 
     Raises:
-        NotStored: there is no such kind of map, or no such layer.
+        NotStored: there is no such kind of map, or no such layer, or it is neither form of name.
     """
     if isinstance(key, str):
         return key
-    kind, layer = read_kind(key[0]), key[1]
+    match key:
+        case (str() as given, number) if (layer := as_whole(number)) is not None:
+            kind = read_kind(given)
+        case _:
+            raise NotStored(
+                f"found {key!r}; ask for a map by kind and number of the layer, as ra['ra', 0], or "
+                "by its full name."
+            )
     layer = layer + n_layers if layer < 0 else layer
     return sites[layer].map_name(kind) if layer in sites else f"blocks.{layer}.attn.hook_{kind}"
 
@@ -132,7 +141,7 @@ class RunInfo:
         return slice(first, first + lengths[0])
 
     def describe(self, losses: Sequence[float]) -> str:
-        """Tell in two lines what was read and what was differentiated."""
+        """Tell in two lines what was read and differentiated; losses of NaN are not told."""
         lines: list[str] = []
         if self.str_tokens is not None:
             longest = max(map(len, self.str_tokens))
@@ -144,29 +153,9 @@ class RunInfo:
             text += f" over {_shortened(self.wrong)}"
         if self.target_is_top_prediction:
             text += " (the model's own top prediction; no target was given)"
-        if losses:
+        if losses and not any(map(math.isnan, losses)):
             text += f"; loss {sum(losses) / len(losses):.4f}{' on average' * (len(losses) > 1)}"
         return "\n".join([*lines, f"  loss: {text}"])
-
-
-def chosen_examples(which: int | slice | Sequence[int], n: int) -> list[int]:
-    """Positions among `n` examples: one, a slice, a list of positions, or a bool for each.
-
-    Raises:
-        BadInput: none of them.
-    """
-    everything = list(range(n))
-    if isinstance(which, int):
-        return [everything[which]]
-    if isinstance(which, slice):
-        chosen = everything[which]
-    elif len(which) == n and all(isinstance(i, bool) for i in which):
-        chosen = [i for i, keep in zip(everything, which, strict=True) if keep]
-    else:
-        chosen = [everything[i] for i in which]
-    if not chosen:
-        raise BadInput(f"{which!r} selects none of the {n} examples.")
-    return chosen
 
 
 def _shortened(texts: Sequence[str]) -> str:

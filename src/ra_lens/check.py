@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.check_report import ModelReport, Padded, Route, SiteReport
-from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.errors import BadInput, RALensError, UnsupportedModel
 from ra_lens.masking import by_head
 from ra_lens.padding import padding_is_hidden
 from ra_lens.patching import patch_hooks
@@ -234,6 +234,8 @@ def _forward(
         hooks += [(name, look(layer, what)) for what, name in names.items() if lens.has(name)]
     try:
         return seen, _logits(lens, ids, decoder_ids, hooks)
+    except RALensError:
+        raise
     except Exception as error:
         raise UnsupportedModel(
             f"a forward pass of {lens.name} fails in TransformerLens or Hugging Face itself: "

@@ -11,7 +11,8 @@ through such edits; so R is exactly the gradient of the intervened model.
 How the gradient is obtained. A tap is an identity whose only purpose is to give the graph a root:
 it ties a tensor to a scalar `token`, and the backward pass asks for the gradient of that token
 alone. Autograd then runs exactly the part of the graph that lies between the loss and the taps, no
-parameter is involved, and nothing is held after its layer is done.
+parameter is involved, and nothing is held after its layer is done. Where the user runs the backward
+pass, and may run another through the same graph, the graph itself keeps the patterns.
 
 Where the model goes on with the pattern that it shows, the tap at the pattern also stands in for
 the softmax: R~ is the gradient at the scores, so it is handed on there as it is. The softmax's own
@@ -20,6 +21,7 @@ part of the graph, a second copy of the pattern included, is neither kept nor ru
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -40,6 +42,8 @@ MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")
 Deliver = Callable[[Site, dict[MapKind, Tensor]], None]
 # Takes the gradient at a pattern, gives that at its scores.
 Receive = Callable[[Tensor], Tensor]
+# Takes a pattern and the gradient at it.
+ReceiveBoth = Callable[[Tensor, Tensor], None]
 
 
 def reversed_attention(
@@ -63,17 +67,26 @@ def reversed_attention(
 
 
 class _Tap(torch.autograd.Function):
-    """Identity that makes its output depend on `token`."""
+    """Identity that makes its output depend on `token`; hands on its input with the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _token: Tensor, copy: bool) -> Tensor:  # noqa: ARG004
+    def forward(
+        ctx: Any, x: Tensor, _token: Tensor, copy: bool, receive: ReceiveBoth | None
+    ) -> Tensor:
+        ctx.receive = receive
+        if receive is not None:
+            # For as long as another backward pass can come: autograd lets go of it in the one that
+            # does not retain the graph.
+            ctx.save_for_backward(x)
         # A copy where somebody else's hook comes next: such hooks edit in place, which autograd
         # forbids on a view and which would change the pattern that is kept.
         return x.clone() if copy else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:  # noqa: ARG004
-        return grad_outputs[0], None, None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+        if ctx.receive is not None:
+            ctx.receive(ctx.saved_tensors[0].detach(), grad_outputs[0])
+        return grad_outputs[0], None, None, None
 
 
 class _SoftmaxTap(torch.autograd.Function):
@@ -99,16 +112,35 @@ def _discard(_site: Site, _maps: dict[MapKind, Tensor]) -> None:
 class Collector:
     """Hands the maps of each layer to `deliver` when that layer's gradient has arrived."""
 
-    def __init__(self, lens: Lens, sites: dict[int, Site], deliver: Deliver) -> None:
-        """Collect at `sites` of `lens`."""
+    def __init__(
+        self,
+        lens: Lens,
+        sites: dict[int, Site],
+        deliver: Deliver,
+        *,
+        edited: bool = True,
+        retained: bool = False,
+    ) -> None:
+        """Collect at `sites` of `lens`.
+
+        Args:
+            lens: The model.
+            sites: Its layers to collect at.
+            deliver: Receives the maps of a layer.
+            edited: Whether hooks of the user's may cut layers off from the loss.
+            retained: Whether several backward passes may run through one graph; each delivers.
+        """
         self._lens = lens
         self._sites = sites
         self._deliver = deliver
+        self._edited = edited
+        self._retained = retained
+        self._loss_scale = 1.0
         self._token = torch.zeros((), requires_grad=True)
         self._recompute = False
         self._scores: dict[int, Tensor] = {}
-        self._patterns: dict[int, Tensor] = {}
-        self._seen: set[int] = set()
+        self._patterns: dict[int, Tensor] = {}  # whose gradient has not arrived
+        self._times: Counter[int] = Counter()  # how often each was shown
         self._arrived: set[int] = set()
         self._consumed: set[int] = set()
 
@@ -174,8 +206,8 @@ class Collector:
     def _tap_input(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         return self._tap(output, copy=True)
 
-    def _tap(self, x: Tensor, *, copy: bool) -> Tensor:
-        result: Any = _Tap.apply(x, self._token, copy)
+    def _tap(self, x: Tensor, *, copy: bool, receive: ReceiveBoth | None = None) -> Tensor:
+        result: Any = _Tap.apply(x, self._token, copy, receive)
         return result
 
     def _at_pattern(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -193,7 +225,7 @@ class Collector:
             pattern: The softmax output, as the model has it.
             copy: Whether other hooks may edit the tensor returned in place.
         """
-        self._seen.add(layer)
+        self._times[layer] += 1
         repeated = self._sites[layer].repeated
         if repeated and not torch.is_grad_enabled():
             self._patterns.pop(layer, None)  # what came before is not the last time either
@@ -202,18 +234,9 @@ class Collector:
             self._scores.pop(layer, None)
             return pattern  # the block runs again
         if not torch.is_grad_enabled():
-            raise UnsupportedModel(
-                "found gradients switched off (torch.no_grad) in a forward pass whose hooks "
-                "collect them. Run the forward and the backward pass under torch.enable_grad(), "
-                "or use run_with_ra, which does."
-            )
+            raise UnsupportedModel(self._why_no_gradients(layer))
         if layer in self._patterns and not repeated:
-            raise UnsupportedModel(
-                f"{self._sites[layer].pattern_name} fired twice before a backward pass. With "
-                "get_ra_caching_hooks: run backward after each forward pass, and make the hooks "
-                "again after a forward pass that failed or had none. Otherwise the model runs "
-                "one layer repeatedly, which is not supported."
-            )
+            raise UnsupportedModel(self._why_not_twice(layer))
         observe_only = self._sites[layer].observe_only
         if observe_only and not pattern.requires_grad:
             raise UnsupportedModel(
@@ -222,22 +245,22 @@ class Collector:
                 f"(hook_pattern is observe-only). Leave layer {layer} out with layers=, or drop "
                 "that hook."
             )
-        self._patterns[layer] = pattern.detach()
+        self._patterns[layer] = kept = pattern.detach()
+        at_gradient = partial(self._at_gradient, layer, self._times[layer])
         scores = self._scores.pop(layer, None)
+        past_the_tap = observe_only is not False and pattern.requires_grad
         if scores is None:
-            tapped = self._tap(pattern, copy=copy)
+            tapped = self._tap(pattern, copy=copy, receive=None if past_the_tap else at_gradient)
         else:
-            receive = partial(self._receive, layer)
-            made: Any = _SoftmaxTap.apply(scores, pattern.detach(), self._token, copy, receive)
+            receive = partial(self._receive_waiting, layer)
+            made: Any = _SoftmaxTap.apply(scores, kept, self._token, copy, receive)
             tapped = made
         # Whether the gradient comes through the tensor handed on, or past it, tells whether the
         # model uses what hooks return.
         if observe_only is None:
             tapped.register_hook(lambda _grad: self._consumed.add(layer))
-        if observe_only is not False and pattern.requires_grad:
-            pattern.register_hook(partial(self._at_gradient, layer))
-        elif scores is None:
-            tapped.register_hook(partial(self._at_gradient, layer))
+        if past_the_tap:
+            pattern.register_hook(partial(at_gradient, kept if self._retained else None))
         return tapped
 
     def root(self, residual: Tensor) -> Tensor:
@@ -246,15 +269,21 @@ class Collector:
 
     # ---- gradients ------------------------------------------------------------------------------
 
-    def _at_gradient(self, layer: int, grad: Tensor) -> None:
-        # Of a layer that runs several times the last one's gradient comes first, and is kept.
-        # There is none in a second backward pass through a graph that the user kept.
-        if layer in self._patterns:
-            self._receive(layer, grad)
+    def _at_gradient(self, layer: int, time: int, kept: Tensor | None, grad: Tensor) -> None:
+        """Receive the gradient at the pattern that a layer showed the `time`th time."""
+        latest = time == self._times[layer]
+        waiting = self._patterns.pop(layer, None) if latest else None
+        pattern = waiting if kept is None else kept
+        # Of a layer that runs several times the maps are those of the last.
+        if pattern is not None and (latest or not self._sites[layer].repeated):
+            self._receive(layer, pattern, grad)
 
-    def _receive(self, layer: int, grad: Tensor) -> Tensor:
+    def _receive_waiting(self, layer: int, grad: Tensor) -> Tensor:
+        """Receive the gradient at the last pattern of a layer; gives that at its scores."""
+        return self._receive(layer, self._patterns.pop(layer), grad)
+
+    def _receive(self, layer: int, pattern: Tensor, grad: Tensor) -> Tensor:
         """Deliver the maps of a layer; gives R~, the gradient at its scores."""
-        pattern = self._patterns.pop(layer)
         site = self._sites[layer]
         if site.observe_only is None:
             site = replace(site, observe_only=layer not in self._consumed)
@@ -263,19 +292,26 @@ class Collector:
         dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
         pattern, grad = pattern.to(dtype), grad.detach().to(dtype)
         step = reversed_attention(pattern, grad, 1.0)
-        ra = step * site.need_scale()
+        ra = step * (site.need_scale() / self._loss_scale)
+        if self._loss_scale != 1:
+            grad = grad / self._loss_scale
         self._arrived.add(layer)
         self._deliver(site, {"ra": ra, "pattern": pattern, "pattern_grad": grad})
         return step
 
-    def backward(self, total: Float[Tensor, ""]) -> None:
+    def backward(self, total: Float[Tensor, ""], scale: float = 1.0) -> None:
         """Differentiate `total` down to the first layer and deliver every layer's maps.
 
+        Args:
+            total: The loss.
+            scale: What gradients are multiplied with on their way; the maps are divided by it.
+
         Raises:
-            NothingToDifferentiate: the loss does not depend on the attention.
+            NothingToDifferentiate: the loss does not depend on the attention, of all layers or of
+                some that nobody's hook cuts off from it.
             UnsupportedModel: a layer whose pattern was never seen, or is cut off from the loss.
         """
-        unseen = [layer for layer in self._sites if layer not in self._seen]
+        unseen = [layer for layer in self._sites if layer not in self._times]
         if unseen:
             raise UnsupportedModel(
                 f"hook_pattern of layers {unseen} did not fire in the forward pass, so there is "
@@ -283,14 +319,24 @@ class Collector:
                 "attn_implementation='eager'."
             )
         if total.requires_grad:
-            torch.autograd.grad(total, [self._token], allow_unused=True)
+            self._loss_scale = scale
+            weight = torch.full_like(total, scale)
+            torch.autograd.grad(total, [self._token], weight, allow_unused=True)
         missing = [layer for layer in self._sites if layer not in self._arrived]
         if len(missing) == len(self._sites):
             raise NothingToDifferentiate(
                 "found a loss that does not depend on the attention of "
                 f"layers {list(self._sites)}: no gradient reached hook_pattern. The metric must "
-                "be computed from the logits it is given, without detach() or .item(), and hooks "
-                "must not freeze every pattern, nor replace everything above these layers."
+                "be computed from the logits it is given, without detach() or .item(); neither "
+                "hooks nor the model itself (integer weights do) may cut off everything above "
+                "these layers."
+            )
+        if missing and not self._edited:
+            raise NothingToDifferentiate(
+                f"no gradient reaches the attention of layers {missing}, and no hook on the model "
+                f"cuts them off: the model itself does, between layer {missing[-1]} and the loss, "
+                "as a module that detaches or computes in integers. Load the model without it, or "
+                "give layers= above it."
             )
         undecided = [layer for layer in missing if self._sites[layer].observe_only is None]
         if undecided:
@@ -307,4 +353,36 @@ class Collector:
                 "layers out with layers=, or run without recompute=True."
             )
         for layer in missing:  # really cut off by an edit: the gradient is zero
-            self._receive(layer, torch.zeros_like(self._patterns[layer]))
+            pattern = self._patterns.pop(layer)
+            self._receive(layer, pattern, torch.zeros_like(pattern))
+
+    # ---- what is said ---------------------------------------------------------------------------
+
+    def _why_no_gradients(self, layer: int) -> str:
+        if self._retained:
+            return (
+                "found gradients switched off (torch.no_grad) in a forward pass whose hooks "
+                "collect them. Run the forward and the backward pass under torch.enable_grad(), "
+                "or use run_with_ra, which does."
+            )
+        return (
+            f"the model switches gradients off by itself before {self._sites[layer].pattern_name}, "
+            "as gradient checkpointing does. Switch that off; run_with_ra(recompute=True) saves "
+            "as much memory."
+        )
+
+    def _why_not_twice(self, layer: int) -> str:
+        name = self._sites[layer].pattern_name
+        if self._retained:
+            return (
+                f"{name} fired twice before a backward pass, and one set of hooks collects from "
+                "one forward pass at a time. For a loss over several forward passes (clean and "
+                "corrupted) call get_ra_caching_hooks once for each and run each with its own "
+                "hooks. Otherwise run backward after each forward pass, and make the hooks again "
+                "after one that failed or had no backward."
+            )
+        return (
+            f"{name} fired twice in one run: the model runs this layer repeatedly, or again in the "
+            "backward pass, as gradient checkpointing does. Switch checkpointing off; a layer that "
+            "runs repeatedly is not supported."
+        )

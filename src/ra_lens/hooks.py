@@ -15,6 +15,7 @@ from ra_lens.errors import BadInput
 from ra_lens.numbers import Real
 from ra_lens.record import NamesFilter, keeps
 from ra_lens.sites import Layers, Site, as_lens, with_scales
+from ra_lens.tensors import read_device, read_dtype
 
 HookList = list[tuple[str, Callable[..., Any]]]
 
@@ -41,8 +42,9 @@ def get_ra_caching_hooks(
     Put these before hooks of your own that edit the pattern: R is taken where they stand in the
     order. A loss averaged over the batch gives maps divided by its size. What is padding is not
     known here: its rows and columns are zero only if your mask and loss make them so. The backward
-    pass is yours: unless parameters are frozen it also fills their `.grad`. Another one
-    replaces the maps.
+    pass is yours: unless parameters are frozen it also fills their `.grad`. Another one, through
+    the same graph (`retain_graph=True`) or the next, replaces the maps. A loss over several forward
+    passes (clean and corrupted) needs one set of hooks for each of them.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
@@ -50,7 +52,7 @@ def get_ra_caching_hooks(
         names_filter: Which maps to keep, as in `run_with_ra`.
         store: `"maps"` or `"norms"`.
         device: Where to keep the maps.
-        dtype: In what to keep them.
+        dtype: In what to keep them, a floating-point dtype.
         softmax_scale: As in `run_with_ra`.
 
     Returns:
@@ -65,7 +67,10 @@ def get_ra_caching_hooks(
     lens = as_lens(model)
     if store not in ("maps", "norms"):
         raise BadInput(f"found store={store!r}; give 'maps' or 'norms'.")
+    device, dtype = read_device(device), read_dtype(dtype)
+    lens.refuse_meta()
     lens.refuse_dropout()
+    lens.refuse_checkpointing()
     sites = with_scales(lens.choose_layers(layers), softmax_scale)
     for site in sites.values():
         site.need_scale()
@@ -75,12 +80,13 @@ def get_ra_caching_hooks(
     )
 
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
+        lens.forget_patterns()  # which have a graph now, even where every parameter is frozen
         for kind, value in maps.items():
             cache.put_norms(site.layer, kind, value, device=device)
             if store == "maps" and kept(site.map_name(kind)):
                 cache.keep(site.layer, kind, value.to(device=device, dtype=dtype))
 
-    collector = Collector(lens, sites, deliver)
+    collector = Collector(lens, sites, deliver, retained=True)
 
     def root(residual: Tensor, hook: Any) -> Tensor:  # noqa: ARG001  TransformerLens passes it by name
         return collector.root(residual)

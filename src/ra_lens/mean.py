@@ -6,17 +6,20 @@ prompts needs the memory of one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.cache_info import full_name, in_order, read_kind
+from ra_lens.collect import MAP_KINDS
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.numbers import Real
 from ra_lens.patching import Align, Heads, HookPairs, Rows, Where, patch_hooks
-from ra_lens.sites import Layers, Site
+from ra_lens.sites import Layers, Site, spell_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,21 @@ class MeanMaps:
     n_layers: int
     _maps: dict[str, Tensor] = field(repr=False)
 
-    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, "head query key"]:
+    def __repr__(self) -> str:
+        """Say what was averaged."""
+        kinds = [
+            k for k in MAP_KINDS if any(s.map_name(k) in self._maps for s in self.sites.values())
+        ]
+        sizes = sorted({" × ".join(map(str, t.shape[-2:])) for t in self._maps.values()})
+        heads = sorted({site.n_heads for site in self.sites.values()})
+        n_bytes = sum(t.nbytes for t in self._maps.values())
+        return (
+            f"MeanMaps of {self.count} prompt{'s' * (self.count != 1)}: layers "
+            f"{spell_layers(list(self.sites))}, {' or '.join(map(str, heads))} heads, "
+            f"{' or '.join(sizes)} tokens ({', '.join(kinds)}, {n_bytes / 1e6:.2f} MB)"
+        )
+
+    def __getitem__(self, key: str | tuple[str, SupportsIndex]) -> Float[Tensor, "head query key"]:
         """Give a mean map by name, as in `RACache`.
 
         Raises:
@@ -127,7 +144,16 @@ class RunningMean:
             total = self._sums[name] + total
         self._sums[name] = total
 
-    def to(self, where: str | torch.device | torch.dtype) -> RunningMean:
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Full names and sums."""
+        return self._sums.items()
+
+    def include(self, other: RunningMean) -> None:
+        """Add what another one has added; the caller raises `count`."""
+        for name, total in other.items():
+            self.add(name, total.unsqueeze(0))
+
+    def to(self, where: torch.device | torch.dtype) -> RunningMean:
         """Move the sums, or have the mean given in another dtype."""
         if isinstance(where, torch.dtype):
             return replace(self, dtype=where)

@@ -2,7 +2,8 @@
 
 A whole number is anything with `__index__` (`int`, `np.int64`, an integer tensor of one element),
 but not a bool. A sequence is anything that iterates over numbers (list, range, array, tensor,
-Series, generator); one number alone is a sequence of one.
+Series, generator); one number alone is a sequence of one. Some of n things are chosen by numbers,
+by a slice, or by a bool for each.
 """
 
 from __future__ import annotations
@@ -90,6 +91,41 @@ def reals(name: str, values: object) -> list[float]:
     return [real(name, value) for value in _several(name, values, "number")]
 
 
+def places(name: str, which: object, n: int, things: str) -> list[int]:
+    """Give the places among `n` things that are chosen, from 0 on, in the order given.
+
+    Args:
+        name: What the choice is given as, for the message.
+        which: One place or several (negative: from the end), a slice, or a bool for each thing.
+        n: How many things there are.
+        things: What they are, for the message.
+
+    Raises:
+        BadInput: none of these, a place outside, another number of bools than things, or nothing
+            chosen.
+    """
+    shown = f"found {name}={_shown(which)}"
+    found = _read_places(which, n)
+    if found is None:
+        raise BadInput(
+            f"{shown}; give whole numbers, a slice, or a bool for each of the {n} {things}."
+        )
+    outside = [place for place in found if not -n <= place < n]
+    if outside:
+        raise BadInput(
+            f"{shown}, but {outside[0]} is none of the {n} {things}: 0 to {n - 1}, or {-n} to -1 "
+            "from their end."
+        )
+    if not found:
+        raise BadInput(f"{shown}, which is none of the {n} {things}. Give at least one.")
+    return [place % n for place in found]
+
+
+def is_several(which: object) -> bool:
+    """Whether a choice is of several things, as a list of one is, and not of one."""
+    return isinstance(which, Iterable | slice) and getattr(which, "ndim", None) != 0
+
+
 def as_whole(value: object) -> int | None:
     """Give a whole number of any type as an `int`; None for everything else, a bool included."""
     if _is_bool(value) or isinstance(value, str | bytes):
@@ -109,8 +145,26 @@ def _as_float(value: object) -> float | None:
         return None
 
 
+def _read_places(which: Any, n: int) -> list[int] | None:
+    """The places chosen, negative ones as they are; None for what is no choice among `n` things."""
+    if isinstance(which, slice):
+        try:
+            return list(range(n)[which])
+        except (TypeError, ValueError):  # ends that are not whole numbers, or a step of 0
+            return None
+    if isinstance(which, str | bytes | Mapping) or getattr(which, "ndim", 1) > 1:
+        return None
+    # NumPy, torch and pandas give Python's numbers all at once.
+    given: Any = which.tolist() if hasattr(which, "tolist") else which
+    several: list[object] = list(given) if isinstance(given, Iterable) else [given]
+    if several and is_several(which) and all(map(_is_bool, several)):
+        return [i for i, keep in enumerate(several) if keep] if len(several) == n else None
+    found = [number for number in map(as_whole, several) if number is not None]
+    return found if len(found) == len(several) else None
+
+
 def _several(name: str, values: Any, what: str, *, none_at_all: bool = False) -> list[object]:
-    if isinstance(values, str | bytes | Mapping):
+    if isinstance(values, str | bytes | Mapping | slice):
         raise BadInput(f"found {name}={_shown(values)}; give a {what}, or several in a list.")
     alone = not isinstance(values, Iterable) or getattr(values, "ndim", None) == 0
     given: list[object] = [values] if alone else list(values)

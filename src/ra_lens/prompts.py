@@ -123,8 +123,12 @@ class Prompts:
         """Split into runs of `batch_size` consecutive examples (None: one run of all)."""
         step = len(self) if batch_size is None else batch_size
         for start in range(0, len(self), step):
-            part = slice(start, min(start + step, len(self)))
-            yield part, replace(self, ids=self.ids[part], texts=None)
+            examples = slice(start, min(start + step, len(self)))
+            yield examples, self.part(examples)
+
+    def part(self, examples: slice) -> Prompts:
+        """The same for some consecutive examples."""
+        return replace(self, ids=self.ids[examples], texts=None)
 
     def chosen(self, which: Iterable[int]) -> Prompts:
         """Some of the examples, in the order of their indices given; one may be there twice."""

@@ -25,7 +25,7 @@ def every_head(layers: Iterable[int], counts: Iterable[int]) -> list[tuple[int, 
     return [(layer, h) for layer, n in zip(layers, counts, strict=True) for h in range(n)]
 
 
-def places(counts: Sequence[int]) -> Bool[Tensor, "layer head"]:
+def head_places(counts: Sequence[int]) -> Bool[Tensor, "layer head"]:
     """Mark the places of a table that are heads; they are those of `every_head`, in its order."""
     return torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
 

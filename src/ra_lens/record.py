@@ -50,8 +50,20 @@ class Recorder:
         keeps: Callable[[str], bool],
         device: str | torch.device | None,
         dtype: torch.dtype | None,
+        *,
+        again: bool = False,
     ) -> None:
-        """Keep `store` of the maps whose full name `keeps` accepts."""
+        """Keep `store` of the maps whose full name `keeps` accepts.
+
+        Args:
+            sites: The layers.
+            store: Whole maps, norms only, or a running mean.
+            keeps: Tells which maps, by full name.
+            device: Where to keep them.
+            dtype: In what to keep them.
+            again: Whether a batch may be begun again, so that its sums are held apart until it
+                ends.
+        """
         self.sites = sites
         self.store: Store = store
         self._keeps = keeps
@@ -59,6 +71,11 @@ class Recorder:
         self._dtype = dtype
         self._running = RunningMean(sites, dtype=dtype) if store == "mean" else None
         self._caches: list[RACache] = []
+        self._again = again
+        self._cache = RACache(sites=sites, store=store)
+        self._sums = self._running
+        self._largest: dict[int, Tensor] = {}
+        self._n = 0
 
     def begin(
         self, batch: Batch, encoded: Batch | None = None
@@ -69,12 +86,14 @@ class Recorder:
             batch: What is read; what the decoder reads in an encoder-decoder.
             encoded: What an encoder-decoder's encoder reads.
         """
-        cache = RACache(sites=self.sites, store=self.store)
-        self._caches.append(cache)
+        self._cache = cache = RACache(sites=self.sites, store=self.store)
+        self._n, self._largest = len(batch.lengths), {}
+        largest = self._largest
+        if self._again and self._running is not None:
+            self._sums = RunningMean(self.sites)
+        sums = self._sums
         sides: dict[Side, Batch] = {"input": encoded or batch, "decoder": batch}
         padded = any(not bool(side.attention_mask.all()) for side in sides.values())
-        if self._running is not None:
-            self._running.count += len(batch.lengths)
 
         def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
             queries, keys = sides[site.query_side], sides[site.key_side]
@@ -85,27 +104,35 @@ class Recorder:
                     columns = keys.attention_mask.to(value.device)[:, None, None, :]
                     value = value.where(rows & columns, 0.0)
                 name = site.map_name(kind)
-                cache.put_norms(site.layer, kind, value, device=self.device)
+                norms = cache.put_norms(site.layer, kind, value, device=self.device)
+                if kind == "pattern_grad":
+                    largest[site.layer] = norms.max()
                 if not self._keeps(name):
                     continue
                 if self.store == "maps":
                     cache.keep(site.layer, kind, self._placed(value))
-                elif self._running is not None:
+                elif sums is not None:
                     cut = value[..., queries.first_span, keys.first_span]
-                    self._running.add(name, cut.to(device=self.device))
+                    sums.add(name, cut.to(device=self.device))
 
         return deliver
-
-    def take_back(self, n_examples: int) -> None:
-        """Forget the batch begun last, of which nothing has been delivered."""
-        self._caches.pop()
-        if self._running is not None:
-            self._running.count -= n_examples
 
     def regroup(self, n_groups: int, order: Sequence[int]) -> None:
         """Make one batch of the last ones, which were groups of it, its examples in `order`."""
         parts, self._caches = self._caches[-n_groups:], self._caches[:-n_groups]
         self._caches.append(RACache.joined(parts, order=order))
+
+    def largest_gradients(self) -> dict[int, float]:
+        """Largest norm of a head's gradient at each layer, in the batch that has begun."""
+        return {layer: float(norm) for layer, norm in self._largest.items()}
+
+    def end(self) -> None:
+        """Keep the batch that has begun."""
+        self._caches.append(self._cache)
+        if self._running is not None:
+            self._running.count += self._n
+            if self._sums is not None and self._sums is not self._running:
+                self._running.include(self._sums)
 
     @property
     def kinds_kept(self) -> dict[int, int]:

@@ -11,11 +11,11 @@ batch it ran in.
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from ra_lens.cache import RACache, Store
 from ra_lens.cache_info import RunInfo
 from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
+from ra_lens.half import LossScale
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
 from ra_lens.numbers import Real, Whole, whole_or_none
@@ -43,6 +44,7 @@ from ra_lens.prompts import (
 from ra_lens.record import NamesFilter, Recorder, keeps
 from ra_lens.sites import Layers, Lens, as_lens, with_scales
 from ra_lens.targets import Answers, Bound, Metric, Objective, Position, as_objective
+from ra_lens.tensors import read_device, read_dtype
 
 
 def run_with_ra(
@@ -71,7 +73,9 @@ def run_with_ra(
     """Run a model on prompts and collect the Reversed Attention of every head.
 
     Works inside `torch.no_grad()`, with frozen parameters, and beside hooks that are already on
-    the model or given in `fwd_hooks`: R is then the gradient of the intervened model.
+    the model or given in `fwd_hooks`: R is then the gradient of the intervened model. One run at a
+    time per model, whatever the thread. In float16 the loss is scaled by a power of two, which your
+    own hooks on gradients see, and the maps are divided by it.
 
     Args:
         model: A HookedTransformer or TransformerBridge, in eval mode if it has dropout.
@@ -98,8 +102,8 @@ def run_with_ra(
         store: `"maps"`; `"norms"`, which drops each map once its norms are taken; or `"mean"`,
             which keeps only the running mean over the examples.
         device: Where to keep maps and logits. Default: where they are made.
-        dtype: In what to keep them. Default: float32 (float64 for a float64 model); R is computed
-            in that before it is converted.
+        dtype: In what to keep them, a floating-point dtype. Default: float32 (float64 for a float64
+            model); R is computed in that before it is converted.
         fwd_hooks: TransformerLens hooks for this run, as in `run_with_hooks`.
         return_logits: `"read"`: logits at the positions the loss reads, `[:, -1]` being the last
             of them (for a metric of your own: at the last token). `"all"`: at every position.
@@ -129,16 +133,21 @@ def run_with_ra(
 
     Raises:
         BadInput: input, target or option that cannot be used.
-        UnsupportedModel: a model, or a state of it, that does not let its attention be read.
-        NothingToDifferentiate: NaN logits, or a loss that does not depend on the attention.
+        UnsupportedModel: a model, or a state of it, that does not let its attention be read; or
+            one that is being run already.
+        NothingToDifferentiate: NaN logits or gradients, a loss that does not depend on the
+            attention, or layers that the model itself, and no hook, cuts off from it.
         NotEnoughMemory: more than the device has left, seen before anything runs.
     """
     _one_of("store", store, ("maps", "norms", "mean"))
     _one_of("return_logits", return_logits, ("read", "all"))
     _one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
+    lens.refuse_meta()
     lens.refuse_inference_mode()
     lens.refuse_dropout()
+    lens.refuse_checkpointing()
+    device, dtype = read_device(device), read_dtype(dtype)
     sites = with_scales(lens.choose_layers(layers), softmax_scale)
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
@@ -174,24 +183,26 @@ def run_with_ra(
     if store == "maps" or every:  # what is joined afterwards needs one width
         prompts = prompts.widened()
         encoded = None if encoded is None else encoded.widened()
-    recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype)
+    half = lens.in_float16
+    recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype, again=half)
     _check_memory(lens, recorder, prompts, encoded, batch_size, recompute=recompute)
-    hidden = padding_is_hidden(lens, prompts, encoded)
+    run = _Run(
+        lens,
+        list(fwd_hooks),
+        recorder,
+        LossScale(in_float16=half),
+        padding_is_hidden=padding_is_hidden(lens, prompts, encoded),
+        every=every,
+        recompute=recompute,
+    )
     parts = list(prompts.batches(batch_size))
-    results: list[BatchResult] = []
-    for examples, part in _with_progress(parts, show=progress and len(parts) > 1):
-        result = _run_part(
-            lens,
-            part,
-            None if encoded is None else replace(encoded, ids=encoded.ids[examples], texts=None),
-            bound.part(examples),
-            list(fwd_hooks),
-            recorder,
-            hidden=hidden,
-            every=every,
-            recompute=recompute,
-        )
-        results.append(result)
+    with lens.only_run():
+        results = [
+            run.part(
+                part, None if encoded is None else encoded.part(examples), bound.part(examples)
+            )
+            for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
+        ]
     return _finish(lens, bound, prompts, encoded, recorder, results)
 
 
@@ -222,106 +233,129 @@ def _check_memory(
     refuse_what_cannot_fit(lens, plan)
 
 
-def _run_part(
-    lens: Lens,
-    prompts: Prompts,
-    encoder_prompts: Prompts | None,
-    bound: Bound,
-    fwd_hooks: list[Any],
-    recorder: Recorder,
-    *,
-    hidden: bool,
-    every: bool,
-    recompute: bool,
-) -> BatchResult:
-    """Run a batch as it is laid out or, where padding would show, in groups of one length."""
-    run = partial(
-        _run_batch,
-        lens,
-        fwd_hooks=fwd_hooks,
-        recorder=recorder,
-        every=every,
-        recompute=recompute,
-    )
-    if hidden or not (prompts.is_padded or (encoder_prompts or prompts).is_padded):
-        try:
-            return run(prompts, encoder_prompts, bound)
-        except PaddingShows:  # through a hook of the user's; nothing has been delivered yet
-            recorder.take_back(len(prompts))
-    if fwd_hooks or lens.is_hooked:
-        warnings.warn(
-            f"padding changes what {lens.name} computes here, so these prompts run in groups of "
-            "one length: hooks get one group at a time, without padding.",
-            RALensWarning,
-            stacklevel=3,
-        )
-    groups = of_one_length(prompts, encoder_prompts)
+@dataclass(frozen=True)
+class _Run:
+    """How the batches of a run are run."""
 
-    def of(group: Sequence[int]) -> tuple[Prompts, Prompts | None]:
-        encoder_group = None if encoder_prompts is None else encoder_prompts.widened().chosen(group)
-        return prompts.widened().chosen(group), encoder_group
+    lens: Lens
+    fwd_hooks: list[Any]
+    recorder: Recorder
+    scaling: LossScale
+    padding_is_hidden: bool
+    every: bool
+    recompute: bool
 
-    result = run_by_length(
-        groups,
-        bound,
-        run=lambda group, objective: run(*of(group), objective, unpadded=True),
-        logits_of=lambda group: _logits_of(lens, *of(group), fwd_hooks),
-        loss_of=lambda logits: _checked_loss(bound, logits, len(prompts)),
-    )
-    recorder.regroup(len(groups), places(groups))
-    return result
+    @property
+    def edited(self) -> bool:
+        """Whether hooks may change what the model computes."""
+        return bool(self.fwd_hooks) or self.lens.is_hooked
 
-
-def _run_batch(
-    lens: Lens,
-    prompts: Prompts,
-    encoder_prompts: Prompts | None,
-    bound: Bound,
-    fwd_hooks: list[Any],
-    recorder: Recorder,
-    *,
-    every: bool,
-    recompute: bool,
-    unpadded: bool = False,
-) -> BatchResult:
-    layout, encoder_layout = _laid_out(lens, prompts, encoder_prompts)
-    batch, encoded = layout, encoder_layout
-    if unpadded:  # all of one length; what comes back is laid out with padding all the same
-        batch, encoded = _laid_out(lens, prompts, encoder_prompts, unpadded=True)
-    columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
-    collector = Collector(lens, recorder.sites, recorder.begin(layout, encoder_layout))
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(lens.parameters_frozen())
-        stack.enter_context(lens.hooks(fwd_hooks))
-        stack.enter_context(lens.lean())  # which leaves alone what has hooks
-        whole = every or bound.positions is None or lens.logits_are_hooked
-        stack.enter_context(lens.reading(None if whole else columns))
-        stack.enter_context(collector.attached(recompute=recompute))
-        if batch.is_padded:
-            stack.enter_context(lens.fully_masked_rows_apart())
-        with watched(lens, batch, encoded):
-            logits = _forward(lens, batch, encoded)
-        rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
-        read = logits[rows, columns.to(logits.device)] if whole else logits
-        if bool(read.detach().isnan().any()):
-            raise NothingToDifferentiate(
-                f"the logits of {lens.name} contain NaN at the positions read. Check the weights "
-                "and hooks; for float16 models try bfloat16 or float32."
+    def part(self, prompts: Prompts, encoded: Prompts | None, bound: Bound) -> BatchResult:
+        """Run a batch as it is laid out or, where padding would show, in groups of one length."""
+        padded = prompts.is_padded or (encoded or prompts).is_padded
+        if self.padding_is_hidden or not padded:
+            try:
+                return self.batch(prompts, encoded, bound)
+            except PaddingShows:  # through a hook of the user's; nothing has been delivered yet
+                pass
+        if self.edited:
+            warnings.warn(
+                f"padding changes what {self.lens.name} computes here, so these prompts run in "
+                "groups of one length: hooks get one group at a time, without padding.",
+                RALensWarning,
+                stacklevel=4,
             )
-        logits = layout.spread(logits, 1) if whole else logits
-        loss = _checked_loss(bound, logits if bound.positions is None else read, len(prompts))
-        collector.backward(loss.sum())
-    kept = (logits if every else read).detach().to(recorder.device)
-    return BatchResult(kept, loss.detach(), (encoder_layout or layout).starts, bound.targets)
+        groups = of_one_length(prompts, encoded)
+        wide, wide_encoded = prompts.widened(), None if encoded is None else encoded.widened()
+
+        def of(group: Sequence[int]) -> tuple[Prompts, Prompts | None]:
+            return wide.chosen(group), None if wide_encoded is None else wide_encoded.chosen(group)
+
+        result = run_by_length(
+            groups,
+            bound,
+            run=lambda group, objective: self.batch(*of(group), objective, unpadded=True),
+            logits_of=lambda group: self._logits(*of(group)),
+            loss_of=lambda logits: _checked_loss(bound, logits, len(prompts)),
+        )
+        self.recorder.regroup(len(groups), places(groups))
+        return result
+
+    def batch(
+        self, prompts: Prompts, encoded: Prompts | None, bound: Bound, *, unpadded: bool = False
+    ) -> BatchResult:
+        """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
+        while True:
+            result, at_logits = self._differentiate(prompts, encoded, bound, unpadded=unpadded)
+            largest = self.recorder.largest_gradients()
+            if all(map(math.isfinite, largest.values())) or not self.scaling.lower():
+                break
+        _check_gradients(self.lens, largest, at_logits, edited=self.edited)
+        self.recorder.end()
+        return result
+
+    def _differentiate(
+        self, prompts: Prompts, encoded: Prompts | None, bound: Bound, *, unpadded: bool
+    ) -> tuple[BatchResult, float]:
+        """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
+        lens, every = self.lens, self.every
+        layout, encoder_layout = _laid_out(lens, prompts, encoded)
+        batch, source = layout, encoder_layout
+        if unpadded:  # all of one length; what comes back is laid out with padding all the same
+            batch, source = _laid_out(lens, prompts, encoded, unpadded=True)
+        columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
+        at_logits: list[Tensor] = []
+        deliver = self.recorder.begin(layout, encoder_layout)
+        collector = Collector(lens, self.recorder.sites, deliver, edited=self.edited)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(lens.parameters_frozen())
+            stack.enter_context(lens.tensors_put_back())
+            stack.enter_context(lens.hooks(self.fwd_hooks))
+            stack.enter_context(lens.lean())  # which leaves alone what has hooks
+            whole = every or bound.positions is None or lens.logits_are_hooked
+            stack.enter_context(lens.reading(None if whole else columns))
+            stack.enter_context(collector.attached(recompute=self.recompute))
+            if batch.is_padded:
+                stack.enter_context(lens.fully_masked_rows_apart())
+            with watched(lens, batch, source):
+                logits = _forward(lens, batch, source)
+            rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
+            read = logits[rows, columns.to(logits.device)] if whole else logits
+            if bool(read.detach().isnan().any()):
+                raise NothingToDifferentiate(
+                    f"the logits of {lens.name} contain NaN at the positions read. Check the "
+                    "weights and hooks; for float16 models try bfloat16 or float32."
+                )
+            logits = layout.spread(logits, 1) if whole else logits
+            given = logits if bound.positions is None else read
+            loss = _checked_loss(bound, given, len(prompts))
+            total = loss.sum()
+            scale = self.scaling.of(total, given)
+            if given.requires_grad:
+                given.register_hook(lambda grad: at_logits.append(grad.norm(p=math.inf)))
+            collector.backward(total, scale)
+        kept = (logits if every else read).detach().to(self.recorder.device)
+        starts = (encoder_layout or layout).starts
+        reached = float(at_logits[0]) / scale if at_logits else 0.0
+        return BatchResult(kept, loss.detach(), starts, bound.targets), reached
+
+    @torch.no_grad()
+    def _logits(
+        self, prompts: Prompts, encoded: Prompts | None
+    ) -> Float[Tensor, "group pos d_vocab"]:
+        """Logits of prompts of one length, run without padding and laid out with it."""
+        with self.lens.hooks(self.fwd_hooks), self.lens.lean():
+            logits = _forward(self.lens, *_laid_out(self.lens, prompts, encoded, unpadded=True))
+        return prompts.lay_out(self.lens).spread(logits, 1)
 
 
 def _laid_out(
-    lens: Lens, prompts: Prompts, encoder_prompts: Prompts | None, *, unpadded: bool = False
+    lens: Lens, prompts: Prompts, encoded: Prompts | None, *, unpadded: bool = False
 ) -> tuple[Batch, Batch | None]:
-    reads = [prompts] if encoder_prompts is None else [prompts, encoder_prompts]
+    reads = [prompts] if encoded is None else [prompts, encoded]
     batches = [(read.unpadded() if unpadded else read).lay_out(lens) for read in reads]
-    return batches[0], batches[1] if encoder_prompts is not None else None
+    return batches[0], batches[1] if encoded is not None else None
 
 
 def _forward(lens: Lens, batch: Batch, encoded: Batch | None) -> Tensor:
@@ -329,14 +363,24 @@ def _forward(lens: Lens, batch: Batch, encoded: Batch | None) -> Tensor:
     return lens.forward(batch.tokens, batch.attention_mask, source)
 
 
-@torch.no_grad()
-def _logits_of(
-    lens: Lens, prompts: Prompts, encoder_prompts: Prompts | None, fwd_hooks: list[Any]
-) -> Float[Tensor, "group pos d_vocab"]:
-    """Logits of prompts of one length, run without padding and laid out with it."""
-    with lens.hooks(fwd_hooks), lens.lean():
-        logits = _forward(lens, *_laid_out(lens, prompts, encoder_prompts, unpadded=True))
-    return prompts.lay_out(lens).spread(logits, 1)
+def _check_gradients(
+    lens: Lens, largest: dict[int, float], at_logits: float, *, edited: bool
+) -> None:
+    infinite = [layer for layer, norm in largest.items() if not math.isfinite(norm)]
+    if infinite:
+        raise NothingToDifferentiate(
+            f"the gradient at the pattern of layer {max(infinite)} of {lens.name} is NaN or "
+            "infinite. Check the metric (its derivative, too, must be finite) and hooks; for "
+            "float16 models try bfloat16 or float32."
+        )
+    # Squares of less than 1e-23 are 0, so that a norm of 0 says nothing about a loss that small.
+    if not edited and at_logits > 1e-12 and not any(largest.values()):
+        raise NothingToDifferentiate(
+            f"the gradient is 0 everywhere from layer {max(largest)} on down, although it is not "
+            "at the logits and no hook on the model cuts it off: the model itself does, as a "
+            "module that rounds to integers, or these heads write nothing. Load the model in "
+            "floating point, or give other layers=."
+        )
 
 
 def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts:

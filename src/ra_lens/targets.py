@@ -16,7 +16,7 @@ text becomes tokens and mistakes become errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, cast
 

@@ -20,7 +20,7 @@ from ra_lens.cache import RACache
 from ra_lens.display.maps import HeadMaps, head_of_example
 from ra_lens.display.run import example_facts, loss_of, prompt_tokens, run_facts
 from ra_lens.display.tokens import label, shorten, visible
-from ra_lens.ragged import every_head, heads_of, places
+from ra_lens.ragged import every_head, head_places, heads_of
 from ra_lens.report.page import Section
 from ra_lens.sites import as_lens
 from ra_lens.token_text import isolated
@@ -125,7 +125,7 @@ def print_section(section: Section) -> None:
 def _strongest_head(ra: RACache, example: int) -> HeadMaps:
     norms = ra.norms()[example] if ra.has_batch_dim else ra.norms()
     counts = heads_of(ra.sites)
-    strongest = int(norms[places(counts)].argmax())
+    strongest = int(norms[head_places(counts)].argmax())
     return head_of_example(ra, every_head(ra.layers, counts)[strongest], example=example)
 
 

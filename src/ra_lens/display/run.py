@@ -56,8 +56,7 @@ def example_facts(ra: RACache, example: int) -> list[tuple[str, str]]:
         own = " (the model's own top prediction; no target was given)"
         target = f"“{label(info.targets[example])}”"
         rows.append(("Target", target + own * info.target_is_top_prediction))
-    if ra.loss.numel():
-        loss = loss_of(ra, example)
+    if not math.isnan(loss := loss_of(ra, example)):  # NaN where nobody said what it is
         chance = target_probability(ra, example)
         said = "" if chance is None else f"; p(target) = {chance:.3g}"
         what = _LOSSES.get(info.objective, info.objective)
@@ -73,5 +72,5 @@ def loss_of(ra: RACache, example: int) -> float:
 
 def target_probability(ra: RACache, example: int) -> float | None:
     """Probability that the model gave a target of one token; None for other losses."""
-    known = ra.info.objective in ("answer_nll", "top_prediction") and ra.loss.numel()
+    known = ra.info.objective in ("answer_nll", "top_prediction")
     return math.exp(-loss_of(ra, example)) if known else None

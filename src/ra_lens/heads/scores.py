@@ -20,7 +20,7 @@ from torch import Tensor
 from ra_lens.cache_info import HeadScore
 from ra_lens.errors import BadInput
 from ra_lens.numbers import Whole, whole
-from ra_lens.ragged import every_head, places, spell_counts
+from ra_lens.ragged import every_head, head_places, spell_counts
 from ra_lens.sites import spell_layers
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class HeadScores:
                 "the number of heads of each layer; the largest is the width of the scores."
             )
         scores = self.scores.detach().to(device="cpu", dtype=torch.float64)
-        scores = scores.masked_fill(~places(self._counts), float("nan"))
-        unknown = scores[places(self._counts)].isnan().tolist()
+        scores = scores.masked_fill(~head_places(self._counts), float("nan"))
+        unknown = scores[head_places(self._counts)].isnan().tolist()
         names = list(itertools.compress(self.labels, unknown))
         if names:
             raise BadInput(
@@ -175,7 +175,7 @@ class HeadScores:
         return self.heads or (self.n_heads,) * len(self.layers)
 
     def _ranked(self) -> list[HeadScore]:
-        values = self.scores[places(self._counts)]
+        values = self.scores[head_places(self._counts)]
         # Reversed scores are sorted as they were before, so that ties turn around too.
         forward = 0 - values if self.is_reversed else values
         order = forward.argsort(descending=True, stable=True).tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.head_names import Heads, layer_and_index, list_heads, spell_head
-from ra_lens.numbers import Wholes, wholes
+from ra_lens.numbers import Wholes, places, wholes
 from ra_lens.sites import Layers, Site, spell_layers
 
 Rows = Wholes | slice | None
@@ -51,41 +51,27 @@ def choose_heads(
 
 
 def choose_rows(rows: Rows, n: int) -> Bool[Tensor, "query"]:
-    """Query rows of a map of `n` tokens: ints (negative from its end) or a slice.
+    """Query rows of a map of `n` tokens: ints (negative from its end), a slice, or `n` bools.
 
     Raises:
         BadInput: a row that the map does not have, or none.
     """
-    chosen = torch.zeros(n, dtype=torch.bool)
-    if rows is None:
-        return ~chosen
-    if isinstance(rows, slice):
-        chosen[rows] = True
-    else:
-        for row in wholes("rows", rows, none_at_all=True):
-            if not -n <= row < n:
-                raise BadInput(
-                    f"found row {row} in rows={rows!r}, but the maps have {n} query rows: 0 to "
-                    f"{n - 1}, or -{n} to -1 from their end."
-                )
-            chosen[row] = True
-    if not bool(chosen.any()):
-        raise BadInput(
-            f"found rows={rows!r}, which is none of the maps' {n} query rows. Give at least one, "
-            "or leave rows out."
-        )
-    return chosen
+    of_map = torch.ones(n, dtype=torch.bool)
+    if rows is not None:
+        of_map[:] = False
+        of_map[places("rows", rows, n, "query rows of the maps")] = True
+    return of_map
 
 
 def _choose_layers(sites: Mapping[int, Site], layers: Layers, n_layers: int) -> list[int]:
     if layers is None:
         return sorted(sites)
-    wanted = wholes("layers", layers, none_at_all=True)
+    wanted = wholes("layers", layers)
     chosen = [layer + n_layers if layer < 0 else layer for layer in wanted]
     unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in sites]
-    if unknown or not chosen:
+    if unknown:
         raise BadInput(
-            f"found layers={reprlib.repr(unknown or wanted)}; there are maps for layers "
+            f"found layers={reprlib.repr(unknown)}; there are maps for layers "
             f"{spell_layers(sorted(sites))}. Give one or several of these; negative counts from "
             f"the end of the model's {n_layers}."
         )

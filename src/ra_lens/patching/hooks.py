@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.head_names import Heads
-from ra_lens.numbers import Real, Whole, real, whole_or_none, wholes
+from ra_lens.numbers import Real, Whole, real, whole_or_none
 from ra_lens.patching.addition import Addition, Placer
 from ra_lens.patching.choose import Rows, choose_heads, choose_rows
 from ra_lens.patching.edits import Where, added, renormalised, stepped
@@ -96,8 +96,7 @@ def patch_hooks(
     chosen = choose_heads(present, heads=heads, layers=layers, n_layers=total)
     _check_sides([sites[layer] for layer in chosen], align, attention_mask)
     _check_routes([sites[layer] for layer in chosen], variant=renormalise or at == "scores")
-    if rows is not None and not isinstance(rows, slice):
-        rows = wholes("rows", rows, none_at_all=True)  # once, for all layers
+    rows = list(rows) if isinstance(rows, Iterator) else rows  # which every layer reads
     placer = Placer(align, read_mask(attention_mask))
     pairs: HookPairs = []
     for layer, of_layer in chosen.items():

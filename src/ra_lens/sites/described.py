@@ -16,6 +16,7 @@ from ra_lens.numbers import Wholes, wholes
 from ra_lens.sites.facts import processing_problems, remarks
 from ra_lens.sites.find import find_sites
 from ra_lens.sites.folding import value_biases_folded
+from ra_lens.sites.guards import is_hooked_by_a_user
 from ra_lens.sites.plain import weights_processed
 from ra_lens.sites.reader import Reader
 from ra_lens.sites.site import Site, spell_layers
@@ -64,11 +65,11 @@ class Described(Reader):
         """
         if layers is None:
             return dict(self.sites)
-        wanted = wholes("layers", layers, none_at_all=True)
+        wanted = wholes("layers", layers)
         chosen = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
         unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in self.sites]
-        if unknown or not chosen:
-            found = reprlib.repr(unknown or wanted)  # a hundred thousand are not spelled out
+        if unknown:
+            found = reprlib.repr(unknown)  # a hundred thousand are not spelled out
             raise BadInput(
                 f"found layers={found}; {self.name} has attention at layers "
                 f"{spell_layers(list(self.sites))}. Give one or several of these; negative counts "
@@ -103,12 +104,20 @@ class Described(Reader):
         names = dict.fromkeys(site.block for site in sites)
         return [self._model.get_submodule(name) for name in names]
 
+    @property
+    def _innermost(self) -> nn.Module:
+        inside = getattr(self._model, "original_model", None)  # which a bridge does not register
+        return inside if isinstance(inside, nn.Module) else self.module
+
     @cached_property
     def _modules(self) -> list[nn.Module]:
-        inside = getattr(self._model, "original_model", None)  # which a bridge does not register
-        roots = [self.module, *([inside] if isinstance(inside, nn.Module) else [])]
+        roots = dict.fromkeys([self.module, self._innermost])
         # A bridge and what it wraps share modules.
         return list({id(m): m for root in roots for m in nn.Module.modules(root)}.values())
+
+    @cached_property
+    def _attentions(self) -> list[nn.Module]:
+        return [self._model.get_submodule(site.prefix) for site in self.sites.values()]
 
     # ---- facts ----------------------------------------------------------------------------------
 
@@ -167,6 +176,23 @@ class Described(Reader):
         return next(floating, torch.float32)
 
     @property
+    def in_float16(self) -> bool:
+        """Whether it computes in float16, in part at least."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            return True
+        return any(
+            parameter is not None and parameter.dtype == torch.float16
+            for module in self._modules
+            for parameter in module._parameters.values()  # pyright: ignore[reportPrivateUsage]
+        )
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks of the user's are on it, on a hook point or on any module."""
+        return any(map(is_hooked_by_a_user, self._modules))
+
+    @property
     def state(self) -> tuple[object, ...]:
         """What a model can be turned into while it stays the same object."""
         compatible = getattr(self._model, "compatibility_mode", False)
@@ -195,12 +221,6 @@ class Described(Reader):
         """Whether a hook of the user's waits where the logits come out, at every position."""
         point: Any = self.hook_points.get("unembed.hook_out")
         return point is not None and bool(point.fwd_hooks)
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether there are TransformerLens hooks on the model, other than permanent ones."""
-        points: list[Any] = list(self.hook_points.values())
-        return any(not handle.is_permanent for point in points for handle in point.fwd_hooks)
 
     def remarks(self, site: Site) -> list[str]:
         """What is unusual about an attention layer, as its module says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
+
+# Who attaches hooks of its own to the modules of a model, which edit nothing that a user would.
+_LIBRARIES = ("transformer_lens.", "transformers.", "accelerate.")
+
+
+def is_hooked_by_a_user(module: nn.Module) -> bool:
+    """Whether a module has a hook that no library attached by itself."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = (hook for name in names for hook in getattr(module, name).values())
+    return any(not _home(hook).startswith(_LIBRARIES) for hook in hooks)
+
+
+def _home(hook: Any) -> str:
+    """Where a hook was written; of one that a hook point has wrapped, the one inside."""
+    home = getattr(hook, "__module__", None) or ""
+    if home == "transformer_lens.hook_points":
+        hook = inspect.getclosurevars(hook).nonlocals.get("hook")
+        home = getattr(hook, "__module__", None) or ""
+    return home
 
 
 def refuse_dropout(model: nn.Module) -> None:
@@ -28,6 +48,27 @@ def refuse_dropout(model: nn.Module) -> None:
                 f"with probability {rate:g}: dropout acts before hook_pattern, so the map "
                 "would not be the gradient of this loss. Call model.eval() first."
             )
+
+
+def refuse_checkpointing(modules: Iterable[nn.Module]) -> None:
+    """Raise if blocks would run without a graph, and again in the backward pass."""
+    for module in modules:
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise UnsupportedModel(
+                "the model is in train mode with gradient checkpointing, which runs its blocks "
+                "without gradients, and again in the backward pass. Call model.eval() first, or "
+                "gradient_checkpointing_disable() of the Hugging Face model "
+                "(model.original_model). run_with_ra(recompute=True) saves as much memory."
+            )
+
+
+def refuse_meta(device: torch.device, name: str) -> None:
+    """Raise where a forward pass would compute nothing."""
+    if device.type == "meta":
+        raise UnsupportedModel(
+            f"{name} is on the meta device, where tensors have a shape and no values. Load it with "
+            "its weights, on a CPU or GPU: ra_lens.load_model(name, device='cpu')."
+        )
 
 
 def refuse_inference_mode(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ra_lens.replaced import replaced
+from ra_lens.sites.kept import forget_pattern
 
 Function = Callable[[Tensor], Tensor]
 
@@ -43,17 +44,16 @@ def no_attention_returned(
 ) -> Generator[None, None, None]:
     """Let no pattern outlive its layer in a bridge, while the context is open.
 
-    It asks the Hugging Face model to return them all at the end, and with joint queries, keys and
-    values it keeps each one in an attribute, `_pattern`, which nothing reads.
+    It asks the Hugging Face model to return them all at the end, and may keep each one in an
+    attribute; see `ra_lens.sites.kept`.
     """
     configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}.values()
     asked: list[Any] = [c for c in configs if getattr(c, "output_attentions", False) is True]
 
     def forget(attention: nn.Module, _args: Any, _output: Any) -> None:
-        vars(attention)["_pattern"] = None
+        forget_pattern(attention)
 
-    keeping = [module for module in attentions if "_pattern" in vars(module)]
-    handles = [module.register_forward_hook(forget) for module in keeping]
+    handles = [module.register_forward_hook(forget) for module in attentions]
     try:
         for config in asked:
             config.output_attentions = False
@@ -67,6 +67,8 @@ def no_attention_returned(
 
 def _fused(module: Any) -> tuple[str, Function] | None:
     """Attribute of a module that has a faster equal, and that equal."""
+    if "forward" in vars(module):  # somebody's own, as accelerate puts it there
+        return None
     kind = type(module)
     if kind.__name__ == "NewGELUActivation":  # transformers
         return "forward", partial(functional.gelu, approximate="tanh")

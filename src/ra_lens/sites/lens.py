@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.sites.alone import alone
 from ra_lens.sites.described import Described
 from ra_lens.sites.guards import (
     fully_masked_rows_apart,
+    refuse_checkpointing,
     refuse_dropout,
     refuse_inference_mode,
+    refuse_meta,
     without_hooks,
 )
+from ra_lens.sites.kept import forget_pattern, tensors_put_back
 from ra_lens.sites.lean import lean, no_attention_returned
 from ra_lens.sites.plain import huggingface_logits
 from ra_lens.sites.reading import reading_at
@@ -34,16 +38,33 @@ def as_lens(model: nn.Module) -> Lens:
     Raises:
         UnsupportedModel: not a HookedTransformer or TransformerBridge, or no hook_pattern.
     """
-    mro = {cls.__name__ for cls in type(model).__mro__}
-    if "TransformerBridge" in mro:
-        return Lens(model, "TransformerBridge")
-    if "HookedTransformer" in mro:
-        return Lens(model, "HookedTransformer")
+    kind = _kind_of(model)
+    if kind is not None:
+        return Lens(model, kind)
+    found = f"found a {type(model).__module__}.{type(model).__name__}"
+    parts = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    for name, part in parts.items():
+        if (kind := _kind_of(part)) is not None:
+            raise UnsupportedModel(
+                f"{found} around a {kind}. ra_lens attaches hooks to the model itself and runs it, "
+                f"without what is around it: give model.{name}."
+            )
+    inside = next((name for name, part in parts.items() if _is_of(part, "PreTrainedModel")), "")
     raise UnsupportedModel(
-        f"found a {type(model).__module__}.{type(model).__name__}; ra_lens reads a TransformerLens "
-        "HookedTransformer or TransformerBridge. Load one with ra_lens.load_model(name), or wrap "
-        "a Hugging Face model with TransformerBridge.boot_transformers(name, hf_model=model)."
+        f"{found}; ra_lens reads a TransformerLens HookedTransformer or TransformerBridge. Load "
+        "one with ra_lens.load_model(name), or wrap a Hugging Face model with "
+        f"TransformerBridge.boot_transformers(name, hf_model=model{inside and '.'}{inside})."
     )
+
+
+def _kind_of(model: object) -> Literal["HookedTransformer", "TransformerBridge"] | None:
+    if _is_of(model, "TransformerBridge"):
+        return "TransformerBridge"
+    return "HookedTransformer" if _is_of(model, "HookedTransformer") else None
+
+
+def _is_of(model: object, class_name: str) -> bool:
+    return any(cls.__name__ == class_name for cls in type(model).__mro__)
 
 
 class Lens(Described):
@@ -65,8 +86,9 @@ class Lens(Described):
             encoded: Tokens and mask of an encoder-decoder's encoder.
 
         Raises:
-            UnsupportedModel: an encoder-decoder, and nothing for its encoder.
+            UnsupportedModel: an encoder-decoder, and nothing for its encoder; or no weights.
         """
+        self.refuse_meta()
         options: dict[str, Any] = {}
         if self.reads == "input, then answer":
             if encoded is None:
@@ -80,7 +102,9 @@ class Lens(Described):
             tokens, attention_mask = encoded
         if self._guesses_mask or not bool(attention_mask.all()):
             options["attention_mask"] = attention_mask.long()
-        return self._model(tokens, return_type="logits", **options)
+        logits: Tensor = self._model(tokens, return_type="logits", **options)
+        refuse_meta(logits.device, self.name)  # which the configuration may not say
+        return logits
 
     @property
     def _guesses_mask(self) -> bool:
@@ -92,18 +116,30 @@ class Lens(Described):
 
     @contextmanager
     def hooks(self, fwd_hooks: list[tuple[Any, Any]]) -> Generator[None, None, None]:
-        """Attach TransformerLens forward hooks while the context is open."""
-        if not fwd_hooks:
-            yield
-            return
+        """Attach TransformerLens forward hooks while the context is open.
+
+        Attention layers then keep the tensors that they kept before.
+
+        Raises:
+            UnsupportedModel: another thread is running this model with hooks of its own.
+        """
         # HookedTransformer's own context resets this flag, which belongs to the user's hooks.
         was_caching = getattr(self._model, "is_caching", None)
-        try:
-            with self._model.hooks(fwd_hooks=fwd_hooks):
+        attentions = set(self._attentions)
+        with alone(self._innermost, self.name), tensors_put_back(attentions, attentions):
+            if not fwd_hooks:
                 yield
-        finally:
-            if was_caching is not None:
-                self._model.is_caching = was_caching
+                return
+            try:
+                with self._model.hooks(fwd_hooks=fwd_hooks):
+                    yield
+            finally:
+                if was_caching is not None:
+                    self._model.is_caching = was_caching
+
+    def only_run(self) -> AbstractContextManager[None]:
+        """Let this be the only run of the model; see `ra_lens.sites.alone`."""
+        return alone(self._innermost, self.name, run=True)
 
     def without_hooks(self) -> AbstractContextManager[None]:
         """Leave out the TransformerLens hooks on the model while the context is open."""
@@ -146,9 +182,19 @@ class Lens(Described):
         if any(site.observe_only is not False for site in self.sites.values()):
             yield
             return
-        attentions = [self._model.get_submodule(site.prefix) for site in self.sites.values()]
-        with no_attention_returned(self._modules, attentions):
+        with no_attention_returned(self._modules, self._attentions):
             yield
+
+    def tensors_put_back(self) -> AbstractContextManager[None]:
+        """Let all modules keep the tensors that they kept before; see `ra_lens.sites.kept`."""
+        points = {id(point) for point in self.hook_points.values()}  # most modules; they keep none
+        modules = (module for module in self._modules if id(module) not in points)
+        return tensors_put_back(modules, set(self._attentions))
+
+    def forget_patterns(self) -> None:
+        """Let no attention layer keep its last pattern."""
+        for attention in self._attentions:
+            forget_pattern(attention)
 
     @contextmanager
     def parameters_frozen(self) -> Generator[None, None, None]:
@@ -189,9 +235,17 @@ class Lens(Described):
 
     # ---- guards ---------------------------------------------------------------------------------
 
+    def refuse_checkpointing(self) -> None:
+        """Raise if blocks would run again in the backward pass."""
+        refuse_checkpointing(self._modules)
+
     def refuse_dropout(self) -> None:
         """Raise if a forward pass would draw dropout masks."""
         refuse_dropout(self.module)
+
+    def refuse_meta(self) -> None:
+        """Raise if the model has no weights."""
+        refuse_meta(self.device, self.name)
 
     def refuse_inference_mode(self) -> None:
         """Raise if tensors made now could never take part in a backward pass."""
