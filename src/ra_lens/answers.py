@@ -282,7 +282,7 @@ def _ask_answers(
     marks = mark(logits.flatten(0, 1), torch.tensor(ids).flatten())
     theirs = torch.arange(width) < torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
 
-    def by_token(values: Tensor, beyond: float) -> Tensor:
+    def by_token(values: Tensor, beyond: int | float) -> Tensor:
         return values.reshape(theirs.shape).where(theirs, torch.tensor(beyond).to(values))
 
     return Marks(
