@@ -169,6 +169,23 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OpenAIGPTLMHeadModel",
         {"n_layer": 2, "n_embd": 24, "n_head": 4, "n_positions": 32, "vocab_size": D_VOCAB},
     ),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"n_layer": 2, "hidden_size": 24, "n_head": 4, "vocab_size": D_VOCAB},
+    ),
+    "mpt": (
+        "MptConfig",
+        "MptForCausalLM",
+        {
+            "n_layers": 2,
+            "d_model": 24,
+            "n_heads": 4,
+            "max_seq_len": 32,
+            "expansion_ratio": 2,
+            "vocab_size": D_VOCAB,
+        },
+    ),
     # TransformerLens does not load it without multi_query.
     "gpt_bigcode": (
         "GPTBigCodeConfig",

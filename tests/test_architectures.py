@@ -118,6 +118,22 @@ def test_a_run_leaves_no_graph_on_any_module_and_the_model_can_be_copied(arch, b
         assert torch.equal(again(IDS, **inputs), model(IDS, **inputs))
 
 
+@pytest.mark.parametrize("arch", ["bloom", "mpt"])
+def test_an_mlp_that_adds_to_the_residual_stream_itself_is_read_where_answers_are(arch, both):
+    model, reference = both(arch)
+    answers = torch.tensor([[7, 9, 2], [4, 6, 1]])
+    read = torch.cat([IDS, answers], dim=1)
+
+    def mean_nll(logits):
+        chosen = logits[:, POS - 1 : -1].log_softmax(-1).gather(-1, answers[..., None])
+        return -chosen.squeeze(-1).mean(dim=1).sum()
+
+    gradients, _ = reference.score_gradients(read, mean_nll)
+    _, ra = run_with_ra(model, IDS, target=sequence_nll(answers.tolist()))
+    for layer, gradient in enumerate(gradients):
+        assert relative(ra["ra", layer] / ra.scale[layer], gradient) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["ra", "pattern"])
 @pytest.mark.parametrize("arch", [a for a in EXACT if a != "gpt_oss"])
 def test_a_map_added_is_added_to_hugging_faces_pattern(arch, kind, both):

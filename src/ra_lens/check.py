@@ -375,15 +375,19 @@ def _padding(
 def _worst(together: RACache, alone: Sequence[RACache]) -> float:
     """Largest relative error of R in a batch, of the examples that also ran alone."""
     errors: list[Tensor] = []
+    sizes: list[Tensor] = []
     for i, (one, start) in enumerate(zip(alone, together.info.starts or (), strict=True)):
         for layer, site in together.sites.items():
             wanted = one["ra", layer][0]
             sides = zip((site.query_side, site.key_side), wanted.shape[-2:], strict=True)
             firsts = [(start if side == "input" else 0, n) for side, n in sides]
             rows, columns = (slice(first, first + n) for first, n in firsts)
-            error = (together["ra", layer][i, :, rows, columns] - wanted).norm()
-            errors.append(error / wanted.norm().clamp(min=torch.finfo(wanted.dtype).tiny))
-    return float(torch.stack(errors).max())
+            errors.append((together["ra", layer][i, :, rows, columns] - wanted).norm())
+            sizes.append(wanted.norm())
+    # Where R is next to nothing its rounding is not.
+    size = torch.stack(sizes)
+    size = size.clamp(min=max(1e-3 * float(size.max()), torch.finfo(size.dtype).tiny))
+    return float((torch.stack(errors) / size).max())
 
 
 # ---- what is said --------------------------------------------------------------------------------

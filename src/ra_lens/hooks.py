@@ -41,10 +41,11 @@ def get_ra_caching_hooks(
 
     Put these before hooks of your own that edit the pattern: R is taken where they stand in the
     order. A loss averaged over the batch gives maps divided by its size. What is padding is not
-    known here: its rows and columns are zero only if your mask and loss make them so. The backward
-    pass is yours: unless parameters are frozen it also fills their `.grad`. Another one, through
-    the same graph (`retain_graph=True`) or the next, replaces the maps. A loss over several forward
-    passes (clean and corrupted) needs one set of hooks for each of them.
+    known here: its rows and columns are zero only if your mask and loss make them so, and not every
+    model obeys a mask (`check_model` tells). The backward pass is yours: unless parameters are
+    frozen it also fills their `.grad`. Another one, through the same graph (`retain_graph=True`) or
+    the next, replaces the maps. A loss over several forward passes (clean and corrupted) needs one
+    set of hooks for each of them.
 
     Args:
         model: A HookedTransformer or TransformerBridge.

@@ -11,10 +11,11 @@ a mask, some count positions from the first column. It is found by looking, not 
   it (`watched`).
 
 Where this does not hold, prompts run in groups of one length, without padding and so without a
-mask, which is exact. `together` is the one place that says which prompts these are.
+mask, which is exact. Whoever runs prompts asks here which of them may share a batch.
 
-Cost: three forward passes of one prompt for each side that is padded, once per model and again for
-wider batches than seen before; in a padded batch the largest weight of each query and key.
+Cost: three forward passes of one or two prompts for each side that is padded, once per model and
+again for wider batches than seen before; in a padded batch the largest weight of each query and
+key.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ from ra_lens.sites import Lens, Side, Site
 
 _N_READ = 8  # positions of each prompt at which logits are compared
 _NOTHING = torch.finfo(torch.float32).eps  # a smaller weight is none
-# What float32 is rounded to in products, by torch's own word for it.
-_MATMUL = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
 # The widest batches in which padding was seen to be hidden from a model's prompts, of an encoder
 # and of the rest, by what may change that; None where it was seen not to be.
 _seen: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[int, int] | None]] = (
@@ -50,20 +49,11 @@ class PaddingShows(UnsupportedModel):
 # ---- which prompts run together ------------------------------------------------------------------
 
 
-def together(lens: Lens, prompts: Prompts, encoded: Prompts | None = None) -> list[list[int]]:
-    """Give the indices of the prompts that may run in one batch: all, or those of each length.
-
-    Args:
-        lens: The model.
-        prompts: What is to be read; what the decoder reads in an encoder-decoder.
-        encoded: What an encoder-decoder's encoder reads.
-
-    Returns:
-        Groups of indices in rising order; shorter prompts first.
-    """
-    if padding_is_hidden(lens, prompts, encoded):
+def together(lens: Lens, prompts: Prompts) -> list[list[int]]:
+    """Give the indices of the prompts that may run in one batch: all, or those of each length."""
+    if padding_is_hidden(lens, prompts):
         return [list(range(len(prompts)))]
-    return of_one_length(prompts, encoded)
+    return of_one_length(prompts)
 
 
 def of_one_length(prompts: Prompts, encoded: Prompts | None = None) -> list[list[int]]:
@@ -185,6 +175,7 @@ def _same_as_alone(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> boo
     def run(part: Callable[[Prompts], Prompts]) -> list[list[Tensor]]:
         return _run(lens, part(prompts), None if encoded is None else part(encoded))
 
+    rounding = _rounding(lens)
     with lens.without_hooks(), lens.lean(), lens.no_attention_returned():
         try:
             padded = run(lambda read: read.chosen(chosen))
@@ -192,7 +183,8 @@ def _same_as_alone(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> boo
             return False
         for i, found in zip(chosen, padded, strict=True):
             [wanted] = run(lambda read, i=i: read.chosen([i]).unpadded())
-            if not all(_agree(lens, *pair) for pair in zip(found, wanted, strict=True)):
+            pairs = zip(found, wanted, strict=True)
+            if not all(_agree(*pair, rounding=rounding) for pair in pairs):
                 return False
     return True
 
@@ -239,18 +231,28 @@ def _sketch(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "query he
     return (wide @ waves.to(wide.dtype)).T
 
 
+def _rounding(lens: Lens) -> float:
+    """How far products are off here and now: float32 may be TensorFloat32, or autocast."""
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).to(lens.dtype)
+    found = (x.to(lens.device) @ x.to(lens.device)).cpu().double()
+    wanted = x.double() @ x.double()
+    error = float((found - wanted).norm() / wanted.norm())
+    return max(error, torch.finfo(lens.dtype).eps, _NOTHING)
+
+
 def _agree(
-    lens: Lens, found: Float[Tensor, "token feature"], wanted: Float[Tensor, "token feature"]
+    found: Float[Tensor, "token feature"],
+    wanted: Float[Tensor, "token feature"],
+    *,
+    rounding: float,
 ) -> bool:
     """Whether two values are the same up to rounding: half of their digits are.
 
     In half precision that is asked of the middle token, not of the worst: rounding sends some to
     another expert, and padding in the wrong place moves all.
     """
-    precision = _MATMUL[torch.get_float32_matmul_precision()]
-    eps = max(torch.finfo(dtype).eps for dtype in (lens.dtype, wanted.dtype, precision))
     difference = (found - wanted).where(found != wanted, 0.0).float()  # infinities may be equal
+    errors = difference.norm(dim=-1)
     size = wanted.float().nan_to_num(0.0, 0.0, 0.0).square().sum(dim=-1).mean().sqrt()
-    errors = difference.norm(dim=-1) / size
-    exact = eps <= torch.finfo(torch.float32).eps
-    return bool((errors.max() if exact else errors.median()) <= eps**0.5)
+    error = errors.max() if rounding < 1e-5 else errors.median()
+    return bool(error <= rounding**0.5 * size)

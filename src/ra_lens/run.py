@@ -2,7 +2,8 @@
 
 Cost: about one forward pass without the unembedding, and one backward pass from the positions read
 down to the first layer asked for, with respect to activations only. Parameters get no gradient;
-logits are computed where the loss reads them.
+logits are computed where the loss reads them. Before a model's first padded batch there are three
+forward passes of one or two prompts (`ra_lens.padding`).
 
 Each example has its own loss and the losses are summed, so an example's maps do not depend on the
 batch it ran in.
@@ -81,7 +82,9 @@ def run_with_ra(
         model: A HookedTransformer or TransformerBridge, in eval mode if it has dropout.
         input: A prompt, several prompts (padded as the tokenizer pads), or token ids: one row, or
             `[batch, pos]`, as a tensor, an array or lists. Or what a tokenizer gives
-            (`BatchEncoding`, any mapping with `input_ids`), whose mask is used.
+            (`BatchEncoding`, any mapping with `input_ids`), whose mask is used. Where padding would
+            change what the model computes, prompts run in groups of one length
+            (`ra_lens.padding`); what is returned is laid out the same.
         target: What the loss is −log p of: text, a token id, or one of either per example. Text
             of several tokens is appended to the prompt and the loss is the mean over its tokens
             (if one of several answers is such, all are appended). Rows of ids, `[batch, k]`, are
@@ -104,9 +107,12 @@ def run_with_ra(
         device: Where to keep maps and logits. Default: where they are made.
         dtype: In what to keep them, a floating-point dtype. Default: float32 (float64 for a float64
             model); R is computed in that before it is converted.
-        fwd_hooks: TransformerLens hooks for this run, as in `run_with_hooks`.
+        fwd_hooks: TransformerLens hooks for this run, as in `run_with_hooks`. Where prompts run in
+            groups of one length, they get one group at a time (with a metric of your own: twice),
+            without padding, and a warning says so.
         return_logits: `"read"`: logits at the positions the loss reads, `[:, -1]` being the last
-            of them (for a metric of your own: at the last token). `"all"`: at every position.
+            of them (for a metric of your own: at the last token). `"all"`: at every position; those
+            at padding mean nothing.
         batch_size: Run so many prompts at a time, with a progress bar if there are several
             batches. Default: all at once.
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
@@ -164,7 +170,7 @@ def run_with_ra(
     encoded = None
     if lens.reads == "input, then answer":
         if prompts.texts is not None and padding_side is None:
-            # BART counts positions from the first column, padding or not.
+            # Where most count their positions right, so that all run in one batch.
             prompts = replace(prompts, padding_side="right")
         encoded, prompts = prompts, read_decoder_prompts(lens, decoder_input, len(prompts))
     elif decoder_input is not None:
