@@ -211,9 +211,10 @@ class Collector:
         return result
 
     def _at_pattern(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # TransformerLens hooks are forward hooks of the HookPoint; where the pattern is only
-        # shown, further hook points may get the same tensor.
-        hooked = bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
+        # TransformerLens hooks are forward hooks of the HookPoint; this is one of its pre-hooks.
+        # Where the pattern is only shown, further hook points may get the same tensor.
+        others = len(module._forward_pre_hooks) > 1  # pyright: ignore[reportPrivateUsage]
+        hooked = others or bool(module._forward_hooks)  # pyright: ignore[reportPrivateUsage]
         edited_next = hooked or self._sites[layer].observe_only is not False
         return (self.observe(layer, args[0], copy=edited_next), *args[1:])
 
