@@ -376,17 +376,18 @@ def test_kv_groups_are_those_of_the_model(arch, kind, shared):
         ra.kv_group(True)
 
 
+@pytest.mark.parametrize("n_kv", [N_KV, 1])  # two groups of two heads, one of four
 @pytest.mark.parametrize("kind", KINDS)
-def test_query_heads_of_one_group_share_their_values(kind, shared):
+def test_query_heads_of_one_group_share_their_values(kind, n_kv, shared):
     # An oracle for kv_group: G = dL/dz Vᵀ, so the rows of G lie in the span of V's columns. With
     # 14 tokens and 6 numbers per head only the right V spans them.
-    model, ids = shared("llama", kind), random_ids(1, 14)
+    model, ids = shared("llama", kind, num_key_value_heads=n_kv), random_ids(1, 14)
     _, ra = run_with_ra(model, ids, target=8)
     _, cache = model.run_with_cache(ids)
-    value = cache["v", 0].reshape(14, N_KV, -1).double()
+    value = cache["v", 0].reshape(14, n_kv, -1).double()
     for head in range(N_HEADS):
         rows = ra["pattern_grad", 0][0, head].double().T
-        for group in range(N_KV):
+        for group in range(n_kv):
             v = value[:, group]
             off = relative(v @ torch.linalg.lstsq(v, rows).solution, rows)
             assert (off < 1e-4) == (group == ra.kv_group(head))

@@ -143,6 +143,20 @@ def test_patches_compose_with_transformer_lens_activation_patching(kind, shared)
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_patched_model_does_not_look_ahead(arch, kind, shared):
+    """Maps with numbers above the diagonal, as no run makes them."""
+    model = shared(arch, kind)
+    _, ra = run_with_ra(model, IDS, target=TARGET)
+    full = {layer: torch.full((N_HEADS, POS, POS), 0.1) for layer in range(N_LAYERS)}
+    hooks = patch_hooks(full, ra.sites, scale=1.0)
+    other = IDS.clone()
+    other[:, -1] = IDS[:, 0]
+    found, changed = logits_with(model, hooks), logits_with(model, hooks, other)
+    assert relative(changed[:, :-1], found[:, :-1]) < 1e-6
+    assert relative(found[:, :-1], logits_with(model, [])[:, :-1]) > 1e-2
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_maps_of_each_example_patch_that_example(arch, kind, shared):
     model = shared(arch, kind)
     _, ra = run_with_ra(model, IDS, target=TARGET)

@@ -358,6 +358,16 @@ def test_predictions_are_those_of_the_model_before_and_after(shared: Any, target
         assert found[i].after.target > found[i].before.target  # a small step of descent
 
 
+def test_the_patch_is_the_papers_step_where_no_scale_is_given(shared: Any) -> None:
+    model = shared("gpt2", KINDS[0])
+    _, ra = run_with_ra(model, "w5 w7", target=" w8")
+    one = patched_predictions(model, "w5 w7", ra, target=" w8")[0]
+    with torch.no_grad():
+        hooks = ra.mean().patch_hooks(scale=-30.0)
+        logits = model.run_with_hooks(model.to_tokens("w5 w7"), fwd_hooks=hooks)[0, -1]
+    assert one.after.target == pytest.approx(logits.softmax(-1)[8].item(), rel=1e-4)
+
+
 def test_the_probability_of_several_tokens_is_that_of_all_of_them(shared: Any) -> None:
     model = shared("gpt2", KINDS[0])
     _, ra = run_with_ra(model, "w5 w7", target=" w8 w9")
