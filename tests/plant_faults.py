@@ -1,0 +1,729 @@
+"""Plant faults in the source, one at a time, and tell which of them the tests find.
+
+    python tests/plant_faults.py                          # all of them, against the default run
+    python tests/plant_faults.py --only journal           # those with this in their name or kind
+    python tests/plant_faults.py --tier ci --out f.jsonl  # and against the CI tier what is left
+
+A fault is a mistake that somebody could make while moving code, written as one text in the place
+of another. The text must stand exactly once in the source, in whatever file: code may move, and a
+fault whose text was rewritten says so and is to be written anew.
+
+Each fault goes into a copy of the working tree, where the test files that speak most of the
+changed code run, up to the first failure. What they do not find is planted together, for one whole
+default run; the tests that fail in it then run against each of these faults alone. So it goes with
+what only CI runs. A test that fails without any fault has found none.
+Each result is a line of the file of `--out`, where a later call goes on. Delete it after a change.
+
+Cost: about half a minute for each fault, and a default run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = Path("src", "ra_lens")
+DEFAULT_RUN: tuple[str, ...] = ()
+CI_RUNS = (
+    ("tests/conformance", "--every-model"),
+    ("--check-shapes",),
+)
+"""What CI runs beside the default run, as arguments of pytest."""
+ALONE = ("-x", "-n", "0", "-p", "no:randomly")
+"""In one process, in the order given, up to the first failure."""
+TIERS = ("nearest", "default", "ci")
+N_NEAREST = 6
+MINUTES = 40
+"""After these a run counts as one that a fault keeps from ending."""
+NO_END = f"no end after {MINUTES} minutes"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake: `new` in the place of `old`, which stands once in the source."""
+
+    name: str
+    kind: str
+    old: str
+    new: str
+
+
+FAULTS = (
+    # ---- the formula and its scale --------------------------------------------------------------
+    Fault(
+        "no sum over the row",
+        "formula",
+        "torch.ops.aten._softmax_backward_data(pattern_grad, pattern, -1, pattern.dtype)",
+        "pattern * pattern_grad",
+    ),
+    Fault("no softmax scale", "formula", "return self.scale\n", "return 1.0\n"),
+    Fault(
+        "R instead of R~ handed on to the scores",
+        "formula",
+        '"pattern_grad": grad})\n        return step',
+        '"pattern_grad": grad})\n        return ra',
+    ),
+    Fault(
+        "divisor taken as factor (GPT-J)",
+        "scales",
+        '("scale_attn", lambda divisor: 1.0 / float(divisor))',
+        '("scale_attn", float)',
+    ),
+    Fault(
+        "scale of a patch is ascent",
+        "scales",
+        "= -30.0,\n    top:",
+        "= 30.0,\n    top:",
+    ),
+    Fault(
+        "norms are sums of absolute values",
+        "scales",
+        "value.flatten(start_dim=-2).norm(dim=-1)",
+        "value.flatten(start_dim=-2).norm(p=1, dim=-1)",
+    ),
+    Fault(
+        "ranking sums over examples",
+        "scales",
+        'cache.norms("ra").cpu().double().mean(dim=0)',
+        'cache.norms("ra").cpu().double().sum(dim=0)',
+    ),
+    Fault(
+        "a mean counts batches", "scales", "self._running.count += ", "self._running.count += 1 or "
+    ),
+    Fault("groups taken as heads", "heads", "return heads // groups", "return groups"),
+    Fault(
+        "grouped heads in another order",
+        "heads",
+        "values.to(wide).repeat_interleave(groups, dim=2)",
+        "values.to(wide).repeat(1, 1, groups, 1)",
+    ),
+    Fault(
+        "table by head, then layer",
+        "heads",
+        '"{kind}_norm": cache.norms(kind)',
+        '"{kind}_norm": cache.norms(kind).mT.reshape_as(cache.norms(kind))',
+    ),
+    Fault(
+        "negative layers count from the last one collected",
+        "heads",
+        "layer + n_layers if layer < 0 else layer\n    return sites",
+        "layer + len(sites) if layer < 0 else layer\n    return sites",
+    ),
+    Fault(
+        "keys of cross-attention are the decoder's",
+        "heads",
+        'return "input" if self.cross else self.query_side',
+        "return self.query_side",
+    ),
+    # ---- signs ----------------------------------------------------------------------------------
+    Fault(
+        "logit difference upside down",
+        "signs",
+        "(_pick(last, wrong) - _pick(last, right))",
+        "(_pick(last, right) - _pick(last, wrong))",
+    ),
+    Fault(
+        "CM1 with the sign of the paper's code",
+        "signs",
+        "(before[:, None, None] - after)",
+        "(after - before[:, None, None])",
+    ),
+    Fault(
+        "CM2 with the sign of CM1",
+        "signs",
+        "(after - before[:, None, None])",
+        "(before[:, None, None] - after)",
+    ),
+    Fault(
+        "figures show R as −R",
+        "signs",
+        'signed = -maps.ra if sign == "descent"',
+        'signed = maps.ra if sign == "descent"',
+    ),
+    Fault("the page shows R as −R", "signs", "facts.limit * (minus ? -1 : 1)", "facts.limit"),
+    Fault(
+        "descent said to lower what it raises",
+        "signs",
+        'return "more" if self.ra < 0 else',
+        'return "more" if self.ra > 0 else',
+    ),
+    Fault(
+        "paths follow less for more",
+        "signs",
+        "return np.maximum(-maps, 0.0)",
+        "return np.maximum(maps, 0.0)",
+    ),
+    # ---- masks ----------------------------------------------------------------------------------
+    Fault(
+        "a map above the diagonal is added",
+        "masks",
+        "maps.tril() if site.causal and not site.cross else maps",
+        "maps",
+    ),
+    Fault(
+        "placed maps lose their diagonal",
+        "masks",
+        "keep & (columns <= rows)",
+        "keep & (columns < rows)",
+    ),
+    Fault(
+        "masking as a product keeps NaN",
+        "masks",
+        "torch.where(factors, by_head(z, n_heads), zero)",
+        "(by_head(z, n_heads) * factors)",
+    ),
+    Fault(
+        "one head more is unmasked",
+        "masks",
+        "place < heads[part, None, None]",
+        "place <= heads[part, None, None]",
+    ),
+    Fault(
+        "negative attention is not cut off",
+        "masks",
+        "(wide + addition.to(wide.dtype)).clamp(min=0)",
+        "(wide + addition.to(wide.dtype))",
+    ),
+    Fault(
+        "no gate in the addition through z",
+        "masks",
+        "product if gate is None else product * gate.reshape(*product.shape[:3], -1)",
+        "product",
+    ),
+    # ---- padding and positions ------------------------------------------------------------------
+    Fault(
+        "columns of padding stay",
+        "padding",
+        "value.where(rows & columns, 0.0)",
+        "value.where(rows, 0.0)",
+    ),
+    Fault(
+        "BOS taken for padding where both are one token",
+        "padding",
+        "(leading - 1).clamp(min=0)",
+        "leading.clamp(min=0)",
+    ),
+    Fault(
+        "padding on the left not counted", "padding", "[start + p for p in row]", "[p for p in row]"
+    ),
+    Fault(
+        "gradient of rows without a key",
+        "padding",
+        "grad.masked_fill(dead, 0.0)",
+        "grad",
+    ),
+    Fault(
+        "maps aligned to the wrong end",
+        "padding",
+        "index + (n_map - lengths).unsqueeze(1)",
+        "index + (lengths - n_map).unsqueeze(1)",
+    ),
+    Fault(
+        "answers read one position late",
+        "positions",
+        "list(range(n - 1, n - 1 + len(row)))",
+        "list(range(n, n + len(row)))",
+    ),
+    Fault(
+        "shorter answers laid to the left",
+        "positions",
+        "[[0] * (width - len(row)) + row for row in self.targets]",
+        "[row + [0] * (width - len(row)) for row in self.targets]",
+    ),
+    Fault(
+        "loss not divided by the answer's length",
+        "positions",
+        "nll.where(theirs, 0.0).sum(dim=1) / counts",
+        "nll.where(theirs, 0.0).sum(dim=1)",
+    ),
+    Fault(
+        "a position read twice counts twice",
+        "positions",
+        "found / times.to(found).unsqueeze(-1)",
+        "found",
+    ),
+    Fault(
+        "answers come back in the order of lengths",
+        "positions",
+        "order).argsort()  # back to the order given\n    return Marks(",
+        "order)\n    return Marks(",
+    ),
+    # ---- hooks and the state of the model -------------------------------------------------------
+    Fault(
+        "the pattern taken after other hooks",
+        "hook order",
+        "partial(self._at_pattern, layer), prepend=True",
+        "partial(self._at_pattern, layer), prepend=False",
+    ),
+    Fault(
+        "no copy before hooks that edit in place", "hook order", "copy=edited_next", "copy=False"
+    ),
+    Fault(
+        "a hook stays on the model",
+        "state",
+        "stack.callback(point.register_forward_hook(self._tap_input).remove)",
+        "point.register_forward_hook(self._tap_input)",
+    ),
+    Fault("parameters stay frozen", "state", "_switch(live, on=True)", "_switch(live, on=False)"),
+    Fault(
+        "flag of TransformerLens reset",
+        "state",
+        "self._model.is_caching = was_caching",
+        "self._model.is_caching = False",
+    ),
+    Fault(
+        "a faster norm with an epsilon of its own",
+        "scales",
+        'eps = getattr(module.config, "eps", 1e-5)',
+        "eps = 1e-5",
+    ),
+    Fault(
+        "only the first block runs again",
+        "blocks",
+        "for block in blocks[:-1]",
+        "for block in blocks[:1]",
+    ),
+    Fault(
+        "one block too many is skipped",
+        "blocks",
+        ".children())[: int(index)]",
+        ".children())[: int(index) + 1]",
+    ),
+    Fault(
+        "memory of the graph forgotten",
+        "memory",
+        "return max(self.maps, self.graph(lens))",
+        "return self.maps",
+    ),
+    Fault(
+        "check_model lets a wrong map pass",
+        "check",
+        "<= 0.2 * abs(predicted) + noise",
+        "<= 5.0 * abs(predicted) + noise",
+    ),
+    # ---- experiments ----------------------------------------------------------------------------
+    Fault(
+        "area by rectangles",
+        "experiments",
+        "(values[1:] + values[:-1]) / 2 * np.diff(shares)",
+        "values[1:] * np.diff(shares)",
+    ),
+    Fault(
+        "reversed order is the order", "experiments", "order = order[::-1]\n", "order = order[:]\n"
+    ),
+    Fault(
+        "ties in no order",
+        "experiments",
+        ".argsort(descending=True, stable=True)",
+        ".topk(len(self)).indices",
+    ),
+    Fault(
+        "tied answers are right",
+        "experiments",
+        "(k - self.above).double() / (1 + self.tied)",
+        "(k - self.above).double()",
+    ),
+    Fault("another seed of the split", "experiments", "= 42) -> Split:", "= 0) -> Split:"),
+    Fault(
+        "held out in one order of the words only",
+        "experiments",
+        "words = sorted(query.input.split(SEPARATOR))",
+        "words = query.input.split(SEPARATOR)",
+    ),
+    Fault(
+        "demonstrations hold the answer",
+        "experiments",
+        "[pair for pair in split.train if pair.input != query.input]",
+        "list(split.train)",
+    ),
+    Fault(
+        "best rest of a path is its next step",
+        "paths",
+        "rest[p] = np.max(log[p, :p] + rest[:p])",
+        "rest[p] = np.max(log[p, :p])",
+    ),
+    Fault(
+        "the beam keeps the first, not the best",
+        "paths",
+        "active = _best(going, top_beam, power)",
+        "active = going[:top_beam]",
+    ),
+    # ---- journals and files ---------------------------------------------------------------------
+    Fault(
+        "journal gone after a failure",
+        "journals",
+        "if finished or ",
+        "if True or ",
+    ),
+    Fault(
+        "journal of other settings taken",
+        "journals",
+        "if name not in NOT_SETTINGS",
+        "if name in NOT_SETTINGS",
+    ),
+    Fault(
+        "half a line stays in the journal",
+        "journals",
+        'end = data.rfind(b"\\n") + 1',
+        "end = len(data)",
+    ),
+    Fault(
+        "temporary file stays", "files", "temporary.unlink(missing_ok=True)", "temporary.exists()"
+    ),
+    Fault(
+        "files for the owner only",
+        "files",
+        "temporary.chmod(_mode(destination))",
+        "temporary.chmod(0o600)",
+    ),
+    Fault(
+        "the name none read as missing",
+        "files",
+        'keep_default_na=False, na_values=[""], dtype=texts',
+        "dtype=texts",
+    ),
+    # ---- escaping -------------------------------------------------------------------------------
+    Fault("text is markup", "escaping", "return escape(_UNREADABLE", "return str(_UNREADABLE"),
+    Fault(
+        "data can end its script block",
+        "escaping",
+        'separators=(",", ":")).replace("<", "\\\\u003c")',
+        'separators=(",", ":"))',
+    ),
+    Fault(
+        "paths can end their script block",
+        "escaping",
+        'safe = data.replace("<", "\\\\u003c")',
+        "safe = data",
+    ),
+    Fault("dollars are TeX to plotly", "escaping", ', ("$", "&#36;")):', "):"),
+    # ---- the command line -----------------------------------------------------------------------
+    Fault(
+        "negative numbers are options",
+        "command line",
+        'not word.startswith("-") or _NEGATIVE.match(word) is not None',
+        'not word.startswith("-")',
+    ),
+    Fault(
+        "a range of layers without its end",
+        "command line",
+        "several = range(int(first), int(last) + 1)",
+        "several = range(int(first), max(int(last), int(first) + 1))",
+    ),
+    Fault(
+        "--layers not handed on",
+        "command line",
+        "target=target, layers=layers, progress=False",
+        "target=target, progress=False",
+    ),
+    Fault("check ends like a crash", "command line", "typer.Exit(3)", "typer.Exit(1)"),
+    Fault(
+        "bad input ends like a crash",
+        "command line",
+        "typer.Exit(2 if expected else 1)",
+        "typer.Exit(1)",
+    ),
+    Fault("--escapes halves no backslash", "command line", r'r"\\[nt\\]"', r'r"\\[nt]"'),
+    Fault(
+        "--natural qa for the other kind",
+        "command line",
+        '== "qa" and task.kind == "natural"',
+        '== "qa" and task.kind == "icl"',
+    ),
+)
+
+
+# ---- where a fault goes, and which tests are near ------------------------------------------------
+
+
+def file_of(fault: Fault, root: Path = ROOT) -> Path:
+    """The file, below `root`, that holds the text of a fault.
+
+    Raises:
+        LookupError: it is not there exactly once.
+    """
+    files = [path for ext in ("py", "js", "css") for path in (root / SOURCE).rglob(f"*.{ext}")]
+    counts = {path: path.read_text(encoding="utf-8").count(fault.old) for path in files}
+    found = [path for path, count in counts.items() if count]
+    if sum(counts.values()) != 1:
+        where = ", ".join(str(path.relative_to(root)) for path in found) or "no file"
+        raise LookupError(
+            f"{fault.name!r}: its text is there {sum(counts.values())} times ({where}); once is "
+            f"needed. Write it as the code is now: {fault.old!r}"
+        )
+    return found[0].relative_to(root)
+
+
+def nearest(fault: Fault, root: Path) -> list[str]:
+    """Test files that name most of what the changed code defines and uses, the nearest first."""
+    path = root / file_of(fault, root)
+    text = path.read_text(encoding="utf-8")
+    weights = Counter(dict.fromkeys(re.findall(r"[a-z]\w{3,}", fault.old), 1.0))
+    weights[path.stem] += 2.0
+    if path.suffix == ".py":
+        line = text[: text.index(fault.old)].count("\n") + 1
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                around = node.lineno <= line <= (node.end_lineno or 0)
+                weights[node.name] += 5.0 if around else 1.0
+    files = sorted((root / "tests").rglob("test_*.py"))
+    tests = {str(file.relative_to(root)): file.read_text(encoding="utf-8") for file in files}
+    scores = dict.fromkeys(tests, 0.0)
+
+    def count(name: str, weight: float, texts: dict[str, str]) -> None:
+        pattern = re.compile(rf"(?<![a-z]){re.escape(name)}(?![a-z])")
+        counts = {test: len(pattern.findall(texts[test])) for test in texts}
+        rarity = 1 / max(1, sum(map(bool, counts.values())))
+        for test, n in counts.items():
+            scores[test] += weight * rarity * n**0.5
+
+    for name, weight in weights.items():
+        count(name, weight, tests)
+    # Tests are named as sentences, and so are faults.
+    titles = {t: " ".join([t, *re.findall(r"def test_(\w+)", tests[t])]) for t in tests}
+    for word in re.findall(r"[a-z]{4,}", f"{fault.name} {fault.kind}".lower()):
+        count(word, 2.0, titles)
+    return sorted(scores, key=lambda test: -scores[test])[:N_NEAREST]
+
+
+# ---- copies of the working tree ------------------------------------------------------------------
+
+
+def copy_of_working_tree(destination: Path) -> Path:
+    """Copy what git tracks, and what is new and not ignored."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, destination / name)
+    return destination
+
+
+def plant(fault: Fault, copy: Path) -> None:
+    """Write a fault into a copy."""
+    path = copy / file_of(fault, copy)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+
+
+def failing(copy: Path, arguments: Sequence[str]) -> list[str]:
+    """Run tests in a copy and give those that fail, by their ids.
+
+    Raises:
+        RuntimeError: pytest did not run them.
+    """
+    shutil.rmtree(copy / ".pytest_cache", ignore_errors=True)
+    path = os.pathsep.join(filter(None, [str(copy / "src"), os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *arguments],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60 * MINUTES,
+        )
+    except subprocess.TimeoutExpired:
+        return [NO_END]
+    remembered = copy / ".pytest_cache" / "v" / "cache" / "lastfailed"
+    failed = list(json.loads(remembered.read_text())) if remembered.is_file() else []
+    if (done.returncode == 0) == bool(failed) or done.returncode > 2:
+        raise RuntimeError(f"pytest {' '.join(arguments)} ended with {done.stdout[-2000:]}")
+    return failed
+
+
+# ---- all faults ----------------------------------------------------------------------------------
+
+
+class Results:
+    """Which tier found which fault, on disk line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = Lock()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self._found = [json.loads(line) for line in lines]
+
+    def add(self, **result: Any) -> None:
+        """Keep a result."""
+        with self._lock:
+            self._found.append(result)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+    def tiers(self, fault: Fault) -> dict[str, str | None]:
+        """The test that found a fault in each tier that was run; None where none did."""
+        mine = (one for one in self._found if one.get("fault") == fault.name)
+        return {one["tier"]: one["test"] for one in mine}
+
+    def found_by(self, fault: Fault) -> tuple[str, str] | None:
+        """Tier and test that found a fault."""
+        found = ((tier, test) for tier, test in self.tiers(fault).items() if test)
+        return next(found, None)
+
+    def sound(self) -> dict[str, bool]:
+        """Whether a test that found a fault passes without one."""
+        return {one["without"]: one["passes"] for one in self._found if "without" in one}
+
+    def not_confirmed(self) -> list[str]:
+        """Tests near a fault that found it, and have not been run without one."""
+        found = {one["test"] for one in self._found if one.get("tier") == "nearest"}
+        return sorted(found - {None, NO_END} - set(self.sound()))
+
+
+def look_near(fault: Fault, *, clean: Path, results: Results) -> None:
+    """Run the nearest test files against one fault."""
+    arguments = [*ALONE, *nearest(fault, clean)]
+    keep("nearest", fault, lambda copy: failing(copy, arguments), clean, results)
+
+
+def look_everywhere(
+    faults: Sequence[Fault], *, tier: str, clean: Path, results: Results, jobs: int
+) -> None:
+    """Run a whole tier once against many faults together; what fails, against each alone."""
+    runs = [DEFAULT_RUN] if tier == "default" else CI_RUNS
+    with tempfile.TemporaryDirectory(prefix="planted_") as folder:
+        copy = shutil.copytree(clean, Path(folder, "copy"))
+        planted: list[Fault] = []
+        for fault in faults:
+            with suppress(LookupError):  # one that another has put its own text next to
+                plant(fault, copy)
+                planted.append(fault)
+        say(f"{len(planted)} faults together: {tier}")
+        again = [tests_again(run, failing(copy, run), clean) for run in runs]
+
+    def alone(copy: Path) -> list[str]:
+        found = (failing(copy, arguments) for arguments in again if arguments)
+        return next(filter(None, found), [])
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda fault: keep(tier, fault, alone, clean, results), planted))
+    if rest := [fault for fault in faults if fault not in planted]:
+        look_everywhere(rest, tier=tier, clean=clean, results=results, jobs=jobs)
+
+
+def tests_again(run: Sequence[str], failed: Sequence[str], clean: Path) -> list[str]:
+    """Arguments of pytest for what failed in a run because of the faults; none for nothing."""
+    if NO_END in failed:
+        return ["-x", *run]
+    options = [argument for argument in run if argument.startswith("-")]
+    anyway = failing(clean, [*ALONE[1:], *options, *failed]) if failed else []
+    tests = [test for test in failed if test not in anyway]
+    return [*ALONE, *options, *tests] if tests else []
+
+
+def keep(
+    tier: str, fault: Fault, run: Callable[[Path], list[str]], clean: Path, results: Results
+) -> None:
+    """Keep the first test that fails in a copy with one fault, or that none does."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="planted_") as folder:
+        copy = shutil.copytree(clean, Path(folder, "copy"))
+        plant(fault, copy)
+        test = next(iter(run(copy)), None)
+    seconds = round(time.perf_counter() - start, 1)
+    results.add(fault=fault.name, tier=tier, test=test, seconds=seconds)
+    say(f"{fault.name}: {test or f'not found by {tier}'} ({seconds:.0f} s)")
+
+
+def confirm(clean: Path, results: Results) -> None:
+    """Run what the nearest test files found without a fault."""
+    if tests := results.not_confirmed():
+        failed = failing(clean, [*ALONE[1:], *tests])
+        for test in tests:
+            results.add(without=test, passes=test not in failed)
+
+
+def show(faults: Sequence[Fault], results: Results) -> bool:
+    """Print what found each fault; gives whether all were found by tests that pass otherwise."""
+    counts: Counter[str] = Counter()
+    rows: list[tuple[str, str, str]] = []
+    for fault in faults:
+        tier, test = results.found_by(fault) or ("nothing", "")
+        if results.sound().get(test) is False:
+            tier, test = "unclear", f"{test}, which fails without a fault too"
+        tier = "default run" if tier in ("nearest", "default") else tier
+        counts[tier] += 1
+        rows.append((fault.kind, fault.name, f"{tier}: {test}" if test else tier))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for kind, name, found in rows:
+        say(f"{kind:{widths[0]}}  {name:{widths[1]}}  {found}")
+    say(
+        f"{len(faults)} faults: {counts['default run']} found by the default run, "
+        f"{counts['ci']} only by CI, {counts['nothing']} by nothing that was run, "
+        f"{counts['unclear']} unclear."
+    )
+    return counts["default run"] + counts["ci"] == len(faults)
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Read the command line; ends with 1 if a fault was not found."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", action="append", help="part of a name or kind; several: again")
+    parser.add_argument("--list", action="store_true", help="show faults, files and nearest tests")
+    parser.add_argument("--tier", choices=TIERS, default="default", help="run up to this one")
+    parser.add_argument("--out", type=Path, help="JSON lines; a later call goes on from them")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    options = parser.parse_args()
+    wanted = options.only or [""]
+    faults = [
+        fault
+        for fault in FAULTS
+        if any(word in text for word in wanted for text in (fault.name, fault.kind))
+    ]
+    wrong: list[str] = []
+    for fault in faults:
+        try:
+            path = file_of(fault)
+        except LookupError as error:
+            wrong.append(str(error))
+            continue
+        if options.list:
+            say(f"{fault.kind}: {fault.name}\n  {path}; {' '.join(nearest(fault, ROOT))}")
+    if wrong or not faults:
+        say("\n".join(wrong) or f"no fault has {wanted} in its name or kind")
+        return 2
+    if options.list:
+        return 0
+    with tempfile.TemporaryDirectory(prefix="clean_") as folder:
+        clean = copy_of_working_tree(Path(folder, "tree"))
+        results = Results(options.out or Path(folder, "results.jsonl"))
+        for tier in TIERS[: TIERS.index(options.tier) + 1]:
+            left = [f for f in faults if not results.found_by(f) and tier not in results.tiers(f)]
+            if tier == "nearest":
+                with ThreadPoolExecutor(options.jobs) as pool:
+                    list(pool.map(partial(look_near, clean=clean, results=results), left))
+                confirm(clean, results)
+            elif left:
+                look_everywhere(left, tier=tier, clean=clean, results=results, jobs=options.jobs)
+        return 0 if show(faults, results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
