@@ -49,9 +49,9 @@ for generation in GENERATIONS:
 
     @nox.session(name=f"tests-{generation}")
     def tests(session: nox.Session, generation: str = generation) -> None:
-        """The suite, checking the shapes that the code states at every call."""
+        """The suite with every architecture, checking the shapes that the code states."""
         run = environment(session, generation, "-e", ".[test]")
-        run("python", "-m", "pytest", "--check-shapes", *session.posargs)
+        run("python", "-m", "pytest", "--check-shapes", "--every-model", *session.posargs)
 
     @nox.session(name=f"models-{generation}")
     def models(session: nox.Session, generation: str = generation) -> None:

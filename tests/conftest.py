@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="check the shapes and types stated in src at every call, which takes a fifth longer",
     )
+    parser.addoption(
+        "--every-model",
+        action="store_true",
+        help="check every architecture and variant, not only representative ones",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
