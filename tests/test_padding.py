@@ -344,7 +344,9 @@ def test_rounding_is_not_taken_for_padding(arch, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_are_products_in_less_precision_than_the_model_has(kind, fresh, loaded):
+def test_products_in_less_precision_than_the_model_has_are_not_taken_for_padding(
+    kind, fresh, loaded
+):
     rows = tuple(tuple(row.tolist()) for row in ROWS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         right, left = (Prompts(rows, None, side) for side in ("right", "left"))

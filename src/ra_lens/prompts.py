@@ -54,7 +54,7 @@ class Batch:
         return slice(self.starts[i], self.starts[i] + self.lengths[i])
 
     def spread(self, value: Tensor, dim: int) -> Tensor:
-        """Lay values of examples that ran without padding out as this batch is; elsewhere 0."""
+        """Lay values of equally long examples that ran unpadded out as this batch; elsewhere 0."""
         width, before = self.tokens.shape[1], self.starts[0]
         if value.shape[dim] == width:
             return value

@@ -84,8 +84,7 @@ class _Checks(Subject):
         self.patches()
         self.own_backward()
         self.heads()
-        record.padding_left = self.padding(self.model, "left", "padding", COMPAT_LIMIT)
-        record.padding_right = self.padding(self.model, "right", "padding", COMPAT_LIMIT)
+        self.padded()
         with torch.no_grad():
             if not torch.equal(self.model(self.ids, **self.inputs), self.own):
                 self.fail("the model was not left as it was")
@@ -109,6 +108,8 @@ class _Checks(Subject):
             report = check_model(self.model)
             if not any("logits" in problem for problem in report.problems):
                 self.fail("check_model does not say that the logits differ")
+            self.padded()
+            self.record.by_length = by_length(report)
             self.record.end("logits differ", f"logits {self.record.logits:.0%} off Hugging Face's")
 
     def maps(self) -> None:
@@ -223,6 +224,11 @@ class _Checks(Subject):
                 self.record.heads = "what the heads give is normalised together before z"
             else:
                 self.fail(f"heads: error {self.record.heads:.1e}")
+
+    def padded(self) -> None:
+        self.record.padding_left, self.record.padding_right = (
+            self.padding(self.model, side, "padding", COMPAT_LIMIT) for side in SIDES
+        )
 
     def compat(self) -> None:
         model = self.boot()

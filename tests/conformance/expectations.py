@@ -133,6 +133,9 @@ def surprises(record: dict[str, object], what: Expected) -> list[str]:
         found.append(f"{status}, expected {what.status}: {reason}")
     elif what.because not in reason:
         found.append(f"{status} because {reason}; expected because of {what.because!r}")
+    groups = record.get("by_length") or what.by_length  # None: not checked in this run
+    if groups != what.by_length:
+        found.append(f"by length: {groups}, expected {what.by_length}")
     if status not in ("exact", "patches refused"):
         return found
     beside = {
@@ -150,7 +153,4 @@ def surprises(record: dict[str, object], what: Expected) -> list[str]:
             found.append(f"{name}: {value}")
         elif piece is not None and piece not in str(value):
             found.append(f"{name}: {value}, expected {piece!r}")
-    groups = record.get("by_length") or what.by_length  # None: not checked in this run
-    if groups != what.by_length:
-        found.append(f"by length: {groups}, expected {what.by_length}")
     return found
