@@ -204,7 +204,7 @@ def test_first_tokens_are_counted_and_the_default_is_as_it_was(demo: Any, tmp_pa
     assert set(frame["n_first_tokens"]) == {len(firsts)}
     back = read_results(tmp_path / "a.csv")
     assert set(back["accuracy"]) == {"first token"}
-    with pytest.raises(BadInput, match=r"\(accuracy: first token there, answer now\)"):
+    with pytest.raises(BadInput, match=r"\(accuracy: there first token, here answer\)"):
         perturbation_test(demo, "antonym", accuracy="answer", **options)
     # A file of an earlier version has neither column and is found again all the same.
     old = back.drop(columns=["accuracy", "n_first_tokens"])

@@ -134,6 +134,7 @@ def test_a_table_has_a_row_per_step(shared: Any) -> None:
 
 def test_nothing_stays_on_the_model(shared: Any) -> None:
     model = shared("gpt2", KINDS[0])
+    model.zero_grad()
     before = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
     for function in (trace_paths, trace_layers):
         function(model, PROMPT)

@@ -28,6 +28,9 @@ from ra_lens.targets import logit_diff
 from ra_lens.token_text import pieces_as_read
 from tiny_models import D_VOCAB, KINDS
 
+# The tokenizer puts BOS in front of every text, and TransformerLens one more.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was put in front of it once more")
+
 Merges = Sequence[tuple[str, str]]
 # Byte 0x20 is Ġ in GPT-2's alphabet, E2 9C 93 (✓) is â ľ ĵ, C3 A9 (é) is Ã ©, D7 A9 (ש) is × ©.
 SPELLED = {" ": "Ġ", "✓": "âľĵ", "é": "Ã©", "ש": "×©", "\ufffd": "ï¿½", "\n": "Ċ"}

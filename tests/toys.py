@@ -99,6 +99,11 @@ def write_digits(where: Path) -> Path:
         for name, parameter in model.named_parameters():
             is_gain = "ln_" in name and name.endswith("weight")
             parameter.fill_(1.0 if is_gain else 0.0)
+        # Heads that write next to nothing, so that what they do has a gradient.
+        generator = torch.Generator().manual_seed(0)
+        for name in ("c_attn", "c_proj"):
+            weight = getattr(model.transformer.h[0].attn, name).weight
+            weight.copy_(1e-2 * torch.randn(weight.shape, generator=generator))
         for i, character in enumerate(CHARACTERS):
             model.transformer.wte.weight[i, i] = 1.0
             after = CHARACTERS.index(follows.get(character, "-"))

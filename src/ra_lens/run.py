@@ -264,7 +264,7 @@ class _Run:
                 return self.batch(prompts, encoded, bound)
             except PaddingShows:  # through a hook of the user's; nothing has been delivered yet
                 pass
-        if self.edited:
+        if self.fwd_hooks or self.lens.has_hooks:
             warnings.warn(
                 f"padding changes what {self.lens.name} computes here, so these prompts run in "
                 "groups of one length: hooks get one group at a time, without padding.",

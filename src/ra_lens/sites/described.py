@@ -193,6 +193,12 @@ class Described(Reader):
         return any(map(is_hooked_by_a_user, self._modules))
 
     @property
+    def has_hooks(self) -> bool:
+        """Whether there are TransformerLens hooks on the model, other than permanent ones."""
+        points: list[Any] = list(self.hook_points.values())
+        return any(not handle.is_permanent for point in points for handle in point.fwd_hooks)
+
+    @property
     def state(self) -> tuple[object, ...]:
         """What a model can be turned into while it stays the same object."""
         compatible = getattr(self._model, "compatibility_mode", False)

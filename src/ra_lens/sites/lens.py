@@ -9,9 +9,10 @@ attached, and removing them cannot touch the user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -102,7 +103,10 @@ class Lens(Described):
             tokens, attention_mask = encoded
         if self._guesses_mask or not bool(attention_mask.all()):
             options["attention_mask"] = attention_mask.long()
-        logits: Tensor = self._model(tokens, return_type="logits", **options)
+        # A backward pass puts back what was kept when it is over.
+        kept = nullcontext() if torch.is_grad_enabled() else self.tensors_put_back()
+        with kept:
+            logits: Tensor = self._model(tokens, return_type="logits", **options)
         refuse_meta(logits.device, self.name)  # which the configuration may not say
         return logits
 
