@@ -327,6 +327,12 @@ def test_hooks_that_show_padding_to_the_model_are_found_too(kind, fresh):
     with pytest.raises(UnsupportedModel, match=refused):
         ask(lens, questions, lambda _: hooks)
     ask(lens, questions, lambda _: hooks, batch_size=1)
+    texts = [question.text for question in QUESTIONS]
+    with model.hooks(fwd_hooks=hooks):
+        with pytest.raises(UnsupportedModel, match=refused):
+            rank_heads(model, QUESTIONS, method="fa", **QUIET)
+        with pytest.raises(UnsupportedModel, match=refused):
+            trace_many(model, texts, layer=0, prepend_bos=False)
 
 
 @needs_bridge
