@@ -10,7 +10,7 @@ import pandas as pd
 from ra_lens.display.methods import metric_name
 from ra_lens.experiments.auc import Measure
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
-from ra_lens.files import PAGE, write_whole
+from ra_lens.files import PAGE, check_output, write_whole
 from ra_lens.report import page
 from ra_lens.report.page import Section
 
@@ -73,6 +73,7 @@ def write_sweep_page(frame: pd.DataFrame, path: str | Path, *, metric: Measure) 
 
 
 def _write(title: str, frame: pd.DataFrame, sections: list[Section], path: str | Path) -> Path:
+    check_output(path, PAGE)  # before the work
     tasks = list(dict.fromkeys(frame["task"].astype(str)))
     known = [("Tasks", ", ".join(tasks))]
     for column, name in _FACTS.items():
