@@ -10,8 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from benchmarks.timing import low_high
-from ra_lens.display.tokens import plotly_text
-from ra_lens.figures.style import MARK, finish
+from ra_lens.figures.style import MARK, finish, plotly_text
 
 OURS, OTHERS, INK, SOFT = "#8f89c3", "#bfc4cb", "#1f2328", "#5c6570"
 # A page shows the pixels at about two thirds of their size: sharp enough, in a third of the bytes

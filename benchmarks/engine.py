@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.models import gpt2_small, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
-from ra_lens.sites import available_kinds
+from ra_lens.model import available_kinds
 
 FORWARD, OURS, NORMS = "forward pass, no_grad", "run_with_ra", "run_with_ra, store='norms'"
 PLAIN = "TransformerLens hooks and backward()"

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.engine import routes
 from benchmarks.models import word_level_tokenizer
-from ra_lens.sites import available_kinds, load_folder
+from ra_lens.model import available_kinds, load_folder
 
 SHAPES = {"GPT-2 XL": ((8, 64), (1, 512)), "Llama 7B": ((8, 64), (1, 512))}
 

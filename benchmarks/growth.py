@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from benchmarks.memory import apart
-from ra_lens.sites import available_kinds
+from ra_lens.model import available_kinds
 
 # One thing grows at a time, from the shape of GPT-2 small on 1 × 256 tokens.
 GROWING: dict[str, list[int]] = {

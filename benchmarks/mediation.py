@@ -9,10 +9,10 @@ from torch import Tensor
 
 from benchmarks.models import gpt2_small
 from benchmarks.timing import Times, interleaved, ratio_spread
-from ra_lens.answers import ask, last_logits, mark, read_questions
 from ra_lens.heads import rank_heads
-from ra_lens.masking import mask_hooks
-from ra_lens.sites import as_lens, available_kinds
+from ra_lens.model import as_lens, available_kinds
+from ra_lens.patching.masking import mask_hooks
+from ra_lens.questions import ask, last_logits, mark, read_questions
 from ra_lens.tasks import Pair, Prompt, Task
 
 LATE, FULL, RA = "CM1", "CM1, full forward passes", "RA"

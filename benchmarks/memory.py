@@ -123,7 +123,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     from statistics import median
 
     from benchmarks.timing import ratio_spread
-    from ra_lens.sites import available_kinds
+    from ra_lens.model import available_kinds
 
     n = min(rounds, 3)
     tokens, n_layer = (32, 2) if quick else (1024, 12)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ra_lens.sites import load_folder
+from ra_lens.model import load_folder
 
 
 def huggingface(

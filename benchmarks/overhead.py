@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.models import gpt2_small
 from benchmarks.timing import difference_spread, interleaved
 from ra_lens import run_with_ra
-from ra_lens.sites import available_kinds
+from ra_lens.model import available_kinds
 
 CALLS = 20
 """In a round. Single calls are too short to compare: the slowest is whatever interrupts it."""

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from benchmarks.models import gpt2_small
 from ra_lens import load_demo_model, load_task, trace_paths
-from ra_lens.answers import Questions, ask, read_questions
-from ra_lens.masking import mask_hooks
+from ra_lens.model import as_lens, available_kinds
+from ra_lens.patching.masking import mask_hooks
 from ra_lens.paths import trace_layers, trace_layers_many
-from ra_lens.sites import as_lens, available_kinds
+from ra_lens.questions import Questions, ask, read_questions
 
 TASKS = ("country-capital", "antonym", "present-past", "singular-plural")
 

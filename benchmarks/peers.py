@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.models import gpt2_small, huggingface, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
-from ra_lens.sites import available_kinds
+from ra_lens.model import available_kinds
 
 HF_FORWARD = "Hugging Face forward pass, no_grad"
 AUTHORS = "the authors' way, one by one"

@@ -12,11 +12,10 @@ from torch import Tensor
 from benchmarks.models import gpt2_small
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import load_demo_model, perturbation_test
-from ra_lens.answers import Questions, mark, read_questions
-from ra_lens.experiments.perturbation import marked
 from ra_lens.heads import rank_heads
-from ra_lens.masking import mask_hooks
-from ra_lens.sites import as_lens, available_kinds
+from ra_lens.model import as_lens, available_kinds
+from ra_lens.patching.masking import mask_hooks
+from ra_lens.questions import Questions, mark, marked, read_questions
 from ra_lens.tasks import Pair, Prompt, Task, load_task
 
 BATCHED, ONE = "perturbation_test", "one forward pass per step and question"

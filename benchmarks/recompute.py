@@ -9,7 +9,7 @@ from benchmarks.engine import NORMS, TARGET
 from benchmarks.models import gpt2_small, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
-from ra_lens.sites import available_kinds
+from ra_lens.model import available_kinds
 
 RECOMPUTE = f"{NORMS}, recompute=True"
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from ra_lens.answers import ask, by_length, read_questions
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.heads import rank_heads
-from ra_lens.sites import as_lens
+from ra_lens.model import as_lens
+from ra_lens.questions import ask, by_length, read_questions
 from ra_lens.tasks import Pair, Prompt, Task
 from tiny_models import KINDS
 

@@ -66,4 +66,4 @@ def test_errors_can_be_caught_together_and_as_what_they_are():
 
 def test_the_package_is_typed():
     assert (Path(ra_lens.__file__).parent / "py.typed").is_file()
-    assert import_module("ra_lens.sites").available_kinds()
+    assert import_module("ra_lens.model").available_kinds()

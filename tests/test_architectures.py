@@ -11,8 +11,8 @@ import arch_models
 from arch_models import D_VOCAB, MASK, PAD, OpenModel
 from ra_lens import RACache, get_ra_caching_hooks, patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.masking import mask_hooks
-from ra_lens.sites import as_lens, load_folder
+from ra_lens.model import as_lens, load_folder
+from ra_lens.patching.masking import mask_hooks
 from ra_lens.targets import sequence_nll
 from tiny_models import KINDS, relative
 

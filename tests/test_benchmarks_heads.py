@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks import mediation, perturbation
 from benchmarks.timing import low_high
-from ra_lens.sites import load_folder
+from ra_lens.model import load_folder
 from tiny_models import randomise
 
 

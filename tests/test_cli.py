@@ -23,9 +23,9 @@ from ra_lens import run_with_ra
 from ra_lens.cli import app, main, show
 from ra_lens.cli.options import reported
 from ra_lens.cli.reading import hints, read_layers, read_text
-from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
-from ra_lens.sites import as_lens
+from ra_lens.head_maps import head_of_example
+from ra_lens.model import as_lens
 from test_figures import make
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
@@ -574,7 +574,7 @@ def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
 
 def test_the_patched_prediction_is_what_the_hooks_give() -> None:
     from ra_lens import load_demo_model, load_task
-    from ra_lens.demo.showcase import patched_prediction
+    from ra_lens.report.predictions import patched_prediction
 
     model: Any = load_demo_model(device="cpu")
     found = patched_prediction(model, averaged=6, tested=5, scale=-3.0)
@@ -601,7 +601,7 @@ def test_the_patched_prediction_is_what_the_hooks_give() -> None:
 
 def test_a_task_without_enough_questions_is_refused() -> None:
     from ra_lens import load_demo_model
-    from ra_lens.demo.showcase import patched_prediction
+    from ra_lens.report.predictions import patched_prediction
 
     with pytest.raises(BadInput, match="leaves none to test"):
         patched_prediction(load_demo_model(device="cpu"), averaged=500)

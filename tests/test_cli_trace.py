@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from ra_lens import trace_paths
 from ra_lens.cli import app
-from ra_lens.display.paths import MOST_PATHS
 from ra_lens.paths import trace_layers
+from ra_lens.paths.page import MOST_PATHS
 from tiny_models import KINDS
 
 PROMPT = "w5 w7 w9 w4 w6"

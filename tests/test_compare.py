@@ -10,12 +10,7 @@ import pandas as pd
 import pytest
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.experiments.compare import (
-    compare_with_paper,
-    count_cells,
-    paper_model,
-    read_paper,
-)
+from ra_lens.experiments.paper import compare_with_paper, count_cells, paper_model, read_paper
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "paper"
 

@@ -11,11 +11,12 @@ import pandas as pd
 import plotly.io as pio
 import pytest
 
-from ra_lens.display.methods import method_styles
-from ra_lens.display.numbers import best_of_rows, scale_name, short, table_rows
 from ra_lens.errors import BadInput
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
+from ra_lens.figures.style import method_styles
 from ra_lens.figures.sweep import position, spread, tick_scales
+from ra_lens.tables import best_of_rows, table_rows
+from ra_lens.text import scale_name, short
 
 SCALES = (
     3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import ra_lens
 from documents import PAGES, ROOT, Block, blocks, commands, name_of, run, same
 from ra_lens.cli import app
-from ra_lens.heads import registry
-from ra_lens.sites import available_kinds
+from ra_lens.heads import ranking
+from ra_lens.model import available_kinds
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 SHELL = [block for page in PAGES for block in blocks(page, "bash")]
@@ -32,7 +32,7 @@ NOT_RUN = {
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_the_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         if block.not_run or not set(block.needs) <= set(available_kinds()):

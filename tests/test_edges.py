@@ -14,7 +14,7 @@ from transformers import CTRLTokenizer, PreTrainedTokenizerFast
 
 from ra_lens import get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import BadInput, NotStored, RALensWarning, UnsupportedModel
-from ra_lens.sites import Lens, load_folder
+from ra_lens.model import Lens, load_folder
 from tiny_models import KINDS, random_ids, relative
 
 IDS = random_ids(2, 5)

@@ -10,8 +10,8 @@ from jaxtyping import TypeCheckError
 from torch.utils.checkpoint import checkpoint
 
 from ra_lens import check_model, get_ra_caching_hooks, run_with_ra
-from ra_lens.answers import mark
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensError, UnsupportedModel
+from ra_lens.questions import mark
 from ra_lens.targets import answer_nll, logit_diff, sequence_nll
 from tiny_models import CASES, D_VOCAB, KINDS, N_CTX, random_ids
 

@@ -15,8 +15,6 @@ import torch
 import transformers
 
 from ra_lens import load_demo_model, load_task, run_with_ra
-from ra_lens.answers import mark
-from ra_lens.demo import demo_model_folder
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     PAPER_SCALES,
@@ -27,13 +25,15 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments import perturbation as perturbation_module
-from ra_lens.experiments import ranking as ranking_module
+from ra_lens.experiments import rank as ranking_module
 from ra_lens.experiments import sweep as sweep_module
 from ra_lens.experiments.journal import journal_path, settings_hash
 from ra_lens.experiments.results import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
-from ra_lens.heads import registry as registry_of_methods
-from ra_lens.sites import as_lens
+from ra_lens.heads import ranking as registry_of_methods
+from ra_lens.model import as_lens
+from ra_lens.model.loading import demo_model_folder
+from ra_lens.questions import mark
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
 from tiny_models import KINDS

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from ra_lens import run_with_ra
-from ra_lens.cache import HeadScore, RACache, RunInfo
-from ra_lens.display.maps import head_of_example
-from ra_lens.display.tokens import distinct, plotly_text, shorten, thinned, visible
+from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.figures import head_grid, head_map, head_maps
 from ra_lens.figures.maps import largest
-from ra_lens.sites import Site
+from ra_lens.figures.style import distinct, plotly_text, thinned
+from ra_lens.head_maps import head_of_example
+from ra_lens.head_names import HeadScore
+from ra_lens.model import Site
+from ra_lens.run_info import RunInfo
+from ra_lens.text import shorten, visible
 from tiny_models import KINDS
 
 LAYERS, HEADS = (0, 2), 3

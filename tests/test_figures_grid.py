@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ra_lens.cache import RACache, RunInfo
-from ra_lens.display.maps import head_of_example
+from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.figures import head_grid, head_map, head_maps, token_row
+from ra_lens.head_maps import head_of_example
 from ra_lens.heads import HeadScores
+from ra_lens.model import Site
 from ra_lens.report import write_report
-from ra_lens.sites import Site
+from ra_lens.run_info import RunInfo
 from test_curves import unchecked
 from test_figures import LAYERS, lower, make, z
 

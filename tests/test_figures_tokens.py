@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 
 from ra_lens.errors import BadInput
-from ra_lens.figures import export, query_key_pull, save_figure, token_row
+from ra_lens.figures import images, query_key_pull, save_figure, token_row
 from test_figures import ROWS, make
 
 EVIL = "<script>alert(1)</script>"
@@ -130,7 +130,7 @@ def test_html_needs_nothing_else(tmp_path: Path) -> None:
 def test_without_kaleido_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r'pip install "ra-lens\[images\]", or give .*\.html'):
         save_figure(go.Figure(), tmp_path / "figure.pdf")
     assert list(tmp_path.iterdir()) == []
@@ -145,7 +145,7 @@ def test_without_a_browser_it_says_how_to_name_one(
     def refuse(*args: object, **kwargs: object) -> bytes:
         raise ChromeNotFoundError("no browser\nhere")
 
-    monkeypatch.setattr(export, "find_spec", lambda name: object())
+    monkeypatch.setattr(images, "find_spec", lambda name: object())
     monkeypatch.setattr(go.Figure, "to_image", refuse)
     with pytest.raises(BadInput, match=r"no Chrome or Chromium \(no browser\).*BROWSER_PATH"):
         save_figure(go.Figure(), tmp_path / "figure.svg")

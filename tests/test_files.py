@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import save_file
 
 from ra_lens import RACache, load_task, trace_paths
-from ra_lens.cli.figure_page import write_sweep_page
 from ra_lens.errors import BadFile, BadInput, RALensError
 from ra_lens.experiments import read_results, write_results
-from ra_lens.experiments.compare import read_paper
+from ra_lens.experiments.paper import read_paper
 from ra_lens.experiments.results import as_frame
 from ra_lens.figures import save_figure
 from ra_lens.files import check_input, check_output, write_whole
+from ra_lens.model import load_model
 from ra_lens.report import write_report
-from ra_lens.sites import load_model
+from ra_lens.report.experiments import write_sweep_page
 from ra_lens.tasks.download import cache_folder, fetch
 from test_figures import make
 

@@ -17,8 +17,8 @@ from ra_lens.cli import app
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import compare_with_paper, patching_sweep, rank_tasks, read_results
 from ra_lens.figures import patching_sweep_curve, perturbation_curves
-from ra_lens.masking import mask_hooks
-from ra_lens.sites import as_lens
+from ra_lens.model import as_lens
+from ra_lens.patching.masking import mask_hooks
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Task, same_length_sets
 from tiny_models import KINDS, load

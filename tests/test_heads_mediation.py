@@ -12,7 +12,7 @@ from hf_heads import HFHeads
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.heads import rank_heads
 from ra_lens.heads.mediation import shuffle_labels
-from ra_lens.sites import load_folder
+from ra_lens.model import load_folder
 from ra_lens.tasks import Pair, Prompt, Task
 from test_heads import PROMPTS, TASK, WORDS
 from test_masking import fold

@@ -11,9 +11,9 @@ from ra_lens.heads import (
     RankingContext,
     RankingMethod,
     rank_heads,
+    ranking,
     ranking_method,
     ranking_methods,
-    registry,
 )
 from ra_lens.tasks import Prompt
 from test_leaves_nothing import changes, snapshot
@@ -31,7 +31,7 @@ def unchecked(function):
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
 
 
 @pytest.fixture

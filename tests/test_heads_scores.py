@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ra_lens.errors import BadInput
-from ra_lens.heads import HeadScore, HeadScores
+from ra_lens.head_names import HeadScore
+from ra_lens.heads import HeadScores
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.0, 2.0])
 TABLES = st.integers(1, 4).flatmap(

@@ -419,7 +419,7 @@ def test_ids_in_rows_are_a_function_of_logits_too():
 @pytest.mark.skipif("TransformerBridge" not in KINDS, reason="no TransformerBridge here")
 def test_decoder_inputs_are_read_as_prompts_are(tmp_path):
     import arch_models
-    from ra_lens.sites import load_folder
+    from ra_lens.model import load_folder
 
     folder = arch_models.write("bart", tmp_path)
     model = load_folder(folder, kind="TransformerBridge", device="cpu")

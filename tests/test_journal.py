@@ -11,8 +11,7 @@ import pytest
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
-from ra_lens.experiments.differences import differences
-from ra_lens.experiments.journal import journal_path, open_journal, settings_hash
+from ra_lens.experiments.journal import differences, journal_path, open_journal, settings_hash
 from ra_lens.experiments.results import as_frame, finished_results
 from test_files import disk_of, folder_of_others
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ra_lens import run_with_ra
-from ra_lens.sites import as_lens
+from ra_lens.model import as_lens
 from tiny_models import CASES, D_VOCAB, KINDS, random_ids, relative
 
 IDS, TARGET = random_ids(2, 7), 8

@@ -8,9 +8,9 @@ import transformers
 
 from hf_heads import HFHeads
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.masking import mask_heads, mask_hooks, need_heads
-from ra_lens.sites import as_lens, load_folder
-from ra_lens.sites.folding import value_biases_folded
+from ra_lens.model import as_lens, load_folder
+from ra_lens.model.attention import value_biases_folded
+from ra_lens.patching.masking import mask_heads, mask_hooks, need_heads
 from tiny_models import (
     CASES,
     KINDS,

@@ -15,15 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ra_lens import (
-    RACache,
-    perturbation_test,
-    rank_heads,
-    run_with_ra,
-    trace_paths,
-)
-from ra_lens.cache_info import HeadScore
-from ra_lens.display.maps import head_of_example, read_heads
+from ra_lens import RACache, perturbation_test, rank_heads, run_with_ra, trace_paths
 from ra_lens.errors import BadInput
 from ra_lens.experiments import patching_sweep, rank_tasks
 from ra_lens.figures import (
@@ -37,9 +29,11 @@ from ra_lens.figures import (
     token_row,
 )
 from ra_lens.figures.maps import largest
+from ra_lens.head_maps import head_of_example, read_heads
+from ra_lens.head_names import HeadScore
 from ra_lens.heads import HeadScores
-from ra_lens.masking import mask_heads
-from ra_lens.mean import MeanMaps
+from ra_lens.patching.masking import mask_heads
+from ra_lens.patching.mean import MeanMaps
 from ra_lens.paths import TraceResult, trace_layers, trace_many
 from ra_lens.report import patched_predictions, write_report
 from ra_lens.tasks import Split, Task, held_out_prompts, load_task, same_length_sets
@@ -278,8 +272,9 @@ def test_every_function_takes_numbers_of_every_library(
 
 
 # What people call, by module. Results (dataclasses) are made by us, with numbers of Python's.
-MODULES = ("ra_lens", "ra_lens.experiments", "ra_lens.figures", "ra_lens.heads", "ra_lens.masking",
-           "ra_lens.patching", "ra_lens.paths", "ra_lens.report", "ra_lens.tasks")  # fmt: skip
+MODULES = ("ra_lens", "ra_lens.experiments", "ra_lens.figures", "ra_lens.heads", "ra_lens.patching",
+           "ra_lens.patching.masking", "ra_lens.paths", "ra_lens.report",
+           "ra_lens.tasks")  # fmt: skip
 CLASSES = (RACache, HeadScores, MeanMaps, Task, Split, TraceResult)
 
 

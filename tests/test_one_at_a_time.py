@@ -8,7 +8,7 @@ import pytest
 
 from ra_lens import check_model, run_with_ra
 from ra_lens.errors import UnsupportedModel
-from ra_lens.sites import as_lens
+from ra_lens.model import as_lens
 from tiny_models import CASES, KINDS, random_ids, relative
 
 IDS, TARGET = random_ids(2, 6), 8

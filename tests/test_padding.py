@@ -15,13 +15,13 @@ import torch
 
 import arch_models
 from ra_lens import check_model, rank_heads, run_with_ra
-from ra_lens.answers import ask, read_questions
 from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
 from ra_lens.experiments import perturbation_test
+from ra_lens.model import as_lens, load_folder
 from ra_lens.padding import padding_is_hidden
 from ra_lens.paths import trace_layers_many, trace_many
 from ra_lens.prompts import Prompts
-from ra_lens.sites import as_lens, load_folder
+from ra_lens.questions import ask, read_questions
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Prompt, Task
 from test_batching import padded, part
@@ -467,8 +467,8 @@ def test_the_check_runs_a_padded_pair_and_says_how(fault, kind, sides, loaded):
 
 @pytest.mark.parametrize(("fault", "kind", "sides"), FAULTY)
 def test_the_check_finds_maps_that_padding_changes(fault, kind, sides, loaded, monkeypatch):
-    monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
-    monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
+    monkeypatch.setattr("ra_lens.padding.padding_is_hidden", lambda *_: True)
+    monkeypatch.setattr("ra_lens.padding.watched", lambda *_: nullcontext())
     report = check_model(loaded(fault, kind, fresh=True))
     assert not report.ok
     for side, problem in zip(sides, report.problems, strict=True):

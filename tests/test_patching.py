@@ -9,7 +9,7 @@ import torch
 
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.sites import Site
+from ra_lens.model import Site
 from tiny_models import (
     CASES,
     EDITABLE,

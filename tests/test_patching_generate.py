@@ -193,7 +193,7 @@ def test_a_cache_that_forgets_is_refused(tmp_path):
     # A sliding window's cache keeps the last keys only: where they were is not told.
     import transformers
 
-    from ra_lens.sites import load_folder
+    from ra_lens.model import load_folder
     from tiny_models import D_MODEL, D_VOCAB, randomise, tokenizer
 
     cfg = transformers.MistralConfig(

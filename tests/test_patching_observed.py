@@ -10,7 +10,7 @@ import torch
 from hf_reference import nll
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
-from ra_lens.masking import mask_hooks
+from ra_lens.patching.masking import mask_hooks
 from tiny_models import CASES, N_HEADS, N_LAYERS, OBSERVE_ONLY, random_ids, relative
 
 POS, TARGET, SCALE = 6, 8, -30.0

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ra_lens import patch_hooks, run_with_ra
-from ra_lens.cache_info import HeadScore
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
+from ra_lens.head_names import HeadScore
 from tiny_models import (
     CASES,
     EDITABLE,
@@ -168,12 +168,12 @@ def test_what_cannot_be_chosen_is_said(case, mean, request):
 
 @pytest.mark.parametrize("case", ["align", "at", "a number"])
 def test_options_outside_their_choices_are_said(case, mean):
-    from ra_lens.patching import choose, hooks
+    from ra_lens.patching import hooks, place
 
     maps, (options, needed) = mean("gpt2", KINDS[0]), BAD[case]
     with pytest.raises(BadInput, match=needed):
         if case == "a number":
-            inner = choose.choose_heads
+            inner = place.choose_heads
             getattr(inner, "__wrapped__", inner)(maps.sites, heads=3, layers=None, n_layers=3)
         else:
             check = getattr(hooks._check_options, "__wrapped__", hooks._check_options)

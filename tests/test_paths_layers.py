@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from ra_lens import load_demo_model, load_task, run_with_ra
-from ra_lens.answers import ask, read_questions
 from ra_lens.errors import BadInput
-from ra_lens.masking import mask_hooks
+from ra_lens.model import as_lens
+from ra_lens.patching.masking import mask_hooks
 from ra_lens.paths import trace_layers, trace_layers_many
-from ra_lens.paths.layered import Layered, layered_paths
+from ra_lens.paths.search import Layered, layered_paths
 from ra_lens.paths.weights import LayerMaps, across_layers
-from ra_lens.sites import as_lens
+from ra_lens.questions import ask, read_questions
 from tiny_models import CASES, D_HEAD, D_MODEL, KINDS, N_HEADS, N_LAYERS, random_ids
 
 IDS = random_ids(7)

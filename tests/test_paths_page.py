@@ -14,11 +14,11 @@ import torch
 
 from browser import Seen, browser
 from ra_lens import load_demo_model, run_with_ra, trace_paths
-from ra_lens.display.paths import paths_fragment, paths_page
-from ra_lens.display.tokens import visible
 from ra_lens.errors import BadInput
 from ra_lens.paths import TraceResult, trace_layers
+from ra_lens.paths.page import paths_fragment, paths_page
 from ra_lens.report import write_report
+from ra_lens.text import visible
 
 PROMPT = "Q: France\nA: Paris\n\nQ: Italy\nA:"
 EVIL = "</script><script>document.title='hit'</script>"

@@ -12,8 +12,8 @@ import torch
 import arch_models
 from ra_lens import RACache, run_with_ra, trace_paths
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
+from ra_lens.model import load_folder
 from ra_lens.paths import trace_layers, trace_many
-from ra_lens.sites import load_folder
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids
 
 PROMPT = "w5 w7 w9 w4 w6"

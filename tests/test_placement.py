@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from ra_lens import check_model, run_with_ra
-from ra_lens.sites import load_folder
+from ra_lens.model import load_folder
 from tiny_models import KINDS, N_LAYERS, random_ids, relative
 
 BRIDGE = "TransformerBridge"

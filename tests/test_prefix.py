@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import arch_models
-from ra_lens.answers import last_logits, mark, read_questions
 from ra_lens.heads import rank_heads
-from ra_lens.masking import mask_hooks
-from ra_lens.prefix import Prefix
-from ra_lens.sites import as_lens, load_folder
+from ra_lens.model import as_lens, load_folder
+from ra_lens.model.blocks import Prefix
+from ra_lens.patching.masking import mask_hooks
+from ra_lens.questions import last_logits, mark, read_questions
 from ra_lens.tasks import Prompt
 from test_heads import PROMPTS, TASK
 from test_leaves_nothing import Oops, changes, raises, snapshot

@@ -17,12 +17,12 @@ from ra_lens.errors import BadInput
 from ra_lens.experiments import patching_sweep, rank_tasks
 from ra_lens.figures import head_grid, head_map
 from ra_lens.heads import HeadScores, ranking_methods
-from ra_lens.masking import mask_heads, mask_hooks
+from ra_lens.model import as_lens, available_kinds, load_folder
+from ra_lens.model.sites import every_head, head_places, spell_counts, table
+from ra_lens.patching.masking import mask_heads, mask_hooks
 from ra_lens.paths import trace_layers
-from ra_lens.ragged import every_head, head_places, spell_counts, table
 from ra_lens.report import write_report
 from ra_lens.report.explorer import choose, explorer
-from ra_lens.sites import as_lens, available_kinds, load_folder
 from ra_lens.tasks import Pair, Task
 from tiny_models import relative
 

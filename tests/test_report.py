@@ -21,20 +21,21 @@ from plotly.offline import get_plotlyjs
 
 from ra_lens import files as file_module
 from ra_lens import run_with_ra
-from ra_lens.cache import RACache, RunInfo
-from ra_lens.display.maps import head_of_example
+from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.files import check_output
+from ra_lens.head_maps import head_of_example
+from ra_lens.model import Site
 from ra_lens.report import (
     PatchedPrompt,
     Predictions,
     Section,
     Table,
-    check_output,
     patched_predictions,
     write_report,
 )
-from ra_lens.report.packing import pack, unpack
-from ra_lens.sites import Site
+from ra_lens.report.explorer import pack, unpack
+from ra_lens.run_info import RunInfo
 from test_figures import lower, make
 from tiny_models import KINDS
 

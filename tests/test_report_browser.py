@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ra_lens.cache import RACache, RunInfo
-from ra_lens.cli.figure_page import write_sweep_page
+from ra_lens.cache import RACache
+from ra_lens.model import Site
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
-from ra_lens.sites import Site
+from ra_lens.report.experiments import write_sweep_page
+from ra_lens.run_info import RunInfo
 from test_curves import sweep
 from test_figures import make
 from test_report import EVIL, HOSTILE

@@ -27,17 +27,17 @@ from browser import Seen
 from ra_lens import run_with_ra, trace_paths
 from ra_lens.cache import RACache
 from ra_lens.cli import app, show
-from ra_lens.display.maps import head_of_example
-from ra_lens.display.tokens import distinct, label
 from ra_lens.errors import BadInput
 from ra_lens.figures import head_map, path_diagram, query_key_pull, token_row
 from ra_lens.figures.maps import head_maps
+from ra_lens.figures.style import distinct
+from ra_lens.head_maps import head_of_example
+from ra_lens.model import load_folder
 from ra_lens.paths import TraceResult
-from ra_lens.paths.export import step_text
+from ra_lens.paths.result import step_text
 from ra_lens.report import PatchedPrompt, Predictions, Section, Table, write_report
-from ra_lens.sites import load_folder
 from ra_lens.targets import logit_diff
-from ra_lens.token_text import isolated
+from ra_lens.text import isolated, label
 from test_figures import make
 from tiny_models import KINDS
 

@@ -10,7 +10,7 @@ import torch
 
 from ra_lens import run_with_ra
 from ra_lens.errors import NotStored
-from ra_lens.mean import RunningMean
+from ra_lens.patching.mean import RunningMean
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids, relative, text
 
 POS, TARGET = 6, 8

@@ -18,14 +18,13 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 import arch_models
 from ra_lens import run_with_ra, trace_paths
 from ra_lens.cli.show import as_json
-from ra_lens.display.tokens import label, visible
 from ra_lens.errors import BadInput
 from ra_lens.figures import head_map, path_diagram, query_key_pull, token_row
+from ra_lens.model import Lens, available_kinds, load_folder
 from ra_lens.paths import trace_layers
 from ra_lens.report import patched_predictions, write_report
-from ra_lens.sites import Lens, available_kinds, load_folder
 from ra_lens.targets import logit_diff
-from ra_lens.token_text import pieces_as_read
+from ra_lens.text import label, pieces_as_read, visible
 from tiny_models import D_VOCAB, KINDS
 
 # The tokenizer puts BOS in front of every text, and TransformerLens one more.

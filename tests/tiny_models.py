@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from ra_lens.sites import available_kinds, load_folder
+from ra_lens.model import available_kinds, load_folder
 
 ARCHS = ("gpt2", "llama", "opt", "gptj")
 KINDS = available_kinds()

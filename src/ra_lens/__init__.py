@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ra_lens.cache import RACache
     from ra_lens.check import check_model
-    from ra_lens.demo import load_demo_model
     from ra_lens.experiments import perturbation_test
     from ra_lens.heads import rank_heads
     from ra_lens.hooks import get_ra_caching_hooks
+    from ra_lens.model import load_model
+    from ra_lens.model.loading import load_demo_model
     from ra_lens.patching import patch_hooks
     from ra_lens.paths import trace_paths
     from ra_lens.run import run_with_ra
-    from ra_lens.sites import load_model
     from ra_lens.tasks import load_task
 
 _HOMES = {
     "RACache": "ra_lens.cache",
     "check_model": "ra_lens.check",
     "get_ra_caching_hooks": "ra_lens.hooks",
-    "load_demo_model": "ra_lens.demo",
-    "load_model": "ra_lens.sites",
+    "load_demo_model": "ra_lens.model.loading",
+    "load_model": "ra_lens.model",
     "load_task": "ra_lens.tasks",
     "patch_hooks": "ra_lens.patching",
     "perturbation_test": "ra_lens.experiments",

@@ -10,41 +10,52 @@ Three kinds of map per attention layer, each `[batch, head, query, key]`:
 
 In a cache that `run_with_ra` made, rows and columns of padding are 0. Norms are kept whatever is
 stored.
+
+Between `RACache` and what other libraries hold: ActivationCache, DataFrame.
+
+Caches on disk: one safetensors file, tensors plus a JSON description in its header.
+
+Nothing is pickled, so a file from elsewhere cannot run code. A file is written beside its
+destination and renamed when complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
+import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from ra_lens.cache_info import (
-    HeadScore,
-    RunInfo,
+from ra_lens.collect import Store, reversed_attention
+from ra_lens.errors import BadFile, BadInput, NotStored
+from ra_lens.files import FileKind, check_input, user_path, whole_file
+from ra_lens.head_names import Head, HeadScore, layer_and_index, spell_head
+from ra_lens.model import Site, as_lens, spell_layers
+from ra_lens.model.sites import (
+    MAP_KINDS,
+    MapKind,
+    every_head,
     full_name,
+    head_places,
+    heads_of,
     in_order,
     read_kind,
-    why_not_stored,
+    spell_counts,
+    table,
 )
-from ra_lens.collect import MAP_KINDS, MapKind
-from ra_lens.errors import BadInput, NotStored
-from ra_lens.head_names import Head, layer_and_index, spell_head
-from ra_lens.mean import MeanMaps, RunningMean
 from ra_lens.numbers import Whole, as_whole, is_several, places, whole
-from ra_lens.ragged import every_head, head_places, heads_of, spell_counts, table
-from ra_lens.sites import Site, as_lens, spell_layers
+from ra_lens.patching.mean import MeanMaps, RunningMean
+from ra_lens.run_info import RunInfo, why_not_stored
 from ra_lens.tensors import read_place
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import nn
-
-Store = Literal["maps", "norms", "mean"]
 
 
 @dataclass(eq=False)
@@ -262,7 +273,6 @@ class RACache:
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per prompt, layer and head: the norms, the loss, the target."""
-        from ra_lens.cache_convert import to_dataframe
 
         return to_dataframe(self)
 
@@ -342,13 +352,11 @@ class RACache:
         Raises:
             NotStored: there are no pattern gradients in it.
         """
-        from ra_lens.cache_convert import from_activation_cache
 
         return from_activation_cache(cache, model)
 
     def save(self, path: str | Path) -> None:
         """Write the cache to one safetensors file (no pickle; written beside, then renamed)."""
-        from ra_lens.cache_file import save_cache
 
         save_cache(self, path)
 
@@ -361,7 +369,6 @@ class RACache:
     @staticmethod
     def load(path: str | Path) -> RACache:
         """Read a cache written by `save`; BadFile if missing, truncated, or of something else."""
-        from ra_lens.cache_file import load_cache
 
         return load_cache(path)
 
@@ -455,3 +462,184 @@ class RACache:
             _maps={name: function(value) for name, value in self._maps.items()},
             _norms={key: function(value) for key, value in self._norms.items()},
         )
+
+
+def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
+    """See `RACache.from_activation_cache`."""
+    lens = as_lens(model)
+    entries: dict[str, Tensor] = dict(cache.items())
+    sites = {
+        layer: replace(site, observe_only=False)  # else there were no gradients
+        for layer, site in lens.sites.items()
+        if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
+    }
+    if not sites:
+        seen = any(site.pattern_name in entries for site in lens.sites.values())
+        raise NotStored(
+            f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
+            "activation cache. Run model.run_with_cache(..., incl_bwd=True) with a loss; on models "
+            "whose hook_pattern is observe-only that gives no gradients: use run_with_ra instead."
+        )
+    has_batch = bool(getattr(cache, "has_batch_dim", True))
+    new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers))
+    for layer, site in sites.items():
+        pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
+        dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
+        pattern, grad = pattern.detach().to(dtype), grad.detach().to(dtype)
+        if not has_batch:
+            pattern, grad = pattern.unsqueeze(0), grad.unsqueeze(0)
+        new.put(layer, "ra", reversed_attention(pattern, grad, site.need_scale()))
+        new.put(layer, "pattern", pattern)
+        new.put(layer, "pattern_grad", grad)
+    return new if has_batch else new.remove_batch_dim()
+
+
+def to_dataframe(cache: RACache) -> pd.DataFrame:
+    """See `RACache.to_dataframe`."""
+    n, counts = cache.batch_size, heads_of(cache.sites)
+    norms = {
+        f"{kind}_norm": cache.norms(kind)[..., head_places(counts)].flatten().tolist()
+        for kind in cache.norm_kinds()
+    }
+    losses = cache.loss.detach().flatten().tolist()
+    losses = losses if len(losses) == n else losses * n  # a scalar holds for every row
+    targets = cache.info.targets or (None,) * n
+    every = [(prompt, *head) for prompt in range(n) for head in every_head(cache.layers, counts)]
+    index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
+    frame = pd.DataFrame(norms, index=index).reset_index()
+    frame["loss"] = [losses[i] for i in frame["prompt"]]
+    frame["target"] = [targets[i] for i in frame["prompt"]]
+    return frame
+
+
+FORMAT = 1
+
+
+def _is_cache(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "ra_lens" in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+CACHE = FileKind("a cache of ra_lens", _is_cache)
+
+
+def save_cache(cache: RACache, path: str | Path) -> None:
+    """Write `cache` to `path`, replacing another cache only when the file is complete.
+
+    Raises:
+        BadInput: the path cannot be written, or holds something that is no cache.
+    """
+    from safetensors.torch import save_file
+
+    running = cache.running_mean
+    tensors: dict[str, Tensor] = {"loss": cache.loss}
+    tensors.update({f"map/{name}": value for name, value in cache.items()})
+    tensors.update({f"norm/{kind}/{layer}": v for (kind, layer), v in cache.norm_items()})
+    if running is not None:
+        tensors.update({f"sum/{name}": value for name, value in running.items()})
+    description = {
+        "format": FORMAT,
+        "store": cache.store,
+        "has_batch_dim": cache.has_batch_dim,
+        "info": asdict(cache.info),
+        "sites": [asdict(site) for site in cache.sites.values()],
+        "mean": None
+        if running is None
+        else {"count": running.count, "dtype": _named(running.dtype)},
+    }
+    with whole_file(path, CACHE) as temporary, _system_errors():
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            temporary,
+            metadata={"ra_lens": json.dumps(description)},
+        )
+
+
+def load_cache(path: str | Path) -> RACache:
+    """Read a cache written by `save_cache`.
+
+    Raises:
+        BadFile: missing, truncated, or not written by ra_lens.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    source = user_path(path)
+    check_input(source, "Give a path written by RACache.save.")
+    try:
+        with safe_open(source, framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadFile(
+            f"{source} is damaged or not a safetensors file ({error}). "
+            "Give a file written by RACache.save, or make it again."
+        ) from error
+    if "ra_lens" not in header:
+        raise BadFile(
+            f"{source} is a safetensors file, but not one written by RACache.save (it has no "
+            "ra_lens description)."
+        )
+    try:
+        description: dict[str, Any] = json.loads(header["ra_lens"])
+        version = description["format"]
+        if version == FORMAT:
+            return _rebuilt(description, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadFile(
+            f"the description in {source} is damaged ({type(error).__name__}: {error}). Make the "
+            "cache again."
+        ) from error
+    raise BadFile(
+        f"{source} has cache format {version}; this ra_lens reads {FORMAT}. Make the cache again, "
+        "or install the version that wrote it."
+    )
+
+
+@contextmanager
+def _system_errors() -> Generator[None, None, None]:
+    # safetensors has a class of its own for what the system says, "... (os error 28)".
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> RACache:
+    sites = [Site(**fields) for fields in description["sites"]]
+    by_layer = {site.layer: site for site in sites}
+    mean = description.get("mean")
+    running = None if mean is None else RunningMean(by_layer, mean["count"], _dtype(mean["dtype"]))
+    cache = RACache(
+        sites=by_layer,
+        loss=tensors["loss"],
+        info=RunInfo(**{name: _tuples(value) for name, value in description["info"].items()}),
+        store=description["store"],
+        has_batch_dim=description["has_batch_dim"],
+        _running=running,
+    )
+    for name, value in tensors.items():
+        if name != "loss":
+            cache.restore(name, value)
+    return cache
+
+
+def _named(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]

@@ -33,11 +33,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
-from ra_lens.recompute import recomputed
-from ra_lens.sites import Lens, Site
+from ra_lens.model import Lens, Site
+from ra_lens.model.blocks import recomputed
+from ra_lens.model.sites import MapKind
 
-MapKind = Literal["ra", "pattern", "pattern_grad"]
-MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")
+Store = Literal["maps", "norms", "mean"]
 
 Deliver = Callable[[Site, dict[MapKind, Tensor]], None]
 # Takes the gradient at a pattern, gives that at its scores.
@@ -151,7 +151,7 @@ class Collector:
         """Attach to the model: the patterns before every other hook, the block input after.
 
         Args:
-            recompute: Keep no block's graph but the last; see `ra_lens.recompute`.
+            recompute: Keep no block's graph but the last; see `ra_lens.model.blocks`.
         """
         self._recompute = recompute
         above: set[str] = set()  # self- and cross-attention of a decoder block share one input

@@ -4,6 +4,8 @@ All derive from `RALensError`, so a caller (and the command line) can tell a ref
 They also derive from the built-in exception people already catch.
 """
 
+from __future__ import annotations
+
 
 class RALensError(Exception):
     """Base of every exception that ra_lens raises on purpose."""

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
-from ra_lens.cache_info import HeadScore
 from ra_lens.errors import BadInput
 from ra_lens.numbers import Whole, as_whole
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """A head and its score; larger = more important."""
+
+    layer: int
+    head: int
+    score: float
+
+    @property
+    def label(self) -> str:
+        """`L5H3`, as TransformerLens labels heads."""
+        return f"L{self.layer}H{self.head}"
+
 
 Head = HeadScore | str | Iterable[Whole]
 Heads = Head | Iterable[Head] | None

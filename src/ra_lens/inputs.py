@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.numbers import as_whole
-from ra_lens.texts import whole_text
+from ra_lens.text import whole_text
 
 Given = str | Tensor | Mapping[str, Any] | Iterable[Any]
 Mask = Tensor | Iterable[Any]

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from ra_lens.cache import Store
+from ra_lens.collect import Store
 from ra_lens.errors import NotEnoughMemory
-from ra_lens.sites import Lens, Side, Site
+from ra_lens.model import Lens, Side, Site
 
 
 @dataclass(frozen=True)

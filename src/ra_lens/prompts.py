@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.inputs import Given, Mask, TokenIds, read_given
-from ra_lens.sites import Lens
+from ra_lens.model import Lens
 
 PaddingSide = Literal["left", "right"]
 

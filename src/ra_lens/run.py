@@ -23,17 +23,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ra_lens.binding import bind
-from ra_lens.by_length import BatchResult, places, run_by_length
-from ra_lens.cache import RACache, Store
-from ra_lens.cache_info import RunInfo
-from ra_lens.collect import Collector
+from ra_lens.cache import RACache
+from ra_lens.collect import Collector, Store
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
 from ra_lens.half import LossScale
+from ra_lens.hooks import NamesFilter, Recorder, keeps
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
+from ra_lens.model import Layers, Lens, as_lens, with_scales
 from ra_lens.numbers import Real, Whole, whole_or_none
-from ra_lens.padding import PaddingShows, of_one_length, padding_is_hidden, watched
+from ra_lens.padding import (
+    BatchResult,
+    PaddingShows,
+    of_one_length,
+    padding_is_hidden,
+    places,
+    run_by_length,
+    watched,
+)
 from ra_lens.prompts import (
     Batch,
     PaddingSide,
@@ -42,9 +49,8 @@ from ra_lens.prompts import (
     read_decoder_prompts,
     read_prompts,
 )
-from ra_lens.record import NamesFilter, Recorder, keeps
-from ra_lens.sites import Layers, Lens, as_lens, with_scales
-from ra_lens.targets import Answers, Bound, Metric, Objective, Position, as_objective
+from ra_lens.run_info import RunInfo
+from ra_lens.targets import Answers, Bound, Metric, Objective, Position, as_objective, bind
 from ra_lens.tensors import read_device, read_dtype
 
 

@@ -2,6 +2,8 @@
 
 A table may have been through other hands: a column dropped, `n/a` typed for a number, a cell left
 empty. What is wrong is told in words that go on from "a table ...".
+
+Numbers and rows as tables show them: few characters, means below the tasks.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+
+from ra_lens.text import shorten
 
 _NUMBERS = frozenset(
     {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "scale", "auc", "layer",
@@ -61,3 +66,32 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def table_rows(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Give the rows of the table: name to the tasks averaged; an empty list is a gap.
+
+    Tasks stand alone, those learnt in context first; means follow where there are several tasks,
+    of each kind first where there are both kinds and several tasks of it.
+    """
+    kinds: dict[str, list[str]] = {}
+    for kind in ("icl", "natural"):
+        kinds[kind] = list(dict.fromkeys(frame[frame["kind"] == kind]["task"].astype(str)))
+    tasks = [task for of_kind in kinds.values() for task in of_kind]
+    tasks += [t for t in dict.fromkeys(frame["task"].astype(str)) if t not in tasks]
+    rows = {shorten(task, 30): [task] for task in tasks}
+    if len(tasks) > 1:
+        rows[" "] = []
+        for kind, of_kind in kinds.items():
+            if 1 < len(of_kind) < len(tasks):
+                rows[f"mean of {len(of_kind)} {kind}"] = of_kind
+        rows[f"mean of {len(tasks)} tasks"] = tasks
+    return rows
+
+
+def best_of_rows(values: Float[np.ndarray, "row column"]) -> np.ndarray:
+    """Mark the largest value of each row, ties included; none where all are the same."""
+    known = np.where(np.isnan(values), -np.inf, values)
+    largest = known.max(axis=1, keepdims=True)
+    smallest = np.where(np.isnan(values), np.inf, values).min(axis=1, keepdims=True)
+    return (known >= largest - 1e-9) & (largest > smallest + 1e-9)

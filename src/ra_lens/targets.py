@@ -12,11 +12,13 @@ gradient, so a negative entry is attention that would make the target more likel
 
 An objective is made without a model. `run_with_ra` binds it to a model and prompts, which is where
 text becomes tokens and mistakes become errors.
+
+Binding an objective to a model and prompts: text to ids, answers appended, positions placed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, cast
 
@@ -26,7 +28,10 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.inputs import answers_given
+from ra_lens.model import Lens
 from ra_lens.numbers import Wholes, as_whole
+from ra_lens.prompts import Prompts
+from ra_lens.text import isolated, whole_text
 
 Token = str | SupportsIndex
 Answers = Token | Iterable[Any]
@@ -220,3 +225,216 @@ def _ids_without_model(tokens: object, n: int) -> list[int]:
 
 def _pick(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids.unsqueeze(-1))
+
+
+def bind(
+    objective: Objective, lens: Lens, prompts: Prompts, position: Position | None
+) -> tuple[Bound, Prompts]:
+    """Turn text into ids, append answers where the objective has them, place the reading.
+
+    A target of several tokens becomes `sequence_nll`.
+
+    Args:
+        objective: What to differentiate.
+        lens: The model.
+        prompts: What it reads.
+        position: Where to read, within each example (negative: from its end); None: its last token,
+            or its mask token in a model that reads in both directions.
+
+    Returns:
+        The bound objective, and the prompts with answers appended.
+
+    Raises:
+        BadInput: a number of targets that is not the number of prompts, an id out of the
+            vocabulary, text that is not one token where one is needed, a position outside the
+            prompt or where none applies.
+    """
+    if objective.kind == "custom":
+        if position is not None:
+            raise BadInput(
+                "found position together with a metric of your own, which gets all logits. "
+                "Index them in the metric, or use ra_lens.targets.answer_nll / logit_diff."
+            )
+        return Bound("custom", None, metric=objective.metric), prompts
+    reading = _positions(lens, position, prompts)
+    if objective.kind == "top_prediction":
+        return Bound(objective.kind, [[p] for p in reading]), prompts
+    targets = _token_ids(lens, prompts, objective.tokens, "target")
+    if objective.kind == "logit_diff":
+        _need_one_token(lens, targets, "the correct answer of a logit difference")
+        wrong = _token_ids(lens, prompts, objective.wrong, "wrong answer")
+        _need_one_token(lens, wrong, "the wrong answer of a logit difference")
+        bound = Bound(objective.kind, [[p] for p in reading], targets, [row[0] for row in wrong])
+        return bound, prompts
+    teacher_forced = objective.kind == "sequence_nll" or any(len(row) > 1 for row in targets)
+    if not teacher_forced:
+        return Bound(objective.kind, [[p] for p in reading], targets), prompts
+    longest = max(targets, key=len)
+    if lens.reads == "both ways":
+        raise BadInput(
+            f"found an answer of {len(longest)} tokens ({_show(lens, longest)}); {lens.name} reads "
+            "in both directions, so nothing can be appended for it to predict. Give a target of "
+            "one token and the position of its mask."
+        )
+    if position is not None:
+        raise BadInput(
+            f"found position together with an answer of {len(longest)} tokens "
+            f"({_show(lens, longest)}), which is read where it is appended, after the prompt. "
+            "Leave position out, or give a target of one token."
+        )
+    width = max(map(len, targets))
+    # Row i reads positions n−1 … n+k−2; shorter answers repeat their first position on the left.
+    positions = [
+        [n - 1] * (width - len(row)) + list(range(n - 1, n - 1 + len(row)))
+        for n, row in zip(prompts.lengths, targets, strict=True)
+    ]
+    return Bound("sequence_nll", positions, targets), prompts.extended(targets)
+
+
+def _positions(lens: Lens, position: Position | None, prompts: Prompts) -> list[int]:
+    n = len(prompts)
+    if position is None:
+        if lens.reads == "both ways":
+            return [_the_mask(lens, i, row) for i, row in enumerate(prompts.ids)]
+        return [length - 1 for length in prompts.lengths]
+    no_list = isinstance(position, str | bytes | Mapping | Set)
+    asked = [None] if no_list else one_each(answers_given("position", position), n)
+    given = [p for p in map(as_whole, asked) if p is not None]
+    if len(given) != len(asked):
+        raise BadInput(f"found position={position!r}. Give one integer, or one per prompt.")
+    if len(given) != n:
+        raise BadInput(
+            f"found {len(given)} positions for {n} prompts. Give one integer, or one per prompt."
+        )
+    for i, (p, length) in enumerate(zip(given, prompts.lengths, strict=True)):
+        if not -length <= p < length:
+            raise BadInput(
+                f"position {p} lies outside prompt {i}, which has {length} tokens (BOS included). "
+                f"Give {-length} to {length - 1}."
+            )
+    return [p % length for p, length in zip(given, prompts.lengths, strict=True)]
+
+
+def _the_mask(lens: Lens, i: int, row: Sequence[int]) -> int:
+    mask = getattr(lens.tokenizer, "mask_token_id", None)
+    where = [place for place, token in enumerate(row) if token == mask]
+    if len(where) == 1:
+        return where[0]
+    raise BadInput(
+        f"{lens.name} reads in both directions and predicts each token where it stands; prompt {i} "
+        f"has {len(where)} mask tokens. Say with position= which token is predicted, or "
+        "write one mask token into the prompt."
+    )
+
+
+def _token_ids(lens: Lens, prompts: Prompts, tokens: object, what: str) -> list[list[int]]:
+    n = len(prompts)
+    given = one_each(answers_given(what, tokens), n)
+    if len(given) != n:
+        with_bos = bool(given) and as_whole(given[0]) in _never_predicted(lens)
+        raise BadInput(
+            f"found {len(given)} {what}{'s' * (len(given) != 1)} for {n} prompt{'s' * (n != 1)}. "
+            "Give one for all, or one per prompt; for one answer of several token ids use "
+            "ra_lens.targets.sequence_nll([[id, id, ...]])."
+            + " The first is BOS: model.to_tokens(text, prepend_bos=False) leaves it out."
+            * with_bos
+        )
+    rows = [ids_of(lens, prompts, i, token, f"{what} {i}") for i, token in enumerate(given)]
+    for row in rows:
+        for token in row:
+            if not 0 <= token < lens.d_vocab:
+                raise BadInput(
+                    f"{what} {token} is not in the vocabulary of {lens.name}, which has ids 0 to "
+                    f"{lens.d_vocab - 1}. Give an id in that range, or the text of the token."
+                )
+    as_ids = [(i, row) for i, row in enumerate(rows) if not isinstance(given[i], str)]
+    _refuse_special_tokens(lens, as_ids, what)
+    return rows
+
+
+def _never_predicted(lens: Lens) -> set[int | None]:
+    """BOS, which no answer begins with; there are decoders that are trained to begin with it."""
+    if lens.reads == "input, then answer":
+        return set()
+    return {getattr(lens.tokenizer, "bos_token_id", None)} - {None}
+
+
+def _refuse_special_tokens(lens: Lens, rows: list[tuple[int, list[int]]], what: str) -> None:
+    """Refuse ids that were made as those of a prompt are: with BOS in front, or padded.
+
+    One token alone is what it is: a model may well predict the end of a text.
+    """
+    several = [(i, row) for i, row in rows if len(row) > 1]
+    for i, row in several:
+        if row[0] in _never_predicted(lens):
+            raise BadInput(
+                f"{what} {i} begins with the BOS token ({_show(lens, row)}), which would count as "
+                "part of the answer. Make ids with model.to_tokens(text, prepend_bos=False), or "
+                "give the text."
+            )
+    pad = getattr(lens.tokenizer, "pad_token_id", None)
+    ends = [i for i, row in several if pad in (row[0], row[-1])]
+    # Where pad is also a token to predict: the longest answer of a padded tensor has none.
+    special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+    padded = len({len(row) for _, row in rows}) == 1 and len(ends) < len(rows)
+    if pad is not None and ends and (padded or pad not in special):
+        raise BadInput(
+            f"{what} {ends[0]} begins or ends with {lens.decode(pad)!r}, which shorter rows are "
+            "padded with. Give texts, or the ids of each answer without padding: [[5], [6, 7]]."
+        )
+
+
+def ids_of(lens: Lens, prompts: Prompts, i: int, answer: object, where: str) -> list[int]:
+    """Token ids of an answer to prompt `i`, which messages call `where`.
+
+    Raises:
+        BadInput: neither text nor ids, no token at all, or a word that the model does not know.
+    """
+    one = as_whole(answer)
+    if one is not None:
+        return [one]
+    if isinstance(answer, list | tuple):
+        ids = [as_whole(token) for token in cast("Sequence[object]", answer)]
+        if not ids or None in ids:
+            raise BadInput(
+                f"{where} is {answer!r}; a list inside a list holds the token ids of one answer, "
+                "at least one. Give text as text: [' New York', ' Paris']."
+            )
+        return [t for t in ids if t is not None]
+    if not isinstance(answer, str):
+        raise BadInput(f"{where} is a {type(answer).__name__}; give text or a token id.")
+    if answer == "":
+        raise BadInput(f"{where} is empty text. Give at least one token, such as ' Paris'.")
+    ids = _continuation(lens, prompts, i, whole_text(where, answer))
+    unknown = lens.unknown_token_id
+    if unknown is not None and unknown in ids:
+        raise BadInput(
+            f"{where}: {answer!r} is not a word that {lens.name} knows: its tokenizer reads it as "
+            f"{lens.decode(unknown)!r}. Give a token of its vocabulary."
+        )
+    return ids
+
+
+def _continuation(lens: Lens, prompts: Prompts, i: int, answer: str) -> list[int]:
+    # Tokenised as one string with the prompt, as in the paper; SentencePiece tokenizers would
+    # otherwise put a space of their own in front. Where the two merge into one token at the seam,
+    # the prompt must stay what it was, so the answer is tokenised alone.
+    if prompts.texts is not None:
+        n = len(prompts.ids[i])
+        joint = lens.encode(prompts.texts[i] + answer, prepend_bos=prompts.bos_prepended)
+        if tuple(joint[:n]) == prompts.ids[i] and len(joint) > n:
+            return joint[n:]
+    return lens.encode_fragment(answer)
+
+
+def _need_one_token(lens: Lens, rows: list[list[int]], what: str) -> None:
+    for row in rows:
+        if len(row) != 1:
+            raise BadInput(
+                f"{what} must be one token; found {len(row)}: {_show(lens, row)}. Choose a word "
+                "that is one token (mind the leading space), or use a target of several tokens."
+            )
+
+
+def _show(lens: Lens, ids: Sequence[int]) -> str:
+    return " + ".join(isolated(repr(text)) for text in lens.decode_each(ids))

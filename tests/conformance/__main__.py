@@ -17,7 +17,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
-from ra_lens.sites import available_kinds
+from ra_lens.model import available_kinds
 
 from . import results
 from .checks import check

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ra_lens import check_model, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import RALensError
-from ra_lens.masking import mask_hooks, need_heads
-from ra_lens.sites import as_lens, load_folder
+from ra_lens.model import as_lens, load_folder
+from ra_lens.patching.masking import mask_hooks, need_heads
 
 from .build import hf_model, write_folder
 from .configs import NORMALISED

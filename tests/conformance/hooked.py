@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ra_lens import check_model, run_with_ra
 from ra_lens.errors import RALensError
-from ra_lens.masking import mask_hooks
 from ra_lens.patching import patch_hooks
+from ra_lens.patching.masking import mask_hooks
 
 from .build import randomise
 from .padded import SIDES, Side, by_length, padded_error

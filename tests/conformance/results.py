@@ -109,8 +109,9 @@ your own: `ra_lens.check_model(model)`.
   experts, or a mask picks keys, rounding can change the pick, and with it the map.
 - **Compatibility mode**: R in it (TransformerBridge), or with processed weights
   (HookedTransformer), against R without.
-- **Head masking**: a head of the first and of the last layer zeroed with `ra_lens.masking`, against
-  the model with their patterns set to 0; relative to what this changes.
+- **Head masking**: a head of the first and of the last layer zeroed with
+  `ra_lens.patching.masking`, against the model with their patterns set to 0; relative to what this
+  changes.
 - **Left padding**, **right padding**: R and loss of two prompts of different lengths in one batch,
   against each alone. *By length*: padding would change what the model computes, so they run in
   groups of one length, which `check_model` says too.

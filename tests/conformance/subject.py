@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ra_lens import RACache, check_model, run_with_ra
 from ra_lens.errors import RALensError, UnsupportedModel
+from ra_lens.model import Site, load_folder
 from ra_lens.patching import patch_hooks
-from ra_lens.sites import Site, load_folder
 
 from .build import BATCH, DECODER_POS, POS, hf_model, random_ids
 from .configs import ENCODER_DECODERS, MASKED

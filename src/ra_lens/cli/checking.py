@@ -10,7 +10,7 @@ from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device
 from ra_lens.cli.show import print_json, print_line
 from ra_lens.files import is_folder
-from ra_lens.sites import ModelKind
+from ra_lens.model import ModelKind
 
 
 def check(

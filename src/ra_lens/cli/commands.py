@@ -19,8 +19,8 @@ from ra_lens.cli.reading import check_device, hints, read_layers, read_text
 from ra_lens.cli.tracing import traces_of_run
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.files import REPORT, check_output, is_folder
+from ra_lens.model import ModelKind, as_lens
 from ra_lens.prompts import PromptInput, read_prompts
-from ra_lens.sites import ModelKind, as_lens
 
 if TYPE_CHECKING:
     from ra_lens.report import PatchedPrompt
@@ -130,20 +130,19 @@ def run_demo(
     check_output(output, REPORT)
     model = load(DEMO, kind, device, debug=debug)
     from ra_lens.cli import show
-    from ra_lens.demo import showcase
-    from ra_lens.report import write_report
+    from ra_lens.report import predictions, write_report
     from ra_lens.run import run_with_ra
 
-    prompt = showcase.few_shot_prompt()
+    prompt = predictions.few_shot_prompt()
     patched, refusal = None, ""
     with quiet(debug=debug):
         _, ra = run_with_ra(model, prompt.text, target=prompt.answer, progress=False)
         try:
-            patched = showcase.patched_prediction(model)
+            patched = predictions.patched_prediction(model)
         except UnsupportedModel as error:  # a model whose patterns can be read but not edited
             refusal = str(error)
     ra = ra.to("cpu")
-    sections = () if patched is None else (showcase.as_section(patched),)
+    sections = () if patched is None else (predictions.as_section(patched),)
     with quiet(debug=debug):
         own = () if patched is None else _patched(model, prompt.text, ra, prompt.answer)
     written = write_report(
@@ -156,12 +155,12 @@ def run_demo(
     )
     extra: dict[str, object] = {}
     if patched is not None:
-        extra["patched"] = showcase.as_json(patched)
+        extra["patched"] = predictions.as_json(patched)
     _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
     if patched is None:
         warn("warning", f"no patched prediction: {refusal}")
     elif not as_json:
-        show.print_section(showcase.as_section(patched))
+        show.print_section(predictions.as_section(patched))
 
 
 def load(
@@ -179,10 +178,10 @@ def load(
     """
     with quiet(debug=debug):
         if name == DEMO:
-            from ra_lens.demo import load_demo_model
+            from ra_lens.model.loading import load_demo_model
 
             return load_demo_model(kind=kind, device=device, dtype=dtype)
-        from ra_lens.sites import load_model
+        from ra_lens.model import load_model
 
         return load_model(name, kind=kind, device=device, dtype=dtype)
 

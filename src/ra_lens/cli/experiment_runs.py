@@ -16,7 +16,6 @@ import torch
 import typer
 from torch import nn
 
-from ra_lens.answers import Accuracy
 from ra_lens.cli import show_comparison, show_experiments, show_sweep
 from ra_lens.cli.commands import DEMO, load
 from ra_lens.cli.many_values import numbers, split_values, whole_numbers
@@ -32,14 +31,15 @@ from ra_lens.experiments import (
     read_results,
     write_results,
 )
-from ra_lens.experiments.auc import Measure, Rule
-from ra_lens.experiments.compare import compare_with_paper, paper_tables
-from ra_lens.experiments.prompts import SHOTS, read_shots
-from ra_lens.experiments.ranking import METHODS, read_methods
+from ra_lens.experiments.paper import compare_with_paper, paper_tables
+from ra_lens.experiments.perturbation import Measure, Rule
+from ra_lens.experiments.protocol import SHOTS, read_shots
+from ra_lens.experiments.rank import METHODS, read_methods
 from ra_lens.experiments.results import check_results_path
 from ra_lens.files import PAGE, check_output, is_folder, user_path
+from ra_lens.model import ModelKind
 from ra_lens.patching import Where
-from ra_lens.sites import ModelKind
+from ra_lens.questions import Accuracy
 from ra_lens.tasks import SplitRule, Task, load_task, task_names
 
 _GROUPS: dict[str, Literal["icl", "natural"] | None] = {
@@ -192,7 +192,7 @@ def perturb(
     areas = area_under_curve(frame, metric=metric, rule=rule)
 
     def draw(path: Path) -> None:
-        from ra_lens.cli.figure_page import write_perturbation_page
+        from ra_lens.report.experiments import write_perturbation_page
 
         write_perturbation_page(frame, areas, path, metric=metric)
 
@@ -248,7 +248,7 @@ def patch(
         )
 
     def draw(path: Path) -> None:
-        from ra_lens.cli.figure_page import write_sweep_page
+        from ra_lens.report.experiments import write_sweep_page
 
         write_sweep_page(frame, path, metric=metric)
 

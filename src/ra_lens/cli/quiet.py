@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 
 import typer
 
-from ra_lens.loading_bars import no_loading_bars
+from ra_lens.model.loading import no_loading_bars
 
 
 def offline() -> None:

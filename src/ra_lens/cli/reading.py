@@ -9,7 +9,7 @@ import sys
 import torch
 
 from ra_lens.errors import BadInput
-from ra_lens.texts import decoded
+from ra_lens.text import decoded
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 _MOST_LAYERS = 10_000  # more than any model has; a longer range is a slip of the keyboard

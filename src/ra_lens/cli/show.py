@@ -17,13 +17,12 @@ from rich.text import Text
 from torch import nn
 
 from ra_lens.cache import RACache
-from ra_lens.display.maps import HeadMaps, head_of_example
-from ra_lens.display.run import example_facts, loss_of, prompt_tokens, run_facts
-from ra_lens.display.tokens import label, shorten, visible
-from ra_lens.ragged import every_head, head_places, heads_of
+from ra_lens.head_maps import HeadMaps, head_of_example
+from ra_lens.model import as_lens
+from ra_lens.model.sites import every_head, head_places, heads_of
 from ra_lens.report.page import Section
-from ra_lens.sites import as_lens
-from ra_lens.token_text import isolated
+from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
+from ra_lens.text import isolated, label, shorten, visible
 
 _LABEL = 14
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)

@@ -11,17 +11,9 @@ from typing import Any
 import pandas as pd
 from rich.text import Text
 
-from ra_lens.cli.tables import (
-    echo,
-    groups,
-    new_console,
-    new_table,
-    number,
-    print_files,
-    records,
-)
-from ra_lens.display.numbers import scale_name
-from ra_lens.experiments.compare import count_cells
+from ra_lens.cli.tables import echo, groups, new_console, new_table, number, print_files, records
+from ra_lens.experiments.paper import count_cells
+from ra_lens.text import scale_name
 
 
 def print_comparison(compared: pd.DataFrame, *, every: bool, out: Path | None) -> None:

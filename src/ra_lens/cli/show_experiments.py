@@ -20,13 +20,13 @@ from ra_lens.cli.tables import (
     mean_of,
     new_console,
     new_table,
-    plain,
     print_facts,
     print_files,
     records,
 )
-from ra_lens.display.methods import method_styles, metric_name, shots_name
-from ra_lens.display.numbers import short, table_rows
+from ra_lens.figures.style import method_styles, metric_name
+from ra_lens.tables import table_rows
+from ra_lens.text import short, shots_name
 
 # ---- rankings -----------------------------------------------------------------------------------
 
@@ -86,9 +86,7 @@ def print_areas(
             (next(iter(rows)), {shots_name(n): (n, next(iter(rows.values()))) for n in shots})
         ]
     else:
-        tables = [
-            (shots_name(n), {plain(row): (n, tasks) for row, tasks in rows.items()}) for n in shots
-        ]
+        tables = [(shots_name(n), {row: (n, tasks) for row, tasks in rows.items()}) for n in shots]
     for title, lines in tables:
         table = new_table(title, "", *names, "all heads")
         for row, (n, tasks) in lines.items():

@@ -16,13 +16,13 @@ from ra_lens.cli.tables import (
     new_console,
     new_table,
     number,
-    plain,
     print_facts,
     print_files,
     records,
 )
-from ra_lens.display.methods import metric_name, shots_name
-from ra_lens.display.numbers import scale_name, table_rows
+from ra_lens.figures.style import metric_name
+from ra_lens.tables import table_rows
+from ra_lens.text import scale_name, shots_name
 
 _MAPS = {"ra": "RA", "pattern": "FA"}
 _PAPER_SCALE = {"ra": -30.0, "pattern": 1.0}
@@ -45,7 +45,7 @@ def print_sweep(frame: pd.DataFrame, *, metric: str, out: Path | None, figure: P
             part: Any = frame[(frame["n_shots"] == n) & frame["task"].isin(tasks)]
             plainly = [number(mean_of(unpatched, metric, m, tasks), metric) for m in shots]
             cells = [_cell(part, metric, kind, scale) for kind, scale in columns.values()]
-            table.add_row(Text(plain(row)), "/".join(plainly), *cells)
+            table.add_row(Text(row), "/".join(plainly), *cells)
         console.print(table)
         console.print("")
     console.print(Text(f"{beside}: without a map, with so many shots.", style="dim"))

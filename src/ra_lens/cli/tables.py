@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ra_lens.display.numbers import short
+from ra_lens.text import short
 
 METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
 _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",
@@ -42,11 +42,6 @@ def number(value: float, metric: str) -> str:
     if math.isnan(value):
         return ""
     return f"{value:.2f}" if metric == "logit_diff" else short(value)
-
-
-def plain(row: str) -> str:
-    """Give the name of a row as text; figures have it bold."""
-    return row.replace("<b>", "").replace("</b>", "")
 
 
 def records(frame: Any) -> list[dict[str, Any]]:

@@ -14,14 +14,14 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.cli.quiet import offline, quiet
 from ra_lens.cli.reading import check_device, hints, read_text
-from ra_lens.display.paths import MOST_PATHS
 from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import PAGE, check_output, is_folder
+from ra_lens.model import ModelKind
 from ra_lens.paths import TraceResult, trace_layers, trace_paths
-from ra_lens.paths.build import read_agg
+from ra_lens.paths.page import MOST_PATHS
 from ra_lens.paths.result import Follow
+from ra_lens.paths.trace import read_agg
 from ra_lens.prompts import PromptInput
-from ra_lens.sites import ModelKind
 
 _OF_ONE_LAYER = {
     "search": "exact",

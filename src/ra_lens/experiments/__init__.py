@@ -5,10 +5,9 @@ write the table and, when they are killed, go on where they stopped. `area_under
 perturbation test, and `compare_with_paper` lays results beside the published numbers.
 """
 
-from ra_lens.experiments.auc import area_under_curve
-from ra_lens.experiments.compare import compare_with_paper, read_paper
-from ra_lens.experiments.perturbation import perturbation_test
-from ra_lens.experiments.ranking import rank_tasks
+from ra_lens.experiments.paper import compare_with_paper, read_paper
+from ra_lens.experiments.perturbation import area_under_curve, perturbation_test
+from ra_lens.experiments.rank import rank_tasks
 from ra_lens.experiments.results import read_results, write_results
 from ra_lens.experiments.sweep import PAPER_SCALES, patching_sweep
 

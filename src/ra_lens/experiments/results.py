@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.experiments.differences import differences
-from ra_lens.experiments.journal import NOT_SETTINGS, journal_path, settings_hash
+from ra_lens.experiments.journal import NOT_SETTINGS, differences, journal_path, settings_hash
 from ra_lens.files import FileKind, check_input, check_output, user_path, whole_file
-from ra_lens.sites import Lens
+from ra_lens.model import Lens
 from ra_lens.tables import problem_of
 from ra_lens.tasks import Prompt
 
@@ -81,7 +80,7 @@ def _refuse_another_table(path: str | Path, frame: pd.DataFrame) -> None:
     if file.stat().st_size == 0:
         return
     try:
-        there = _what(_read(file))
+        there = _what(_read_table(file))
     except (ValueError, OSError):
         there = "something that cannot be read as a table"
     if there != _what(frame):
@@ -113,7 +112,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
     path = user_path(path)
     check_input(path, "Give the results of ra-lens rank, perturb, patch.")
     try:
-        frame = _read(path)
+        frame = _read_table(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
         raise BadFile(f"{path} cannot be read as a table: {str(error)[:200]}") from error
     if "experiment" not in frame or "model" not in frame:
@@ -133,7 +132,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
     return frame
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> pd.DataFrame:
     if path.suffix.lower() == ".csv":
         # Not "none" and "NA": they are names here. An empty cell is a missing number. Before its
         # version 3, pandas read numbers one digit short unless told otherwise.

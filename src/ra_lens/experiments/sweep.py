@@ -24,11 +24,9 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from ra_lens.answers import Accuracy, FwdHooks, ask, read_questions
 from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import Journal, open_journal
-from ra_lens.experiments.perturbation import marked
-from ra_lens.experiments.prompts import (
+from ra_lens.experiments.protocol import (
     SHOTS,
     Tasks,
     accuracy_settings,
@@ -49,11 +47,12 @@ from ra_lens.experiments.results import (
     prompts_hash,
     write_results,
 )
-from ra_lens.mean import MeanMaps
+from ra_lens.model import Lens, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching import Where
+from ra_lens.patching.mean import MeanMaps
+from ra_lens.questions import Accuracy, FwdHooks, ask, marked, read_questions
 from ra_lens.run import run_with_ra
-from ra_lens.sites import Lens, as_lens
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Prompt, SplitRule, Task, same_length_sets
 

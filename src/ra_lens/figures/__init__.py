@@ -10,16 +10,15 @@ runs. `save_figure(figure, "figure.pdf")` writes PNG, SVG, PDF or HTML. Images n
 (`pip install "ra-lens[images]"`) and a Chrome or Chromium.
 """
 
+from ra_lens.figures.auc_table import auc_table
 from ra_lens.figures.curves import perturbation_curves
-from ra_lens.figures.export import save_figure
 from ra_lens.figures.grid import head_grid
+from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.maps import Sign, head_map, head_maps
-from ra_lens.figures.notebook import images_in_notebooks
 from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
-from ra_lens.figures.row import token_row
 from ra_lens.figures.sweep import patching_sweep_curve
-from ra_lens.figures.tables import auc_table
+from ra_lens.figures.token_row import token_row
 
 __all__ = [
     "Sign",

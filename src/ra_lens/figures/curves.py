@@ -13,23 +13,23 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ra_lens.display.methods import (
-    METRICS,
+from ra_lens.errors import BadInput
+from ra_lens.figures.style import (
     MethodStyle,
-    Metric,
+    finish,
     method_styles,
     metric_name,
     order_name,
+    plotly_text,
     read_frame,
-    shots_name,
+    read_size,
     subtitle_of,
     tasks_averaged,
     with_subtitle,
 )
-from ra_lens.display.tokens import plotly_text
-from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish, read_size
 from ra_lens.numbers import Real
+from ra_lens.questions import METRICS, Metric
+from ra_lens.text import shots_name
 
 Facet = Literal["n_shots", "task"]
 

@@ -18,11 +18,18 @@ from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
 from ra_lens.cache import RACache
-from ra_lens.collect import MapKind
-from ra_lens.display.tokens import plotly_text, thinned
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import DIVERGING, MARK, SEQUENTIAL, finish, read_size
+from ra_lens.figures.style import (
+    DIVERGING,
+    MARK,
+    SEQUENTIAL,
+    finish,
+    plotly_text,
+    read_size,
+    thinned,
+)
 from ra_lens.heads import HeadScores
+from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Real, Whole, whole
 
 Scores = RACache | HeadScores

@@ -16,12 +16,20 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ra_lens.cache import RACache
-from ra_lens.display.maps import HeadMaps, head_of_example, read_heads
-from ra_lens.display.tokens import distinct, label, plotly_text, thinned
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import ATTENTION, DIVERGING, finish, read_size
+from ra_lens.figures.style import (
+    ATTENTION,
+    DIVERGING,
+    distinct,
+    finish,
+    plotly_text,
+    read_size,
+    thinned,
+)
+from ra_lens.head_maps import HeadMaps, head_of_example, read_heads
 from ra_lens.head_names import Head, Heads
 from ra_lens.numbers import Real, Whole, real_or_none, whole_or_none
+from ra_lens.text import label
 
 Sign = Literal["descent", "gradient"]
 Panel = Literal["ra", "pattern"]

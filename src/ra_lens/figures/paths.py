@@ -6,12 +6,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ra_lens.display.tokens import label, plotly_text
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish, read_size
+from ra_lens.figures.style import finish, plotly_text, read_size
 from ra_lens.numbers import Real, Whole, whole
-from ra_lens.paths.export import boundaries_of, step_text
-from ra_lens.paths.result import TracedPath, TraceResult
+from ra_lens.paths.result import TracedPath, TraceResult, boundaries_of, step_text
+from ra_lens.text import label
 
 # Okabe and Ito's, without the two lightest; told apart by colour-blind eyes.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -12,12 +12,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ra_lens.cache import RACache
-from ra_lens.display.maps import Cell, HeadMaps, head_of_example
-from ra_lens.display.tokens import label, plotly_text
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish, read_size
+from ra_lens.figures.style import finish, plotly_text, read_size
+from ra_lens.head_maps import Cell, HeadMaps, head_of_example
 from ra_lens.head_names import Head
 from ra_lens.numbers import Real, Whole, whole
+from ra_lens.text import label
 
 _PULL, _PUSH = (178, 24, 43), (33, 102, 172)
 _LEFT, _RIGHT = 0.0, 1.0

@@ -17,21 +17,20 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ra_lens.display.methods import (
-    METRICS,
-    Metric,
+from ra_lens.errors import BadInput
+from ra_lens.figures.curves import panel_columns
+from ra_lens.figures.style import (
+    finish,
     metric_name,
     read_frame,
-    shots_name,
+    read_size,
     subtitle_of,
     tasks_averaged,
     with_subtitle,
 )
-from ra_lens.display.numbers import scale_name
-from ra_lens.errors import BadInput
-from ra_lens.figures.curves import panel_columns
-from ra_lens.figures.style import finish, read_size
 from ra_lens.numbers import Real
+from ra_lens.questions import METRICS, Metric
+from ra_lens.text import scale_name, shots_name
 
 _LINEAR = 0.5
 """Scales below it are spaced in proportion, scales above it by their logarithm."""

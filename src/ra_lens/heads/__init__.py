@@ -14,16 +14,16 @@ Example:
     ```
 """
 
-from ra_lens.cache_info import HeadScore
+from ra_lens.head_names import HeadScore
 
 # Importing these registers the built-in methods, in the order in which they are listed.
-from ra_lens.heads import attention as attention
-from ra_lens.heads import mediation as mediation
-from ra_lens.heads import plain as plain
-from ra_lens.heads.rank import rank_heads
-from ra_lens.heads.registry import (
+from ra_lens.heads import methods as methods  # isort: skip
+from ra_lens.heads import mediation as mediation  # isort: skip
+from ra_lens.heads import plain as plain  # isort: skip
+from ra_lens.heads.ranking import (
     RankingContext,
     RankingMethod,
+    rank_heads,
     ranking_method,
     ranking_methods,
 )

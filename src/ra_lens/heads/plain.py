@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.heads.registry import RankingContext, ranking_method
-from ra_lens.ragged import table
+from ra_lens.heads.ranking import RankingContext, ranking_method
+from ra_lens.model.sites import table
 
 
 @ranking_method("random", title="random order", random=True)

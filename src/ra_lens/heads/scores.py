@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ra_lens.cache_info import HeadScore
 from ra_lens.errors import BadInput
+from ra_lens.head_names import HeadScore
+from ra_lens.model import spell_layers
+from ra_lens.model.sites import every_head, head_places, spell_counts
 from ra_lens.numbers import Whole, whole
-from ra_lens.ragged import every_head, head_places, spell_counts
-from ra_lens.sites import spell_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +123,7 @@ class HeadScores:
         return replace(self, scores=0 - self.scores, is_reversed=not self.is_reversed)
 
     def keep_mask(self, n: Whole) -> Bool[Tensor, "layer head"]:
-        """Mark the first `n` heads of the order, for `ra_lens.masking.mask_hooks`.
+        """Mark the first `n` heads of the order, for `ra_lens.patching.masking.mask_hooks`.
 
         Raises:
             BadInput: fewer than 0 heads, or more than there are.

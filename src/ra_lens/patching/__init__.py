@@ -4,7 +4,7 @@
 
 after the softmax, and not renormalised: rows of R sum to 0, so rows of A' still sum to 1; with a
 forward pattern added they do not. RA's scale is negative, a descent step. Two variants stay
-attention: `renormalise=True` and `at="scores"` (see `ra_lens.patching.edits`).
+attention: `renormalise=True` and `at="scores"` (see `ra_lens.patching.hooks`).
 
     hooks.py      the `(name, hook)` pairs
     choose.py     which heads, layers and rows
@@ -14,9 +14,7 @@ attention: `renormalise=True` and `at="scores"` (see `ra_lens.patching.edits`).
 """
 
 from ra_lens.head_names import Heads
-from ra_lens.patching.choose import Rows
-from ra_lens.patching.edits import Where
-from ra_lens.patching.hooks import HookPairs, patch_hooks
-from ra_lens.patching.place import Align
+from ra_lens.patching.hooks import HookPairs, Where, patch_hooks
+from ra_lens.patching.place import Align, Rows
 
 __all__ = ["Align", "Heads", "HookPairs", "Rows", "Where", "patch_hooks"]

@@ -1,21 +1,73 @@
-"""`patch_hooks`: `(hook name, hook)` pairs that add maps to the pattern of a model."""
+"""What is done to the pattern A with what is placed on it, D = scale · map.
+
+    add           A' = A + D, the paper's; not renormalised
+    renormalise   A' = max(A + D, 0) · rowsum(A) / rowsum(max(A + D, 0))
+    scores        A' = A · e^D · rowsum(A) / rowsum(A · e^D), which is softmax(S + D)
+
+The last two keep the sum of every row as it was: 1, or 0 at padding, or less than 1 with attention
+sinks (which then keep their share). A row in which the addition leaves nothing above 0 becomes 0.
+Only rows that the map reaches are changed at all.
+
+`patch_hooks`: `(hook name, hook)` pairs that add maps to the pattern of a model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.head_names import Heads
+from ra_lens.model import Layers, Site
+from ra_lens.model.sites import choose_heads
 from ra_lens.numbers import Real, Whole, real, whole_or_none
-from ra_lens.patching.addition import Addition, Placer
-from ra_lens.patching.choose import Rows, choose_heads, choose_rows
-from ra_lens.patching.edits import Where, added, renormalised, stepped
-from ra_lens.patching.place import ALIGNMENTS, Align, read_mask
+from ra_lens.patching.place import ALIGNMENTS, Addition, Align, Placer, Rows, choose_rows, read_mask
 from ra_lens.patching.through_z import ThroughZ
-from ra_lens.sites import Layers, Site
+
+Where = Literal["pattern", "scores"]
+
+
+def added(
+    pattern: Float[Tensor, "batch head query key"], addition: Float[Tensor, "some head query key"]
+) -> Float[Tensor, "batch head query key"]:
+    """A + D."""
+    return pattern + addition.to(pattern.dtype)
+
+
+def renormalised(
+    pattern: Float[Tensor, "batch head query key"],
+    addition: Float[Tensor, "some head query key"],
+    reached: Bool[Tensor, "example head query 1"],
+) -> Float[Tensor, "batch head query key"]:
+    """A + D without its negative entries, in rows of the sum they had."""
+    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+    positive = (wide + addition.to(wide.dtype)).clamp(min=0)
+    return torch.where(reached, _with_sum_of(wide, positive).to(pattern.dtype), pattern)
+
+
+def stepped(
+    pattern: Float[Tensor, "batch head query key"],
+    addition: Float[Tensor, "some head query key"],
+    reached: Bool[Tensor, "example head query 1"],
+) -> Float[Tensor, "batch head query key"]:
+    """The pattern of scores to which D was added, from the pattern alone."""
+    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+    # Relative to the largest exponent that any attention goes to: e^D cannot overflow, and the
+    # row cannot vanish.
+    exponent = addition.to(wide.dtype).expand_as(wide).masked_fill(wide <= 0, -torch.inf)
+    highest = exponent.amax(dim=-1, keepdim=True)
+    weights = (exponent - highest.clamp(min=torch.finfo(wide.dtype).min)).exp()
+    return torch.where(reached, _with_sum_of(wide, wide * weights).to(pattern.dtype), pattern)
+
+
+def _with_sum_of(before: Tensor, after: Tensor) -> Tensor:
+    total = after.sum(dim=-1, keepdim=True)
+    return after * (before.sum(dim=-1, keepdim=True) / torch.where(total > 0, total, 1.0))
+
 
 HookPairs = list[tuple[str, Callable[..., Any]]]
 

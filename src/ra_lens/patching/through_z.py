@@ -25,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.patching.addition import Addition, Placed
-from ra_lens.sites import Gate, Site
+from ra_lens.model import Gate, Site
+from ra_lens.patching.place import Addition, Placed
 
 # Largest error of A V per head, relative to z: a few roundings of A, V and z in that dtype.
 # What the check is to find (a gate, another V) is of order 1.

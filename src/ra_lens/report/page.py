@@ -16,7 +16,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from ra_lens.token_text import ISOLATED
+from ra_lens.text import ISOLATED
 
 if TYPE_CHECKING:
     from ra_lens.paths import TraceResult
@@ -86,7 +86,7 @@ def page(title: str, body: Sequence[str], *, script: str | None = None) -> str:
         scripts.append(_DRAW)
     styles = [resource("page.css")]
     if any(_PATHS in part for part in body):
-        from ra_lens.display.paths import paths_script, paths_style
+        from ra_lens.paths.page import paths_script, paths_style
 
         styles.append(paths_style())
         scripts.append(paths_script())
@@ -175,7 +175,7 @@ def section(part: Section) -> str:
         inner = "".join(map(_figure, figures))
         lines.append(f'<div class="card figures">{inner}</div>')
     if part.traces:
-        from ra_lens.display.paths import paths_fragment
+        from ra_lens.paths.page import paths_fragment
 
         lines.append(paths_fragment(part.traces))
     lines += map(note, part.notes)

@@ -14,18 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from ra_lens.cache import HeadScore, RACache
-from ra_lens.display.maps import head_of_example, read_example
-from ra_lens.display.run import model_facts
-from ra_lens.display.tokens import label
+from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.files import REPORT, check_output, write_whole
+from ra_lens.head_maps import head_of_example, read_example
+from ra_lens.head_names import HeadScore
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.paths import TraceResult
 from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
 from ra_lens.report.page import Section, Table
 from ra_lens.report.predictions import PatchedPrompt
+from ra_lens.report.run_facts import model_facts
+from ra_lens.text import label
 
 Sign = Literal["descent", "gradient"]
 

@@ -5,6 +5,8 @@ while `shuffle`, `sample` and `choice` have changed between versions. `hash` dif
 to process, so keys are digested instead.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 from collections.abc import Sequence

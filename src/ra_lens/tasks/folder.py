@@ -30,7 +30,7 @@ from typing import Any, cast
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.files import check_input, is_folder, user_path
 from ra_lens.tasks.task import Pair, Task, TaskKind
-from ra_lens.texts import decoded, whole_text
+from ra_lens.text import decoded, whole_text
 
 ICL_BEFORE, ICL_AFTER = "Q: ", "\nA:"
 

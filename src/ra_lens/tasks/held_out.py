@@ -14,6 +14,8 @@ such triples, and test prompts with demonstrations end in such a step (`ra_lens.
 same-length set counts as the task that it was taken from.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 

@@ -11,6 +11,8 @@ Two natural tasks share a name with an ``icl`` one: they are ``natural/country-c
 kind and name, as in ``icl/antonym``.
 """
 
+from __future__ import annotations
+
 import difflib
 import functools
 from importlib import resources

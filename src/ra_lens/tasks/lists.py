@@ -8,6 +8,8 @@ There are far more triples than a task lists, so that a model can be trained on 
 `ra_lens.tasks.held_out` says which it must not see.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable, Mapping
 

@@ -17,7 +17,7 @@ from typing import Literal
 from ra_lens.errors import BadInput
 from ra_lens.numbers import Whole, whole, whole_or_none
 from ra_lens.tasks._stable import draw, stable_int
-from ra_lens.texts import whole_text
+from ra_lens.text import whole_text
 
 TaskKind = Literal["icl", "natural"]
 SplitRule = Literal["code", "text"]

@@ -1,0 +1,121 @@
+"""Scores from maps: how large a head's Reversed Attention or pattern is (paper section 5.2).
+
+    ra[l, h] = mean over prompts of ‖R‖,    fa[l, h] = mean over prompts of ‖A‖    (Frobenius)
+
+on prompt and answer, R being that of the mean cross-entropy over the answer's tokens. Both are mean
+of norms, as in the published code; `fa_of_mean` is the norm of the mean pattern, as in the paper's
+appendix B. R carries the softmax scale, which differs between layers in few models.
+
+Cost: `ra` one forward and one backward per prompt; `fa` and `fa_of_mean` one forward, without
+unembedding more than one position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ra_lens.errors import BadInput
+from ra_lens.heads.ranking import RankingContext, ranking_method
+from ra_lens.padding import batches, watched
+from ra_lens.prompts import Prompts
+from ra_lens.run import run_with_ra
+from ra_lens.targets import answer_nll, sequence_nll
+
+
+@ranking_method("ra", title="norm of Reversed Attention")
+def ra_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """Mean of the Frobenius norms of R."""
+    questions = context.questions
+    if context.answer_in_input:
+        objective = sequence_nll([list(answer) for answer in questions.answers])
+    else:
+        objective = answer_nll(questions.first_tokens.tolist())
+    _, cache = run_with_ra(
+        context.model,
+        questions.prompts,
+        target=objective,
+        store="norms",
+        batch_size=context.batch_size,
+        progress=context.progress,
+    )
+    return cache.norms("ra").cpu().double().mean(dim=0)
+
+
+@ranking_method("fa", title="norm of the pattern")
+def fa_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """Mean of the Frobenius norms of A."""
+    total = torch.zeros(context.shape, dtype=torch.float64)
+
+    def add(row: int, patterns: Tensor) -> None:
+        norms = patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double()
+        total[row, : patterns.shape[1]] += norms.sum(dim=0)
+
+    _visit_patterns(context, _inputs(context), add)
+    return total / len(context.prompts)
+
+
+@ranking_method("fa_of_mean", title="norm of the mean pattern")
+def fa_of_mean_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """Frobenius norm of the mean of A over the prompts.
+
+    Raises:
+        BadInput: prompts of different lengths, whose positions do not correspond.
+    """
+    inputs = _inputs(context)
+    lengths = sorted(set(inputs.lengths))
+    if len(lengths) > 1:
+        raise BadInput(
+            f"found prompts of {lengths[0]} to {lengths[-1]} tokens"
+            f"{' (answer included)' * context.answer_in_input} with method='fa_of_mean'; a mean of "
+            "patterns needs prompts of one length (ra_lens.tasks.same_length_sets makes tasks of "
+            "such). Or take method='fa', the mean of their norms."
+        )
+    n_layers, n_heads = context.shape
+    total = torch.zeros(n_layers, n_heads, lengths[0], lengths[0], dtype=torch.float64)
+
+    def add(row: int, patterns: Tensor) -> None:
+        total[row, : patterns.shape[1]] += patterns.sum(dim=0).cpu().double()
+
+    _visit_patterns(context, inputs, add)
+    return (total / len(context.prompts)).flatten(start_dim=-2).norm(dim=-1)
+
+
+def _inputs(context: RankingContext) -> Prompts:
+    questions = context.questions
+    if context.answer_in_input:
+        return questions.prompts.extended(questions.answers)
+    return questions.prompts
+
+
+@torch.no_grad()
+def _visit_patterns(
+    context: RankingContext, inputs: Prompts, visit: Callable[[int, Tensor], None]
+) -> None:
+    """Call `visit(row of scores, [batch, head, query, key])` for every layer and batch.
+
+    Padded rows and columns are 0.
+    """
+    lens = context.lens
+    lens.refuse_dropout()
+    for _, prompts in batches(lens, inputs, context.batch_size):
+        batch = prompts.lay_out(lens)
+        real = batch.attention_mask
+        keep = real[:, None, :, None] & real[:, None, None, :]
+
+        def look(row: int, keep: Tensor = keep) -> Callable[..., None]:
+            def at_pattern(pattern: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
+                wide = pattern if pattern.dtype == torch.float64 else pattern.float()
+                visit(row, wide.where(keep.to(wide.device), 0.0))
+
+            return at_pattern
+
+        hooks = [(site.pattern_name, look(i)) for i, site in enumerate(lens.sites.values())]
+        last = batch.columns([[n - 1] for n in batch.lengths])
+        reading = lens.reading(None if lens.logits_are_hooked else last)
+        with lens.hooks(hooks), reading, watched(lens, batch):
+            lens.forward(batch.tokens, batch.attention_mask)

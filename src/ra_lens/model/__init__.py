@@ -1,0 +1,34 @@
+"""Where attention lives in a TransformerLens model, and how to run that model.
+
+The only package that knows TransformerLens's classes, versions and architectures. Everything else
+sees a `Lens`: sites (one per attention layer), tokens in, logits out, and the few module-level
+attachment points that collecting gradients needs.
+"""
+
+from ra_lens.model.attention import find_sites, with_scales
+from ra_lens.model.lens import Lens, as_lens
+from ra_lens.model.loading import (
+    ModelKind,
+    available_kinds,
+    load_demo_model,
+    load_folder,
+    load_model,
+)
+from ra_lens.model.sites import Gate, Layers, Side, Site, spell_layers
+
+__all__ = [
+    "Gate",
+    "Layers",
+    "Lens",
+    "ModelKind",
+    "Side",
+    "Site",
+    "as_lens",
+    "available_kinds",
+    "find_sites",
+    "load_demo_model",
+    "load_folder",
+    "load_model",
+    "spell_layers",
+    "with_scales",
+]

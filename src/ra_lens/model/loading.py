@@ -1,0 +1,297 @@
+"""Loading models: by a name, from a folder, or the one that is embedded.
+
+TransformerLens 2 has HookedTransformer, 3 has both classes, 4 has TransformerBridge only. Weights
+are loaded without processing (no folding, no centring): Reversed Attention does not depend on it,
+but masking a head does, because folding moves its value bias into the output bias.
+
+Transformers' progress bars are hidden while a model is loaded that takes no time to load. The
+embedded model is small, trained by us on in-context learning, and shipped with the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ra_lens.errors import BadInput
+from ra_lens.files import is_folder, user_path
+
+
+@contextmanager
+def no_loading_bars() -> Generator[None]:
+    """Hide the progress bars of transformers; afterwards they are as they were."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    with _settings_kept():
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            with _settings_kept():
+                bars.enable_progress_bar()
+
+
+@contextmanager
+def _settings_kept() -> Generator[None]:
+    # Where HF_HUB_DISABLE_PROGRESS_BARS decides, Hugging Face warns that it does.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")
+        yield
+
+
+ModelKind = Literal["HookedTransformer", "TransformerBridge"]
+
+
+def available_kinds() -> tuple[ModelKind, ...]:
+    """The model classes that the installed TransformerLens has, preferred one first."""
+    kinds: list[ModelKind] = []
+    if _class("transformer_lens", "HookedTransformer") is not None:
+        kinds.append("HookedTransformer")
+    if _class("transformer_lens.model_bridge", "TransformerBridge") is not None:
+        kinds.append("TransformerBridge")
+    return tuple(kinds)
+
+
+def load_model(
+    name: str | Path,
+    *,
+    kind: ModelKind | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Load a model that TransformerLens knows, or a local Hugging Face folder, without processing.
+
+    Args:
+        name: A name TransformerLens knows (`"gpt2"`, `"EleutherAI/pythia-70m"`), or a folder with
+            `config.json`, weights and tokenizer.
+        kind: `"HookedTransformer"` or `"TransformerBridge"`. Default: HookedTransformer where the
+            installed TransformerLens has it and it knows the model, else TransformerBridge.
+        device: Where to put the model. Default: a GPU if there is one.
+        dtype: Data type of the weights.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        BadInput: the kind is not in this TransformerLens, or the model cannot be found or loaded.
+    """
+    folder = user_path(name)
+    if is_folder(folder):
+        return load_folder(folder, kind=kind, device=device, dtype=dtype)
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise BadInput(f"there is no folder {str(name)!r}. Give a folder with a config.json.")
+    kinds = available_kinds() if kind is None else (_choose_kind(kind),)
+    where = None if device is None else str(device)
+    for chosen in kinds:
+        cls = _class_of(chosen)
+        hooked = chosen == "HookedTransformer"
+        load = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
+        try:
+            return load(str(name), device=where, dtype=dtype).eval()
+        except _REFUSALS as error:
+            # A name that HookedTransformer does not know may be one that the bridge loads; what
+            # cannot be downloaded cannot be by either.
+            if isinstance(error, OSError) or chosen == kinds[-1]:
+                raise BadInput(
+                    f"{chosen} could not load {str(name)!r}: {_first_line(error)} Give a name that "
+                    "TransformerLens knows and that can be downloaded, a local folder with "
+                    "config.json, weights and tokenizer, or call load_demo_model()."
+                ) from error
+    raise AssertionError("unreachable: the last kind returns or raises")
+
+
+def load_folder(
+    folder: str | Path,
+    *,
+    kind: ModelKind | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Load a local folder in Hugging Face format, offline. Arguments as in `load_model`.
+
+    Raises:
+        BadInput: no `config.json` there, files that cannot be read as a model, or an architecture
+            this TransformerLens cannot convert.
+    """
+    path = user_path(folder)
+    kinds = available_kinds() if kind is None else (_choose_kind(kind),)
+    if not os.path.isfile(path / "config.json"):
+        raise BadInput(
+            f"{path} has no config.json. A model folder holds config.json, the weights and the "
+            "tokenizer, as Hugging Face's save_pretrained writes them."
+        )
+    try:
+        for other in kinds[:-1]:
+            with suppress(_CannotConvert):  # architectures that only the bridge knows
+                return _loaded(path, other, device, dtype)
+        return _loaded(path, kinds[-1], device, dtype)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be loaded: {_first_line(error)} {_HOLDS}") from error
+
+
+_HOLDS = (
+    "A model folder holds config.json, the weights and the tokenizer, as save_pretrained writes "
+    "them."
+)
+
+# With these TransformerLens refuses architectures that it does not know.
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class _CannotConvert(BadInput):
+    """HookedTransformer has no conversion for an architecture."""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _loaded(
+    path: Path, chosen: ModelKind, device: str | torch.device | None, dtype: torch.dtype
+) -> nn.Module:
+    where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen == "TransformerBridge":
+        try:
+            model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype)
+        except _REFUSALS as error:
+            if isinstance(error, OSError):
+                raise
+            raise BadInput(
+                f"TransformerBridge cannot load the model in {path}: {_first_line(error)} Load "
+                "another model, or try another version of TransformerLens."
+            ) from error
+    else:
+        model = _hooked_transformer_from_folder(path, where, dtype)
+    model.cfg.model_name = path.resolve().name
+    return model.eval()
+
+
+def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
+    # HookedTransformer.from_pretrained takes names only, although the two functions that it is
+    # made of take folders.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    conversion: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
+    here: dict[str, Any] = {"local_files_only": True}
+    try:
+        hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **here)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **here)
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:  # tokenizers has no other class for a file that it cannot read
+        raise _CannotConvert(
+            f"HookedTransformer cannot load the model in {path}: {_first_line(error)} {_HOLDS}"
+        ) from error
+    try:
+        cfg = _hooked_transformer_config(conversion, path, device, dtype)
+        state_dict = conversion.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=dtype)
+        model = _class_of("HookedTransformer")(cfg, tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(
+            state_dict,
+            fold_ln=False,
+            center_writing_weights=False,
+            center_unembed=False,
+            fold_value_biases=False,
+        )
+    except (NotImplementedError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise _CannotConvert(
+            f"HookedTransformer cannot convert the model in {path} "
+            f"({type(hf_model).__name__}): {type(error).__name__}: {str(error)[:300]}. "
+            "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."
+        ) from error
+    return nn.Module.to(model, device)  # its own `to` prints
+
+
+def _hooked_transformer_config(conversion: Any, path: Path, device: str, dtype: torch.dtype) -> Any:
+    # TransformerLens reads keys that GPT-2's published config.json has and that save_pretrained
+    # does not write, and takes any path with "llama" in it for a Llama: hand it a copy elsewhere.
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in config:
+        config.setdefault("n_ctx", config["n_positions"])
+    with tempfile.TemporaryDirectory(prefix="ra_lens_") as copy:
+        Path(copy, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return conversion.get_pretrained_model_config(copy, device=device, dtype=dtype)
+
+
+def _choose_kind(kind: ModelKind | None) -> ModelKind:
+    kinds = available_kinds()
+    if kind is None:
+        return kinds[0]
+    if kind not in kinds:
+        version = importlib.import_module("importlib.metadata").version("transformer-lens")
+        raise BadInput(
+            f"kind={kind!r} is not in the installed TransformerLens {version}, which has "
+            f"{' and '.join(kinds)}. Leave kind out, or install another TransformerLens."
+        )
+    return kind
+
+
+def _class(module: str, name: str) -> Any:
+    # TransformerLens 4 raises ImportError from `hasattr` too, so only trying tells.
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def _class_of(kind: ModelKind) -> Any:
+    module = "transformer_lens.model_bridge" if kind == "TransformerBridge" else "transformer_lens"
+    return _class(module, kind)
+
+
+def demo_model_folder() -> Path:
+    """Folder of the embedded model, in Hugging Face format."""
+    return Path(str(resources.files("ra_lens"))) / "demo" / "model"
+
+
+def load_demo_model(
+    *,
+    kind: ModelKind | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Load the embedded model, offline.
+
+    A GPT-2-shaped model trained on the built-in tasks (`ra_lens.tasks`) with zero to ten examples;
+    its tokenizer knows the words of those tasks.
+
+    Args:
+        kind: `"HookedTransformer"` or `"TransformerBridge"`. Default: HookedTransformer where the
+            installed TransformerLens has it.
+        device: Where to put it. Default: a GPU if there is one.
+        dtype: Data type of the weights.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        BadInput: the installed TransformerLens does not have that kind.
+    """
+    with no_loading_bars():
+        model = load_folder(demo_model_folder(), kind=kind, device=device, dtype=dtype)
+    model.cfg.model_name = "ra-lens-demo"  # type: ignore[union-attr]
+    return model

@@ -1,0 +1,294 @@
+"""One attention layer of one model: its hook names, its heads and its softmax scale.
+
+The softmax scale c is the factor between the products q·k and the softmax input, S = c·q·k. The
+paper's Reversed Attention is the gradient with respect to q·k, hence R = c·dL/dS (paper eq. 15 and
+17, where c = 1/√d_head).
+
+Numbers per head, in one table also where layers have different numbers of heads.
+
+A table `[…, layer, head]` is as wide as the layer with the most heads. The places beyond the heads
+of a layer hold NaN and are no heads: no order, figure or list has them.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ra_lens.errors import BadInput, NotStored, UnsupportedModel
+from ra_lens.head_names import Heads, layer_and_index, list_heads, spell_head
+from ra_lens.numbers import Wholes, as_whole, wholes
+
+
+def full_name(key: object, sites: Mapping[int, Site], n_layers: int) -> str:
+    """Full name of a map asked for by name, or as `(kind, layer)` with a layer from either end.
+
+    Raises:
+        NotStored: there is no such kind of map, or no such layer, or it is neither form of name.
+    """
+    if isinstance(key, str):
+        return key
+    match key:
+        case (str() as given, number) if (layer := as_whole(number)) is not None:
+            kind = read_kind(given)
+        case _:
+            raise NotStored(
+                f"found {key!r}; ask for a map by kind and number of the layer, as ra['ra', 0], or "
+                "by its full name."
+            )
+    layer = layer + n_layers if layer < 0 else layer
+    return sites[layer].map_name(kind) if layer in sites else f"blocks.{layer}.attn.hook_{kind}"
+
+
+def read_kind(kind: str) -> MapKind:
+    """Read the name of a kind of map, with or without `hook_`.
+
+    Raises:
+        NotStored: there is no such kind of map.
+    """
+    for known in MAP_KINDS:
+        if kind.removeprefix("hook_") == known:
+            return known
+    raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
+
+
+def in_order(names: Iterable[str], sites: Mapping[int, Site]) -> list[str]:
+    """Sort full names of maps by layer, then by kind."""
+    present = set(names)
+    every = (site.map_name(kind) for site in sites.values() for kind in MAP_KINDS)
+    return [name for name in every if name in present]
+
+
+Gate = Literal["sigmoid", "softplus"]
+Side = Literal["input", "decoder"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer.
+
+    Attributes:
+        layer: Its key among the sites: the index of the block in a model of one stack. In an
+            encoder-decoder, and other models of several stacks, they are counted through: the
+            encoder's, then self- and cross-attention of each decoder block.
+        prefix: Hook prefix, such as `blocks.{layer}.attn` or `decoder_blocks.1.cross_attn`.
+        n_heads: Query heads.
+        n_key_value_heads: Key/value heads; fewer than `n_heads` with grouped queries.
+        scale: Softmax scale c, so that the softmax input is c·q·k; None if the model does not say.
+        observe_only: True where hook_pattern only shows a copy of what the model has already used:
+            an edit there changes nothing. None until a run has shown which it is.
+        window: Keys that a query reaches, itself included, where attention is local; a key/value
+            cache drops what lies outside.
+        causal: Whether a query reaches no keys after it.
+        cross: Whether the decoder attends to the encoder here: maps are [query, key] with as many
+            keys as the encoder has tokens.
+        values: Hook point below `prefix` that shows what the pattern is multiplied with,
+            `[batch, key, key/value head, d_head]`; None if there is none.
+        gate: What is applied to `gate.hook_out` and then multiplied with z, before `hook_z`, in
+            the models whose pattern is only observed. None: nothing.
+        repeated: Whether the layer runs several times in one forward pass (HRM-Text). Maps are
+            then those of the last time: the earlier ones run without gradient in part, so that
+            backward does not give theirs. What is added to the pattern is added each time.
+    """
+
+    layer: int
+    prefix: str
+    n_heads: int
+    n_key_value_heads: int
+    scale: float | None
+    observe_only: bool | None = None
+    window: int | None = None
+    causal: bool = True
+    cross: bool = False
+    values: str | None = "hook_v"
+    gate: Gate | None = None
+    repeated: bool = False
+
+    @property
+    def label(self) -> str:
+        """`layer 5`, `encoder 0`, `decoder 1` or `decoder 1 cross`."""
+        stack, index, _ = self.prefix.split(".", 2)
+        kind = stack.removesuffix("blocks").removesuffix("_") or "layer"
+        return f"{kind} {index}{' cross' * self.cross}"
+
+    @property
+    def block(self) -> str:
+        """Hook prefix of the block that it is in."""
+        return self.prefix.rpartition(".")[0]
+
+    @property
+    def pattern_name(self) -> str:
+        """Full hook name of the pattern."""
+        return f"{self.prefix}.hook_pattern"
+
+    @property
+    def scores_name(self) -> str:
+        """Full hook name of the scores; where the pattern is only observed they are a copy too."""
+        return f"{self.prefix}.hook_attn_scores"
+
+    @property
+    def value_name(self) -> str:
+        """Full hook name of the values."""
+        return f"{self.prefix}.{self.values}"
+
+    @property
+    def gate_name(self) -> str:
+        """Full hook name of what the gate is made from."""
+        return f"{self.prefix}.gate.hook_out"
+
+    @property
+    def z_name(self) -> str:
+        """Full hook name of what the heads give to W_O, `[batch, pos, head, d_head]`."""
+        return f"{self.prefix}.hook_z"
+
+    @property
+    def block_output_name(self) -> str:
+        """Full hook name of the residual stream after the block (TransformerBridge)."""
+        return f"{self.block}.hook_out"
+
+    @property
+    def query_side(self) -> Side:
+        """What the queries are made from: the input, or what the decoder reads."""
+        return "decoder" if self.prefix.startswith("decoder_") else "input"
+
+    @property
+    def key_side(self) -> Side:
+        """What the keys are made from."""
+        return "input" if self.cross else self.query_side
+
+    def map_name(self, kind: str) -> str:
+        """Full name of a map: `{prefix}.hook_ra`, `….hook_pattern` or `….hook_pattern_grad`."""
+        return f"{self.prefix}.hook_{kind}"
+
+    def kv_group(self, head: int) -> int:
+        """Index of the key/value head that query head `head` reads (grouped queries)."""
+        return head // (self.n_heads // self.n_key_value_heads)
+
+    def need_scale(self) -> float:
+        """The softmax scale.
+
+        Raises:
+            UnsupportedModel: it is not known.
+        """
+        if self.scale is None:
+            raise UnsupportedModel(
+                f"the softmax scale of {self.label} is unknown: its attention module does not say "
+                "by which factor q·k is multiplied before the softmax. Reversed Attention is "
+                "defined with it (R = scale · dL/dscores). Give it as softmax_scale=, one number "
+                "or {layer: number}; softmax_scale=1.0 gives dL/dscores itself."
+            )
+        return self.scale
+
+
+def spell_layers(layers: Sequence[int]) -> str:
+    """Spell layer indices: `0…11`, or `0, 3, 7` where they are not consecutive."""
+    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1))
+    if consecutive and len(layers) > 1:
+        return f"{layers[0]}…{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def heads_of(sites: Mapping[int, Site]) -> tuple[int, ...]:
+    """Give the number of heads of each layer."""
+    return tuple(site.n_heads for site in sites.values())
+
+
+def every_head(layers: Iterable[int], counts: Iterable[int]) -> list[tuple[int, int]]:
+    """List every head as (layer, head), in the order of the model."""
+    return [(layer, h) for layer, n in zip(layers, counts, strict=True) for h in range(n)]
+
+
+def head_places(counts: Sequence[int]) -> Bool[Tensor, "layer head"]:
+    """Mark the places of a table that are heads; they are those of `every_head`, in its order."""
+    return torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
+
+
+def table(rows: Sequence[Float[Tensor, "*batch _heads"]]) -> Float[Tensor, "*batch layer head"]:
+    """Lay one row for each layer out as a table."""
+    width = max(row.shape[-1] for row in rows)
+    nan = float("nan")
+    wide = [torch.nn.functional.pad(row, (0, width - row.shape[-1]), value=nan) for row in rows]
+    return torch.stack(wide, dim=-2)
+
+
+def spell_counts(counts: Sequence[int]) -> str:
+    """Spell how many heads layers have: `8`, or `2 to 6` where they differ."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+Layers = Wholes | None
+
+
+def choose_heads(
+    sites: Mapping[int, Site], *, heads: Heads, layers: Layers, n_layers: int
+) -> dict[int, Bool[Tensor, "head"]]:
+    """The heads asked for, in the layers asked for; layers left without a head are left out.
+
+    Args:
+        sites: The layers there is a map for.
+        heads: Labels like `"L3H5"`, `(layer, head)` pairs (negative: from the end) or
+            `HeadScore`s; one or several. None: all.
+        layers: Layers, negative from the model's end. None: all. With `heads`: those of the heads
+            that lie in these layers.
+        n_layers: Layers of the model, from which negative layers count.
+
+    Raises:
+        BadInput: a head or layer there is no map for, or none left.
+    """
+    allowed = _choose_layers(sites, layers, n_layers)
+    if heads is None:
+        return {layer: torch.ones(sites[layer].n_heads, dtype=torch.bool) for layer in allowed}
+    chosen: dict[int, Tensor] = {}
+    for head in list_heads(heads):
+        layer, index = _read_head(head, sites, n_layers)
+        if layer in allowed:
+            empty = torch.zeros(sites[layer].n_heads, dtype=torch.bool)
+            chosen.setdefault(layer, empty)[index] = True
+    if not chosen:
+        raise BadInput(
+            f"found heads={heads!r} with layers={layers!r}, which leaves no head to patch. Give at "
+            "least one head in these layers, or leave one of the two out."
+        )
+    return dict(sorted(chosen.items()))
+
+
+def _choose_layers(sites: Mapping[int, Site], layers: Layers, n_layers: int) -> list[int]:
+    if layers is None:
+        return sorted(sites)
+    wanted = wholes("layers", layers)
+    chosen = [layer + n_layers if layer < 0 else layer for layer in wanted]
+    unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in sites]
+    if unknown:
+        raise BadInput(
+            f"found layers={reprlib.repr(unknown)}; there are maps for layers "
+            f"{spell_layers(sorted(sites))}. Give one or several of these; negative counts from "
+            f"the end of the model's {n_layers}."
+        )
+    return sorted(set(chosen))
+
+
+def _read_head(head: object, sites: Mapping[int, Site], n_layers: int) -> tuple[int, int]:
+    layer, index = layer_and_index(head)
+    layer = layer + n_layers if layer < 0 else layer
+    if layer not in sites:
+        raise BadInput(
+            f"found head {spell_head(head)}, but there are maps for layers "
+            f"{spell_layers(sorted(sites))} only."
+        )
+    n_heads = sites[layer].n_heads
+    if not -n_heads <= index < n_heads:
+        raise BadInput(
+            f"found head {spell_head(head)}, but layer {layer} has heads 0 to {n_heads - 1}."
+        )
+    return layer, index % n_heads
+
+
+MapKind = Literal["ra", "pattern", "pattern_grad"]
+MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")

@@ -1,0 +1,167 @@
+"""Mean maps: what attention patching adds, averaged over examples entry by entry.
+
+A running mean holds one sum per head however many examples go in, so a mean over a thousand
+prompts needs the memory of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ra_lens.errors import BadInput, NotStored
+from ra_lens.head_names import Heads
+from ra_lens.model import Layers, Site, spell_layers
+from ra_lens.model.sites import MAP_KINDS, full_name, in_order, read_kind
+from ra_lens.numbers import Real
+from ra_lens.patching.hooks import HookPairs, Where, patch_hooks
+from ra_lens.patching.place import Align, Rows
+
+
+@dataclass(frozen=True, eq=False)
+class MeanMaps:
+    """Maps averaged over examples of equal length.
+
+    Attributes:
+        sites: The attention layers, by layer.
+        count: Number of examples averaged.
+        n_layers: Layers of the model, from which negative layers count.
+    """
+
+    sites: dict[int, Site]
+    count: int
+    n_layers: int
+    _maps: dict[str, Tensor] = field(repr=False)
+
+    def __repr__(self) -> str:
+        """Say what was averaged."""
+        kinds = [
+            k for k in MAP_KINDS if any(s.map_name(k) in self._maps for s in self.sites.values())
+        ]
+        sizes = sorted({" × ".join(map(str, t.shape[-2:])) for t in self._maps.values()})
+        heads = sorted({site.n_heads for site in self.sites.values()})
+        n_bytes = sum(t.nbytes for t in self._maps.values())
+        return (
+            f"MeanMaps of {self.count} prompt{'s' * (self.count != 1)}: layers "
+            f"{spell_layers(list(self.sites))}, {' or '.join(map(str, heads))} heads, "
+            f"{' or '.join(sizes)} tokens ({', '.join(kinds)}, {n_bytes / 1e6:.2f} MB)"
+        )
+
+    def __getitem__(self, key: str | tuple[str, SupportsIndex]) -> Float[Tensor, "head query key"]:
+        """Give a mean map by name, as in `RACache`.
+
+        Raises:
+            NotStored: that map was not averaged.
+        """
+        name = full_name(key, self.sites, self.n_layers)
+        if name not in self._maps:
+            raise NotStored(f"{key!r} is not among the mean maps: {', '.join(self._maps)}.")
+        return self._maps[name]
+
+    def patch_hooks(
+        self,
+        *,
+        scale: Real,
+        kind: str = "ra",
+        heads: Heads = None,
+        layers: Layers = None,
+        rows: Rows = None,
+        align: Align = "exact",
+        renormalise: bool = False,
+        at: Where = "pattern",
+        attention_mask: Tensor | None = None,
+    ) -> HookPairs:
+        """Forward hooks that add `scale` times the mean maps to the pattern: A' = A + scale · map.
+
+        They work in `model.hooks`, `run_with_hooks`, `run_with_ra` and `model.generate`; what
+        generated tokens get is told in `ra_lens.patching.patch_hooks`.
+
+        Args:
+            scale: Factor; the paper uses −30 for RA (a descent step) and +1 for `pattern`.
+            kind: `"ra"` or `"pattern"`.
+            heads: Labels like `"L3H5"`, `(layer, head)` pairs, or a ranking's `top(k)`. Default:
+                all.
+            layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
+                heads given that lie in these layers.
+            rows: Query rows of the maps to add: ints (negative: from the map's end) or a slice.
+                Default: all.
+            align: For prompts of other lengths than the maps: `"left"` lays the maps on the
+                beginning, `"right"` on the end. `"exact"` refuses them.
+            renormalise: Set negative entries of A' to 0 and give each row the sum it had.
+            at: `"scores"` adds to the softmax input instead of to the softmax output.
+            attention_mask: `[batch, pos]`, 1 at real tokens: aligns within each example's own
+                tokens in batches with padding.
+
+        Returns:
+            `(hook name, hook)` pairs.
+
+        Raises:
+            NotStored: that kind was not averaged.
+            BadInput: options that cannot be used, or heads, layers or rows there are no maps for.
+            UnsupportedModel: a layer where this cannot be added exactly.
+        """
+        names = {layer: s.map_name(read_kind(kind)) for layer, s in self.sites.items()}
+        maps = {layer: self._maps[name] for layer, name in names.items() if name in self._maps}
+        if not maps:
+            raise NotStored(f"found no mean maps of kind {kind!r}: {', '.join(self._maps)}.")
+        return patch_hooks(
+            maps,
+            self.sites,
+            scale=scale,
+            heads=heads,
+            layers=layers,
+            rows=rows,
+            align=align,
+            renormalise=renormalise,
+            at=at,
+            attention_mask=attention_mask,
+            n_layers=self.n_layers,
+        )
+
+
+@dataclass(eq=False)
+class RunningMean:
+    """Sums of maps, fed batch by batch; in float32 at least, whatever the mean is given in."""
+
+    sites: dict[int, Site]
+    count: int = 0
+    dtype: torch.dtype | None = None
+    _sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+
+    def add(self, name: str, value: Float[Tensor, "batch head query key"]) -> None:
+        """Add the maps of one batch under their full name; the caller raises `count`."""
+        total = value.sum(dim=0, dtype=torch.promote_types(value.dtype, torch.float32))
+        if name in self._sums:
+            if self._sums[name].shape != total.shape:
+                raise BadInput(
+                    f"found maps of {total.shape[-1]} tokens after maps of "
+                    f"{self._sums[name].shape[-1]}; a mean needs prompts of equal length."
+                )
+            total = self._sums[name] + total
+        self._sums[name] = total
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Full names and sums."""
+        return self._sums.items()
+
+    def include(self, other: RunningMean) -> None:
+        """Add what another one has added; the caller raises `count`."""
+        for name, total in other.items():
+            self.add(name, total.unsqueeze(0))
+
+    def to(self, where: torch.device | torch.dtype) -> RunningMean:
+        """Move the sums, or have the mean given in another dtype."""
+        if isinstance(where, torch.dtype):
+            return replace(self, dtype=where)
+        return replace(self, _sums={name: t.to(where) for name, t in self._sums.items()})
+
+    def result(self, n_layers: int | None = None) -> MeanMaps:
+        """Give the mean of everything added so far; negative layers count from `n_layers`."""
+        sums = {name: self._sums[name] for name in in_order(self._sums, self.sites)}
+        means = {name: (t / self.count).to(dtype=self.dtype) for name, t in sums.items()}
+        return MeanMaps(self.sites, self.count, n_layers or max(self.sites) + 1, means)

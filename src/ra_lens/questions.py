@@ -1,0 +1,327 @@
+"""Asking a model questions and marking its answers, as the paper's experiments do.
+
+By the first token (the paper's experiments): a question is read at its last position only, and its
+answer is the first token that the answer would add to it: the rank of that token among all, its
+probability, and its logit against the best other one. Accuracy top-k is the share of questions
+whose answer is among the first k.
+
+By the whole answer: it is appended to the question, and each of its tokens is marked where it is
+predicted. Top-1 is then greedy exact match: a greedy decode gives the answer if and only if every
+token of it comes first after the right ones before it, so that one forward pass tells. Top-k: every
+token is among the first k. The probability is that of the whole, the logit difference the smallest
+of its tokens, positive where a greedy decode is right.
+
+Cost: one forward pass without gradients, unembedding one position per question or token of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
+from ra_lens.model import Lens
+from ra_lens.padding import together, watched
+from ra_lens.prompts import Prompts, read_prompts
+from ra_lens.targets import ids_of
+from ra_lens.tasks import Prompt
+
+FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
+Accuracy = Literal["first token", "answer"]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts as token ids, each with the ids of its right answer.
+
+    Attributes:
+        prompts: What the model reads.
+        answers: Ids of the whole answer, one list per question.
+    """
+
+    prompts: Prompts
+    answers: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        """Give the number of questions."""
+        return len(self.answers)
+
+    @property
+    def first_tokens(self) -> Int[Tensor, "question"]:
+        """First token of each answer."""
+        return torch.tensor([answer[0] for answer in self.answers])
+
+    @property
+    def with_answers(self) -> Prompts:
+        """The prompts with their answers appended, but for the last token, which predicts none."""
+        return self.prompts.extended([answer[:-1] for answer in self.answers])
+
+    def repeated(self, times: int) -> Questions:
+        """The same questions several times over."""
+        prompts = replace(self.prompts, ids=self.prompts.ids * times, texts=None)
+        return Questions(prompts, self.answers * times)
+
+
+def read_questions(
+    lens: Lens, prompts: Sequence[Prompt], *, prepend_bos: bool | None = None
+) -> Questions:
+    """Tokenise the prompts of a task, and their answers as they go on from them.
+
+    Warns of words in the prompts that the model does not know.
+
+    Args:
+        lens: The model.
+        prompts: Of a task.
+        prepend_bos: Overrides the model's default.
+
+    Raises:
+        BadInput: no prompts, an empty prompt or answer, an answer that the model does not know.
+        UnsupportedModel: a model that does not predict the next token.
+    """
+    _need_next_token(lens)
+    read = read_prompts(lens, [prompt.text for prompt in prompts], prepend_bos=prepend_bos)
+    _warn_of_unknown_words(lens, prompts, read)
+    answers = [
+        ids_of(lens, read, i, prompt.answer, f"an answer of {_name(prompt, i)}")
+        for i, prompt in enumerate(prompts)
+    ]
+    return Questions(read, tuple(map(tuple, answers)))
+
+
+def _need_next_token(lens: Lens) -> None:
+    if lens.reads == "both ways":
+        raise UnsupportedModel(
+            f"{lens.name} reads in both directions and predicts masked tokens: what comes out at "
+            "the last token of a prompt is no answer. Ask a model that reads left to right."
+        )
+
+
+def _name(prompt: Prompt, i: int) -> str:
+    return f"prompt {i}" if prompt.task is None else f"task {prompt.task.name!r}"
+
+
+def _warn_of_unknown_words(lens: Lens, prompts: Sequence[Prompt], read: Prompts) -> None:
+    texts: dict[str, str] = {}
+    for i, (prompt, ids) in enumerate(zip(prompts, read.ids, strict=True)):
+        name = _name(prompt, i)
+        if lens.unknown_token_id in ids and name not in texts:
+            # All words of a task, so that whichever of its prompts are read, it is one warning.
+            pairs = () if prompt.task is None else prompt.task.pairs
+            texts[name] = "\n".join([*(f"{p.input} {p.output}" for p in pairs), prompt.text])
+    for name, text in texts.items():
+        warnings.warn(
+            f"{name}: {lens.name} does not know {lens.describe_unknown(text)}.",
+            RALensWarning,
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """How a model answered: one value per question.
+
+    Attributes:
+        above: How many tokens have a larger logit than the right one; of whole answers, for each
+            token of the answer (0 beyond its end).
+        tied: How many others have the same logit: many in bfloat16, or where nothing is left.
+        logit_diff: Logit of the right answer minus that of the best other token.
+        probability: Of the right answer, in float64.
+    """
+
+    above: Int[Tensor, "question *token"]
+    tied: Int[Tensor, "question *token"]
+    logit_diff: Float[Tensor, "question"]
+    probability: Float[Tensor, "question"]
+
+    def part(self, questions: slice) -> Marks:
+        """The marks of some of the questions."""
+        return Marks(
+            self.above[questions],
+            self.tied[questions],
+            self.logit_diff[questions],
+            self.probability[questions],
+        )
+
+    def accuracy(self, k: int = 1) -> float:
+        """Share of the questions whose answer is among the top `k`, with each of its tokens.
+
+        Where it ties with others, it counts by the chance of being there if ties are broken at
+        random, so that coarse logits bias nothing.
+        """
+        chance = ((k - self.above).double() / (1 + self.tied)).clamp(0, 1)
+        return float((chance if chance.ndim == 1 else chance.prod(dim=1)).mean())
+
+
+@torch.no_grad()
+def last_logits(
+    lens: Lens, prompts: Prompts, fwd_hooks: FwdHooks = ()
+) -> Float[Tensor, "question d_vocab"]:
+    """Run the model once on all prompts and give the logits at the last position of each.
+
+    See `logits_at`.
+    """
+    return logits_at(lens, prompts, [[n - 1] for n in prompts.lengths], fwd_hooks)[:, 0]
+
+
+@torch.no_grad()
+def logits_at(
+    lens: Lens, prompts: Prompts, positions: Sequence[Sequence[int]], fwd_hooks: FwdHooks = ()
+) -> Float[Tensor, "question read d_vocab"]:
+    """Run the model once on all prompts and give the logits at some positions of each.
+
+    Args:
+        lens: The model.
+        prompts: What it reads, all in one batch; `ra_lens.padding` says which may be in one.
+        positions: Positions within each prompt, as many for each.
+        fwd_hooks: TransformerLens hooks for this run.
+
+    Raises:
+        NothingToDifferentiate: NaN logits, which rank nothing.
+        UnsupportedModel: a model that does not predict the next token, or attention to padding.
+    """
+    _need_next_token(lens)
+    batch = prompts.lay_out(lens)
+    columns = batch.columns(positions)
+    # A hook where the logits come out expects every position.
+    whole = lens.logits_are_hooked
+    reading = lens.reading(None if whole else columns)
+    with lens.hooks(list(fwd_hooks)), lens.lean(), reading, watched(lens, batch):
+        logits = lens.forward(batch.tokens, batch.attention_mask)
+    if whole:
+        rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
+        logits = logits[rows, columns.to(logits.device)]
+    if bool(logits.isnan().any()):
+        raise NothingToDifferentiate(
+            f"the logits of {lens.name} contain NaN at the last token of a prompt. Check the "
+            "weights and hooks; for float16 models try bfloat16 or float32."
+        )
+    return logits
+
+
+def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "question"]) -> Marks:
+    """Mark answers against the logits at the last position of their questions.
+
+    Args:
+        logits: At the last position.
+        answers: Id of the first token of each right answer.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    ids = answers.to(wide.device).unsqueeze(1)
+    right = wide.gather(1, ids)
+    others = wide.scatter(1, ids, float("-inf"))
+    exact = wide.cpu() if wide.device.type == "mps" else wide  # which has no float64
+    return Marks(
+        above=(others > right).sum(dim=1).cpu(),
+        tied=(others == right).sum(dim=1).cpu(),
+        logit_diff=(right.squeeze(1) - others.amax(dim=1)).cpu(),
+        probability=exact.double().softmax(dim=1).gather(1, ids.to(exact.device)).squeeze(1).cpu(),
+    )
+
+
+def ask(
+    lens: Lens,
+    questions: Questions,
+    hooks_of: Callable[[list[int]], FwdHooks] | None = None,
+    *,
+    accuracy: Accuracy = "first token",
+    batch_size: int = 32,
+) -> Marks:
+    """Ask every question and mark the answers.
+
+    Args:
+        lens: The model.
+        questions: What to ask. Those of like length are asked together, so that little is padded.
+        hooks_of: Gives the hooks for a batch, told which questions are in it.
+        accuracy: What is marked: the first token of each answer, or the whole.
+        batch_size: Questions per forward pass at most.
+    """
+    prompts = questions.prompts if accuracy == "first token" else questions.with_answers
+    order: list[int] = []
+    parts: list[Marks] = []
+    for some in together(lens, prompts):
+        group = torch.tensor(by_length(prompts, some))
+        # As few batches as can be, of like size: a small last one would pad the others for nothing.
+        for batch in group.tensor_split(-(-len(some) // batch_size)):
+            part = batch.tolist()
+            hooks = () if hooks_of is None else hooks_of(part)
+            if accuracy == "first token":
+                logits = last_logits(lens, prompts.chosen(part), hooks)
+                parts.append(mark(logits, questions.first_tokens[part]))
+            else:
+                answers = [questions.answers[i] for i in part]
+                parts.append(_ask_answers(lens, prompts.chosen(part), answers, hooks))
+            order += part
+    asked = torch.tensor(order).argsort()  # back to the order given
+    return Marks(
+        above=_joined([p.above for p in parts])[asked],
+        tied=_joined([p.tied for p in parts])[asked],
+        logit_diff=torch.cat([p.logit_diff for p in parts])[asked],
+        probability=torch.cat([p.probability for p in parts])[asked],
+    )
+
+
+def _ask_answers(
+    lens: Lens, prompts: Prompts, answers: Sequence[tuple[int, ...]], fwd_hooks: FwdHooks
+) -> Marks:
+    """Mark whole answers, each token where it is predicted; `prompts` hold them but the last."""
+    width = max(map(len, answers))
+    # Shorter answers repeat their last token, whose marks are then left out.
+    steps = [[min(step, len(answer) - 1) for step in range(width)] for answer in answers]
+    positions = [
+        [n - len(answer) + step for step in row]
+        for n, answer, row in zip(prompts.lengths, answers, steps, strict=True)
+    ]
+    ids = [[answer[step] for step in row] for answer, row in zip(answers, steps, strict=True)]
+    logits = logits_at(lens, prompts, positions, fwd_hooks)
+    marks = mark(logits.flatten(0, 1), torch.tensor(ids).flatten())
+    theirs = torch.arange(width) < torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
+
+    def by_token(values: Tensor, beyond: int | float) -> Tensor:
+        return values.reshape(theirs.shape).where(theirs, torch.tensor(beyond).to(values))
+
+    return Marks(
+        above=by_token(marks.above, 0),
+        tied=by_token(marks.tied, 0),
+        logit_diff=by_token(marks.logit_diff, float("inf")).amin(dim=1),
+        probability=by_token(marks.probability, 1).prod(dim=1),
+    )
+
+
+def _joined(parts: Sequence[Int[Tensor, "_question *_token"]]) -> Int[Tensor, "question *token"]:
+    """Marks of several batches, whose longest answers may differ."""
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
+
+
+def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:
+    """Give the indices of all prompts or of some, shorter prompts first."""
+    return sorted(range(len(prompts)) if some is None else some, key=prompts.lengths.__getitem__)
+
+
+def marked(marks: Marks) -> dict[str, Any]:
+    """Accuracy and logit difference of some answers, as columns of a table."""
+    return {
+        "top1": marks.accuracy(1),
+        "top2": marks.accuracy(2),
+        "top3": marks.accuracy(3),
+        "logit_diff": float(marks.logit_diff.double().mean()),
+    }
+
+
+Metric = Literal["top1", "top2", "top3", "logit_diff"]
+
+METRICS: dict[str, str] = {
+    "top1": "accuracy (answer ranked first)",
+    "top2": "accuracy (answer among the first 2)",
+    "top3": "accuracy (answer among the first 3)",
+    "logit_diff": "logit of the answer − best other logit",
+}

@@ -1,0 +1,87 @@
+"""Figures of an experiment as one page, plotly.js included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ra_lens.experiments.perturbation import Measure
+from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
+from ra_lens.figures.style import metric_name
+from ra_lens.files import PAGE, check_output, write_whole
+from ra_lens.report import page
+from ra_lens.report.page import Section
+
+# Constant columns that say how results were made, with their names on the page.
+_FACTS = {
+    "model": "Model",
+    "model_class": "TransformerLens class",
+    "dtype": "Number format",
+    "seed": "Seed",
+    "split": "Split",
+    "n_rank": "Questions ranked on",
+    "n_mean": "Questions averaged",
+    "n_test": "Test questions",
+    "accuracy": "Accuracy by",
+    "answer_in_input": "Answer in the input",
+    "value_biases_folded": "Value biases folded",
+    "ra_lens": "ra_lens",
+    "transformer_lens": "TransformerLens",
+    "torch": "torch",
+}
+
+
+# Maps are drawn on grey, where a query cannot look; curves and tables are not.
+_NO_GREY = "<style>.js-plotly-plot .bglayer rect.bg { fill: none !important; }</style>"
+
+
+def write_perturbation_page(
+    frame: pd.DataFrame, areas: pd.DataFrame, path: str | Path, *, metric: Measure
+) -> Path:
+    """Write the curves of a perturbation test and the table of their areas."""
+    curves = Section(
+        "Curves",
+        paragraphs=(
+            "All heads are zeroed, then unmasked in the order of a ranking, the most important "
+            "first (solid) or last (dashed). A good order is high early.",
+        ),
+        figures=(("", (perturbation_curves(frame, metric=metric),)),),
+    )
+    table = Section(
+        "Areas under the curves",
+        figures=(("", (auc_table(areas),)),),
+        notes=(
+            f"Area under the curve of: {metric_name(frame, metric)}. Random: mean of the draws.",
+        ),
+    )
+    return _write("Perturbation test", frame, [curves, table], path)
+
+
+def write_sweep_page(frame: pd.DataFrame, path: str | Path, *, metric: Measure) -> Path:
+    """Write the curves of a patching sweep."""
+    curves = Section(
+        "Accuracy by scale",
+        paragraphs=(
+            "The mean map of training questions, times a scale, is added to the attention of every "
+            "head. RA is a gradient: negative scales are steps of descent.",
+        ),
+        figures=(("", (patching_sweep_curve(frame, metric=metric),)),),
+    )
+    return _write("Attention patching", frame, [curves], path)
+
+
+def _write(title: str, frame: pd.DataFrame, sections: list[Section], path: str | Path) -> Path:
+    check_output(path, PAGE)  # before the work
+    tasks = list(dict.fromkeys(frame["task"].astype(str)))
+    known = [("Tasks", ", ".join(tasks))]
+    for column, name in _FACTS.items():
+        values: Any = frame[column].dropna().unique() if column in frame else []
+        if len(values) == 1:
+            known.append((name, str(values[0])))
+        elif len(values) > 1:
+            known.append((name, f"{min(values)} to {max(values)}"))
+    body = [_NO_GREY, page.facts(known), *map(page.section, sections)]
+    heading = f"{title}: {frame['model'].iloc[0]}"
+    return write_whole(path, page.page(heading, body), PAGE)

@@ -1,0 +1,120 @@
+"""What surrounds the maps of a cache: their names, what they were made from, a head's score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ra_lens.errors import BadInput
+from ra_lens.model import Side
+from ra_lens.text import isolated
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a cache was made from.
+
+    Attributes:
+        model_name: As TransformerLens has it.
+        n_layers: Layers of the model, from which negative layers count.
+        objective: Kind of loss, `answer_nll`, `sequence_nll`, …; `unknown` where the user ran the
+            backward pass.
+        targets: What the loss asked for, as text, one per example; None for a metric of the user.
+        wrong: What a logit difference compares the targets with.
+        target_is_top_prediction: True if no target was given and the model's own was taken.
+        str_tokens: Exactly what the model read, without padding, one list per example. To be read,
+            not to be joined: a character cut over several tokens stands with the last of them, and
+            the others are their bytes, such as `⟨E2 9C⟩`.
+        answer_lengths: How many of each example's last tokens are the answer; None where none is
+            appended.
+        starts: Column of each example's first token; not 0 with padding on the left.
+        bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
+        decoder_tokens: What the decoder of an encoder-decoder read, answer included, one list per
+            example, each from column 0; its encoder read `str_tokens`.
+    """
+
+    model_name: str = "unknown"
+    n_layers: int | None = None
+    objective: str = "unknown"
+    targets: tuple[str, ...] | None = None
+    wrong: tuple[str, ...] | None = None
+    target_is_top_prediction: bool = False
+    str_tokens: tuple[tuple[str, ...], ...] | None = None
+    answer_lengths: tuple[int, ...] | None = None
+    starts: tuple[int, ...] | None = None
+    bos_prepended: bool | None = None
+    decoder_tokens: tuple[tuple[str, ...], ...] | None = None
+
+    def part(self, examples: Sequence[int]) -> RunInfo:
+        """The same for some of the examples."""
+
+        def cut(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[i] for i in examples)
+
+        return replace(
+            self,
+            targets=cut(self.targets),
+            wrong=cut(self.wrong),
+            str_tokens=cut(self.str_tokens),
+            answer_lengths=cut(self.answer_lengths),
+            starts=cut(self.starts),
+            decoder_tokens=cut(self.decoder_tokens),
+        )
+
+    def tokens_of(self, side: Side) -> tuple[tuple[str, ...], ...] | None:
+        """What the queries or keys of an attention layer are made from, one list per example."""
+        return self.decoder_tokens if side == "decoder" else self.str_tokens
+
+    def common_span(self, side: Side = "input") -> slice:
+        """Columns of the tokens, where all examples have the same number of them.
+
+        Raises:
+            BadInput: examples of different lengths.
+        """
+        rows = self.tokens_of(side)
+        if rows is None:
+            return slice(None)
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise BadInput(
+                f"found prompts of {lengths[0]} to {lengths[-1]} tokens; a mean adds position to "
+                "position, so all must have the same length. Group the prompts by length first."
+            )
+        first = 0 if self.starts is None or side == "decoder" else self.starts[0]
+        return slice(first, first + lengths[0])
+
+    def describe(self, losses: Sequence[float]) -> str:
+        """Tell in two lines what was read and differentiated; losses of NaN are not told."""
+        lines: list[str] = []
+        if self.str_tokens is not None:
+            longest = max(map(len, self.str_tokens))
+            lines.append(f"  tokens: up to {longest}{', BOS prepended' * bool(self.bos_prepended)}")
+        text = self.objective
+        if self.targets:
+            text += f" of {_shortened(self.targets)}"
+        if self.wrong:
+            text += f" over {_shortened(self.wrong)}"
+        if self.target_is_top_prediction:
+            text += " (the model's own top prediction; no target was given)"
+        if losses and not any(map(math.isnan, losses)):
+            text += f"; loss {sum(losses) / len(losses):.4f}{' on average' * (len(losses) > 1)}"
+        return "\n".join([*lines, f"  loss: {text}"])
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    shown = [isolated(repr(text)) for text in texts[:3]]
+    return ", ".join(shown) + ", …" * (len(texts) > 3)
+
+
+def why_not_stored(key: object, store: str, names: Sequence[str], layers: Sequence[int]) -> str:
+    """Say why a map is not in a cache, and what is."""
+    if store != "maps":
+        other = "ra.norms()" if store == "norms" else "ra.mean() and ra.norms()"
+        return (
+            f"{key!r} was not kept: this run had store={store!r}, which gives {other}. "
+            "Run again with store='maps'."
+        )
+    some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
+    return f"{key!r} is not in this cache, which holds {some} (layers {list(layers)})."
