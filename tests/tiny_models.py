@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,6 +24,10 @@ CASES = [(arch, kind) for arch in ARCHS for kind in KINDS]
 # TransformerBridge leaves the attention of these to Hugging Face and only shows its pattern.
 OBSERVE_ONLY = {("opt", "TransformerBridge"), ("gptj", "TransformerBridge")}
 EDITABLE = [case for case in CASES if case not in OBSERVE_ONLY]
+# What a test over architectures and classes runs on by default; the others with --every-model.
+REPRESENTATIVE = {("gpt2", KINDS[0]), ("llama", KINDS[-1]), ("opt", KINDS[-1])}
+# The classes, for tests whose question is another: the first by default.
+ANY_KIND = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.every_model) for kind in KINDS[1:])]
 
 N_LAYERS, N_HEADS, N_KV, D_HEAD, D_MODEL, D_VOCAB, N_CTX = 3, 4, 2, 6, 24, 34, 16
 BOS = {"gpt2": 0, "llama": 1, "opt": 1, "gptj": 0}
