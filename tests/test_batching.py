@@ -9,7 +9,7 @@ import torch
 
 from ra_lens import run_with_ra
 from ra_lens.errors import RALensWarning
-from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids, relative, text
+from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, random_ids, relative, text
 
 LENGTHS = (5, 9, 7)
 IDS = [random_ids(n, seed=n) for n in LENGTHS]
@@ -86,7 +86,7 @@ def test_neighbours_and_batch_size_change_nothing(arch, kind, shared):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_batches_of_different_widths_join_to_the_single_batch(kind, side, shared):
     model = shared("gpt2", kind)
     prompts = [text(row) for row in IDS]
@@ -122,7 +122,7 @@ def test_padding_of_a_token_tensor_without_mask_is_found(arch, kind, side, share
     assert relative(found.stack(), given.stack()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_an_end_of_text_token_inside_or_alone_is_read_not_taken_for_padding(kind, shared):
     model = shared("gpt2", kind)  # its pad token is its end-of-text token
     inside = random_ids(2, 6)
@@ -134,7 +134,7 @@ def test_an_end_of_text_token_inside_or_alone_is_read_not_taken_for_padding(kind
         assert [len(row) for row in ra.info.str_tokens] == [6] * ra.batch_size
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_text_and_ids_of_the_same_prompt_give_the_same(kind, shared):
     model = shared("llama", kind)
     ids = random_ids(6)
@@ -149,7 +149,7 @@ def test_text_and_ids_of_the_same_prompt_give_the_same(kind, shared):
     assert relative(from_text.stack(), from_ids.stack()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_bos_written_in_the_prompt_is_told_from_one_prepended(kind, shared):
     model = shared("gpt2", kind)
     _, written = run_with_ra(model, "<|endoftext|> w4 w5", target=9, prepend_bos=False)
@@ -160,7 +160,7 @@ def test_a_bos_written_in_the_prompt_is_told_from_one_prepended(kind, shared):
     assert both.info.bos_prepended is True
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_progress_bar_is_shown_for_several_batches_only(kind, shared, capfd):
     model, tokens = shared("gpt2", kind), random_ids(4, 5)
     run_with_ra(model, tokens, target=5)

@@ -137,7 +137,7 @@ def links(page: Path) -> list[str]:
 
 
 def test_links_lead_somewhere():
-    for page, target in ((page, target) for page in PAGES for target in links(page)):
+    for page, target in [(source, link) for source in PAGES for link in links(source)]:
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{name_of(page)} links to {target}"

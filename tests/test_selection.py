@@ -11,7 +11,7 @@ import torch
 from ra_lens import run_with_ra
 from ra_lens.errors import NotStored
 from ra_lens.mean import RunningMean
-from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids, relative, text
+from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, random_ids, relative, text
 
 POS, TARGET = 6, 8
 IDS = random_ids(5, POS)
@@ -41,7 +41,7 @@ def test_a_choice_of_layers_gives_the_maps_of_the_full_run(arch, kind, layers, s
         assert relative(rest.stack(), full.stack()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_names_filter_keeps_what_it_names(kind, shared):
     model = shared("gpt2", kind)
     _, full = run_with_ra(model, IDS, target=TARGET)
@@ -59,7 +59,7 @@ def test_names_filter_keeps_what_it_names(kind, shared):
         assert torch.equal(ra.norms(), full.norms())  # norms are kept whatever is stored
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_norms_only(kind, shared):
     model = shared("llama", kind)
     _, full = run_with_ra(model, IDS, target=TARGET)
@@ -88,7 +88,7 @@ def tensors_of(shape):
     return [t for t in tensors if tuple(t.shape) == shape]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_norms_only_holds_no_map_of_a_layer_that_is_done(kind, shared):
     # Not GPT-2: TransformerBridge keeps the last pattern of each of its layers in an attribute.
     model, shape = shared("llama", kind, num_hidden_layers=8), (2, N_HEADS, 11, 11)
@@ -116,7 +116,7 @@ def test_norms_only_holds_no_map_of_a_layer_that_is_done(kind, shared):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_the_running_mean_is_the_mean_of_the_maps(kind, side, shared):
     model = shared("opt", kind)
     prompts, answers = [text(row) for row in IDS], ["w4", "w5", "w6", "w7", "w8"]
@@ -145,7 +145,7 @@ def test_the_running_mean_is_the_mean_of_the_maps(kind, side, shared):
         ra.mean()["ra", 7]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_dtype_and_device_of_what_is_kept(kind, shared):
     model = shared("gpt2", kind)
     _, full = run_with_ra(model, IDS, target=TARGET)
