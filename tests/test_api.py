@@ -32,6 +32,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.every_model
 def test_computing_imports_no_figures_and_no_tables():
     code = (
         "import sys; from ra_lens import run_with_ra, RACache, get_ra_caching_hooks, patch_hooks; "

@@ -166,6 +166,7 @@ def test_a_forward_pass_that_fails_is_told_as_such(kind, fresh):
     assert check_model(model).ok
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_no_problem(kind, dtype, fresh):

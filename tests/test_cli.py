@@ -27,7 +27,7 @@ from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
 from ra_lens.sites import as_lens
 from test_figures import make
-from tiny_models import KINDS, N_HEADS, N_LAYERS
+from tiny_models import KINDS, N_HEADS, N_LAYERS, every_model
 
 PROMPT = "w5 w7 w9 w4 w6"
 
@@ -88,12 +88,22 @@ WITHOUT_PLOTLY = (
 )
 
 
-def test_json_is_all_that_is_on_standard_output(tiny: str, shared: Any) -> None:
-    words = ["run", "-m", tiny, "-p", PROMPT, "-t", " w8", "--json", "--top", "4"]
+def in_another_process(*words: str) -> tuple[int, str, str]:
     command = [sys.executable, "-c", WITHOUT_PLOTLY, *words]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
-    found = json.loads(result.stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def in_this_process(*words: str) -> tuple[int, str, str]:
+    done = call(*words)
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("run", [in_this_process, *every_model(in_another_process)])
+def test_json_is_all_that_is_on_standard_output(run: Any, tiny: str, shared: Any) -> None:
+    code, out, told = run("run", "-m", tiny, "-p", PROMPT, "-t", " w8", "--json", "--top", "4")
+    assert (code, told) == (0, "")
+    found = json.loads(out)
     model = shared("gpt2", KINDS[0])
     _, ra = run_with_ra(model, PROMPT, target=" w8")
     assert found["ra_lens"] == version("ra-lens")

@@ -199,6 +199,7 @@ def test_a_sentence_is_understood_without_demonstrations(model: GPT2LMHeadModel,
         assert tokenizer.decode([logits[0, -1].argmax().item()]) == answer
 
 
+@pytest.mark.every_model
 def test_the_script_makes_the_same_tokenizer(script: ModuleType, tokenizer) -> None:
     made = script.build_tokenizer([load_task(name) for name in task_names()])
     assert made.get_vocab() == tokenizer.get_vocab()
@@ -206,6 +207,7 @@ def test_the_script_makes_the_same_tokenizer(script: ModuleType, tokenizer) -> N
     assert made(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("name", ["antonym", "natural/present-past", "choose_middle_of_3"])
 def test_training_sequences_contain_nothing_held_out(
     script: ModuleType, tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
@@ -230,6 +232,7 @@ def test_training_sequences_contain_nothing_held_out(
         assert said == [f" {pair.output}" for pair in pairs]
 
 
+@pytest.mark.every_model
 def test_a_task_that_does_badly_gets_more_sequences(
     script: ModuleType, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +257,7 @@ def test_a_task_that_does_badly_gets_more_sequences(
     assert 6 < counts["next_item"] / counts["prev_item"] < 12
 
 
+@pytest.mark.every_model
 def test_saving_replaces_the_folder_as_a_whole(
     script: ModuleType, model: GPT2LMHeadModel, tokenizer, tmp_path: Path
 ) -> None:

@@ -363,7 +363,10 @@ def interrupt(out, demo):
 
 @pytest.mark.parametrize(
     ("function", "ending", "stop"),
-    [(perturbation_test, "csv", kill), (patching_sweep, "parquet", interrupt)],
+    [
+        pytest.param(perturbation_test, "csv", kill, marks=pytest.mark.every_model),
+        (patching_sweep, "parquet", interrupt),
+    ],
 )
 def test_a_run_that_was_stopped_gives_the_identical_result(tmp_path, demo, function, ending, stop):
     options, tasks = RUNS[function.__name__], ["antonym", "capitalize"]

@@ -335,6 +335,7 @@ def test_hooks_that_show_padding_to_the_model_are_found_too(kind, fresh):
             trace_many(model, texts, layer=0, prepend_bos=False)
 
 
+@pytest.mark.every_model
 @needs_bridge
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", ["gpt_oss", "bert", "t5"])

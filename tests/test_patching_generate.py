@@ -156,6 +156,7 @@ def test_a_cache_hides_values_that_an_observed_pattern_needs(arch, kind, shared,
     assert torch.equal(generate(model, IDS, later), free)
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("align", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -139,6 +139,7 @@ def boxes(seen: Seen) -> list[Any]:
     return [node.bounding_box() for node in seen.page.locator(".node").all()]
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("what", ["wide", "layered", "signed"])
 def test_no_two_tokens_lie_on_each_other(
     what: str, layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
@@ -179,6 +180,7 @@ def test_a_click_tells_position_token_and_weights(
     assert seen.page.locator(".dim").count() == 0
 
 
+@pytest.mark.every_model
 def test_a_path_can_be_chosen_and_shown_alone(
     layered: TraceResult, see: Callable[..., Seen]
 ) -> None:
@@ -197,6 +199,7 @@ def test_a_path_can_be_chosen_and_shown_alone(
     assert seen.page.locator(".node:not(.hidden)").count() == len(layered.layers) + 1 >= visited
 
 
+@pytest.mark.every_model
 def test_paths_have_colours_of_their_own_and_signs_two(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
 ) -> None:
@@ -221,6 +224,7 @@ def test_paths_have_colours_of_their_own_and_signs_two(
     assert len(strokes(seen, ".link")) == 8
 
 
+@pytest.mark.every_model
 def test_zoom_pan_and_the_keyboard(layered: TraceResult, see: Callable[..., Seen]) -> None:
     seen = see(layered.to_html())
 
@@ -253,6 +257,7 @@ def test_zoom_pan_and_the_keyboard(layered: TraceResult, see: Callable[..., Seen
     assert seen.page.locator(".detail").inner_text().startswith("Choose")
 
 
+@pytest.mark.every_model
 def test_hostile_tokens_are_text(layered: TraceResult, see: Callable[..., Seen]) -> None:
     tokens = tuple((HOSTILE * 2)[: layered.seq_len])
     seen = see(replace(layered, tokens=tokens, model_name=EVIL).to_html())
@@ -265,6 +270,7 @@ def test_hostile_tokens_are_text(layered: TraceResult, see: Callable[..., Seen])
     assert all(text in seen.page.locator(".detail").inner_text() for text in shown)
 
 
+@pytest.mark.every_model
 def test_dark_mode_and_phones(layered: TraceResult, see: Callable[..., Seen]) -> None:
     backgrounds = []
     for scheme in ("light", "dark"):
@@ -277,6 +283,7 @@ def test_dark_mode_and_phones(layered: TraceResult, see: Callable[..., Seen]) ->
     assert backgrounds == ["rgb(255, 255, 255)", "rgb(27, 31, 37)"]
 
 
+@pytest.mark.every_model
 def test_tabs_change_what_is_shown(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
 ) -> None:
@@ -293,6 +300,7 @@ def test_tabs_change_what_is_shown(
     assert seen.page.locator(".beams li").count() == 8
 
 
+@pytest.mark.every_model
 def test_a_report_shows_paths_beside_its_maps(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen], tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_click_on_a_head_shows_its_maps(open_page: Callable[..., Opened], tmp_
     opened.check()
 
 
+@pytest.mark.every_model
 def test_the_keyboard_reaches_heads_and_cells(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_the_keyboard_reaches_heads_and_cells(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_the_pointer_chooses_rows_and_the_prompt_does_too(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -190,6 +192,7 @@ def test_the_pointer_chooses_rows_and_the_prompt_does_too(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_what_is_drawn_is_red_for_more_and_hatched_where_nothing_is(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -221,6 +224,7 @@ def test_what_is_drawn_is_red_for_more_and_hatched_where_nothing_is(
         opened.check()
 
 
+@pytest.mark.every_model
 def test_hostile_tokens_are_text(open_page: Callable[..., Opened], tmp_path: Path) -> None:
     ra = make((HOSTILE,))
     ra.info = replace(ra.info, targets=(EVIL,), model_name=EVIL)
@@ -254,6 +258,7 @@ def test_hostile_tokens_are_text(open_page: Callable[..., Opened], tmp_path: Pat
     assert any("Content Security Policy" in text for text in opened.wrong)
 
 
+@pytest.mark.every_model
 def test_ten_thousand_tokens_are_shown(open_page: Callable[..., Opened], tmp_path: Path) -> None:
     short = make((tuple(f" w{i}" for i in range(20)),))
     page = Path(write_report(short, tmp_path / "r.html", examples=[0])).read_text()
@@ -269,6 +274,7 @@ def test_ten_thousand_tokens_are_shown(open_page: Callable[..., Opened], tmp_pat
     opened.check()
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("size", [(390, 844), (1280, 900)])
 def test_nothing_is_wider_than_the_window(
     open_page: Callable[..., Opened], tmp_path: Path, size: tuple[int, int]
@@ -283,6 +289,7 @@ def test_nothing_is_wider_than_the_window(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_without_scripts_the_text_can_be_read(browser: Any, tmp_path: Path) -> None:
     path = write_report(make(), tmp_path / "r.html")
     context = browser.new_context(java_script_enabled=False)
@@ -295,6 +302,7 @@ def test_without_scripts_the_text_can_be_read(browser: Any, tmp_path: Path) -> N
     context.close()
 
 
+@pytest.mark.every_model
 def test_pages_with_plotly_figures_draw_them(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -304,6 +312,7 @@ def test_pages_with_plotly_figures_draw_them(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_cross_attention_shades_what_the_encoder_read(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:

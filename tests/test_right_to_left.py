@@ -116,6 +116,7 @@ def trace(ra: RACache) -> TraceResult:
 # ---- the report ---------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_from_stands_left_of_to_in_a_report(
     ra: RACache, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_from_stands_left_of_to_in_a_report(
         in_order(cell, [*parts_of(text), text.rpartition(": ")[2]])
 
 
+@pytest.mark.every_model
 def test_predictions_and_facts_keep_their_order(
     ra: RACache, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -164,6 +166,7 @@ def test_predictions_and_facts_keep_their_order(
     in_order(last.locator("td").first, ["“", SHOWN[1], "”", "(0.25)"])
 
 
+@pytest.mark.every_model
 def test_a_cell_of_other_text_has_the_direction_of_its_own(
     ra: RACache, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_cell_of_other_text_has_the_direction_of_its_own(
 # ---- paths --------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_paths_read_from_left_to_right(
     trace: TraceResult, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -203,6 +207,7 @@ def test_paths_read_from_left_to_right(
 # ---- figures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_figures_keep_tokens_apart(
     ra: RACache, trace: TraceResult, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -280,6 +285,7 @@ def printed(ra: RACache, width: int) -> list[str]:
     return out.getvalue().splitlines()
 
 
+@pytest.mark.every_model
 def test_tables_in_a_terminal_keep_their_columns(ra: RACache, laid_out: LaidOut) -> None:
     lines = printed(ra, 140)
     cells = [line for line in lines if "→" in line]
@@ -306,6 +312,7 @@ def test_a_narrow_terminal_cuts_no_isolate_in_two(ra: RACache, width: int) -> No
         assert len(whole) == line.count("\u2068") == line.count("\u2069")
 
 
+@pytest.mark.every_model
 def test_what_is_said_in_a_line_keeps_its_order(
     ra: RACache, trace: TraceResult, laid_out: LaidOut
 ) -> None:
@@ -316,6 +323,7 @@ def test_what_is_said_in_a_line_keeps_its_order(
         in_order(element, lines[line])
 
 
+@pytest.mark.every_model
 def test_messages_keep_words_in_order(
     folder: Callable[..., Path], laid_out: LaidOut, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from ra_lens import run_with_ra
 from ra_lens.errors import NotStored
 from ra_lens.mean import RunningMean
-from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, random_ids, relative, text
+from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, every_model, random_ids, relative, text
 
 POS, TARGET = 6, 8
 IDS = random_ids(5, POS)
@@ -159,7 +159,7 @@ def test_dtype_and_device_of_what_is_kept(kind, shared):
     assert relative(wide.stack(), full.stack()) == 0
 
 
-@pytest.mark.parametrize("store", ["maps", "norms", "mean"])
+@pytest.mark.parametrize("store", ["maps", *every_model("norms", "mean")])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_a_cache_that_is_dropped_is_freed(arch, kind, store, fresh):
     model = fresh(arch, kind)

@@ -26,8 +26,15 @@ OBSERVE_ONLY = {("opt", "TransformerBridge"), ("gptj", "TransformerBridge")}
 EDITABLE = [case for case in CASES if case not in OBSERVE_ONLY]
 # What a test over architectures and classes runs on by default; the others with --every-model.
 REPRESENTATIVE = {("gpt2", KINDS[0]), ("llama", KINDS[-1]), ("opt", KINDS[-1])}
-# The classes, for tests whose question is another: the first by default.
-ANY_KIND = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.every_model) for kind in KINDS[1:])]
+
+
+def every_model(*values: Any) -> list[Any]:
+    """Values of a parameter that are left to CI, as `@pytest.mark.every_model` leaves a test."""
+    return [pytest.param(value, marks=pytest.mark.every_model) for value in values]
+
+
+ANY_KIND = [KINDS[0], *every_model(*KINDS[1:])]
+"""The classes, for tests whose question is another: the first by default."""
 
 N_LAYERS, N_HEADS, N_KV, D_HEAD, D_MODEL, D_VOCAB, N_CTX = 3, 4, 2, 6, 24, 34, 16
 BOS = {"gpt2": 0, "llama": 1, "opt": 1, "gptj": 0}
