@@ -16,6 +16,7 @@ from ra_lens.display.numbers import best_of_rows, scale_name, short, table_rows
 from ra_lens.errors import BadInput
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
 from ra_lens.figures.sweep import position, spread, tick_scales
+from tiny_models import every_model
 
 SCALES = (
     3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
@@ -177,7 +178,7 @@ def test_methods_of_the_users_own_are_told_apart() -> None:
     assert styles == {**method_styles(["alpha", "zeta", "<b>", "ra"])}
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 21])
+@pytest.mark.parametrize("n", [1, 2, 4, *every_model(21)])
 def test_any_number_of_tasks_has_its_panels(n: int) -> None:
     tasks = tuple(f"task-{i}" for i in range(n))
     figure = perturbation_curves(curves(tasks, (0,), draws=2), facet="task")

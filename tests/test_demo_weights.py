@@ -167,6 +167,7 @@ def test_five_demonstrations_are_enough_on_prompts_it_never_saw(
     assert accuracy(model, tokenizer, held_out_prompts(load_task(name), 50, shots=5)) >= 0.85
 
 
+@pytest.mark.every_model
 def test_demonstrations_are_needed(model: GPT2LMHeadModel, tokenizer) -> None:
     def average(kind: str, shots: int) -> float:
         tasks = [load_task(name) for name in task_names() if kind in ("all", load_task(name).kind)]
@@ -179,6 +180,7 @@ def test_demonstrations_are_needed(model: GPT2LMHeadModel, tokenizer) -> None:
     assert average("all", 5) >= 0.95
 
 
+@pytest.mark.every_model
 def test_the_accuracies_told_are_those_measured(model: GPT2LMHeadModel, tokenizer) -> None:
     told = json.loads((FOLDER / "accuracy.json").read_text())["accuracy"]
     assert set(task_names()) < set(told)

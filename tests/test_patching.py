@@ -211,6 +211,7 @@ def test_adding_to_the_scores_is_adding_to_the_softmax_input_in_hugging_face(
         assert relative(logits_with(model, []), wanted) > 1e-2
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("options", [{}, {"renormalise": True}, {"at": "scores"}])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_bfloat16_models_are_patched(arch, kind, options, shared):

@@ -17,28 +17,31 @@ POS, TARGET = 6, 8
 IDS = random_ids(5, POS)
 
 
-@pytest.mark.parametrize("layers", [0, 1, -1, [1], [0, 2], (2, 0, 0), [-1, -2], range(2)])
-@pytest.mark.parametrize(("arch", "kind"), CASES)
-def test_a_choice_of_layers_gives_the_maps_of_the_full_run(arch, kind, layers, shared, fresh):
-    known = shared(arch, kind)
-    _, full = run_with_ra(known, IDS, target=TARGET)
+def check_choice(model, layers, full):
     wanted = sorted({i % N_LAYERS for i in ([layers] if isinstance(layers, int) else layers)})
-    models = [known] if layers != [1] else [known, fresh(arch, kind)]
-    for model in models:
-        _, ra = run_with_ra(model, IDS, target=TARGET, layers=layers)
-        assert ra.layers == wanted
-        assert len(ra) == 3 * len(wanted)
-        assert ra.norms().shape == (5, len(wanted), N_HEADS)
-        assert relative(ra.stack(), full.stack()[wanted]) < 1e-6
-        assert relative(ra.norms(), full.norms()[:, wanted]) < 1e-6
-        assert relative(ra.loss, full.loss) < 1e-6
-        for layer in set(range(N_LAYERS)) - set(wanted):
-            assert ("ra", layer) not in ra
-            with pytest.raises(NotStored, match=rf"layers \[{wanted[0]}"):
-                ra["ra", layer]
-    if layers == [1]:  # having met one layer says nothing about the others
-        _, rest = run_with_ra(models[1], IDS, target=TARGET)
-        assert relative(rest.stack(), full.stack()) < 1e-6
+    _, ra = run_with_ra(model, IDS, target=TARGET, layers=layers)
+    assert ra.layers == wanted, layers
+    assert len(ra) == 3 * len(wanted)
+    assert ra.norms().shape == (5, len(wanted), N_HEADS)
+    assert relative(ra.stack(), full.stack()[wanted]) < 1e-6, layers
+    assert relative(ra.norms(), full.norms()[:, wanted]) < 1e-6, layers
+    assert relative(ra.loss, full.loss) < 1e-6, layers
+    for layer in set(range(N_LAYERS)) - set(wanted):
+        assert ("ra", layer) not in ra
+        with pytest.raises(NotStored, match=rf"layers \[{wanted[0]}"):
+            ra["ra", layer]
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_choice_of_layers_gives_the_maps_of_the_full_run(arch, kind, shared, fresh):
+    model, new = shared(arch, kind), fresh(arch, kind)
+    _, full = run_with_ra(model, IDS, target=TARGET)
+    for layers in (0, 1, -1, [1], [0, 2], (2, 0, 0), [-1, -2], range(2)):
+        check_choice(model, layers, full)
+    check_choice(new, [1], full)
+    # Having met one layer says nothing about the others.
+    _, rest = run_with_ra(new, IDS, target=TARGET)
+    assert relative(rest.stack(), full.stack()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ANY_KIND)
