@@ -77,8 +77,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if case in CASES and case not in REPRESENTATIVE:
             item.add_marker("every_model")
     if not config.getoption("--every-model"):
-        left = [item for item in items if item.get_closest_marker("every_model")]
-        items[:] = [item for item in items if item not in set(left)]
+        kept: list[pytest.Item] = []
+        left: list[pytest.Item] = []
+        for item in items:
+            (left if item.get_closest_marker("every_model") else kept).append(item)
+        items[:] = kept
         config.hook.pytest_deselected(items=left)
 
 
