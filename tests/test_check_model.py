@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import arch_models
+from left_behind import changes, snapshot
 from ra_lens import check, check_model, run_with_ra
 from ra_lens.errors import UnsupportedModel
 from ra_lens.sites import load_folder
-from test_leaves_nothing import changes, snapshot
 from tiny_models import CASES, D_HEAD, KINDS, N_LAYERS, OBSERVE_ONLY, random_ids
 
 BRIDGE = "TransformerBridge"

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from made_caches import make
 from ra_lens import run_with_ra
 from ra_lens.cli import app, main, show
 from ra_lens.cli.options import reported
@@ -26,7 +27,6 @@ from ra_lens.cli.reading import hints, read_layers, read_text
 from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
 from ra_lens.sites import as_lens
-from test_figures import make
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
 PROMPT = "w5 w7 w9 w4 w6"

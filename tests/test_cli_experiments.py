@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from disks import disk_of
 from ra_lens import load_demo_model, load_task
 from ra_lens.cli import app, main
 from ra_lens.errors import BadInput, RALensWarning
@@ -24,7 +25,6 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments.compare import compare_with_paper
-from test_files import disk_of
 
 SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
 PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",

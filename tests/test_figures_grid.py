@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from made_caches import LAYERS, lower, make, z
 from ra_lens.cache import RACache, RunInfo
 from ra_lens.display.maps import head_of_example
 from ra_lens.errors import BadInput
@@ -16,8 +17,7 @@ from ra_lens.figures import head_grid, head_map, head_maps, token_row
 from ra_lens.heads import HeadScores
 from ra_lens.report import write_report
 from ra_lens.sites import Site
-from test_curves import unchecked
-from test_figures import LAYERS, lower, make, z
+from refused import unchecked
 
 SCORES = torch.tensor([[0.5, -2.0, 0.25], [1.5, -torch.inf, 0.5]])
 

@@ -11,9 +11,9 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from made_caches import ROWS, make
 from ra_lens.errors import BadInput
 from ra_lens.figures import export, query_key_pull, save_figure, token_row
-from test_figures import ROWS, make
 
 EVIL = "<script>alert(1)</script>"
 

@@ -9,12 +9,12 @@ import re
 import pandas as pd
 import pytest
 
+from disks import disk_of, folder_of_others
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
 from ra_lens.experiments.differences import differences
 from ra_lens.experiments.journal import journal_path, open_journal, settings_hash
 from ra_lens.experiments.results import as_frame, finished_results
-from test_files import disk_of, folder_of_others
 
 SETTINGS = {"model": "toy", "seed": 1, "shots": [0, 1]}
 

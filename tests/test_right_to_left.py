@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from browser import Seen
+from made_caches import make
 from ra_lens import run_with_ra, trace_paths
 from ra_lens.cache import RACache
 from ra_lens.cli import app, show
@@ -38,7 +39,6 @@ from ra_lens.report import PatchedPrompt, Predictions, Section, Table, write_rep
 from ra_lens.sites import load_folder
 from ra_lens.targets import logit_diff
 from ra_lens.token_text import isolated
-from test_figures import make
 from tiny_models import KINDS
 
 TOKENS = ("<s>", "שלום", " مرحبا", "⟨D7⟩", " ٣", " עולם-ארוך-מאוד-מאוד-מאוד", " 4", " x")
