@@ -182,6 +182,21 @@ def test_hostile_text_stays_text(hostile: RACache, path: Path) -> None:
     assert "\x00" not in text
 
 
+def test_names_of_layers_cannot_end_the_data(ra: RACache, path: Path) -> None:
+    """They come with a cache that somebody else has saved."""
+    write_report(ra, path)
+    plain = len(read(path).blocks())
+    sites = {i: replace(s, prefix=f"{EVIL}<!--{s.prefix}") for i, s in ra.sites.items()}
+    saved = RACache(sites=sites, loss=ra.loss, info=ra.info)
+    for layer in ra.layers:
+        saved.put(layer, "ra", ra["ra", layer])
+        saved.put(layer, "pattern", ra["pattern", layer])
+    write_report(saved, path)
+    page = read(path)
+    assert [one["name"] for one in page.data()["layers"]] == [f"{EVIL}<!-- 0", f"{EVIL}<!-- 2"]
+    assert len(page.blocks()) == plain
+
+
 def test_it_loads_nothing_and_runs_only_its_own_script(ra: RACache, path: Path) -> None:
     write_report(ra, path)
     page = read(path)
