@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-from hf_heads import HFHeads
+from folded import fold
+from oracle import HFHeads
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.heads import rank_heads
 from ra_lens.heads.mediation import shuffle_labels
 from ra_lens.sites import load_folder
 from ra_lens.tasks import Pair, Prompt, Task
-from test_heads import PROMPTS, TASK, WORDS
-from test_masking import fold
 from tiny_models import BOS, CASES, D_HEAD, KINDS, N_HEADS, N_LAYERS, relative, tokenizer
+from tiny_questions import PROMPTS, TASK, WORDS
 
 EVERY = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
 OPTIONS = {"prepend_bos": True, "progress": False}

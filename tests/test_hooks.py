@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hf_reference import nll
+from oracle import nll
 from ra_lens import get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
 from tiny_models import (

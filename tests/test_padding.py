@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import arch_models
+from padded_rows import padded, part
 from ra_lens import check_model, rank_heads, run_with_ra
 from ra_lens.answers import ask, read_questions
 from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
@@ -24,7 +25,6 @@ from ra_lens.prompts import Prompts
 from ra_lens.sites import as_lens, load_folder
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Prompt, Task
-from test_batching import padded, part
 from tiny_models import KINDS, relative
 
 BRIDGE, HOOKED = "TransformerBridge", "HookedTransformer"

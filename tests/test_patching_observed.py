@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_reference import nll
+from oracle import nll
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
 from ra_lens.masking import mask_hooks

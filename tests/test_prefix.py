@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import arch_models
+from left_behind import Oops, changes, raises, snapshot
 from ra_lens.answers import last_logits, mark, read_questions
 from ra_lens.heads import rank_heads
 from ra_lens.masking import mask_hooks
 from ra_lens.prefix import Prefix
 from ra_lens.sites import as_lens, load_folder
 from ra_lens.tasks import Prompt
-from test_heads import PROMPTS, TASK
-from test_leaves_nothing import Oops, changes, raises, snapshot
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, relative
+from tiny_questions import PROMPTS, TASK
 
 BRIDGE = "TransformerBridge"
 SIDES = ("left", "right")
@@ -39,10 +39,7 @@ def bridge(tmp_path_factory):
     def get(arch, **changed):
         if BRIDGE not in KINDS or not arch_models.has(arch):
             pytest.skip(f"no TransformerBridge of {arch} here")
-        config, cls, options = arch_models.CONFIGS[arch]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(arch_models.CONFIGS, arch, (config, cls, {**options, **changed}))
-            folder = arch_models.write(arch, tmp_path_factory.mktemp(arch))
+        folder = arch_models.write(arch, tmp_path_factory.mktemp(arch), **changed)
         return load_folder(folder, kind=BRIDGE, device="cpu")
 
     return get

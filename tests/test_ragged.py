@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from arch_models import OpenModel, has, write
-from hf_heads import HFHeads
+from arch_models import has, open_model, write
+from conformance.pieces import D_HEAD
+from oracle import HFHeads, Oracle
 from ra_lens import perturbation_test, rank_heads, run_with_ra
 from ra_lens.cli import show
 from ra_lens.errors import BadInput
@@ -30,7 +31,7 @@ KIND = "TransformerBridge"
 if KIND not in available_kinds() or not has("laguna"):
     pytest.skip("no model whose layers have different numbers of heads", allow_module_level=True)
 
-HEADS, D_HEAD = (2, 6, 4), 6
+HEADS = (2, 6, 4)
 EVERY = [(layer, head) for layer, n in enumerate(HEADS) for head in range(n)]
 SCALE = D_HEAD**-0.5
 OPTIONS = {"prepend_bos": False, "progress": False}
@@ -62,8 +63,8 @@ def reference(where: Any) -> HFHeads:
 
 
 @pytest.fixture(scope="module")
-def opened(where: Any) -> OpenModel:
-    return OpenModel("laguna", where)
+def opened(where: Any) -> Oracle:
+    return open_model("laguna", where, torch.tensor([[3, 4, 5]]))
 
 
 def ids_of(prompt: Any) -> list[int]:
@@ -94,7 +95,7 @@ def same(found: HeadScores, wanted: torch.Tensor, tolerance: float = 1e-4) -> No
 # ---- scores -------------------------------------------------------------------------------------
 
 
-def test_ra_and_fa_are_norms_of_hugging_faces_own_maps(model: Any, opened: OpenModel) -> None:
+def test_ra_and_fa_are_norms_of_hugging_faces_own_maps(model: Any, opened: Oracle) -> None:
     sums = {"ra": torch.zeros(3, 6).double(), "fa": torch.zeros(3, 6).double()}
     for prompt in PROMPTS:
         ids = torch.tensor([[*ids_of(prompt), answer_of(prompt)]])
@@ -113,7 +114,7 @@ def test_ra_and_fa_are_norms_of_hugging_faces_own_maps(model: Any, opened: OpenM
         same(rank_heads(model, PROMPTS, method=name, **OPTIONS), wanted)
 
 
-def test_fa_of_mean_is_the_norm_of_the_mean_pattern(model: Any, opened: OpenModel) -> None:
+def test_fa_of_mean_is_the_norm_of_the_mean_pattern(model: Any, opened: Oracle) -> None:
     prompts = TASK.sample(3)
     rows = torch.tensor([[*ids_of(prompt), answer_of(prompt)] for prompt in prompts])
     _, patterns = opened.score_gradients(rows, lambda logits: logits.sum())
@@ -248,13 +249,13 @@ def test_tables_have_the_heads_that_there_are(model: Any, tmp_path: Any) -> None
     assert again["label"].tolist() == frame["label"].tolist()
 
 
-def test_maps_are_added_to_the_heads_that_there_are(model: Any, opened: OpenModel) -> None:
+def test_maps_are_added_to_the_heads_that_there_are(model: Any, opened: Oracle) -> None:
     learned, asked = TASK.sample(2), TASK.sample(4)[2:]
     ids = torch.tensor([ids_of(prompt) for prompt in learned])
     _, ra = run_with_ra(model, ids, target=[answer_of(prompt) for prompt in learned])
     deltas = {layer: -3.0 * ra["ra", layer].mean(dim=0) for layer in range(3)}
     rows = torch.tensor([ids_of(prompt) for prompt in asked])
-    wanted = opened.logits(rows, deltas)
+    wanted = opened.logits(rows, pattern_deltas=deltas)
     hooks = ra.mean().patch_hooks(scale=-3.0)
     with torch.no_grad():
         found = model.run_with_hooks(rows, fwd_hooks=hooks)
@@ -288,7 +289,7 @@ def test_a_cache_has_the_norms_of_the_heads_that_there_are(model: Any, tmp_path:
         ra.kv_group(1)
     with pytest.raises(BadInput, match=r"head=2\); this cache has layers .* with heads 0 to 1"):
         head_map(ra, "L0H2")
-    page = write_report(ra, tmp_path / "ragged.html").read_text(encoding="utf-8")
+    page = write_report(ra, tmp_path / "ragged.html", top=12).read_text(encoding="utf-8")
     assert "L1H5" in page
     assert "2 to 6 heads each" in page
     facts = show.as_json(ra, model, texts, top=100)
