@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from patches import pattern_of
 from ra_lens import RACache, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import NotStored, UnsupportedModel
 from tiny_models import (
@@ -79,10 +80,6 @@ def constant(value, hook):
 
 def shift_scores(scores, hook):
     return scores + 0.7 * torch.arange(scores.shape[-1]).to(scores.dtype)
-
-
-def pattern_of(layer):
-    return f"blocks.{layer}.attn.hook_pattern"
 
 
 # (what the run gets, the same without in-place edits, which plain autograd does not allow)

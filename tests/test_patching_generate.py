@@ -7,12 +7,12 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from patches import IDS, POS, TARGET
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, OBSERVE_ONLY, random_ids, text
 
-POS, NEW, TARGET, SCALE = 6, 5, 8, -40.0
-IDS = random_ids(3, POS)
+NEW, SCALE = 5, -40.0
 EXTRA = random_ids(3, POS + 2, seed=4)
 
 
@@ -21,18 +21,6 @@ def sound(arch, kind, shared, reference):
     """Whether generate gives the model's own continuation without a patch."""
     plain = generate(shared(arch, kind), IDS, [])
     need_sound_generate(torch.equal(plain, oracle(reference(arch), IDS, lambda n: {})))
-
-
-@pytest.fixture(scope="module")
-def mean(shared):
-    made = {}
-
-    def get(arch, kind):
-        if (arch, kind) not in made:
-            made[arch, kind] = run_with_ra(shared(arch, kind), IDS, target=TARGET)[1].mean()
-        return made[arch, kind]
-
-    return get
 
 
 def generate(model, ids, fwd_hooks, **options):

@@ -8,22 +8,17 @@ import pytest
 import torch
 
 from oracle import nll
+from patches import IDS, POS, TARGET, keeping, logits_with, pattern_of
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
 from ra_lens.masking import mask_hooks
-from tiny_models import CASES, N_HEADS, N_LAYERS, OBSERVE_ONLY, random_ids, relative
+from tiny_models import CASES, N_HEADS, N_LAYERS, OBSERVE_ONLY, relative
 
-POS, TARGET, SCALE = 6, 8, -30.0
-IDS = random_ids(3, POS)
+SCALE = -30.0
 OBSERVED = sorted(OBSERVE_ONLY & set(CASES))
 pytestmark = pytest.mark.skipif(not OBSERVED, reason="no TransformerBridge here")
 
 V, Z = "blocks.1.attn.hook_v", "blocks.1.attn.hook_z"
-
-
-def logits_with(model, fwd_hooks, ids=IDS):
-    with torch.no_grad():
-        return model.run_with_hooks(ids, fwd_hooks=fwd_hooks)
 
 
 def patch_of(model):
@@ -69,27 +64,24 @@ def test_hooks_on_z_that_come_after_see_the_patched_z(arch, kind, shared, refere
     hooks, deltas, ra = patch_of(model)
     seen = {}
 
-    def look(z, hook):
-        seen["z"] = z.clone()
-
     def halve(z, hook):
         return 0.5 * z
 
     def halve_in_place(z, hook):
         z.mul_(0.5)
 
-    logits_with(model, [(Z, look)])
-    plain = seen["z"]
-    wanted = logits_with(model, [*hooks, (Z, look), (Z, halve)])
+    look = keeping(Z, seen)
+    logits_with(model, [look])
+    plain = seen[Z]
+    wanted = logits_with(model, [*hooks, look, (Z, halve)])
     again = logits_with(model, [*hooks, (Z, halve_in_place)])
     assert relative(again, wanted) < 1e-6
     # By hand, with the rest of the model unpatched: z + D V.
     one = patch_hooks({1: ra.mean()["ra", 1]}, ra.sites, scale=SCALE)
-    values = {}
-    logits_with(model, [(V, lambda v, hook: values.update(v=v.clone())), *one, (Z, look)])
+    logits_with(model, [keeping(V, seen), *one, look])
     for head in range(N_HEADS):
-        by_hand = plain[:, :, head] + deltas[1][head].float() @ values["v"][:, :, head]
-        assert relative(seen["z"][:, :, head], by_hand) < 1e-5
+        by_hand = plain[:, :, head] + deltas[1][head].float() @ seen[V][:, :, head]
+        assert relative(seen[Z][:, :, head], by_hand) < 1e-5
     # Masked after the patch, the heads say nothing.
     keep = torch.ones(N_LAYERS, N_HEADS, dtype=torch.bool)
     keep[1] = False
@@ -117,16 +109,15 @@ def test_values_edited_before_the_patch_or_in_place_are_the_values(arch, kind, s
 
     one = patch_hooks({1: ra.mean()["ra", 1]}, ra.sites, scale=SCALE)
     seen = {}
-    look = (Z, lambda z, hook: seen.update(z=z.clone()))
+    look = keeping(Z, seen)
     logits_with(model, [(V, first_only), look])
-    before = seen["z"]
+    before = seen[Z]
     logits_with(model, [(V, first_only), *one, look])
-    values = {}
-    logits_with(model, [(V, lambda v, hook: values.update(v=v.clone()))])
+    logits_with(model, [keeping(V, seen)])
     for head in range(N_HEADS):
         column = SCALE * ra.mean()["ra", 1][head][:, 0]
-        by_hand = before[:, :, head] + column[None, :, None] * values["v"][:, :1, head]
-        assert relative(seen["z"][:, :, head], by_hand) < 1e-5
+        by_hand = before[:, :, head] + column[None, :, None] * seen[V][:, :1, head]
+        assert relative(seen[Z][:, :, head], by_hand) < 1e-5
 
 
 def gate(z, hook):
@@ -183,9 +174,8 @@ def test_an_unchecked_addition_is_refused(arch, kind, fresh, shared):
     hooks, _, _ = patch_of(shared(arch, kind))
     model = fresh(arch, kind)
     model.original_model.config._attn_implementation = "sdpa"
-    shown = []
-    look = [("blocks.0.attn.hook_pattern", lambda p, hook: shown.append(p))]
-    logits_with(model, look)
+    shown = {}
+    logits_with(model, [keeping(pattern_of(0), shown)])
     if shown:
         pytest.skip("this architecture shows its pattern all the same")
     with pytest.raises(UnsupportedModel, match=r"layer 0 did not fire.*implementation='eager'"):
