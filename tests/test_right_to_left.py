@@ -21,13 +21,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 from browser import Seen
+from command_line import call
 from made_caches import make
 from ra_lens import run_with_ra, trace_paths
 from ra_lens.cache import RACache
-from ra_lens.cli import app, show
+from ra_lens.cli import show
 from ra_lens.display.maps import head_of_example
 from ra_lens.display.tokens import distinct, label
 from ra_lens.errors import BadInput
@@ -330,7 +330,7 @@ def test_messages_keep_words_in_order(
     model = load_folder(tmp_path, kind=KINDS[0], device="cpu")
     with pytest.raises(BadInput, match="must be one token; found 2") as refused:
         run_with_ra(model, "אב", target=logit_diff("גד הו", "אב"))
-    run = CliRunner().invoke(app, ["run", "-m", str(tmp_path), "-p", "אב זח טי גד", "-t", "הו"])
+    run = call("run", "-m", str(tmp_path), "-p", "אב זח טי גד", "-t", "הו")
     assert run.exit_code == 0
     lines = {
         str(refused.value): ["found 2", "גד", "+", "הו", "Choose"],
