@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[Tensor], Tensor]
 Edit = Callable[[int, Tensor], Tensor]
+Asked = Sequence[tuple[list[int], int]]
+"""Ids of questions, each with the first token of its answer."""
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum}
@@ -413,3 +415,34 @@ class HFHeads:
     def probability(self, ids: list[int], token: int) -> float:
         """p(token) after the last of `ids`."""
         return float(self.logits(torch.tensor([ids]))[0, -1].double().softmax(-1)[token])
+
+    def lost(self, asked: Asked, layer: int, head: int) -> float:
+        """What zeroed rows of W_O cost the answers, on average."""
+        with self.zeroed([(layer, head)]):
+            after = [self.probability(*one) for one in asked]
+        return self._mean_loss(asked, after)
+
+    def lost_at_the_end(self, asked: Asked, layer: int, head: int) -> float:
+        """What it costs the answers that a head gives nothing at the last token."""
+        _, rows = self.rows(layer, head)
+        nothing = torch.zeros(rows.stop - rows.start)
+        after: list[float] = []
+        for ids, token in asked:
+            with self.replaced(layer, head, len(ids) - 1, nothing):
+                after.append(self.probability(ids, token))
+        return self._mean_loss(asked, after)
+
+    def gained(self, asked: Asked, right: Sequence[list[int]], layer: int, head: int) -> float:
+        """What the answers gain by the mean of a head at the end of the others in `right`."""
+        _, rows = self.rows(layer, head)
+        last = [self.z(torch.tensor([ids]))[layer][0, -1, rows].double() for ids in right]
+        after: list[float] = []
+        for i, (ids, token) in enumerate(asked):
+            mean = torch.stack([z for j, z in enumerate(last) if j != i]).mean(0)
+            with self.replaced(layer, head, len(ids) - 1, mean):
+                after.append(self.probability(ids, token))
+        return -self._mean_loss(asked, after)
+
+    def _mean_loss(self, asked: Asked, after: list[float]) -> float:
+        before = sum(self.probability(*one) for one in asked)
+        return (before - sum(after)) / len(asked)

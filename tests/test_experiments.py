@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from folded import fold
 from ra_lens import load_demo_model, load_task, run_with_ra
 from ra_lens.answers import mark
 from ra_lens.demo import demo_model_folder
@@ -82,14 +83,7 @@ def test_the_curve_of_the_toy_by_hand(toy):
     areas = area_under_curve(frame).set_index(["method", "direction"])["auc"]
     assert areas["ra", "forward"] == pytest.approx(0.75)
     assert areas["ra", "reversed"] == pytest.approx(0.25)
-    right = [
-        curves.loc[
-            "random",
-            "none",
-            draw,
-        ][0.5]
-        for draw in range(4)
-    ]
+    right = [curves.loc["random", "none", draw][0.5] for draw in range(4)]
     assert areas["random", "none"] == pytest.approx(0.25 + 0.5 * sum(right) / 4)
     # With one head the right word and every other differ by what the head alone writes: with head
     # 1 kept the answer has the logit of the words not written, and the wrong word's is above it.
@@ -293,17 +287,7 @@ def test_a_method_of_ones_own_is_tested_like_the_others(demo):
 
 
 def test_a_folded_model_is_warned_about_and_recorded(fresh):
-    model = fresh("gpt2", KINDS[0])
-    if hasattr(model, "enable_compatibility_mode"):
-        model.enable_compatibility_mode(disable_warnings=True)
-    else:
-        model.load_and_process_state_dict(
-            model.state_dict(),
-            fold_ln=False,
-            center_writing_weights=False,
-            center_unembed=False,
-            fold_value_biases=True,
-        )
+    model = fold(fresh("gpt2", KINDS[0]), KINDS[0])
     with pytest.warns(RALensWarning, match="folded into its output biases"):
         frame = perturbation_test(
             model, knowing_task(), methods="index", shots=0, n_rank=2, n_test=2, step=0.5, **QUIET

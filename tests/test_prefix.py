@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -77,6 +79,7 @@ def zeroed_last(lens, layer, head):
     return [(lens.sites[layer].z_name, at_z)]
 
 
+@contextmanager
 def calls(model):
     """Count the calls of each block's attention, by block, while it is open."""
     counts = [0] * len(as_lens(model).sites)
@@ -92,7 +95,9 @@ def calls(model):
         lens.module.get_submodule(site.prefix).register_forward_pre_hook(count(i))
         for i, site in enumerate(lens.sites.values())
     ]
-    return counts, handles
+    yield counts
+    for handle in handles:
+        handle.remove()
 
 
 # Each architecture with one side per class, in turn.
@@ -105,10 +110,8 @@ def test_effects_are_those_of_full_passes_and_blocks_before_a_head_are_skipped(
 ):
     model = fresh(arch, kind)
     model.tokenizer.padding_side = side
-    counts, handles = calls(model)
-    found = rank_heads(model, QUESTIONS, method="cm1", batch_size=4, progress=False)
-    for handle in handles:
-        handle.remove()
+    with calls(model) as counts:
+        found = rank_heads(model, QUESTIONS, method="cm1", batch_size=4, progress=False)
     # The shortest and longest question padded and alone; 3 questions as they are; a row of each
     # layer in full; then 3 batches of 12 rows per layer.
     rows = len(QUESTIONS) * N_HEADS
@@ -136,10 +139,8 @@ def test_effects_are_those_of_full_passes_and_blocks_before_a_head_are_skipped(
 def test_windows_experts_gates_and_latents_pass_on_no_more_than_they_return(arch, side, bridge):
     model = bridge(arch)
     model.tokenizer.padding_side = side
-    counts, handles = calls(model)
-    found = rank_heads(model, QUESTIONS, method="cm1", batch_size=6, progress=False)
-    for handle in handles:
-        handle.remove()
+    with calls(model) as counts:
+        found = rank_heads(model, QUESTIONS, method="cm1", batch_size=6, progress=False)
     assert counts == [3 + 4, 3 + 6]
     wanted = in_full(model, QUESTIONS, zeroed)
     assert relative(found.scores, wanted) < 1e-4
@@ -152,10 +153,8 @@ def test_windows_experts_gates_and_latents_pass_on_no_more_than_they_return(arch
 def test_layers_that_pass_on_more_or_run_again_are_run_in_full(arch, changed, bridge):
     model = bridge(arch, **changed)
     lens = as_lens(model)
-    counts, handles = calls(model)
-    found = rank_heads(model, QUESTIONS, method="cm1", batch_size=12, progress=False)
-    for handle in handles:
-        handle.remove()
+    with calls(model) as counts:
+        found = rank_heads(model, QUESTIONS, method="cm1", batch_size=12, progress=False)
     assert counts[0] / counts[-1] > 0.5
     wanted = in_full(model, QUESTIONS, zeroed)
     assert len(lens.sites) == 4

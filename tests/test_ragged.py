@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,9 @@ def answer_of(prompt: Any) -> int:
     return int(prompt.answer[2:])
 
 
+ASKED = [(ids_of(prompt), answer_of(prompt)) for prompt in PROMPTS]
+
+
 def laid_out(effect: Any) -> torch.Tensor:
     """effect(layer, head) of every head; NaN where there is none."""
     wanted = torch.full((3, 6), torch.nan, dtype=torch.float64)
@@ -124,48 +129,22 @@ def test_fa_of_mean_is_the_norm_of_the_mean_pattern(model: Any, opened: Oracle) 
 
 
 def test_cm1_is_what_zeroed_rows_of_w_o_cost(model: Any, reference: HFHeads) -> None:
-    def lost(layer: int, head: int) -> float:
-        total = 0.0
-        for prompt in PROMPTS:
-            ids, token = ids_of(prompt), answer_of(prompt)
-            clean = reference.probability(ids, token)
-            with reference.zeroed([(layer, head)]):
-                total += clean - reference.probability(ids, token)
-        return total / len(PROMPTS)
-
-    same(rank_heads(model, PROMPTS, method="cm1", batch_size=5, **OPTIONS), laid_out(lost))
+    found = rank_heads(model, PROMPTS, method="cm1", batch_size=5, **OPTIONS)
+    same(found, laid_out(partial(reference.lost, ASKED)))
 
 
 def test_cm1_last_zeroes_the_last_token_only(model: Any, reference: HFHeads) -> None:
-    def lost(layer: int, head: int) -> float:
-        total = 0.0
-        for prompt in PROMPTS:
-            ids, token = ids_of(prompt), answer_of(prompt)
-            clean = reference.probability(ids, token)
-            with reference.replaced(layer, head, len(ids) - 1, torch.zeros(D_HEAD)):
-                total += clean - reference.probability(ids, token)
-        return total / len(PROMPTS)
-
-    same(rank_heads(model, PROMPTS, method="cm1_last", **OPTIONS), laid_out(lost))
+    found = rank_heads(model, PROMPTS, method="cm1_last", **OPTIONS)
+    same(found, laid_out(partial(reference.lost_at_the_end, ASKED)))
 
 
 def test_cm2_puts_mean_heads_into_shuffled_labels(model: Any, reference: HFHeads) -> None:
-    last = [reference.z(torch.tensor([ids_of(prompt)])) for prompt in PROMPTS]
-
-    def gained(layer: int, head: int) -> float:
-        total, (_, rows) = 0.0, reference.rows(layer, head)
-        for i, prompt in enumerate(PROMPTS):
-            ids, token = ids_of(prompt), answer_of(prompt)
-            if len(prompt.demonstrations) == 2:  # w54 x w55 y w54 x w55 y …
-                ids[3], ids[7] = ids[7], ids[3]
-            before = reference.probability(ids, token)
-            others = [z[layer][0, -1].double() for j, z in enumerate(last) if j != i]
-            mean = torch.stack(others).mean(0)[rows]
-            with reference.replaced(layer, head, len(ids) - 1, mean):
-                total += reference.probability(ids, token) - before
-        return total / len(PROMPTS)
-
-    same(rank_heads(model, PROMPTS, method="cm2", **OPTIONS), laid_out(gained))
+    right, shuffled = [ids for ids, _ in ASKED], copy.deepcopy(ASKED)
+    for (ids, _), prompt in zip(shuffled, PROMPTS, strict=True):
+        if len(prompt.demonstrations) == 2:  # w54 x w55 y w54 x w55 y …
+            ids[3], ids[7] = ids[7], ids[3]
+    found = rank_heads(model, PROMPTS, method="cm2", **OPTIONS)
+    same(found, laid_out(partial(reference.gained, shuffled, right)))
 
 
 def test_orders_that_know_nothing_have_every_head_once(model: Any) -> None:
