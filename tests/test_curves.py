@@ -14,10 +14,8 @@ import pytest
 from made_frames import METHODS, SCALES, TASKS, areas, curves, sweep
 from ra_lens.display.methods import method_styles
 from ra_lens.display.numbers import best_of_rows, scale_name, short, table_rows
-from ra_lens.errors import BadInput
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
 from ra_lens.figures.sweep import position, spread, tick_scales
-from refused import unchecked
 
 
 def lines(figure: Any, panel: int = 1) -> dict[str, Any]:
@@ -283,45 +281,3 @@ def test_size_title_and_template_are_as_asked_and_nothing_changes() -> None:
         pd.testing.assert_frame_equal(frame, copy)
     assert pio.templates.default == before
     assert perturbation_curves(curves()).layout.width is None
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: unchecked(perturbation_curves)(curves(), metric="top9"),
-            "metric='top9'; give one of",
-        ),
-        (lambda: unchecked(perturbation_curves)(curves(), facet="x"), "found facet='x'"),
-        (lambda: unchecked(patching_sweep_curve)(sweep(), metric="x"), "found metric='x'"),
-        (lambda: perturbation_curves(sweep()), "without 'method'.*perturbation_test"),
-        (lambda: patching_sweep_curve(curves()), "without 'map', 'scale'.*patching_sweep"),
-        (lambda: auc_table(curves()), "without 'auc'.*area_under_curve"),
-        (lambda: perturbation_curves(curves().iloc[:0]), "without rows"),
-        (lambda: perturbation_curves(curves().assign(top1=math.nan)), "in which 'top1' is empty"),
-        (
-            lambda: perturbation_curves(curves().assign(share="x")),
-            "the text 'x' for share in row 1",
-        ),
-        (
-            lambda: patching_sweep_curve(sweep().assign(scale=math.nan)),
-            r"without a value for scale|'scale' is empty.*patching_sweep\(\)",
-        ),
-        (lambda: patching_sweep_curve(sweep().assign(n_shots="5")), "the text '5' for n_shots"),
-        (lambda: patching_sweep_curve(sweep().assign(top1=math.nan)), "in which 'top1' is empty"),
-        (lambda: auc_table(areas().assign(auc="big")), "the text 'big' for auc in row 1"),
-        (lambda: auc_table(areas().assign(auc=math.nan)), "in which 'auc' is empty"),
-        (lambda: auc_table(areas().assign(task=None)), "in which 'task' is empty"),
-        (
-            lambda: perturbation_curves(pd.concat([curves(), curves().assign(model="big")])),
-            r"2 models \(tiny, big\).*frame\[frame.model == 'tiny'\]",
-        ),
-        (
-            lambda: patching_sweep_curve(pd.concat([sweep(), sweep().assign(n_test=9)])),
-            "several rows for task=antonym, n_shots=0, map=none, scale=nan; they differ in n_test",
-        ),
-    ],
-)
-def test_mistakes_are_named(call: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        call()

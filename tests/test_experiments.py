@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,7 @@ from ra_lens.heads import registry as registry_of_methods
 from ra_lens.sites import as_lens
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
+from refused import refused
 from tiny_models import KINDS
 from toys import knowing_task, load_toy
 
@@ -545,21 +547,18 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
         ({"shots": 500}, r"shots=500"),
         ({"out": tmp_path / "x.json"}, r"must end in \.parquet or \.csv"),
     ]
+    perturbed = partial(perturbation_test, demo, n_test=2, **QUIET)
     for options, message in cases:
-        with pytest.raises(BadInput, match=message):
-            perturbation_test(demo, "antonym", **{"n_test": 2, **QUIET, **options})
-    with pytest.raises(BadInput, match="task 'antonym' twice"):
-        perturbation_test(demo, ["antonym", "all"], **QUIET)
-    with pytest.raises(BadInput, match="found no task"):
-        perturbation_test(demo, [], **QUIET)
+        refused(perturbed, {"task": "antonym", **options}, message)
+    refused(perturbed, {"task": ["antonym", "all"]}, "task 'antonym' twice")
+    refused(perturbed, {"task": []}, "found no task")
     for options, message in [
         ({"kinds": []}, r"give 'ra', 'pattern' or both"),
         ({"scales": []}, r"found scales without a number in it; give at least one"),
         ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
         ({"at_least": 5000}, r"has no 5000 pairs"),
     ]:
-        with pytest.raises(BadInput, match=message):
-            patching_sweep(demo, "capitalize", **{**QUIET, **options})
+        refused(partial(patching_sweep, demo, "capitalize", **QUIET), options, message)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,10 +11,10 @@ import torch
 
 from made_caches import LAYERS, ROWS, lower, make, sites, z
 from ra_lens import run_with_ra
-from ra_lens.cache import HeadScore, RACache, RunInfo
+from ra_lens.cache import RACache, RunInfo
 from ra_lens.display.maps import head_of_example
 from ra_lens.display.tokens import distinct, plotly_text, shorten, thinned, visible
-from ra_lens.errors import BadInput, NotStored
+from ra_lens.errors import NotStored
 from ra_lens.figures import head_grid, head_map, head_maps
 from ra_lens.figures.maps import largest
 from tiny_models import KINDS
@@ -211,21 +211,6 @@ def test_grey_shows_where_a_query_cannot_look(ra: RACache) -> None:
     colours = {pair[1] for trace in figure.data for pair in trace.colorscale}
     assert figure.layout.plot_bgcolor not in colours
     assert not any(trace.hoverongaps for trace in figure.data)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda ra: head_maps(ra, []), r"no heads .* ra\.top_heads"),
-        (lambda ra: head_maps(ra, [(1, 0)]), r"layer=1, head=0.*layers \[0, 2\]"),
-        (lambda ra: head_map(ra, HeadScore(0, 3, 1.0)), r"head=3.*heads 0 to 2"),
-        (lambda ra: head_map(ra, (0, 0), example=2), "example=2.*examples 0 to 1"),
-        (lambda ra: head_of_example(ra, (0, 0), example=-1), "example=-1"),
-    ],
-)
-def test_mistakes_are_named(ra: RACache, call: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        call(ra)
 
 
 def test_maps_that_were_not_kept_are_missed(ra: RACache) -> None:
