@@ -6,17 +6,22 @@ those of `conformance`, with 60 words, of which the last two are a mask and the 
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from conformance.configs import ARCHITECTURES
 from conformance.pieces import SHARED_EXPERT, Architecture
 from oracle import Oracle
+from ra_lens.sites import load_folder
+from saved_models import save, word_tokenizer
+from tiny_models import KINDS
 
+BRIDGE = "TransformerBridge"
 D_VOCAB, MASK, PAD = 60, 58, 59
 TOKENS = {
     "vocab_size": D_VOCAB,
@@ -73,19 +78,17 @@ def write(arch: str, where: Path, **changed: Any) -> Path:
             gain = parameter.ndim == 1 and name.endswith("weight")
             width = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
             parameter.copy_(1 + 0.1 * noise if gain else width * noise)
-    model.save_pretrained(str(where))
     words = [f"w{i}" for i in range(MASK)] + ["[MASK]", "<pad>"]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<pad>",
-        eos_token="<pad>",
-        pad_token="<pad>",
-        unk_token="<pad>",
-        mask_token="[MASK]",
-    ).save_pretrained(str(where))
-    return where
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<pad>")
+    return save(model, word_tokenizer(words, **special, mask_token="[MASK]"), where)
+
+
+def load_bridge(arch: str, where: Path, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
+    """Write a model into a new folder below `where` and load it; skips where it cannot be."""
+    if BRIDGE not in KINDS or not has(arch):
+        pytest.skip(f"no TransformerBridge of {arch} here")
+    folder = write(arch, Path(tempfile.mkdtemp(dir=where)), **changed)
+    return load_folder(folder, kind=BRIDGE, device="cpu", dtype=dtype)
 
 
 def open_model(arch: str, folder: Path, ids: torch.Tensor, **inputs: Any) -> Oracle:

@@ -16,6 +16,7 @@ from ra_lens.heads import rank_heads
 from ra_lens.heads.mediation import shuffle_labels
 from ra_lens.sites import load_folder
 from ra_lens.tasks import Pair, Prompt, Task
+from saved_models import silence
 from tiny_models import BOS, CASES, KINDS, N_HEADS, N_LAYERS, relative, tokenizer
 from tiny_questions import PROMPTS, TASK, WORDS
 
@@ -158,10 +159,9 @@ def toy_folder(tmp_path_factory):
         eos_token_id=0,
     )
     model = transformers.AutoModelForCausalLM.from_config(cfg)
+    silence(model)
     block, root5 = model.transformer.h[0], math.sqrt(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
 
         def pair(row, which, value=1.0):
             row[2 * which], row[2 * which + 1] = value, -value

@@ -12,13 +12,13 @@ from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.masking import mask_heads, mask_hooks, need_heads
 from ra_lens.sites import as_lens, load_folder
 from ra_lens.sites.folding import value_biases_folded
+from saved_models import save_random
 from tiny_models import (
     CASES,
     KINDS,
     N_HEADS,
     N_LAYERS,
     random_ids,
-    randomise,
     relative,
     tokenizer,
 )
@@ -127,11 +127,7 @@ def test_the_usual_processing_folds_the_shift_of_layer_norms_too(arch, kind, fre
 
 
 def saved(cfg, where):
-    model = transformers.AutoModelForCausalLM.from_config(cfg)
-    randomise(model, seed=1)
-    model.save_pretrained(str(where))
-    tokenizer("gpt2").save_pretrained(str(where))
-    return where
+    return save_random(cfg, tokenizer("gpt2"), where, seed=1)
 
 
 SIZES = {"vocab_size": 34, "hidden_size": 24, "bos_token_id": 0, "eos_token_id": 0}

@@ -182,7 +182,8 @@ def test_a_cache_that_forgets_is_refused(tmp_path):
     import transformers
 
     from ra_lens.sites import load_folder
-    from tiny_models import D_MODEL, D_VOCAB, randomise, tokenizer
+    from saved_models import save_random
+    from tiny_models import D_MODEL, D_VOCAB, tokenizer
 
     cfg = transformers.MistralConfig(
         vocab_size=D_VOCAB,
@@ -197,10 +198,7 @@ def test_a_cache_that_forgets_is_refused(tmp_path):
         eos_token_id=1,
         pad_token_id=2,
     )
-    hf_model = transformers.AutoModelForCausalLM.from_config(cfg)
-    randomise(hf_model, seed=1)
-    hf_model.save_pretrained(str(tmp_path))
-    tokenizer("llama").save_pretrained(str(tmp_path))
+    save_random(cfg, tokenizer("llama"), tmp_path, seed=1)
     model = load_folder(tmp_path, kind="TransformerBridge", device="cpu")
     _, ra = run_with_ra(model, IDS, target=TARGET)
     assert ra.sites[0].window == 8

@@ -25,8 +25,8 @@ from ra_lens import check_model, run_with_ra
 from ra_lens.errors import RALensError
 from ra_lens.masking import mask_hooks
 from ra_lens.patching import patch_hooks
+from saved_models import randomise
 
-from .build import randomise
 from .padded import SIDES, Side, by_length, padded_error
 from .record import COMPAT_LIMIT, SAME_LOGITS, Over, Record, relative, spell
 from .scale import measured_scale
