@@ -10,6 +10,7 @@ import gc
 import pytest
 import torch
 
+from held import Held, counted
 from ra_lens import run_with_ra
 from ra_lens.errors import UnsupportedModel
 from ra_lens.sites import as_lens
@@ -68,20 +69,6 @@ def test_edits_by_hooks_count_as_without(arch, kind, shared):
     assert not torch.allclose(untouched["ra", 0], plain["ra", 0])
 
 
-class Held:
-    """A tensor that a graph keeps, counted while it is kept."""
-
-    alive = most = 0
-
-    def __init__(self, x):
-        self.x = x
-        Held.alive += 1
-        Held.most = max(Held.most, Held.alive)
-
-    def __del__(self):
-        Held.alive -= 1
-
-
 @pytest.mark.parametrize(("arch", "depth"), [("gpt2", "n_layer"), ("llama", "num_hidden_layers")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_tensors_of_one_layer_are_alive(arch, depth, kind, shared):
@@ -89,17 +76,8 @@ def test_attention_tensors_of_one_layer_are_alive(arch, depth, kind, shared):
     model, most = shared(arch, kind, **{depth: n_layers}), {}
     run_with_ra(model, IDS, target=TARGET)
     map_size = IDS.shape[0] * N_HEADS * IDS.shape[1] ** 2
-
-    def pack(x):
-        # Detached: a tensor that its own node keeps would be held for ever.
-        return Held(x.detach()) if x.numel() == map_size else x
-
-    def unpack(kept):
-        return kept.x if isinstance(kept, Held) else kept
-
     for recompute in (False, True):
-        Held.alive = Held.most = 0
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with counted(lambda x: x.numel() == map_size):
             run_with_ra(model, IDS, target=TARGET, store="norms", recompute=recompute)
         most[recompute] = Held.most
         gc.collect()
