@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from other_process import printed_by
 from ra_lens.errors import BadFile, BadInput, DownloadFailed, RALensError
 from ra_lens.tasks import Pair, download, load_task, task_names
 from ra_lens.tasks.download import COMMIT, PublishedFile, fetch
@@ -286,5 +286,4 @@ def test_built_in_tasks_load_without_what_talks_to_the_network() -> None:
         "import sys; from ra_lens import tasks; tasks.load_task('antonym'); tasks.task_names();"
         "print(sorted({'ra_lens.tasks.download', 'urllib.request', 'ssl'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"
