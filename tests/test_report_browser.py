@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from browser import Seen
+from browser import Seen, opening
 from made_caches import make
 from made_frames import sweep
 from pages import EVIL, HOSTILE
@@ -75,15 +75,8 @@ class Opened(Seen):
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
-    opened: list[Opened] = []
-
-    def get(path: Path, **context: Any) -> Opened:
-        opened.append(Opened(browser, path, **context))
-        return opened[-1]
-
-    yield get
-    for one in opened:
-        one.close()
+    with opening(browser, Opened, quiet=False) as get:
+        yield get
 
 
 def wanted_cells(ra: RACache, layer: int, head: int, example: int, n: int) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -22,7 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from browser import Seen
+from browser import Seen, opening
 from command_line import call
 from made_caches import make
 from ra_lens import run_with_ra, trace_paths
@@ -89,16 +90,8 @@ def parts_of(text: str) -> list[str]:
 
 @pytest.fixture
 def see(browser: Any, tmp_path: Path) -> Iterator[Callable[[Path], Seen]]:
-    opened: list[Seen] = []
-
-    def get(path: Path) -> Seen:
-        opened.append(Seen(browser, path, viewport={"width": 1500, "height": 900}))
-        return opened[-1]
-
-    yield get
-    for seen in opened:
-        assert seen.errors == []
-        seen.close()
+    with opening(browser) as get:
+        yield partial(get, viewport={"width": 1500, "height": 900})
 
 
 @pytest.fixture
