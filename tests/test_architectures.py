@@ -56,7 +56,7 @@ def both(written):
     def get(arch):
         if arch not in loaded:
             model = load_folder(written(arch), kind=BRIDGE, device="cpu")
-            reference = open_model(arch, written(arch), IDS, **hf_inputs_of(arch))
+            reference = open_model(arch, written(arch))
             loaded[arch] = model, reference
         model, reference = loaded[arch]
         if arch == "t5":
@@ -374,7 +374,7 @@ def test_masking_a_head_is_zeroing_its_part_of_w_o(arch, layer, output, both, wr
     keep[layer, 2] = False
     with torch.no_grad():
         found = model.run_with_hooks(IDS, fwd_hooks=mask_hooks(sites, keep), **inputs_of(arch))
-    without = open_model(arch, written(arch), IDS, **hf_inputs_of(arch))
+    without = open_model(arch, written(arch))
     plain = without.logits(IDS, **hf_inputs_of(arch))
     weight = without.model.get_submodule(output).weight.data
     weight.reshape(len(weight), 4, -1)[:, 2] = 0

@@ -66,7 +66,7 @@ def reference(where: Any) -> HFHeads:
 
 @pytest.fixture(scope="module")
 def opened(where: Any) -> Oracle:
-    return open_model("laguna", where, torch.tensor([[3, 4, 5]]))
+    return open_model("laguna", where)
 
 
 def ids_of(prompt: Any) -> list[int]:
