@@ -144,15 +144,31 @@ def shared(fresh: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def reference(folder: Callable[..., Path]) -> Callable[..., Any]:
     """`reference(arch)`: the same weights in Hugging Face's own float64 eager model."""
-    from hf_reference import Reference
+    from oracle import load_oracle
 
     loaded: dict[Any, Any] = {}
 
     def get(arch: str, **overrides: Any) -> Any:
         key = (arch, *sorted(overrides.items()))
         if key not in loaded:
-            loaded[key] = Reference(folder(arch, **overrides))
+            loaded[key] = load_oracle(folder(arch, **overrides))
         return loaded[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mean(shared: Callable[..., Any]) -> Callable[..., Any]:
+    """`mean(arch, kind)`: mean maps of the prompts that tests of patches share."""
+    from patches import IDS, TARGET
+    from ra_lens import run_with_ra
+
+    made: dict[Any, Any] = {}
+
+    def get(arch: str, kind: Any) -> Any:
+        if (arch, kind) not in made:
+            made[arch, kind] = run_with_ra(shared(arch, kind), IDS, target=TARGET)[1].mean()
+        return made[arch, kind]
 
     return get
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from padded_rows import padded, part
 from ra_lens import run_with_ra
 from ra_lens.errors import RALensWarning
 from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, random_ids, relative, text
@@ -17,33 +18,11 @@ TARGETS = [5, 8, 11]
 KIND_OF_MAP = ("ra", "pattern", "pattern_grad")
 
 
-def padded(side: str, pad: int, rows=IDS):
-    """Token tensor and mask of the rows, padded on one side."""
-    width = max(map(len, rows))
-    tokens = torch.full((len(rows), width), pad)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[i, at], mask[i, at] = row, 1
-    return tokens, mask
-
-
-def part(value: torch.Tensor, i: int, side: str, length: int) -> torch.Tensor:
-    """The map of example i without padding; checks that the padding is exactly 0."""
-    width = value.shape[-1]
-    real = slice(width - length, width) if side == "left" else slice(0, length)
-    own = value[i, :, real, real]
-    rest = value[i].clone()
-    rest[:, real, real] = 0
-    assert rest.abs().max() == 0
-    return own
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_an_example_has_the_same_maps_alone_and_in_a_padded_batch(arch, kind, side, shared):
     model = shared(arch, kind)
-    tokens, mask = padded(side, pad=3)
+    tokens, mask = padded(side, 3, IDS)
     logits, ra = run_with_ra(model, tokens, attention_mask=mask, target=TARGETS)
     for i, row in enumerate(IDS):
         own_logits, alone = run_with_ra(model, row, target=TARGETS[i])

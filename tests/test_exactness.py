@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_reference import nll
+from oracle import nll
 from ra_lens import run_with_ra
 from tiny_models import CASES, D_HEAD, KINDS, N_HEADS, N_LAYERS, every_model, random_ids, relative
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from browser import Seen, browser
+from browser import Seen, opening
 from ra_lens import load_demo_model, run_with_ra, trace_paths
 from ra_lens.display.paths import paths_fragment, paths_page
 from ra_lens.display.tokens import visible
@@ -52,27 +52,15 @@ def many(n: int = 600) -> TraceResult:
     return trace_paths(maps, top_beam=n)
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
 @pytest.fixture
-def see(running: Any, tmp_path: Path) -> Iterator[Callable[..., Seen]]:
-    opened: list[Seen] = []
+def see(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Seen]]:
+    with opening(browser) as get:
 
-    def open_page(text: str, **context: Any) -> Seen:
-        path = tmp_path / f"{len(opened)}.html"
-        path.write_text(text, encoding="utf-8")
-        opened.append(Seen(running, path, **context))
-        return opened[-1]
+        def open_page(text: str, **context: Any) -> Seen:
+            (tmp_path / "page.html").write_text(text, encoding="utf-8")
+            return get(tmp_path / "page.html", **context)
 
-    yield open_page
-    for seen in opened:
-        assert seen.errors == []
-        assert len(seen.requests) == 1, seen.requests  # the file itself
-        seen.close()
+        yield open_page
 
 
 def data_of(page: str) -> Any:

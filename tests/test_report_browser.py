@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from browser import Seen, opening
+from made_caches import make
+from made_frames import sweep
+from pages import EVIL, HOSTILE
 from ra_lens.cache import RACache, RunInfo
 from ra_lens.cli.figure_page import write_sweep_page
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
 from ra_lens.sites import Site
-from test_curves import sweep
-from test_figures import make
-from test_report import EVIL, HOSTILE
 
 NUMBER = r"[+−]?\d[\d.]*(?:e[−+]?\d+)?"
 
@@ -26,20 +27,15 @@ def value(text: str) -> float:
     return float(text.replace("−", "-"))
 
 
-class Opened:
-    """A page, with all that went wrong in it."""
+class Opened(Seen):
+    """A report."""
 
-    def __init__(self, page: Any, path: Path) -> None:
-        self.page, self.wrong, self.requests = page, [], []
-        page.on("console", lambda message: self.wrong.append(message.text))
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (self.wrong.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector("#ra-grid [aria-selected=true], .main-svg")
+    def __init__(self, running: Any, path: Path, **context: Any) -> None:
+        super().__init__(running, path, **context)
+        self.page.wait_for_selector("#ra-grid [aria-selected=true], .main-svg")
 
     def check(self) -> None:
-        assert self.wrong == []
+        assert self.errors == []
         assert [url for url in self.requests if not url.startswith(("file:", "data:"))] == []
         assert len([url for url in self.requests if url.startswith("file:")]) == 1
 
@@ -78,16 +74,9 @@ class Opened:
 
 
 @pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
-    contexts = []
-
-    def get(path: Path, **options: Any) -> Opened:
-        contexts.append(browser.new_context(**options))
-        return Opened(contexts[-1].new_page(), path)
-
-    yield get
-    for context in contexts:
-        context.close()
+def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
+    with opening(browser, Opened, quiet=False) as get:
+        yield get
 
 
 def wanted_cells(ra: RACache, layer: int, head: int, example: int, n: int) -> Any:
@@ -255,7 +244,7 @@ def test_hostile_tokens_are_text(open_page: Callable[..., Opened], tmp_path: Pat
     )
     page.wait_for_timeout(100)
     assert page.title() == f"Reversed Attention of {EVIL}"
-    assert any("Content Security Policy" in text for text in opened.wrong)
+    assert any("Content Security Policy" in text for text in opened.errors)
 
 
 @pytest.mark.every_model

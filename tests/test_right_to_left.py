@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -21,12 +22,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from browser import Seen
+from browser import Seen, opening
+from command_line import call
+from made_caches import make
 from ra_lens import run_with_ra, trace_paths
 from ra_lens.cache import RACache
-from ra_lens.cli import app, show
+from ra_lens.cli import show
 from ra_lens.display.maps import head_of_example
 from ra_lens.display.tokens import distinct, label
 from ra_lens.errors import BadInput
@@ -38,7 +40,6 @@ from ra_lens.report import PatchedPrompt, Predictions, Section, Table, write_rep
 from ra_lens.sites import load_folder
 from ra_lens.targets import logit_diff
 from ra_lens.token_text import isolated
-from test_figures import make
 from tiny_models import KINDS
 
 TOKENS = ("<s>", "שלום", " مرحبا", "⟨D7⟩", " ٣", " עולם-ארוך-מאוד-מאוד-מאוד", " 4", " x")
@@ -89,16 +90,8 @@ def parts_of(text: str) -> list[str]:
 
 @pytest.fixture
 def see(browser: Any, tmp_path: Path) -> Iterator[Callable[[Path], Seen]]:
-    opened: list[Seen] = []
-
-    def get(path: Path) -> Seen:
-        opened.append(Seen(browser, path, viewport={"width": 1500, "height": 900}))
-        return opened[-1]
-
-    yield get
-    for seen in opened:
-        assert seen.errors == []
-        seen.close()
+    with opening(browser) as get:
+        yield partial(get, viewport={"width": 1500, "height": 900})
 
 
 @pytest.fixture
@@ -338,7 +331,7 @@ def test_messages_keep_words_in_order(
     model = load_folder(tmp_path, kind=KINDS[0], device="cpu")
     with pytest.raises(BadInput, match="must be one token; found 2") as refused:
         run_with_ra(model, "אב", target=logit_diff("גד הו", "אב"))
-    run = CliRunner().invoke(app, ["run", "-m", str(tmp_path), "-p", "אב זח טי גד", "-t", "הו"])
+    run = call("run", "-m", str(tmp_path), "-p", "אב זח טי גד", "-t", "הו")
     assert run.exit_code == 0
     lines = {
         str(refused.value): ["found 2", "גד", "+", "הו", "Choose"],

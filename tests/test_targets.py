@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_reference import nll
+from oracle import nll
 from ra_lens import run_with_ra
 from ra_lens.targets import answer_nll, custom, logit_diff, sequence_nll, top_prediction
 from tiny_models import ANY_KIND, CASES, D_HEAD, N_HEADS, N_LAYERS, random_ids, relative, text
