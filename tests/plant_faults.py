@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("src", "ra_lens")
 DEFAULT_RUN: tuple[str, ...] = ()
 CI_RUNS = (
-    ("tests/conformance", "--every-model"),
+    ("-mevery_model", "--every-model"),
     ("--check-shapes",),
 )
 """What CI runs beside the default run, as arguments of pytest."""

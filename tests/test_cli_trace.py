@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from command_line import call, refused_line
 from ra_lens import trace_paths
-from ra_lens.cli import app
 from ra_lens.paths import trace_layers
 from ra_lens.paths.page import MOST_PATHS
 from tiny_models import KINDS
@@ -24,12 +23,8 @@ def tiny(folder: Callable[..., Path]) -> str:
     return str(folder("gpt2"))
 
 
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["trace", *arguments])
-
-
 def test_it_prints_the_paths_in_words(tiny: str, shared: Any) -> None:
-    result = call("-m", tiny, "-p", PROMPT, "--top", "3")
+    result = call("trace", "-m", tiny, "-p", PROMPT, "--top", "3")
     assert (result.exit_code, result.stderr) == (0, "")
     wanted = trace_layers(shared("gpt2", KINDS[0]), PROMPT, top_beam=3)
     flat = " ".join(result.stdout.split())
@@ -41,8 +36,8 @@ def test_it_prints_the_paths_in_words(tiny: str, shared: Any) -> None:
 
 def test_options_reach_the_trace(tiny: str, shared: Any) -> None:
     result = call(
-        "-m", tiny, "-p", PROMPT, "--layer", "1", "--target-pos", "4", "--follow", "more", "-t",
-        " w8", "--search", "beam", "--top-k", "3", "--min-attn", "0.01", "--agg-heads", "max",
+        "trace", "-m", tiny, "-p", PROMPT, "--layer", "1", "--target-pos", "4", "--follow", "more",
+        "-t", " w8", "--search", "beam", "--top-k", "3", "--min-attn", "0.01", "--agg-heads", "max",
         "--length-norm", "sqrt", "--json",
     )  # fmt: skip
     wanted = trace_paths(
@@ -55,7 +50,9 @@ def test_options_reach_the_trace(tiny: str, shared: Any) -> None:
 
 
 def test_a_head_is_taken_as_it_is_printed(tiny: str, shared: Any) -> None:
-    result = call("-m", tiny, "-p", PROMPT, "--layer", "1", "--agg-heads", "L1H3", "--json")
+    result = call(
+        "trace", "-m", tiny, "-p", PROMPT, "--layer", "1", "--agg-heads", "L1H3", "--json"
+    )
     wanted = trace_paths(shared("gpt2", KINDS[0]), PROMPT, layer=1, agg_heads=3)
     found = json.loads(result.stdout)
     assert [b["positions"] for b in found["beams"]] == [list(b.positions) for b in wanted.beams]
@@ -64,7 +61,7 @@ def test_a_head_is_taken_as_it_is_printed(tiny: str, shared: Any) -> None:
 
 def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "paths.html"
-    result = call("-m", tiny, "-p", PROMPT, "--layer=-1", "-o", str(path))
+    result = call("trace", "-m", tiny, "-p", PROMPT, "--layer=-1", "-o", str(path))
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == f"Paths: {path}"
     assert '<div class="ra-paths">' in path.read_text(encoding="utf-8")
@@ -73,7 +70,7 @@ def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
 def test_more_paths_than_a_page_can_show_are_not_looked_for(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "paths.html"
     arguments = ["-m", tiny, "-p", PROMPT, "--json"]
-    result = call(*arguments, "--top", "100000", "-o", str(path))
+    result = call("trace", *arguments, "--top", "100000", "-o", str(path))
     assert result.exit_code == 0
     assert result.stderr == (
         f"note: found --top 100000; these are the {MOST_PATHS} best paths, as many as a page can "
@@ -82,15 +79,14 @@ def test_more_paths_than_a_page_can_show_are_not_looked_for(tiny: str, tmp_path:
     found = json.loads(result.stdout)
     assert len(found["beams"]) == found["metadata"]["top_beam"] == MOST_PATHS == 500
     assert path.stat().st_size < 2e6
-    few = call(*arguments, "--top", str(MOST_PATHS))
+    few = call("trace", *arguments, "--top", str(MOST_PATHS))
     assert few.stderr == ""
     assert json.loads(few.stdout)["beams"] == found["beams"]
 
 
 def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    arguments = ["run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path)]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert call("run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path)).exit_code == 0
     text = path.read_text(encoding="utf-8")
     assert "Paths to the last token" in text
     assert text.count('"title": "All layers: ') == 2
@@ -115,8 +111,4 @@ def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(tiny: str, arguments: list[str], message: str) -> None:
-    result = call("-m", tiny, "-p", PROMPT, *arguments)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    assert message in refused_line("trace", "-m", tiny, "-p", PROMPT, *arguments)
