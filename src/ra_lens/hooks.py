@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Store
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, one_of
 from ra_lens.model import Layers, Side, Site, as_lens, with_scales
 from ra_lens.model.sites import MAP_KINDS, MapKind
 from ra_lens.numbers import Real
@@ -213,8 +213,7 @@ def get_ra_caching_hooks(
         UnsupportedModel: no hook_pattern, an unknown softmax scale, or active dropout.
     """
     lens = as_lens(model)
-    if store not in ("maps", "norms"):
-        raise BadInput(f"found store={store!r}; give 'maps' or 'norms'.")
+    one_of("store", store, ("maps", "norms"))
     device, dtype = read_device(device), read_dtype(dtype)
     lens.refuse_meta()
     lens.refuse_dropout()

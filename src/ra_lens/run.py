@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Store
-from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
+from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning, one_of
 from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, keeps
 from ra_lens.inputs import Given, Mask
@@ -151,9 +151,9 @@ def run_with_ra(
             attention, or layers that the model itself, and no hook, cuts off from it.
         NotEnoughMemory: more than the device has left, seen before anything runs.
     """
-    _one_of("store", store, ("maps", "norms", "mean"))
-    _one_of("return_logits", return_logits, ("read", "all"))
-    _one_of("padding_side", padding_side, (None, "left", "right"))
+    one_of("store", store, ("maps", "norms", "mean"))
+    one_of("return_logits", return_logits, ("read", "all"))
+    one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
     lens.refuse_meta()
     lens.refuse_inference_mode()
@@ -462,11 +462,6 @@ def _finish(
 
 def _decoded(lens: Lens, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
     return tuple(map(lens.decode_each, prompts.ids))
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise BadInput(f"found {name}={value!r}; give one of {', '.join(map(repr, choices))}.")
 
 
 def _check_hook_names(lens: Lens, fwd_hooks: Sequence[tuple[Any, Any]]) -> None:

@@ -34,7 +34,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, one_of
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, as_lens
 from ra_lens.model.sites import heads_of
@@ -138,8 +138,7 @@ def ranking_method(
     """
     if not name:
         raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
-    if split not in ("train", "valid"):
-        raise BadInput(f"found split={split!r} for method {name!r}; give 'train' or 'valid'.")
+    one_of("split", split, ("train", "valid"), where=f" for method {name!r}")
 
     def register(function: RankingFunction) -> RankingFunction:
         known = _methods.get(name)
