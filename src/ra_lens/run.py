@@ -30,7 +30,7 @@ from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, keeps
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.model import Layers, Lens, as_lens, with_scales
+from ra_lens.model import Layers, Lens, as_lens
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
     BatchResult,
@@ -160,7 +160,7 @@ def run_with_ra(
     lens.refuse_dropout()
     lens.refuse_checkpointing()
     device, dtype = read_device(device), read_dtype(dtype)
-    sites = with_scales(lens.choose_layers(layers), softmax_scale)
+    sites = lens.sites.choose(layers).with_scales(softmax_scale)
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
     prompts = read_prompts(
@@ -445,7 +445,7 @@ def _finish(
     source = encoded or prompts
     info = RunInfo(
         model_name=lens.name,
-        n_layers=lens.n_layers,
+        n_layers=lens.sites.n_layers,
         objective=bound.kind,
         targets=targets or None,
         wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
