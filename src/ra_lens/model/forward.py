@@ -48,7 +48,7 @@ def reading_at(
         if mlp is not None:
             narrow = partial(_at_positions, mlp.forward, positions)
             stack.enter_context(with_forward({mlp: narrow}))
-        point = hook_points.get("unembed.hook_in")
+        point: Any = hook_points.get("unembed.hook_in")
         if point is not None:  # TransformerBridge
             handle = point.register_forward_hook(lambda _module, _args, x: at_columns(x, positions))
         else:

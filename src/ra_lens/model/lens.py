@@ -319,12 +319,11 @@ class Lens(Tokens):
         hook waits for them.
         """
         with self.hooks(fwd_hooks), fused(self._modules):
-            everywhere = columns is None or self.logits_are_hooked
-            if everywhere:
-                yield everywhere
+            if columns is None or self.logits_are_hooked:
+                yield True
             else:
                 with reading_at(self._model, self.hook_points, columns):
-                    yield everywhere
+                    yield False
 
     def refuse_nan(self, logits: Float[Tensor, "batch read d_vocab"]) -> None:
         """Raise if logits contain NaN."""
