@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from ra_lens.cache import RACache
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.run_info import RunInfo
 
 LAYERS, HEADS = (0, 2), 3
 ROWS = (("<|end|>", " Paris", "\n", " Paris", "<b>&$x$"), ("<|end|>", " a", " b"))
 
 
-def sites() -> dict[int, Site]:
-    return {i: Site(i, f"blocks.{i}.attn", HEADS, HEADS, 0.5) for i in LAYERS}
+def sites() -> Sites:
+    return Sites({i: Site(i, f"blocks.{i}.attn", HEADS, HEADS, 0.5) for i in LAYERS})
 
 
 def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:

@@ -14,7 +14,7 @@ from ra_lens.cache import RACache
 from ra_lens.figures import head_grid, head_map, head_maps
 from ra_lens.head_maps import head_of_example
 from ra_lens.heads import HeadScores
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.run_info import RunInfo
 
 SCORES = torch.tensor([[0.5, -2.0, 0.25], [1.5, -torch.inf, 0.5]])
@@ -139,9 +139,8 @@ def test_a_map_with_other_keys_than_queries_has_labels_for_both() -> None:
     info = RunInfo(
         str_tokens=(("a", "b"), ("a", "b", "c", "d", "e")), decoder_tokens=(("x",), ("x", "y", "z"))
     )
-    ra = RACache(
-        sites={0: Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)}, info=info
-    )
+    site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
+    ra = RACache(sites=Sites({0: site}), info=info)
     r = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     ra.put(0, "ra", r)
     ra.put(0, "pattern", r.abs())

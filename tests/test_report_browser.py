@@ -16,7 +16,7 @@ from made_caches import make
 from made_frames import sweep
 from pages import EVIL, HOSTILE
 from ra_lens.cache import RACache
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
 from ra_lens.report.experiments import write_sweep_page
 from ra_lens.run_info import RunInfo
@@ -314,7 +314,7 @@ def test_cross_attention_shades_what_the_encoder_read(
         decoder_tokens=(("x", "y", "z"),),
     )
     site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
-    ra = RACache(sites={0: site}, info=info)
+    ra = RACache(sites=Sites({0: site}), info=info)
     ra.put(0, "ra", r)
     ra.put(0, "pattern", r.abs())
     opened = open_page(write_report(ra, tmp_path / "r.html"))

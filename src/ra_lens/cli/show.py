@@ -19,7 +19,6 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
-from ra_lens.model.sites import every_head, head_places, heads_of
 from ra_lens.report.page import Section
 from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
 from ra_lens.text import isolated, label, shorten, visible
@@ -36,7 +35,7 @@ def as_json(
     Of several prompts the norms are means, and each has an entry of its own in `prompts`. The
     number of heads is one number, or one for each layer where they differ.
     """
-    info, counts = ra.info, heads_of(ra.sites)
+    info, counts = ra.info, ra.sites.n_heads
     facts: dict[str, object] = {
         "ra_lens": version("ra-lens"),
         "transformer_lens": version("transformer-lens"),
@@ -123,9 +122,8 @@ def print_section(section: Section) -> None:
 
 def _strongest_head(ra: RACache, example: int) -> HeadMaps:
     norms = ra.norms()[example] if ra.has_batch_dim else ra.norms()
-    counts = heads_of(ra.sites)
-    strongest = int(norms[head_places(counts)].argmax())
-    return head_of_example(ra, every_head(ra.layers, counts)[strongest], example=example)
+    strongest = int(norms[ra.sites.places].argmax())
+    return head_of_example(ra, ra.sites.heads[strongest], example=example)
 
 
 def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
