@@ -22,7 +22,6 @@ from ra_lens.cli.experiments import compare, patch, perturb, rank
 app = typer.Typer(
     name="ra-lens",
     cls=Commands,
-    help="Reversed Attention: what the backward pass wanted each attention head to do.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

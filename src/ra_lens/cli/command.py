@@ -45,9 +45,23 @@ class Commands(TyperGroup):
     """The commands, behind a look at what was typed."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse words that are no text, then parse as usual."""
-        with reported(debug=False):
-            check_words(args)
+        """Refuse words whose bytes are no text, whatever they are meant as, then parse as usual.
+
+        Python puts a lone surrogate in the place of each such byte. The message names the option.
+        """
+        option = "an argument"
+        for word in args:
+            if word.startswith("-"):
+                option = word.split("=")[0] if word.startswith("--") else word[:2]
+            odd = re.search("[\ud800-\udfff]", word)
+            if odd is None:
+                continue
+            byte = f"byte {ord(odd[0]) - 0xDC00:#04x}" if odd[0] >= "\udc80" else "half a character"
+            with reported(debug=False):
+                raise BadInput(
+                    f"found text that is not UTF-8 as {option} ({byte} at place {odd.start()} of "
+                    f"{ascii(word)[:60]}). Give it in UTF-8."
+                )
         return super().parse_args(ctx, args)
 
 
@@ -87,25 +101,6 @@ class ManyValuesCommand(Command):
         with reported(debug=False):
             repeated = repeat_options(args, many)
         return super().parse_args(ctx, repeated)
-
-
-def check_words(words: Sequence[str]) -> None:
-    """Refuse words of the command line whose bytes are no text, whatever they are meant as.
-
-    Python puts a lone surrogate in the place of each such byte. The message names the option.
-    """
-    option = "an argument"
-    for word in words:
-        option = (
-            word.split("=")[0] if word.startswith("--") else word[:2] if word[:1] == "-" else option
-        )
-        odd = re.search("[\ud800-\udfff]", word)
-        if odd:
-            byte = f"byte {ord(odd[0]) - 0xDC00:#04x}" if odd[0] >= "\udc80" else "half a character"
-            raise BadInput(
-                f"found text that is not UTF-8 as {option} ({byte} at place {odd.start()} of "
-                f"{ascii(word)[:60]}). Give it in UTF-8."
-            )
 
 
 def _check(param: Any, value: str, options: Collection[str], given: Sequence[str]) -> None:

@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from inspect import signature
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,15 +27,6 @@ if TYPE_CHECKING:
     from ra_lens.paths import TraceResult
     from ra_lens.prompts import PromptInput
     from ra_lens.report import PatchedPrompt, Section
-
-# What `trace` has for one layer, and what it is if it is not given.
-_OF_ONE_LAYER = {
-    "search": "exact",
-    "top_k": None,
-    "min_attn": 0.0,
-    "agg_heads": "mean",
-    "length_norm": "none",
-}
 
 
 def run(
@@ -80,10 +73,8 @@ def run(
         check_output(output, REPORT)
     slips = [
         hint
-        for i, text in enumerate(prompts)
-        for hint in session.hints(
-            text, targets[i % len(targets)] if targets else None, escapes=escapes
-        )
+        for text, one in zip(prompts, cycle(targets or [None]), strict=False)
+        for hint in session.hints(text, one, escapes=escapes)
     ]
     for hint in dict.fromkeys(slips):
         session.warn("note", hint)
@@ -232,14 +223,15 @@ def trace(
     session.prepare(model, device)
     prompt = session.read_text(prompt, escapes=escapes)
     target = None if target is None else session.read_text(target, escapes=escapes)
-    of_one = (search, top_k, min_attn, agg_heads, length_norm)
-    options = dict(zip(_OF_ONE_LAYER, of_one, strict=True))
-    if layer == "all":
-        trace_function = trace_layers
-        how = _through_all_layers(options, follow, residual)
-    else:
-        trace_function = trace_paths
-        how = _through_one_layer(layer, options, follow, residual)
+    of_one_layer: dict[str, Any] = {
+        "search": search,
+        "top_k": top_k,
+        "min_attn": min_attn,
+        "agg_heads": agg_heads,
+        "length_norm": length_norm,
+    }
+    trace_function = trace_layers if layer == "all" else trace_paths
+    how = _how(layer, of_one_layer, follow=follow, residual=residual)
     if output is not None:
         check_output(output, PAGE)
     if top > MOST_PATHS:
@@ -335,30 +327,25 @@ def _tell(
         typer.echo(f"Report: {written}")
 
 
-def _through_all_layers(
-    options: dict[str, Any], follow: opt.Follow | None, residual: float | None
+def _how(
+    layer: str, of_one_layer: dict[str, Any], *, follow: opt.Follow | None, residual: float | None
 ) -> dict[str, Any]:
-    """Give the options of `trace_layers`."""
-    for name, default in _OF_ONE_LAYER.items():
-        if options[name] != default:
-            flag = name.replace("_", "-")
-            raise BadInput(f"found --{flag}, which is for one layer. Add --layer -1, say.")
-    return {"follow": follow or "value_norm", "residual": residual}
-
-
-def _through_one_layer(
-    layer: str, options: dict[str, Any], follow: opt.Follow | None, residual: float | None
-) -> dict[str, Any]:
-    """Give the options of `trace_paths`."""
+    """Give the options of `trace_layers`, or those of `trace_paths`."""
     from ra_lens.paths.trace import read_agg
 
+    if layer == "all":
+        for name, value in of_one_layer.items():
+            if value != signature(trace).parameters[name].default:
+                flag = name.replace("_", "-")
+                raise BadInput(f"found --{flag}, which is for one layer. Add --layer -1, say.")
+        return {"follow": follow or "value_norm", "residual": residual}
     if residual is not None:
         raise BadInput("found --residual with one layer; it is for --layer all.")
     try:
         index = int(layer)
     except ValueError:
         raise BadInput(f"found --layer {layer}; give a number or all.") from None
-    agg = options["agg_heads"]
+    agg = of_one_layer["agg_heads"]
     head = int(agg) if agg.lstrip("-").isdigit() else agg
     try:
         read_agg(head)
@@ -368,4 +355,4 @@ def _through_one_layer(
         ) from None
     if follow == "value_norm":
         raise BadInput("found --follow value_norm with one layer; it is for --layer all.")
-    return {**options, "agg_heads": head, "layer": index, "follow": follow or "pattern"}
+    return {**of_one_layer, "agg_heads": head, "layer": index, "follow": follow or "pattern"}

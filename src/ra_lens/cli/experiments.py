@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from ra_lens.questions import Accuracy
     from ra_lens.tasks import Task
 
-_GROUPS: dict[str, Literal["icl", "natural"] | None] = {
-    "all": None,
-    "icl": "icl",
-    "natural": "natural",
-}
 _ACCURACIES: dict[str, Accuracy] = {"first-token": "first token", "answer": "answer"}
 
 
@@ -115,7 +110,7 @@ class Setup:
         """Run an experiment; what can be wrong without a model is found before one is loaded."""
         from ra_lens.cli import session
         from ra_lens.experiments.protocol import SHOTS, read_shots
-        from ra_lens.experiments.rank import read_methods
+        from ra_lens.experiments.rank import METHODS, read_methods
         from ra_lens.experiments.results import check_results_path
 
         session.prepare(self.model, self.device)
@@ -124,7 +119,9 @@ class Setup:
         if self.figure is not None:
             check_output(self.figure, PAGE)
         if "methods" in own:
-            read_methods(own["methods"])
+            typed = own["methods"]
+            given = METHODS if typed is None else split_values(typed, "--methods")
+            own["methods"] = read_methods(given)
         shots = list(SHOTS) if self.shots is None else whole_numbers(self.shots, "--shots")
         shots, tasks = read_shots(shots), self.tasks()
         model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
@@ -149,26 +146,30 @@ class Setup:
 
         names: list[str] = []
         for name in split_values(self.task, "--task"):
-            found = task_names(_GROUPS[name], source=self.source) if name in _GROUPS else [name]
+            if name == "all":
+                found = task_names(source=self.source)
+            elif name in ("icl", "natural"):
+                found = task_names(name, source=self.source)
+            else:
+                found = [name]
             if not found:
                 raise BadInput(
                     f"found --task {name}, but there are no such tasks in --source {self.source}; "
                     f"it has {', '.join(task_names(source=self.source)) or 'none at all'}."
                 )
             names += found
-        tasks = [load_task(name, source=self.source) for name in names]
-        if self.separator is not None:
-            between = unescaped(self.separator)
-            tasks = [task.with_format(separator=between) for task in tasks]
-        return [
-            task.with_format(
-                before_subject=f"Q: {task.before_subject}",
-                after_subject=f"{task.after_subject}\nA:",
-            )
-            if self.natural == "qa" and task.kind == "natural"
-            else task
-            for task in tasks
-        ]
+        tasks: list[Task] = []
+        for name in names:
+            task = load_task(name, source=self.source)
+            if self.separator is not None:
+                task = task.with_format(separator=unescaped(self.separator))
+            if self.natural == "qa" and task.kind == "natural":
+                task = task.with_format(
+                    before_subject=f"Q: {task.before_subject}",
+                    after_subject=f"{task.after_subject}\nA:",
+                )
+            tasks.append(task)
+        return tasks
 
     def tell(
         self,
@@ -196,28 +197,27 @@ class Setup:
             raise failed
 
 
-def _with_setup(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Any]:
+def _with_setup(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
     """Give a command the options of `Setup` around its own, and hand them over as one."""
+    parameters = signature(Setup, eval_str=True).parameters
+    shared = {name: p for name, p in parameters.items() if name not in without}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def with_setup(**options: Any) -> None:
-            setup = Setup(**{name: options.pop(name) for name in shared})
-            command(setup, **options)
+    @wraps(command)
+    def with_setup(**options: Any) -> None:
+        setup = Setup(**{name: options.pop(name) for name in shared})
+        command(setup, **options)
 
-        parameters = signature(Setup, eval_str=True).parameters
-        shared = {name: p for name, p in parameters.items() if name not in without}
-        _, *own = signature(command, eval_str=True).parameters.values()
-        first = [p for p in shared.values() if p.kind is not Parameter.KEYWORD_ONLY]
-        last = [p for p in shared.values() if p.kind is Parameter.KEYWORD_ONLY]
-        every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*first, *own, *last)]
-        with_setup.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
-        return with_setup
-
-    return decorate
+    _, *own = signature(command, eval_str=True).parameters.values()
+    first = [p for p in shared.values() if p.kind is not Parameter.KEYWORD_ONLY]
+    last = [p for p in shared.values() if p.kind is Parameter.KEYWORD_ONLY]
+    every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*first, *own, *last)]
+    with_setup.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
+    return with_setup
 
 
-@_with_setup(without=["figure"])
+@partial(_with_setup, without=["figure"])
 def rank(
     setup: Setup,
     *,
@@ -230,9 +230,7 @@ def rank(
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import rank_tasks
 
-    frame = setup.run(
-        rank_tasks, methods=_methods(methods), n_rank=n_rank, answer_in_input=answer_in_input
-    )
+    frame = setup.run(rank_tasks, methods=methods, n_rank=n_rank, answer_in_input=answer_in_input)
     setup.tell(
         frame,
         facts=lambda: show.ranking_facts(frame, top=top),
@@ -240,7 +238,7 @@ def rank(
     )
 
 
-@_with_setup()
+@_with_setup
 def perturb(
     setup: Setup,
     *,
@@ -265,7 +263,7 @@ def perturb(
 
     frame = setup.run(
         perturbation_test,
-        methods=_methods(methods),
+        methods=methods,
         step=step,
         random_orders=random_orders,
         n_rank=n_rank,
@@ -283,7 +281,7 @@ def perturb(
     )
 
 
-@_with_setup()
+@_with_setup
 def patch(
     setup: Setup,
     *,
@@ -394,9 +392,3 @@ def compare(
     else:
         show.print_comparison(compared, every=every)
         show.print_files(out)
-
-
-def _methods(given: list[str] | None) -> list[str]:
-    from ra_lens.experiments.rank import METHODS
-
-    return list(METHODS) if given is None else split_values(given, "--methods")

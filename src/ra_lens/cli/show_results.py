@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +19,7 @@ from rich.text import Text
 from ra_lens.cli import show
 from ra_lens.experiments.paper import count_cells
 from ra_lens.figures.style import method_styles, metric_name
-from ra_lens.tables import table_rows
+from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import scale_name, short, shots_name
 
 _METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
@@ -114,14 +115,14 @@ def print_areas(frame: pd.DataFrame, areas: pd.DataFrame, *, metric: str) -> Non
             if not tasks:
                 table.add_section()
                 continue
-            cells = [_both(areas, method, n, tasks) for method in styles]
-            best = _best(areas, list(styles), n, tasks)
+            values = [_values(areas, method, n, tasks) for method in styles]
+            best = best_of_rows(np.array([[max(both, default=math.nan) for both in values]]))[0]
+            cells = [
+                Text("/".join(map(short, both)), style="bold" if bold else "")
+                for both, bold in zip(values, best, strict=True)
+            ]
             full = _mean_of(frame[frame["share"] == 1.0], metric, n, tasks)
-            table.add_row(
-                Text(row),
-                *[Text(cell, style="bold" if i in best else "") for i, cell in enumerate(cells)],
-                short(full),
-            )
+            table.add_row(Text(row), *cells, short(full))
         _print(table, "")
     draws = int(areas["draws"].max())
     random = f" Random: mean of {draws} orders." if draws > 1 else ""
@@ -146,30 +147,14 @@ def areas_facts(
     }
 
 
-def _both(areas: Any, method: str, n: int, tasks: Sequence[str]) -> str:
+def _values(areas: Any, method: str, n: int, tasks: Sequence[str]) -> list[float]:
+    """Give a method's areas: of its order and the reverse, or of random orders."""
     of: Any = areas[areas["method"] == method]
     values = [
         _mean_of(of[of["direction"] == direction], "auc", n, tasks)
         for direction in ("none", "forward", "reversed")
     ]
-    return "/".join(short(value) for value in values if not math.isnan(value))
-
-
-def _best(areas: Any, methods: Sequence[str], n: int, tasks: Sequence[str]) -> set[int]:
-    largest = [
-        max(
-            (
-                _mean_of(of, "auc", n, tasks)
-                for _, of in areas[areas["method"] == method].groupby("direction")
-            ),
-            default=math.nan,
-        )
-        for method in methods
-    ]
-    known = [value for value in largest if not math.isnan(value)]
-    if not known or max(known) <= min(known) + 1e-9:
-        return set()
-    return {i for i, value in enumerate(largest) if value >= max(known) - 1e-9}
+    return [value for value in values if not math.isnan(value)]
 
 
 # ---- patching sweep -----------------------------------------------------------------------------
