@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,12 +21,16 @@ from rich.console import Console
 from command_line import HEAVY, call, done_without, refused_line
 from made_caches import make
 from ra_lens import run_with_ra
-from ra_lens.cli import main, show
-from ra_lens.cli.options import reported
-from ra_lens.cli.reading import hints, read_layers, read_text
+from ra_lens.cli import main, options, show
+from ra_lens.cli.command import reported
+from ra_lens.cli.session import hints, read_layers, read_text
 from ra_lens.errors import BadInput
+from ra_lens.experiments.perturbation import Measure, Rule
 from ra_lens.head_maps import head_of_example
-from ra_lens.model import as_lens
+from ra_lens.model import ModelKind, as_lens
+from ra_lens.patching import Where
+from ra_lens.paths.result import Follow
+from ra_lens.tasks import SplitRule
 from tiny_models import KINDS, N_HEADS, N_LAYERS, every_model
 
 PROMPT = "w5 w7 w9 w4 w6"
@@ -417,7 +421,7 @@ def test_a_damaged_model_folder_is_one_error(tiny: str, tmp_path: Path, damage: 
 def test_a_path_that_cannot_be_written_is_found_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ra_lens.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: pytest.fail("loaded"))
     for command in (["run", "-p", PROMPT], ["demo"]):
         assert "is a folder" in refused_line(*command, "-o", str(tmp_path))
 
@@ -435,7 +439,7 @@ def test_the_unexpected_exits_1_and_shows_where_on_demand(
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("ra_lens.cli.commands.load", broken)
+    monkeypatch.setattr("ra_lens.cli.session.load", broken)
     result = call("run", "-m", tiny, "-p", PROMPT)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
@@ -502,6 +506,15 @@ def test_slips_of_the_shell_are_pointed_out() -> None:
 )
 def test_help_is_fast(arguments: list[str]) -> None:
     assert "ra-lens" in done_without(HEAVY, *arguments).stdout
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert get_args(options.Kind) == get_args(ModelKind)
+    assert get_args(options.Metric) == get_args(Measure)
+    assert get_args(options.AucRule) == get_args(Rule)
+    assert get_args(options.Split) == get_args(SplitRule)
+    assert get_args(options.Where) == get_args(Where)
+    assert set(get_args(options.Follow)) == set(get_args(Follow))
 
 
 def test_version_is_that_of_the_package() -> None:

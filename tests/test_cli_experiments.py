@@ -164,8 +164,8 @@ def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append((tasks, options))
         raise BadInput("seen")
 
-    monkeypatch.setattr("ra_lens.experiments.rank.rank_tasks", recorded)
-    monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: None)
+    monkeypatch.setattr("ra_lens.experiments.rank_tasks", recorded)
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: None)
     call("rank", "-t", "all", "--natural", "qa", "--separator", r"\n", "--prompt-only", "--no-bos",
          "--split", "text", "--seed", "7", "--n-rank", "9", "--batch-size", "3")  # fmt: skip
     tasks, options = seen[0]
@@ -191,13 +191,13 @@ def test_tasks_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pairs = [{"input": f"w{i}", "output": f"v{i}"} for i in range(30)]
     (tmp_path / "mine.json").write_text(json.dumps(pairs))
     seen: list[Any] = []
-    monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: None)
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: None)
 
     def recorded(model: Any, tasks: Any, **options: Any) -> Any:
         seen.extend(tasks)
         raise BadInput("seen")
 
-    monkeypatch.setattr("ra_lens.experiments.rank.rank_tasks", recorded)
+    monkeypatch.setattr("ra_lens.experiments.rank_tasks", recorded)
     call("rank", "-t", "all", "--source", str(tmp_path))
     assert [(task.name, len(task.pairs)) for task in seen] == [("mine", 30)]
     assert "no such tasks" in refused_line("rank", "-t", "natural", "--source", str(tmp_path))
@@ -283,7 +283,7 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
 ) -> None:
     page, out = tmp_path / "p.html", tmp_path / "p.csv"
     # Loading writes a file of its own.
-    monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: model)
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: model)
     for command in (PERTURB, PATCH):
         wanted = done(*command)
         with disk_of(10):
@@ -385,7 +385,7 @@ def test_results_of_other_settings_are_not_touched(curves: Path) -> None:
 def test_where_to_write_is_checked_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ra_lens.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: pytest.fail("loaded"))
     for command in ("rank", "perturb", "patch"):
         refused_line(command, "-t", "antonym", "--out", str(tmp_path))
     for wrong in (["nope"], ["antonym", "--shots", "x"], ["antonym", "--methods", "nope"]):

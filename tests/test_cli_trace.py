@@ -6,13 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from command_line import call, refused_line
-from ra_lens import trace_paths
+from ra_lens import run_with_ra, trace_paths
+from ra_lens.errors import BadInput
+from ra_lens.model import as_lens
 from ra_lens.paths import trace_layers
 from ra_lens.paths.page import MOST_PATHS
+from ra_lens.prompts import read_prompts
+from ra_lens.report.write import traces_of_run
 from tiny_models import KINDS
 
 PROMPT = "w5 w7 w9 w4 w6"
@@ -90,6 +95,22 @@ def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "Paths to the last token" in text
     assert text.count('"title": "All layers: ') == 2
+
+
+def test_a_report_without_paths_is_written_and_says_why(
+    tiny: str, shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared("gpt2", KINDS[0])
+    prompt = read_prompts(as_lens(model), "w5", prepend_bos=False)
+    _, ra = run_with_ra(model, prompt, target=" w8", progress=False)
+    with pytest.raises(BadInput, match="found nothing to follow") as refused:  # one token
+        traces_of_run(ra, model, prompt)
+    monkeypatch.setattr("ra_lens.report.write.traces_of_run", Mock(side_effect=refused.value))
+    path = tmp_path / "report.html"
+    result = call("run", "-m", tiny, "-p", PROMPT, "-o", str(path))
+    assert result.exit_code == 0
+    assert result.stderr == f"note: the report shows no paths: {refused.value}\n"
+    assert "Paths to the last token" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
