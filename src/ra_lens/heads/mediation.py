@@ -177,7 +177,7 @@ class _Runner:
         return replace(chosen, width=max(chosen.width, self._width))
 
 
-@ranking_method("cm1", title="causal mediation, head zeroed")
+@ranking_method("cm1", label="CM1", title="causal mediation, head zeroed")
 def cm1_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability loses when a head is zero at every position."""
 
@@ -190,7 +190,7 @@ def cm1_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return _lost(context, edit)
 
 
-@ranking_method("cm1_last", title="causal mediation, last token zeroed")
+@ranking_method("cm1_last", label="CM1 last", title="causal mediation, last token zeroed")
 def cm1_last_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability loses when a head is zero at the last token of the prompt."""
 
@@ -200,7 +200,12 @@ def cm1_last_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return _lost(context, edit)
 
 
-@ranking_method("cm2", title="causal mediation, mean put into shuffled labels", split="valid")
+@ranking_method(
+    "cm2",
+    label="CM2",
+    title="causal mediation, mean put into shuffled labels",
+    split="valid",
+)
 def cm2_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability gains when a head's last token gets its mean z."""
     _check(context)
