@@ -263,8 +263,8 @@ FAULTS = (
     Fault(
         "answers come back in the order of lengths",
         "positions",
-        "order).argsort()  # back to the order given\n    return Marks(",
-        "order)\n    return Marks(",
+        "order).argsort()  # back to the order given\n    return Marks.",
+        "order)\n    return Marks.",
     ),
     # ---- hooks and the state of the model -------------------------------------------------------
     Fault(

@@ -73,15 +73,6 @@ def read_questions(
     """Tokenise the prompts of a task, and their answers as they go on from them.
 
     Warns of words in the prompts that the model does not know.
-
-    Args:
-        lens: The model.
-        prompts: Of a task.
-        prepend_bos: Overrides the model's default.
-
-    Raises:
-        BadInput: no prompts, an empty prompt or answer, an answer that the model does not know.
-        UnsupportedModel: a model that does not predict the next token.
     """
     _need_next_token(lens)
     read = read_prompts(lens, [prompt.text for prompt in prompts], prepend_bos=prepend_bos)
@@ -138,14 +129,25 @@ class Marks:
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
 
-    def part(self, questions: slice) -> Marks:
+    def part(self, questions: slice | Tensor) -> Marks:
         """The marks of some of the questions."""
-        return Marks(
-            self.above[questions],
-            self.tied[questions],
-            self.logit_diff[questions],
-            self.probability[questions],
-        )
+        return Marks(*(values[questions] for values in self._columns))
+
+    @staticmethod
+    def joined(parts: Sequence[Marks]) -> Marks:
+        """The marks of several batches of whole answers, whose longest may differ."""
+        width = max(part.above.shape[1] for part in parts)
+
+        def wide(values: Tensor) -> Tensor:
+            missing = width - values.shape[1] if values.ndim > 1 else 0
+            return torch.nn.functional.pad(values, (0, missing))
+
+        columns = zip(*(part._columns for part in parts), strict=True)
+        return Marks(*(torch.cat([wide(values) for values in column]) for column in columns))
+
+    @property
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.above, self.tied, self.logit_diff, self.probability
 
     def accuracy(self, k: int = 1) -> float:
         """Share of the questions whose answer is among the top `k`, with each of its tokens.
@@ -161,10 +163,7 @@ class Marks:
 def last_logits(
     lens: Lens, prompts: Prompts, fwd_hooks: FwdHooks = ()
 ) -> Float[Tensor, "question d_vocab"]:
-    """Run the model once on all prompts and give the logits at the last position of each.
-
-    See `logits_at`.
-    """
+    """Run the model once on all prompts and give the logits at the last position of each."""
     return logits_at(lens, prompts, [[n - 1] for n in prompts.lengths], fwd_hooks)[:, 0]
 
 
@@ -172,17 +171,9 @@ def last_logits(
 def logits_at(
     lens: Lens, prompts: Prompts, positions: Sequence[Sequence[int]], fwd_hooks: FwdHooks = ()
 ) -> Float[Tensor, "question read d_vocab"]:
-    """Run the model once on all prompts and give the logits at some positions of each.
+    """Run the model once on all prompts and give the logits at as many positions of each.
 
-    Args:
-        lens: The model.
-        prompts: What it reads, all in one batch; `ra_lens.padding` says which may be in one.
-        positions: Positions within each prompt, as many for each.
-        fwd_hooks: TransformerLens hooks for this run.
-
-    Raises:
-        NothingToDifferentiate: NaN logits, which rank nothing.
-        UnsupportedModel: a model that does not predict the next token, or attention to padding.
+    All run in one batch; `ra_lens.padding` says which may. NaN, which ranks nothing, is refused.
     """
     _need_next_token(lens)
     batch = prompts.lay_out(lens)
@@ -194,12 +185,7 @@ def logits_at(
 
 
 def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "question"]) -> Marks:
-    """Mark answers against the logits at the last position of their questions.
-
-    Args:
-        logits: At the last position.
-        answers: Id of the first token of each right answer.
-    """
+    """Mark tokens, each by its id, against the logits at the position that predicts it."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     ids = answers.to(wide.device).unsqueeze(1)
     right = wide.gather(1, ids)
@@ -221,16 +207,14 @@ def ask(
     accuracy: Accuracy = "first token",
     batch_size: int = 32,
 ) -> Marks:
-    """Ask every question and mark the answers.
+    """Ask every question and mark the first token of each answer, or the whole.
 
-    Args:
-        lens: The model.
-        questions: What to ask. Those of like length are asked together, so that little is padded.
-        hooks_of: Gives the hooks for a batch, told which questions are in it.
-        accuracy: What is marked: the first token of each answer, or the whole.
-        batch_size: Questions per forward pass at most.
+    Questions of like length are asked together, so that little is padded. `hooks_of` gives the
+    hooks of a batch, told which questions are in it.
     """
-    prompts = questions.prompts if accuracy == "first token" else questions.with_answers
+    whole = accuracy == "answer"
+    answers = [answer if whole else answer[:1] for answer in questions.answers]
+    prompts = questions.with_answers if whole else questions.prompts
     order: list[int] = []
     parts: list[Marks] = []
     for some in together(lens, prompts):
@@ -239,20 +223,11 @@ def ask(
         for batch in group.tensor_split(-(-len(some) // batch_size)):
             part = batch.tolist()
             hooks = () if hooks_of is None else hooks_of(part)
-            if accuracy == "first token":
-                logits = last_logits(lens, prompts.chosen(part), hooks)
-                parts.append(mark(logits, questions.first_tokens[part]))
-            else:
-                answers = [questions.answers[i] for i in part]
-                parts.append(_ask_answers(lens, prompts.chosen(part), answers, hooks))
+            own = [answers[i] for i in part]
+            parts.append(_ask_answers(lens, prompts.chosen(part), own, hooks))
             order += part
     asked = torch.tensor(order).argsort()  # back to the order given
-    return Marks(
-        above=_joined([p.above for p in parts])[asked],
-        tied=_joined([p.tied for p in parts])[asked],
-        logit_diff=torch.cat([p.logit_diff for p in parts])[asked],
-        probability=torch.cat([p.probability for p in parts])[asked],
-    )
+    return Marks.joined(parts).part(asked)
 
 
 def _ask_answers(
@@ -280,15 +255,6 @@ def _ask_answers(
         logit_diff=by_token(marks.logit_diff, float("inf")).amin(dim=1),
         probability=by_token(marks.probability, 1).prod(dim=1),
     )
-
-
-def _joined(parts: Sequence[Int[Tensor, "_question *_token"]]) -> Int[Tensor, "question *token"]:
-    """Marks of several batches, whose longest answers may differ."""
-    if parts[0].ndim == 1:
-        return torch.cat(list(parts))
-    width = max(part.shape[1] for part in parts)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:

@@ -11,12 +11,13 @@ dashed. Colours are Okabe and Ito's, which colour-blind eyes tell apart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from ra_lens.errors import BadInput
+from ra_lens.heads.ranking import ranking_methods
 from ra_lens.numbers import Real, as_whole, real
 from ra_lens.questions import METRICS
 from ra_lens.tables import problem_of
@@ -101,31 +102,31 @@ class MethodStyle:
     """How a method looks.
 
     Attributes:
-        name: What legends call it.
         colour: Of its lines.
         symbol: Of its markers.
+        name: What legends call it.
         forward: What its order is, in words; empty where the name says enough.
         backward: What its reversed order is, likewise.
     """
 
-    name: str
     colour: str
     symbol: str
+    name: str = ""
     forward: str = ""
     backward: str = ""
 
 
 _KNOWN = {
-    "ra": MethodStyle("RA", "#d55e00", "circle"),
-    "fa": MethodStyle("FA", "#0072b2", "square"),
-    "cm1": MethodStyle("CM1", "#009e73", "diamond"),
-    "cm2": MethodStyle("CM2", "#cc79a7", "triangle-up"),
+    "ra": MethodStyle("#d55e00", "circle"),
+    "fa": MethodStyle("#0072b2", "square"),
+    "cm1": MethodStyle("#009e73", "diamond"),
+    "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(
-        "Index", "#e69f00", "cross", forward="first layer first", backward="last layer first"
+        "#e69f00", "cross", forward="first layer first", backward="last layer first"
     ),
-    "random": MethodStyle("Random", "#6b7280", "x"),
-    "fa_of_mean": MethodStyle("FA of mean", "#56b4e9", "square-open"),
-    "cm1_last": MethodStyle("CM1 last", "#004d3a", "diamond-open"),
+    "random": MethodStyle("#6b7280", "x"),
+    "fa_of_mean": MethodStyle("#56b4e9", "square-open"),
+    "cm1_last": MethodStyle("#004d3a", "diamond-open"),
 }
 _SPARE = ("#8c5e2a", "#5b3a8e", "#a3173f", "#7d8a00", "#22637a", "#b23fb5")
 _SPARE_SYMBOLS = ("star", "hexagon", "pentagon", "bowtie", "hourglass", "star-square")
@@ -140,10 +141,13 @@ def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
     found = set(methods)
     styles = {name: style for name, style in _KNOWN.items() if name in found}
     for i, name in enumerate(sorted(found - set(_KNOWN))):
-        styles[name] = MethodStyle(
-            plotly_text(name), _SPARE[i % len(_SPARE)], _SPARE_SYMBOLS[i % len(_SPARE_SYMBOLS)]
-        )
-    return styles
+        spare = _SPARE[i % len(_SPARE)], _SPARE_SYMBOLS[i % len(_SPARE_SYMBOLS)]
+        styles[name] = MethodStyle(*spare)
+    labels = {name: method.label for name, method in ranking_methods().items()}
+    return {
+        name: replace(style, name=plotly_text(labels.get(name) or name))
+        for name, style in styles.items()
+    }
 
 
 def order_name(style: MethodStyle, direction: str) -> str:

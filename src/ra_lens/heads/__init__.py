@@ -16,10 +16,9 @@ Example:
 
 from ra_lens.head_names import HeadScore
 
-# Importing these registers the built-in methods, in the order in which they are listed.
-from ra_lens.heads import methods as methods  # isort: skip
-from ra_lens.heads import mediation as mediation  # isort: skip
-from ra_lens.heads import plain as plain  # isort: skip
+# Importing these registers the built-in methods.
+from ra_lens.heads import mediation as mediation
+from ra_lens.heads import methods as methods
 from ra_lens.heads.ranking import (
     RankingContext,
     RankingMethod,

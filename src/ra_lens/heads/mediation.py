@@ -1,15 +1,4 @@
-"""Asking questions with each head changed in turn: one row of a batch for each question and head.
-
-The rows of a batch all change heads of one layer, so that the forward pass can begin at the block
-of that layer (`ra_lens.model.blocks`). Every call checks this with its own prompts and hooks: it
-also runs one row of each layer in full, and where the logits of that row come out otherwise, it
-runs all rows of the layer in full.
-
-Cost for n questions and L layers of H heads: n + L forward passes of one row, and n·L·H that begin
-at the block of their layer; where the layers are alike these are half as long on average. Layers
-may have different numbers of heads (`ra_lens.model.sites`).
-
-Causal mediation: what the answer's probability does when one head is changed.
+"""Causal mediation: what the answer's probability does when one head is changed.
 
     cm1[l, h] = mean over prompts of  p(answer) − p(answer | head zeroed)
     cm2[l, h] = mean over prompts of  p(answer | head := its mean) − p(answer)
@@ -24,13 +13,19 @@ CM1 sets z of the head to zero at every position (`ra_lens.patching.masking`); `
 last token only, as section 5.2 of the paper may be read. CM2 follows Todd et al., "Function Vectors
 in Large Language Models" (2024): z of each head at the last token is averaged over prompts whose
 labels are right, and put at the last token of a prompt with shuffled labels. The mean is over all
-prompts but
-the one it is put into ("left-out examples", as the paper has it; the code draws them anew), and a
-shuffle never leaves the labels in place (in the code it may). With no or one demonstration there
-is nothing to shuffle.
+prompts but the one it is put into ("left-out examples", as the paper has it; the code draws them
+anew), and a shuffle never leaves the labels in place (in the code it may). With no or one
+demonstration there is nothing to shuffle.
 
-Cost per prompt: 1 forward pass for CM1 and 2 for CM2, and one row of a batch for every head, which
-begins at the head's own layer (`ra_lens.heads.mediation`).
+Each head is changed in one row of a batch for each question. The rows of a batch all change heads
+of one layer, so that the forward pass can begin at the block of that layer
+(`ra_lens.model.blocks`). Every call checks this with its own prompts and hooks: it also runs one
+row of each layer in full, and where the logits of that row come out otherwise, it runs all rows of
+the layer in full.
+
+Cost for n questions and L layers of H heads: n + L forward passes of one row (n more for CM2), and
+n·L·H that begin at the block of their layer; where the layers are alike these are half as long on
+average.
 """
 
 from __future__ import annotations
@@ -71,12 +66,7 @@ def ask_each_head(
 ) -> tuple[Float[Tensor, "question"], Float[Tensor, "question layer head"]]:
     """Give the probability of each answer, in float64: as the model is, and for each head changed.
 
-    It is NaN at heads that do not exist, where layers have different numbers.
-
-    Args:
-        context: The model and the size of a batch.
-        questions: What to ask.
-        edit: How a head is changed. Nothing may change before the block that the head is in.
+    It is NaN at heads that do not exist. `edit` may change nothing before the block of the head.
     """
     from tqdm.auto import tqdm
 
@@ -177,7 +167,7 @@ class _Runner:
         return replace(chosen, width=max(chosen.width, self._width))
 
 
-@ranking_method("cm1", title="causal mediation, head zeroed")
+@ranking_method("cm1", label="CM1", title="causal mediation, head zeroed")
 def cm1_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability loses when a head is zero at every position."""
 
@@ -190,7 +180,7 @@ def cm1_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return _lost(context, edit)
 
 
-@ranking_method("cm1_last", title="causal mediation, last token zeroed")
+@ranking_method("cm1_last", label="CM1 last", title="causal mediation, last token zeroed")
 def cm1_last_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability loses when a head is zero at the last token of the prompt."""
 
@@ -200,7 +190,12 @@ def cm1_last_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return _lost(context, edit)
 
 
-@ranking_method("cm2", title="causal mediation, mean put into shuffled labels", split="valid")
+@ranking_method(
+    "cm2",
+    label="CM2",
+    title="causal mediation, mean put into shuffled labels",
+    split="valid",
+)
 def cm2_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """What the answer's probability gains when a head's last token gets its mean z."""
     _check(context)
@@ -222,15 +217,8 @@ def shuffle_labels(prompt: Prompt, *, seed: Whole, index: Whole = 0) -> Prompt:
     """Give the outputs of a prompt's demonstrations to each other, in a seeded random order.
 
     The order of outputs is never the right one, unless it cannot be helped: with fewer than two
-    demonstrations, or outputs that are all the same, the prompt stays as it is.
-
-    Args:
-        prompt: Of a task.
-        seed: Another seed gives another order.
-        index: Position in the list of prompts; another one gives another order too.
-
-    Raises:
-        BadInput: the prompt does not know its task, so it cannot be written anew.
+    demonstrations, or outputs that are all the same, the prompt stays as it is. Another seed, or
+    another index in a list of prompts, gives another order.
     """
     right = [pair.output for pair in prompt.demonstrations]
     if len(set(right)) < 2:
@@ -271,10 +259,7 @@ def _set_last(
     prompts: Prompts,
     values: Sequence[Tensor] | None,
 ) -> FwdHooks:
-    """Hooks that set z of each row's head at its last token, to 0 or to `values`.
-
-    These are `[question, head, d_head]` for each layer.
-    """
+    """Hooks that set z of each row's head at its last token, to 0 or to the question's `values`."""
     columns = prompts.lay_out(context.lens).last[:, 0]
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for i, site in enumerate(context.lens.sites.values()):

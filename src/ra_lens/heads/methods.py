@@ -1,4 +1,6 @@
-"""Scores from maps: how large a head's Reversed Attention or pattern is (paper section 5.2).
+"""Scores from maps, and orders that know nothing of the prompts.
+
+From maps: how large a head's Reversed Attention or pattern is (paper section 5.2).
 
     ra[l, h] = mean over prompts of ‖R‖,    fa[l, h] = mean over prompts of ‖A‖    (Frobenius)
 
@@ -6,12 +8,19 @@ on prompt and answer, R being that of the mean cross-entropy over the answer's t
 of norms, as in the published code; `fa_of_mean` is the norm of the mean pattern, as in the paper's
 appendix B. R carries the softmax scale, which differs between layers in few models.
 
+A random score is one uniform number per head, from a generator of its own that is seeded by `seed`
+and `draw`: the same on every machine and version, and no other generator notices.
+
+`index` puts the first layer first, and within a layer the first head: the paper's text. In its code
+the plain run is the other one, last layer first: `rank_heads(..., method="index").reversed()`.
+
 Cost: `ra` one forward and one backward per prompt; `fa` and `fa_of_mean` one forward, without
-unembedding more than one position.
+unembedding more than one position; `random` and `index` none.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import torch
@@ -20,13 +29,14 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.heads.ranking import RankingContext, ranking_method
+from ra_lens.model.sites import table
 from ra_lens.padding import batches, watched
 from ra_lens.prompts import Prompts
 from ra_lens.run import run_with_ra
 from ra_lens.targets import answer_nll, sequence_nll
 
 
-@ranking_method("ra", title="norm of Reversed Attention")
+@ranking_method("ra", label="RA", title="norm of Reversed Attention")
 def ra_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """Mean of the Frobenius norms of R."""
     questions = context.questions
@@ -45,7 +55,7 @@ def ra_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return cache.norms("ra").cpu().double().mean(dim=0)
 
 
-@ranking_method("fa", title="norm of the pattern")
+@ranking_method("fa", label="FA", title="norm of the pattern")
 def fa_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """Mean of the Frobenius norms of A."""
 
@@ -57,7 +67,7 @@ def fa_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return total / len(context.prompts)
 
 
-@ranking_method("fa_of_mean", title="norm of the mean pattern")
+@ranking_method("fa_of_mean", label="FA of mean", title="norm of the mean pattern")
 def fa_of_mean_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """Frobenius norm of the mean of A over the prompts.
 
@@ -112,3 +122,19 @@ def _add_patterns(
         for row, name in zip(total, names, strict=True):
             if name in shown:
                 row[: len(shown[name])] += shown[name]
+
+
+@ranking_method("random", label="Random", title="random order", random=True)
+def random_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """One uniform number in [0, 1) per head."""
+    # A text seeds Python's generator by its digest; `random()` itself never changes.
+    generator = random.Random(f"ra_lens random order {context.seed} {context.draw}")
+    numbers = [[generator.random() for _ in range(n)] for n in context.n_heads]
+    return table([torch.tensor(row, dtype=torch.float64) for row in numbers])
+
+
+@ranking_method("index", label="Index", title="first layer first")
+def index_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
+    """How many heads come after this one in the model."""
+    after = torch.arange(sum(context.n_heads), dtype=torch.float64).flip(0)
+    return table(after.split(context.n_heads))

@@ -1,6 +1,7 @@
-"""The registry of ranking methods: a method is one function from a `RankingContext` to scores.
+"""`rank_heads`: score every head of a model by one method; and the registry of methods.
 
-A new one is registered with a decorator and is then a name like the others:
+A method is one function from a `RankingContext` to scores, which all point the same way: larger =
+more important. A new one is registered with a decorator and is then a name like the others:
 
     @ranking_method("early", title="early layers first")
     def early(context):
@@ -8,10 +9,6 @@ A new one is registered with a decorator and is then a name like the others:
         return -torch.arange(n_layers)[:, None].expand(n_layers, n_heads).double()
 
     rank_heads(model, prompts, method="early").top(3)
-
-Scores of every method point the same way: larger = more important.
-
-`rank_heads`: score every head of a model by one method, larger = more important.
 
 Cost, for n prompts and a model of L layers with H heads:
 
@@ -103,6 +100,7 @@ class RankingMethod:
         function: Gives `Float[Tensor, "layer head"]`, larger = more important.
         split: Part of a task whose questions it is computed on.
         random: Whether another `draw` gives another order.
+        label: What legends and tables call it; empty: its name.
     """
 
     name: str
@@ -110,8 +108,11 @@ class RankingMethod:
     function: RankingFunction
     split: Part = "train"
     random: bool = False
+    label: str = ""
 
 
+# Built-in ones are listed in this order, before all others, in whatever order they register.
+_BUILT_IN = ("ra", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index")
 _methods: dict[str, RankingMethod] = {}
 
 
@@ -119,6 +120,7 @@ def ranking_method(
     name: str,
     *,
     title: str | None = None,
+    label: str = "",
     split: Part = "train",
     random: bool = False,
     replace: bool = False,
@@ -128,6 +130,7 @@ def ranking_method(
     Args:
         name: What `rank_heads(method=...)` is to call it.
         title: What it is, in a few words. Default: the name.
+        label: What legends and tables call it. Default: the name.
         split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
         random: Whether it gives another order for another `draw`; experiments then average draws.
         replace: True to put it in the place of a method of the same name.
@@ -146,7 +149,7 @@ def ranking_method(
                 f"there already is a ranking method {name!r} ({known.title}). Choose another name, "
                 "or put yours in its place with replace=True."
             )
-        _methods[name] = RankingMethod(name, title or name, function, split, random)
+        _methods[name] = RankingMethod(name, title or name, function, split, random, label)
         return function
 
     return register
@@ -162,7 +165,8 @@ _PLACE = ("__module__", "__qualname__")
 
 def ranking_methods() -> dict[str, RankingMethod]:
     """Give the ranking methods by name, built-in ones first."""
-    return dict(_methods)
+    listed = dict.fromkeys(name for name in (*_BUILT_IN, *_methods) if name in _methods)
+    return {name: _methods[name] for name in listed}
 
 
 def find_method(name: str) -> RankingMethod:
@@ -171,12 +175,13 @@ def find_method(name: str) -> RankingMethod:
     Raises:
         BadInput: there is none of that name.
     """
-    if name in _methods:
-        return _methods[name]
-    close = difflib.get_close_matches(name.lower(), list(_methods), n=3, cutoff=0.4)
+    known = ranking_methods()
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise BadInput(
-        f"there is no ranking method {name!r}.{hint} There are {', '.join(map(repr, _methods))}; "
+        f"there is no ranking method {name!r}.{hint} There are {', '.join(map(repr, known))}; "
         "add your own in Python with ra_lens.heads.ranking_method."
     )
 

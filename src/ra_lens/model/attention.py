@@ -205,11 +205,7 @@ _REPEATED = ("L_blocks", "H_blocks")
 
 
 def find_sites(model: Any, hook_names: Collection[str]) -> dict[int, Site]:
-    """Find the attention layers of `model` among its `hook_names`, in the order they run in.
-
-    Raises:
-        UnsupportedModel: no hook point of a pattern, or a stack of blocks that is not known.
-    """
+    """Find the attention layers of `model` among its `hook_names`, in the order they run in."""
     found = [m for m in map(_PATTERN_NAME.match, hook_names) if m]
     plain = {int(m[3]): m[0] for m in found if m[1] == "blocks" and m[4] == "attn"}
     if plain:

@@ -46,9 +46,7 @@ _TENSOR = object()
 def recomputed(blocks: Sequence[nn.Module], token: Tensor) -> Generator[None, None, None]:
     """Run `blocks` with checkpoints, in the context; the last one as it is.
 
-    Args:
-        blocks: Modules, in the order in which they run.
-        token: The root of the graph, which every block is tied to.
+    Every block is tied to `token`, the root of the graph.
     """
     with with_forward({block: _checkpointed(block.forward, token) for block in blocks[:-1]}):
         yield
@@ -162,11 +160,8 @@ class SkippedBlocks:
     def reused(self, layer: int, examples: Int[Tensor, "row"]) -> Generator[None, None, None]:
         """Skip the blocks before an attention layer while the context is open.
 
-        Batches must be as wide, and padded on the same side, as in the pass recorded.
-
-        Args:
-            layer: The layer, as a key of the model's sites.
-            examples: Which of the examples recorded is in each row of the batch.
+        Batches must be as wide, and padded on the same side, as in the pass recorded; `examples`
+        says which of the examples recorded is in each row.
         """
         skipped = self._before[layer]
         if not skipped:

@@ -76,16 +76,7 @@ _uses: weakref.WeakKeyDictionary[nn.Module, list[_Use]] = weakref.WeakKeyDiction
 
 @contextmanager
 def alone(model: nn.Module, name: str, *, run: bool = False) -> Generator[None, None, None]:
-    """Use a model while no other thread does.
-
-    Args:
-        model: What is used.
-        name: What it is called, for the message.
-        run: Whether this is a run, within which the same thread may not start another one.
-
-    Raises:
-        UnsupportedModel: it is being used; the message says by whom.
-    """
+    """Use a model while no other thread does; in a `run` the same thread may not start another."""
     own = _Use(threading.get_ident(), run)
     with _lock:
         uses = _uses.setdefault(model, [])

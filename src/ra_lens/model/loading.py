@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
@@ -92,24 +92,25 @@ def load_model(
         return load_folder(folder, kind=kind, device=device, dtype=dtype)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise BadInput(f"there is no folder {str(name)!r}. Give a folder with a config.json.")
-    kinds = available_kinds() if kind is None else (_choose_kind(kind),)
     where = None if device is None else str(device)
-    for chosen in kinds:
+
+    def load(chosen: ModelKind) -> nn.Module:
         cls = _class_of(chosen)
         hooked = chosen == "HookedTransformer"
-        load = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
+        load_it = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
         try:
-            return load(str(name), device=where, dtype=dtype).eval()
+            return load_it(str(name), device=where, dtype=dtype).eval()
         except _REFUSALS as error:
             # A name that HookedTransformer does not know may be one that the bridge loads; what
             # cannot be downloaded cannot be by either.
-            if isinstance(error, OSError) or chosen == kinds[-1]:
-                raise BadInput(
-                    f"{chosen} could not load {str(name)!r}: {_first_line(error)} Give a name that "
-                    "TransformerLens knows and that can be downloaded, a local folder with "
-                    "config.json, weights and tokenizer, or call load_demo_model()."
-                ) from error
-    raise AssertionError("unreachable: the last kind returns or raises")
+            kind_of_error = BadInput if isinstance(error, OSError) else _CannotConvert
+            raise kind_of_error(
+                f"{chosen} could not load {str(name)!r}: {_first_line(error)} Give a name that "
+                "TransformerLens knows and that can be downloaded, a local folder with "
+                "config.json, weights and tokenizer, or call load_demo_model()."
+            ) from error
+
+    return _first_that_loads(kind, load)
 
 
 def load_folder(
@@ -126,17 +127,13 @@ def load_folder(
             this TransformerLens cannot convert.
     """
     path = user_path(folder)
-    kinds = available_kinds() if kind is None else (_choose_kind(kind),)
     if not os.path.isfile(path / "config.json"):
         raise BadInput(
             f"{path} has no config.json. A model folder holds config.json, the weights and the "
             "tokenizer, as Hugging Face's save_pretrained writes them."
         )
     try:
-        for other in kinds[:-1]:
-            with suppress(_CannotConvert):  # architectures that only the bridge knows
-                return _loaded(path, other, device, dtype)
-        return _loaded(path, kinds[-1], device, dtype)
+        return _first_that_loads(kind, lambda chosen: _loaded(path, chosen, device, dtype))
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be loaded: {_first_line(error)} {_HOLDS}") from error
 
@@ -160,7 +157,7 @@ _REFUSALS = (
 
 
 class _CannotConvert(BadInput):
-    """HookedTransformer has no conversion for an architecture."""
+    """A class of TransformerLens cannot load an architecture; another one may."""
 
 
 def _first_line(error: Exception) -> str:
@@ -235,17 +232,21 @@ def _hooked_transformer_config(conversion: Any, path: Path, device: str, dtype: 
         return conversion.get_pretrained_model_config(copy, device=device, dtype=dtype)
 
 
-def _choose_kind(kind: ModelKind | None) -> ModelKind:
+def _first_that_loads(kind: ModelKind | None, load: Callable[[ModelKind], nn.Module]) -> nn.Module:
+    """Load with the class asked for, or with the first that can."""
     kinds = available_kinds()
-    if kind is None:
-        return kinds[0]
-    if kind not in kinds:
-        version = importlib.import_module("importlib.metadata").version("transformer-lens")
-        raise BadInput(
-            f"kind={kind!r} is not in the installed TransformerLens {version}, which has "
-            f"{' and '.join(kinds)}. Leave kind out, or install another TransformerLens."
-        )
-    return kind
+    if kind is not None:
+        if kind not in kinds:
+            version = importlib.import_module("importlib.metadata").version("transformer-lens")
+            raise BadInput(
+                f"kind={kind!r} is not in the installed TransformerLens {version}, which has "
+                f"{' and '.join(kinds)}. Leave kind out, or install another TransformerLens."
+            )
+        kinds = (kind,)
+    for other in kinds[:-1]:
+        with suppress(_CannotConvert):  # architectures that only the bridge knows
+            return load(other)
+    return load(kinds[-1])
 
 
 def _class(module: str, name: str) -> Any:

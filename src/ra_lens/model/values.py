@@ -51,11 +51,7 @@ def by_query_head(
 
 
 def writing_names(lens: Lens, site: Site) -> dict[str, str]:
-    """Hook names of values, z and the layer's output, as `{"v": …, "z": …, "out": …}`.
-
-    Raises:
-        UnsupportedModel: there are none.
-    """
+    """Hook names of values, z and the layer's output, as `{"v": …, "z": …, "out": …}`."""
     block = site.prefix.rpartition(".")[0]
     outputs = (f"{site.prefix}.hook_out", f"{block}.hook_attn_out")
     names = {"v": site.value_name, "z": site.z_name}
@@ -72,16 +68,10 @@ def writing_names(lens: Lens, site: Site) -> dict[str, str]:
 def written_norms(
     lens: Lens, site: Site, pattern: Float[Tensor, "batch head query key"], seen: dict[str, Tensor]
 ) -> Float[Tensor, "batch head key"]:
-    """‖v_k W_O^h‖ of every head and key; keys of padding included.
+    """‖v_k W_O^h‖ of every head and key, those of padding included.
 
-    Args:
-        lens: The model.
-        site: The layer.
-        pattern: A, as the model used it.
-        seen: What the hooks of `writing_names` saw.
-
-    Raises:
-        UnsupportedModel: z is not A·v, or the layer's output is not Σ z W_O + b_O.
+    `pattern` is A as the model used it, `seen` what the hooks of `writing_names` saw, in which
+    both equations above must hold.
     """
     attn: Any = lens.module.get_submodule(site.prefix)
     try:
