@@ -52,8 +52,8 @@ def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:
             real[start : start + len(row)] = True
             square = real[:, None] & real[None, :]
             r[i], a[i] = r[i] * square, a[i] * square
-        ra.put(layer, "ra", r)
-        ra.put(layer, "pattern", a)
+        ra._put(layer, "ra", r)
+        ra._put(layer, "pattern", a)
     return ra
 
 
@@ -102,7 +102,7 @@ def test_the_grid_ranks_heads_and_frames_the_first(ra: RACache) -> None:
 def test_the_grid_needs_norms_only(ra: RACache) -> None:
     norms = RACache(sites=sites(), store="norms", info=ra.info)
     for layer in LAYERS:
-        norms.put_norms(layer, "ra", ra["ra", layer])
+        norms._put_norms(layer, "ra", ra["ra", layer])
     np.testing.assert_array_equal(z(head_grid(norms)), z(head_grid(ra)))
     one = ra.apply_slice_to_batch_dim(1)
     np.testing.assert_allclose(z(head_grid(one)), ra.norms()[1].numpy(), rtol=1e-6)
@@ -279,7 +279,7 @@ def test_mistakes_are_named(ra: RACache, call: Any, message: str) -> None:
 def test_maps_that_were_not_kept_are_missed(ra: RACache) -> None:
     norms = RACache(sites=sites(), store="norms", info=ra.info)
     for layer in LAYERS:
-        norms.put_norms(layer, "ra", ra["ra", layer])
+        norms._put_norms(layer, "ra", ra["ra", layer])
     with pytest.raises(NotStored, match="store='maps'"):
         head_maps(norms, [(0, 0)])
 

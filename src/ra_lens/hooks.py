@@ -3,6 +3,9 @@
 The hooks themselves are for people who run their own backward pass.
 """
 
+# pyright: reportPrivateUsage=false
+# A run fills its cache; nobody else does.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -111,13 +114,13 @@ class Recorder:
                     columns = keys.attention_mask.to(value.device)[:, None, None, :]
                     value = value.where(rows & columns, 0.0)
                 name = site.map_name(kind)
-                norms = cache.put_norms(site.layer, kind, value, device=self.device)
+                norms = cache._put_norms(site.layer, kind, value, device=self.device)
                 if kind == "pattern_grad":
                     largest[site.layer] = norms.max()
                 if not self._keeps(name):
                     continue
                 if self.store == "maps":
-                    cache.keep(site.layer, kind, self._placed(value))
+                    cache._keep(site.layer, kind, self._placed(value))
                 elif sums is not None:
                     cut = value[..., queries.first_span, keys.first_span]
                     sums.add(name, cut.to(device=self.device))
@@ -127,7 +130,7 @@ class Recorder:
     def regroup(self, n_groups: int, order: Sequence[int]) -> None:
         """Make one batch of the last ones, which were groups of it, its examples in `order`."""
         parts, self._caches = self._caches[-n_groups:], self._caches[:-n_groups]
-        self._caches.append(RACache.joined(parts, order=order))
+        self._caches.append(RACache._joined(parts, order=order))
 
     def largest_gradients(self) -> dict[int, float]:
         """Largest norm of a head's gradient at each layer, in the batch that has begun."""
@@ -156,7 +159,7 @@ class Recorder:
 
     def result(self, *, loss: Tensor, info: RunInfo) -> RACache:
         """Join the batches into one cache."""
-        joined = RACache.joined(self._caches, running=self._running)
+        joined = RACache._joined(self._caches, running=self._running)
         joined.loss, joined.info = loss, info
         return joined
 
@@ -230,9 +233,9 @@ def get_ra_caching_hooks(
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
         lens.forget_patterns()  # which have a graph now, even where every parameter is frozen
         for kind, value in maps.items():
-            cache.put_norms(site.layer, kind, value, device=device)
+            cache._put_norms(site.layer, kind, value, device=device)
             if store == "maps" and kept(site.map_name(kind)):
-                cache.keep(site.layer, kind, value.to(device=device, dtype=dtype))
+                cache._keep(site.layer, kind, value.to(device=device, dtype=dtype))
 
     collector = Collector(lens, sites, deliver, retained=True)
 

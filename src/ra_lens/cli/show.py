@@ -21,7 +21,6 @@ from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.model.sites import every_head, head_places, heads_of
 from ra_lens.report.page import Section
-from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
 from ra_lens.text import isolated, label, shorten, visible
 
 _LABEL = 14
@@ -64,7 +63,7 @@ def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[s
         "prompt": prompt,
         "tokens": list(maps.tokens),
         "target": None if ra.info.targets is None else ra.info.targets[example],
-        "loss": loss_of(ra, example),
+        "loss": ra.loss_of(example),
         "strongest_cells": [
             {
                 "layer": maps.layer,
@@ -134,14 +133,27 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
     grid.add_column(overflow="fold")
     styles = {"": "", "special": "dim", "target": "bold red"}
     prompt = Text()
-    for i, (text, kind) in enumerate(prompt_tokens(ra, example)):
+    for i, (text, kind) in enumerate(_prompt_tokens(ra, example)):
         after_line = i > 0 and prompt.plain.endswith("⏎")
         prompt.append(("\n" if after_line else "") + text, style=styles[kind])
     grid.add_row(f"Prompt {example + 1}" if ra.batch_size > 1 else "Prompt", prompt)
-    for name, value in run_facts(ra, 0) if example == 0 else example_facts(ra, example):
+    of_model = ra.model_facts() if example == 0 else []
+    for name, value in [*of_model, *ra.facts(example)]:
         shown = f"{value} ({as_lens(model).kind})" if name == "Model" else value
         grid.add_row(name, Text(shown))
     return grid
+
+
+def _prompt_tokens(ra: RACache, example: int) -> list[tuple[str, str]]:
+    """Tokens of an example as shown, each `''`, `special` or `target`; the target comes last."""
+    info = ra.info
+    tokens = [] if info.str_tokens is None else list(info.str_tokens[example])
+    target = None if info.targets is None else info.targets[example]
+    answer = 0 if info.answer_lengths is None else info.answer_lengths[example]
+    shown = [(visible(token), "") for token in tokens[: len(tokens) - answer]]
+    if shown and info.bos_prepended:
+        shown[0] = (shown[0][0], "special")
+    return shown if target is None else [*shown, (visible(target), "target")]
 
 
 def _heads(ra: RACache, top: int) -> Table:
