@@ -467,8 +467,8 @@ def test_the_check_runs_a_padded_pair_and_says_how(fault, kind, sides, loaded):
 
 @pytest.mark.parametrize(("fault", "kind", "sides"), FAULTY)
 def test_the_check_finds_maps_that_padding_changes(fault, kind, sides, loaded, monkeypatch):
-    monkeypatch.setattr("ra_lens.padding.padding_is_hidden", lambda *_: True)
-    monkeypatch.setattr("ra_lens.padding.watched", lambda *_: nullcontext())
+    monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
+    monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
     report = check_model(loaded(fault, kind, fresh=True))
     assert not report.ok
     for side, problem in zip(sides, report.problems, strict=True):

@@ -205,10 +205,10 @@ class RACache:
         kinds = [k for k in MAP_KINDS if any((k, layer) in self for layer in self.layers)]
         held = f"{', '.join(kinds)}, {self.n_bytes / 1e6:.2f} MB" if kinds else f"{self.store} only"
         n = self.batch_size
-        facts = "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
         return (
-            f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, layers "
-            f"{spell_layers(self.layers)}, {spell_counts(heads_of(self.sites))} heads ({held}){facts}"
+            f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
+            f"layers {spell_layers(self.layers)}, {spell_counts(heads_of(self.sites))} heads "
+            f"({held})" + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
         )
 
     def facts(self, example: Whole | None = None) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from ra_lens.errors import UnsupportedModel
 from ra_lens.model import Lens, Side, Site
 from ra_lens.prompts import Batch, PaddingSide, Prompts
-from ra_lens.targets import Bound
+from ra_lens.targets import Loss
 
 _N_READ = 8  # positions of each prompt at which logits are compared
 _NOTHING = torch.finfo(torch.float32).eps  # a smaller weight is none
@@ -290,9 +290,9 @@ class BatchResult:
 
 def run_by_length(
     groups: Sequence[Group],
-    bound: Bound,
+    bound: Loss,
     *,
-    run: Callable[[Group, Bound], BatchResult],
+    run: Callable[[Group, Loss], BatchResult],
     logits_of: Callable[[Group], Float[Tensor, "group pos d_vocab"]],
     loss_of: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
 ) -> BatchResult:

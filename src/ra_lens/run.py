@@ -50,7 +50,7 @@ from ra_lens.prompts import (
     read_prompts,
 )
 from ra_lens.run_info import RunInfo
-from ra_lens.targets import Answers, Bound, Metric, Objective, Position, as_objective, bind
+from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
 from ra_lens.tensors import read_device, read_dtype
 
 
@@ -181,7 +181,7 @@ def run_with_ra(
         encoded, prompts = prompts, read_decoder_prompts(lens, decoder_input, len(prompts))
     elif decoder_input is not None:
         raise BadInput(f"found decoder_input, but {lens.name} has no decoder beside its encoder.")
-    bound, prompts = bind(objective, lens, prompts, position)
+    bound, prompts = objective.bind(lens, prompts, position)
     for read in (prompts, encoded or prompts):
         if store == "mean" and len(set(read.lengths)) > 1:
             raise BadInput(
@@ -211,7 +211,7 @@ def run_with_ra(
     with lens.only_run():
         results = [
             run.part(
-                part, None if encoded is None else encoded.part(examples), bound.part(examples)
+                part, None if encoded is None else encoded.chosen(examples), bound.part(examples)
             )
             for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
@@ -262,7 +262,7 @@ class _Run:
         """Whether hooks may change what the model computes."""
         return bool(self.fwd_hooks) or self.lens.is_hooked
 
-    def part(self, prompts: Prompts, encoded: Prompts | None, bound: Bound) -> BatchResult:
+    def part(self, prompts: Prompts, encoded: Prompts | None, bound: Loss) -> BatchResult:
         """Run a batch as it is laid out or, where padding would show, in groups of one length."""
         padded = prompts.is_padded or (encoded or prompts).is_padded
         if self.padding_is_hidden or not padded:
@@ -294,7 +294,7 @@ class _Run:
         return result
 
     def batch(
-        self, prompts: Prompts, encoded: Prompts | None, bound: Bound, *, unpadded: bool = False
+        self, prompts: Prompts, encoded: Prompts | None, bound: Loss, *, unpadded: bool = False
     ) -> BatchResult:
         """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
         while True:
@@ -307,7 +307,7 @@ class _Run:
         return result
 
     def _differentiate(
-        self, prompts: Prompts, encoded: Prompts | None, bound: Bound, *, unpadded: bool
+        self, prompts: Prompts, encoded: Prompts | None, bound: Loss, *, unpadded: bool
     ) -> tuple[BatchResult, float]:
         """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
         lens, every = self.lens, self.every
@@ -411,8 +411,8 @@ def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts
     return prompts
 
 
-def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
-    loss: object = bound.loss(logits)
+def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
+    loss: object = bound(logits)
     if not isinstance(loss, Tensor) or loss.ndim > 1 or (loss.ndim == 1 and loss.shape[0] != n):
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BadInput(
@@ -429,7 +429,7 @@ def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
 
 def _finish(
     lens: Lens,
-    bound: Bound,
+    bound: Loss,
     prompts: Prompts,
     encoded: Prompts | None,
     recorder: Recorder,

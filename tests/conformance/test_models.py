@@ -105,8 +105,8 @@ def _patch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ra_lens.padding.padding_is_hidden", lambda *_: True)
-    monkeypatch.setattr("ra_lens.padding.watched", lambda *_: nullcontext())
+    monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
+    monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
 
 
 @pytest.mark.parametrize(
