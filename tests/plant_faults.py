@@ -124,8 +124,8 @@ FAULTS = (
     Fault(
         "negative layers count from the last one collected",
         "heads",
-        "layer + n_layers if layer < 0 else layer\n    return sites",
-        "layer + len(sites) if layer < 0 else layer\n    return sites",
+        "return layer + self.n_layers if layer < 0",
+        "return layer + len(self) if layer < 0",
     ),
     Fault(
         "keys of cross-attention are the decoder's",

@@ -17,7 +17,7 @@ from ra_lens.figures.maps import largest
 from ra_lens.figures.style import distinct, plotly_text, thinned
 from ra_lens.head_maps import head_of_example
 from ra_lens.head_names import HeadScore
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.run_info import RunInfo
 from ra_lens.text import shorten, visible
 from tiny_models import KINDS
@@ -26,8 +26,8 @@ LAYERS, HEADS = (0, 2), 3
 ROWS = (("<|end|>", " Paris", "\n", " Paris", "<b>&$x$"), ("<|end|>", " a", " b"))
 
 
-def sites() -> dict[int, Site]:
-    return {i: Site(i, f"blocks.{i}.attn", HEADS, HEADS, 0.5) for i in LAYERS}
+def sites() -> Sites:
+    return Sites({i: Site(i, f"blocks.{i}.attn", HEADS, HEADS, 0.5) for i in LAYERS})
 
 
 def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:

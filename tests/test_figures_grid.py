@@ -14,7 +14,7 @@ from ra_lens.errors import BadInput
 from ra_lens.figures import head_grid, head_map, head_maps, token_row
 from ra_lens.head_maps import head_of_example
 from ra_lens.heads import HeadScores
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.report import write_report
 from ra_lens.run_info import RunInfo
 from test_curves import unchecked
@@ -181,9 +181,8 @@ def test_a_map_with_other_keys_than_queries_has_labels_for_both() -> None:
     info = RunInfo(
         str_tokens=(("a", "b"), ("a", "b", "c", "d", "e")), decoder_tokens=(("x",), ("x", "y", "z"))
     )
-    ra = RACache(
-        sites={0: Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)}, info=info
-    )
+    site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
+    ra = RACache(sites=Sites({0: site}), info=info)
     r = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     ra._put(0, "ra", r)
     ra._put(0, "pattern", r.abs())

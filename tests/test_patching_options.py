@@ -168,13 +168,13 @@ def test_what_cannot_be_chosen_is_said(case, mean, request):
 
 @pytest.mark.parametrize("case", ["align", "at", "a number"])
 def test_options_outside_their_choices_are_said(case, mean):
-    from ra_lens.patching import hooks, place
+    from ra_lens.patching import hooks
 
     maps, (options, needed) = mean("gpt2", KINDS[0]), BAD[case]
     with pytest.raises(BadInput, match=needed):
         if case == "a number":
-            inner = place.choose_heads
-            getattr(inner, "__wrapped__", inner)(maps.sites, heads=3, layers=None, n_layers=3)
+            inner = type(maps.sites).choose_heads
+            getattr(inner, "__wrapped__", inner)(maps.sites, 3)
         else:
             check = getattr(hooks._check_options, "__wrapped__", hooks._check_options)
             check(

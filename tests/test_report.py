@@ -25,7 +25,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.files import check_output
 from ra_lens.head_maps import head_of_example
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.report import (
     PatchedPrompt,
     Predictions,
@@ -271,7 +271,7 @@ def test_the_size_for_a_small_model_is_small(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = tuple(f" w{i}" for i in range(n))
     ra = RACache(
-        sites={i: Site(i, f"blocks.{i}.attn", heads, heads, 0.125) for i in range(12)},
+        sites=Sites({i: Site(i, f"blocks.{i}.attn", heads, heads, 0.125) for i in range(12)}),
         info=RunInfo(str_tokens=(tokens,), starts=(0,)),
     )
     for layer in range(12):
@@ -284,7 +284,7 @@ def test_the_size_for_a_small_model_is_small(path: Path) -> None:
 def test_ten_thousand_tokens_are_text_and_their_end_has_maps(path: Path) -> None:
     n = 10_000
     ra = RACache(
-        sites={0: Site(0, "blocks.0.attn", 2, 2, 0.125)},
+        sites=Sites({0: Site(0, "blocks.0.attn", 2, 2, 0.125)}),
         info=RunInfo(str_tokens=(tuple(f" w{i}" for i in range(n)),), starts=(0,)),
     )
     zero = torch.zeros(1).expand(1, 2, n, n)  # takes no memory

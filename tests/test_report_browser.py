@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ra_lens.cache import RACache
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
 from ra_lens.report.experiments import write_sweep_page
 from ra_lens.run_info import RunInfo
@@ -316,7 +316,7 @@ def test_cross_attention_shades_what_the_encoder_read(
         decoder_tokens=(("x", "y", "z"),),
     )
     site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
-    ra = RACache(sites={0: site}, info=info)
+    ra = RACache(sites=Sites({0: site}), info=info)
     ra._put(0, "ra", r)
     ra._put(0, "pattern", r.abs())
     opened = open_page(write_report(ra, tmp_path / "r.html"))

@@ -29,19 +29,8 @@ from ra_lens.collect import Store, reversed_attention
 from ra_lens.errors import BadFile, BadInput, NotStored
 from ra_lens.files import read_tensors, write_tensors
 from ra_lens.head_names import Head, HeadScore, layer_and_index, spell_head
-from ra_lens.model import Site, as_lens, spell_layers
-from ra_lens.model.sites import (
-    MAP_KINDS,
-    MapKind,
-    every_head,
-    full_name,
-    head_places,
-    heads_of,
-    in_order,
-    read_kind,
-    spell_counts,
-    table,
-)
+from ra_lens.model import Site, Sites, as_lens
+from ra_lens.model.sites import MAP_KINDS, MapKind, read_kind, spell_counts, table
 from ra_lens.numbers import Whole, as_whole, is_several, places, whole, whole_or_none
 from ra_lens.patching.mean import MeanMaps, RunningMean
 from ra_lens.run_info import RunInfo
@@ -73,7 +62,7 @@ class RACache:
         has_batch_dim: False after `remove_batch_dim`.
     """
 
-    sites: dict[int, Site]
+    sites: Sites
     loss: Float[Tensor, "batch"] | Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(0))
     info: RunInfo = field(default_factory=RunInfo)
     store: Store = "maps"
@@ -94,7 +83,7 @@ class RACache:
         Raises:
             NotStored: that map is not here; the message says what is.
         """
-        name = self._full_name(key)
+        name = self.sites.name(key)
         if name not in self._maps:
             raise NotStored(self._why_not(key))
         return self._maps[name]
@@ -106,7 +95,7 @@ class RACache:
                 return key in self._maps
             case (str() as kind, layer):
                 try:
-                    return self._full_name((kind, layer)) in self._maps
+                    return self.sites.name((kind, layer)) in self._maps
                 except NotStored:
                     return False
             case _:
@@ -122,7 +111,7 @@ class RACache:
 
     def keys(self) -> list[str]:
         """Full names of the maps, layer by layer."""
-        return in_order(self._maps, self.sites)
+        return self.sites.in_order(self._maps)
 
     def values(self) -> list[Tensor]:
         """The maps, layer by layer."""
@@ -140,7 +129,7 @@ class RACache:
     @property
     def n_heads(self) -> int:
         """Query heads per layer; of the layer with the most, where they differ."""
-        return max(heads_of(self.sites))
+        return self.sites.shape[1]
 
     @property
     def scale(self) -> dict[int, float]:
@@ -183,7 +172,7 @@ class RACache:
         index = as_whole(head)
         if index is None:
             layer, index = layer_and_index(head)
-            layer = layer + self._n_layers if layer < 0 else layer
+            layer = layer + self.sites.n_layers if layer < 0 else layer
         else:
             layer = self.layers[0]
             if len({(site.n_heads, site.n_key_value_heads) for site in self.sites.values()}) > 1:
@@ -207,7 +196,7 @@ class RACache:
         n = self.batch_size
         return (
             f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
-            f"layers {spell_layers(self.layers)}, {spell_counts(heads_of(self.sites))} heads "
+            f"layers {self.sites.spell()}, {spell_counts(self.sites.n_heads)} heads "
             f"({held})" + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
         )
 
@@ -255,7 +244,7 @@ class RACache:
         layers = f"{first} to {last}" if together else ", ".join(map(str, self.layers))
         return [
             ("Model", self.info.model_name),
-            ("Layers", f"{layers}; {spell_counts(heads_of(self.sites))} heads each"),
+            ("Layers", f"{layers}; {spell_counts(self.sites.n_heads)} heads each"),
         ]
 
     # ---- summaries ------------------------------------------------------------------------------
@@ -286,9 +275,8 @@ class RACache:
         """Give the `k` heads with the largest norm, averaged over the examples."""
         k = whole("k", k, least=1)
         scores = self.norms(kind).mean(dim=0) if self.has_batch_dim else self.norms(kind)
-        counts = heads_of(self.sites)
-        every = every_head(self.layers, counts)
-        values, order = scores[head_places(counts)].sort(descending=True, stable=True)
+        every = self.sites.heads
+        values, order = scores[self.sites.places].sort(descending=True, stable=True)
         return [
             HeadScore(*every[int(i)], float(v)) for v, i in zip(values[:k], order[:k], strict=True)
         ]
@@ -301,7 +289,7 @@ class RACache:
             NotStored: the maps were not stored.
         """
         if self._running is not None:
-            return self._running.result(self._n_layers)
+            return self._running.result()
         if not self._maps:
             raise NotStored(self._why_not("ra"))
         running = RunningMean(self.sites, self.batch_size)
@@ -312,15 +300,15 @@ class RACache:
                 value = self._maps[name]
                 batched = value if self.has_batch_dim else value.unsqueeze(0)
                 running.add(name, batched[..., queries, keys])
-        return running.result(self._n_layers)
+        return running.result()
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per prompt, layer and head: the norms, the loss, the target."""
-        n, counts = self.batch_size, heads_of(self.sites)
-        every = [(prompt, *head) for prompt in range(n) for head in every_head(self.layers, counts)]
+        n = self.batch_size
+        every = [(prompt, *head) for prompt in range(n) for head in self.sites.heads]
         index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
         norms = {
-            f"{kind}_norm": self.norms(kind)[..., head_places(counts)].flatten().tolist()
+            f"{kind}_norm": self.norms(kind)[..., self.sites.places].flatten().tolist()
             for kind in MAP_KINDS
             if (kind, self.layers[0]) in self._norms
         }
@@ -409,12 +397,12 @@ class RACache:
         """
         lens = as_lens(model)
         entries: dict[str, Tensor] = dict(cache.items())
-        sites = {
+        found = {
             layer: replace(site, observe_only=False)  # else there were no gradients
             for layer, site in lens.sites.items()
             if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
         }
-        if not sites:
+        if not found:
             seen = any(site.pattern_name in entries for site in lens.sites.values())
             raise NotStored(
                 f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
@@ -423,7 +411,8 @@ class RACache:
                 "run_with_ra instead."
             )
         has_batch = bool(getattr(cache, "has_batch_dim", True))
-        new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers))
+        sites = Sites(found, lens.sites.n_layers)
+        new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=sites.n_layers))
         for layer, site in sites.items():
             pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
             dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
@@ -469,16 +458,17 @@ class RACache:
                     f"{source} has cache format {description['format']}; this ra_lens reads "
                     f"{_FORMAT}. Make the cache again, or install the version that wrote it."
                 )
-            sites = {fields["layer"]: Site(**fields) for fields in description["sites"]}
+            found = [Site(**fields) for fields in description["sites"]]
+            info = RunInfo(**{name: _tuples(value) for name, value in description["info"].items()})
+            sites = Sites({site.layer: site for site in found}, info.n_layers)
             running, mean = None, description.get("mean")
             if mean is not None:
                 dtype = None if mean["dtype"] is None else getattr(torch, mean["dtype"])
                 running = RunningMean(sites, mean["count"], dtype)
-            info = {name: _tuples(value) for name, value in description["info"].items()}
             cache = RACache(
                 sites=sites,
                 loss=tensors.pop("loss"),
-                info=RunInfo(**info),
+                info=info,
                 store=description["store"],
                 has_batch_dim=description["has_batch_dim"],
                 _running=running,
@@ -547,13 +537,6 @@ class RACache:
         )
 
     # ---- inside ---------------------------------------------------------------------------------
-
-    def _full_name(self, key: object) -> str:
-        return full_name(key, self.sites, self._n_layers)
-
-    @property
-    def _n_layers(self) -> int:
-        return self.info.n_layers or self.layers[-1] + 1
 
     def _why_not(self, key: object) -> str:
         if self.store != "maps":

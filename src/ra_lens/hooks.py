@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Store
-from ra_lens.errors import BadInput
-from ra_lens.model import Layers, Side, Site, as_lens, with_scales
+from ra_lens.errors import BadInput, one_of
+from ra_lens.model import Layers, Side, Site, Sites, as_lens
 from ra_lens.model.sites import MAP_KINDS, MapKind
 from ra_lens.numbers import Real
 from ra_lens.patching.mean import RunningMean
@@ -28,7 +28,7 @@ from ra_lens.tensors import read_device, read_dtype
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-def keeps(names_filter: NamesFilter, sites: Mapping[int, Site]) -> Callable[[str], bool]:
+def keeps(names_filter: NamesFilter, sites: Sites) -> Callable[[str], bool]:
     """Turn a TransformerLens names_filter into a predicate on full names of maps of `sites`.
 
     Raises:
@@ -39,8 +39,7 @@ def keeps(names_filter: NamesFilter, sites: Mapping[int, Site]) -> Callable[[str
     if callable(names_filter):
         return names_filter
     names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    collected = {site.map_name(kind) for site in sites.values() for kind in MAP_KINDS}
-    unknown = sorted(names - collected)
+    unknown = sorted(names.difference(sites.map_names()))
     if unknown:
         raise BadInput(
             f"names_filter has {unknown[0]!r}, which is no map of the layers collected; these are "
@@ -55,7 +54,7 @@ class Recorder:
 
     def __init__(
         self,
-        sites: dict[int, Site],
+        sites: Sites,
         store: Store,
         keeps: Callable[[str], bool],
         device: str | torch.device | None,
@@ -216,18 +215,17 @@ def get_ra_caching_hooks(
         UnsupportedModel: no hook_pattern, an unknown softmax scale, or active dropout.
     """
     lens = as_lens(model)
-    if store not in ("maps", "norms"):
-        raise BadInput(f"found store={store!r}; give 'maps' or 'norms'.")
+    one_of("store", store, ("maps", "norms"))
     device, dtype = read_device(device), read_dtype(dtype)
     lens.refuse_meta()
     lens.refuse_dropout()
     lens.refuse_checkpointing()
-    sites = with_scales(lens.choose_layers(layers), softmax_scale)
+    sites = lens.sites.choose(layers).with_scales(softmax_scale)
     for site in sites.values():
         site.need_scale()
     kept = keeps(names_filter, sites)
     cache = RACache(
-        sites=sites, store=store, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers)
+        sites=sites, store=store, info=RunInfo(model_name=lens.name, n_layers=lens.sites.n_layers)
     )
 
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsFloat, SupportsIndex
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, at_least
 
 Whole = SupportsIndex
 Wholes = SupportsIndex | Iterable[SupportsIndex]
@@ -27,8 +27,8 @@ def whole(name: str, value: object, *, least: int | None = None) -> int:
     if number is None:
         from_least = "" if least is None else f" from {least} on"
         raise BadInput(f"found {name}={_shown(value)}; give a whole number{from_least}.")
-    if least is not None and number < least:
-        raise BadInput(f"found {name}={number}; give at least {least}.")
+    if least is not None:
+        at_least(least, **{name: number})
     return number
 
 

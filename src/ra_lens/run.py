@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Store
-from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
+from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning, one_of
 from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, keeps
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.model import Layers, Lens, as_lens, with_scales
+from ra_lens.model import Layers, Lens, as_lens
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
     BatchResult,
@@ -151,16 +151,16 @@ def run_with_ra(
             attention, or layers that the model itself, and no hook, cuts off from it.
         NotEnoughMemory: more than the device has left, seen before anything runs.
     """
-    _one_of("store", store, ("maps", "norms", "mean"))
-    _one_of("return_logits", return_logits, ("read", "all"))
-    _one_of("padding_side", padding_side, (None, "left", "right"))
+    one_of("store", store, ("maps", "norms", "mean"))
+    one_of("return_logits", return_logits, ("read", "all"))
+    one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
     lens.refuse_meta()
     lens.refuse_inference_mode()
     lens.refuse_dropout()
     lens.refuse_checkpointing()
     device, dtype = read_device(device), read_dtype(dtype)
-    sites = with_scales(lens.choose_layers(layers), softmax_scale)
+    sites = lens.sites.choose(layers).with_scales(softmax_scale)
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
     prompts = read_prompts(
@@ -445,7 +445,7 @@ def _finish(
     source = encoded or prompts
     info = RunInfo(
         model_name=lens.name,
-        n_layers=lens.n_layers,
+        n_layers=lens.sites.n_layers,
         objective=bound.kind,
         targets=targets or None,
         wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
@@ -462,11 +462,6 @@ def _finish(
 
 def _decoded(lens: Lens, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
     return tuple(map(lens.decode_each, prompts.ids))
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise BadInput(f"found {name}={value!r}; give one of {', '.join(map(repr, choices))}.")
 
 
 def _check_hook_names(lens: Lens, fwd_hooks: Sequence[tuple[Any, Any]]) -> None:

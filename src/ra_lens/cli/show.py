@@ -19,8 +19,8 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
-from ra_lens.model.sites import every_head, head_places, heads_of
 from ra_lens.report.page import Section
+from ra_lens.report.run_facts import prompt_tokens
 from ra_lens.text import isolated, label, shorten, visible
 
 _LABEL = 14
@@ -35,7 +35,7 @@ def as_json(
     Of several prompts the norms are means, and each has an entry of its own in `prompts`. The
     number of heads is one number, or one for each layer where they differ.
     """
-    info, counts = ra.info, heads_of(ra.sites)
+    info, counts = ra.info, ra.sites.n_heads
     facts: dict[str, object] = {
         "ra_lens": version("ra-lens"),
         "transformer_lens": version("transformer-lens"),
@@ -122,9 +122,8 @@ def print_section(section: Section) -> None:
 
 def _strongest_head(ra: RACache, example: int) -> HeadMaps:
     norms = ra.norms()[example] if ra.has_batch_dim else ra.norms()
-    counts = heads_of(ra.sites)
-    strongest = int(norms[head_places(counts)].argmax())
-    return head_of_example(ra, every_head(ra.layers, counts)[strongest], example=example)
+    strongest = int(norms[ra.sites.places].argmax())
+    return head_of_example(ra, ra.sites.heads[strongest], example=example)
 
 
 def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
@@ -133,7 +132,7 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
     grid.add_column(overflow="fold")
     styles = {"": "", "special": "dim", "target": "bold red"}
     prompt = Text()
-    for i, (text, kind) in enumerate(_prompt_tokens(ra, example)):
+    for i, (text, kind) in enumerate(prompt_tokens(ra, example)):
         after_line = i > 0 and prompt.plain.endswith("⏎")
         prompt.append(("\n" if after_line else "") + text, style=styles[kind])
     grid.add_row(f"Prompt {example + 1}" if ra.batch_size > 1 else "Prompt", prompt)
@@ -142,18 +141,6 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
         shown = f"{value} ({as_lens(model).kind})" if name == "Model" else value
         grid.add_row(name, Text(shown))
     return grid
-
-
-def _prompt_tokens(ra: RACache, example: int) -> list[tuple[str, str]]:
-    """Tokens of an example as shown, each `''`, `special` or `target`; the target comes last."""
-    info = ra.info
-    tokens = [] if info.str_tokens is None else list(info.str_tokens[example])
-    target = None if info.targets is None else info.targets[example]
-    answer = 0 if info.answer_lengths is None else info.answer_lengths[example]
-    shown = [(visible(token), "") for token in tokens[: len(tokens) - answer]]
-    if shown and info.bos_prepended:
-        shown[0] = (shown[0][0], "special")
-    return shown if target is None else [*shown, (visible(target), "target")]
 
 
 def _heads(ra: RACache, top: int) -> Table:

@@ -8,7 +8,6 @@ unembedding) everything the user has attached, and removing them cannot touch th
 
 from __future__ import annotations
 
-import reprlib
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -41,8 +40,7 @@ from ra_lens.model.guards import (
     tensors_put_back,
     without_hooks,
 )
-from ra_lens.model.sites import Layers, Site, spell_layers
-from ra_lens.numbers import wholes
+from ra_lens.model.sites import Site, Sites
 from ra_lens.text import bytes_of, isolated, pieces_as_read, whole_text
 
 
@@ -188,35 +186,18 @@ class Described(Reader):
         return dict(self._model.hook_dict)
 
     @cached_property
-    def sites(self) -> dict[int, Site]:
+    def sites(self) -> Sites:
         """Attention layers by index, in layer order."""
-        sites = find_sites(self._model, self.hook_points)
+        known: Mapping[int, bool] = _observed.get(self.module, {})
+        found = find_sites(self._model, self.hook_points)
         if self.kind == "HookedTransformer":  # its own attention always consumes the hooked tensor
-            return {layer: replace(site, observe_only=False) for layer, site in sites.items()}
-        known = _observed.get(self.module, {})
-        return {
-            layer: replace(site, observe_only=known.get(layer)) for layer, site in sites.items()
-        }
-
-    def choose_layers(self, layers: Layers) -> dict[int, Site]:
-        """Sites of the layers asked for, in layer order; negative counts from the model's end.
-
-        Raises:
-            BadInput: a layer without attention, or none.
-        """
-        if layers is None:
-            return dict(self.sites)
-        wanted = wholes("layers", layers)
-        chosen = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
-        unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in self.sites]
-        if unknown:
-            found = reprlib.repr(unknown)  # a hundred thousand are not spelled out
-            raise BadInput(
-                f"found layers={found}; {self.name} has attention at layers "
-                f"{spell_layers(list(self.sites))}. Give one or several of these; negative counts "
-                "from the end."
-            )
-        return {layer: self.sites[layer] for layer in sorted(set(chosen))}
+            known = dict.fromkeys(found, False)
+        sites = {i: replace(site, observe_only=known.get(i)) for i, site in found.items()}
+        # Layers of a hybrid need not all have attention; those of several stacks are counted
+        # through, those with attention only.
+        one_stack = any(site.prefix.startswith("blocks.") for site in sites.values())
+        n_layers = int(self._model.cfg.n_layers) if one_stack else len(sites)
+        return Sites(sites, n_layers, noun=f"{self.name} has attention at")
 
     def learn_route(self, layer: int, *, observe_only: bool) -> None:
         """Remember, for later runs of this model, whether hook_pattern of a layer is observed."""
@@ -261,15 +242,6 @@ class Described(Reader):
         return [self._model.get_submodule(site.prefix) for site in self.sites.values()]
 
     # ---- facts ----------------------------------------------------------------------------------
-
-    @property
-    def n_layers(self) -> int:
-        """Layers of the model; those of a hybrid need not all have attention.
-
-        In a model of several stacks they are its attention layers, counted through.
-        """
-        one_stack = any(site.prefix.startswith("blocks.") for site in self.sites.values())
-        return int(self._model.cfg.n_layers) if one_stack else len(self.sites)
 
     @cached_property
     def reads(self) -> Reads:

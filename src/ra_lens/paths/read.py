@@ -21,7 +21,6 @@ from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.model import Layers, Lens, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
-from ra_lens.numbers import wholes
 from ra_lens.padding import batches, watched
 from ra_lens.paths.result import Follow
 from ra_lens.paths.weights import GRADIENT, LayerMaps
@@ -114,7 +113,7 @@ def _read(lens: Lens, prompts: Any, request: Request) -> Prompts:
 
 
 def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
-    _check_sites(lens.choose_layers(request.layers), request, lens.name)
+    _check_sites(lens.sites.choose(request.layers), request, lens.name)
     read = _read(lens, prompts, request)
     objective = as_objective(request.target, request.metric)
     _, bound = objective.bind(lens, read)
@@ -136,7 +135,7 @@ def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
 @torch.no_grad()
 def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
     lens.refuse_dropout()
-    sites = lens.choose_layers(request.layers)
+    sites = lens.sites.choose(request.layers)
     _check_sites(sites, request, lens.name)
     values = request.follow == "value_norm"
     found: dict[int, Example] = {}
@@ -231,9 +230,8 @@ def _from_cache(cache: RACache, request: Request) -> list[Example]:
             "and the prompt instead."
         )
     kind = "ra" if request.follow in GRADIENT else "pattern"
-    n_layers = cache.info.n_layers or cache.layers[-1] + 1
-    layers = _choose(cache.layers, request.layers, n_layers)
-    _check_sites({layer: cache.sites[layer] for layer in layers}, request, cache.info.model_name)
+    layers = cache.sites.choose(request.layers)
+    _check_sites(layers, request, cache.info.model_name)
     maps = {layer: cache[kind, layer] for layer in layers}
     found: list[Example] = []
     for i in _examples(cache.batch_size, request.example):
@@ -262,7 +260,7 @@ def _from_activation_cache(cache: Any, prompts: Any, request: Request) -> list[E
         return _named(
             lens, _from_cache(converted, replace(request, bos_token_id=None)), prompts, request
         )
-    sites = lens.choose_layers(request.layers)
+    sites = lens.sites.choose(request.layers)
     maps: dict[int, Tensor] = {}
     for layer, site in sites.items():
         if site.pattern_name not in cache.cache_dict:
@@ -352,16 +350,6 @@ def _examples(n: int, example: int | None) -> list[int]:
     if not -n <= example < n:
         raise BadInput(f"found example={example}; there are examples 0 to {n - 1}.")
     return [example % n]
-
-
-def _choose(present: Sequence[int], layers: Layers, n_layers: int) -> list[int]:
-    if layers is None:
-        return list(present)
-    wanted = wholes("layers", layers)
-    chosen = [i + n_layers if i < 0 else i for i in wanted]
-    if any(i not in present for i in chosen):
-        raise BadInput(f"found layers={wanted}; this cache has layers {list(present)}.")
-    return sorted(set(chosen))
 
 
 def _numpy(x: Tensor) -> Float[np.ndarray, "*any"]:
