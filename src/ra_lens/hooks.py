@@ -18,7 +18,7 @@ from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Store
 from ra_lens.errors import BadInput, one_of
 from ra_lens.model import Layers, Side, Site, Sites, as_lens
-from ra_lens.model.sites import MAP_KINDS, MapKind
+from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Real
 from ra_lens.patching.mean import RunningMean
 from ra_lens.prompts import Batch
@@ -142,19 +142,6 @@ class Recorder:
             self._running.count += self._n
             if self._sums is not None and self._sums is not self._running:
                 self._running.include(self._sums)
-
-    @property
-    def kinds_kept(self) -> dict[int, int]:
-        """How many kinds of map are kept of each layer."""
-        return {
-            layer: sum(self._keeps(site.map_name(kind)) for kind in MAP_KINDS)
-            for layer, site in self.sites.items()
-        }
-
-    def map_bytes(self, model_dtype: torch.dtype) -> int:
-        """Bytes per entry of a map of a model of this dtype."""
-        made_in = torch.float64 if model_dtype == torch.float64 else torch.float32
-        return (self._dtype or made_in).itemsize
 
     def result(self, *, loss: Tensor, info: RunInfo) -> RACache:
         """Join the batches into one cache."""

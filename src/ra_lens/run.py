@@ -196,8 +196,22 @@ def run_with_ra(
         prompts = prompts.widened()
         encoded = None if encoded is None else encoded.widened()
     half = lens.in_float16
-    recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype, again=half)
-    _check_memory(lens, recorder, prompts, encoded, batch_size, recompute=recompute)
+    wanted = keeps(names_filter, sites)
+    refuse_what_cannot_fit(
+        Plan(
+            lens=lens,
+            sites=sites,
+            prompts=prompts,
+            encoded=encoded,
+            batch_size=batch_size,
+            store=store,
+            wanted=wanted,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+        )
+    )
+    recorder = Recorder(sites, store, wanted, device, dtype, again=half)
     run = _Run(
         lens,
         list(fwd_hooks),
@@ -216,33 +230,6 @@ def run_with_ra(
             for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
     return _finish(lens, bound, prompts, encoded, recorder, results)
-
-
-def _check_memory(
-    lens: Lens,
-    recorder: Recorder,
-    prompts: Prompts,
-    encoded: Prompts | None,
-    batch_size: int | None,
-    *,
-    recompute: bool,
-) -> None:
-    elsewhere = torch.device(recorder.device or lens.device).type != lens.device.type
-    plan = Plan(
-        sites=recorder.sites,
-        kinds=recorder.kinds_kept,
-        widths={
-            "input": max((encoded or prompts).lengths),
-            "decoder": max(prompts.lengths),
-        },
-        n_examples=len(prompts),
-        batch=min(len(prompts), batch_size or len(prompts)),
-        store=recorder.store,
-        recompute=recompute,
-        map_bytes=recorder.map_bytes(lens.dtype),
-        maps_elsewhere=elsewhere,
-    )
-    refuse_what_cannot_fit(lens, plan)
 
 
 @dataclass(frozen=True)
