@@ -104,12 +104,9 @@ class HeadMaps:
         large = np.flatnonzero(size >= least)  # a long prompt has too many cells to sort them all
         order = large[np.argsort(-size[large], kind="stable")][:k]
         rows, columns = np.unravel_index(order[size[order] > 0], self.ra.shape)
-        return [
-            Cell(
-                self.first + i, self.first_key + j, float(self.ra[i, j]), float(self.pattern[i, j])
-            )
-            for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
-        ]
+        r, pattern = self.ra[rows, columns].tolist(), self.pattern[rows, columns].tolist()
+        queries, keys = (self.first + rows).tolist(), (self.first_key + columns).tolist()
+        return [Cell(*entry) for entry in zip(queries, keys, r, pattern, strict=True)]
 
 
 def head_of_example(

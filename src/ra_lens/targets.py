@@ -17,7 +17,7 @@ text becomes tokens, answers are appended and mistakes become errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, cast
 
 import torch
@@ -200,11 +200,13 @@ class Loss:
 
     def part(self, examples: Sequence[int]) -> Loss:
         """The same loss of some of the examples."""
-        positions, targets, wrong = (
-            None if values is None else [values[i] for i in examples]
-            for values in (self.positions, self.targets, self.wrong)
+
+        def cut(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in examples]
+
+        return replace(
+            self, positions=cut(self.positions), targets=cut(self.targets), wrong=cut(self.wrong)
         )
-        return Loss(self.kind, positions, targets, wrong, self.metric)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Loss per example from the logits at the positions read (`[batch, read, d_vocab]`)."""
