@@ -112,8 +112,8 @@ FAULTS = (
     Fault(
         "grouped heads in another order",
         "heads",
-        "values.to(wide).repeat_interleave(groups, dim=2)",
-        "values.to(wide).repeat(1, 1, groups, 1)",
+        '-> batch key (kv_head share) d_head"',
+        '-> batch key (share kv_head) d_head"',
     ),
     Fault(
         "table by head, then layer",
@@ -205,8 +205,8 @@ FAULTS = (
     Fault(
         "no gate in the addition through z",
         "masks",
-        "product if gate is None else product * gate.reshape(*product.shape[:3], -1)",
-        "product",
+        "return z * rearrange(gate",
+        "return z + 0 * rearrange(gate",
     ),
     # ---- padding and positions ------------------------------------------------------------------
     Fault(

@@ -19,7 +19,7 @@ def test_logits_at_chosen_positions_are_the_models_own(arch, kind, shared):
     lens = as_lens(model)
     with torch.no_grad():
         whole = model(IDS)
-        with lens.reading(LAST), lens.lean():
+        with lens.running(LAST):
             read = model(IDS)
         again = model(IDS)
     assert read.shape == (2, 1, D_VOCAB)
@@ -42,7 +42,7 @@ def test_gradients_of_chosen_positions_are_the_models_own(arch, kind, shared):
 
     found = []
     for positions in (columns, None):
-        with model.hooks(fwd_hooks=[("hook_embed", leaf)]), lens.reading(positions):
+        with model.hooks(fwd_hooks=[("hook_embed", leaf)]), lens.running(positions):
             logits = model(IDS)
         if positions is None:
             logits = logits[torch.arange(2)[:, None], columns]
@@ -62,7 +62,7 @@ def test_the_last_mlp_runs_where_it_is_read(kind, shared):
 
     torch.addmm = count
     try:
-        with torch.no_grad(), lens.reading(LAST):
+        with torch.no_grad(), lens.running(LAST):
             model(IDS)
     finally:
         torch.addmm = original
@@ -111,9 +111,9 @@ def test_functions_are_the_same_and_half_precision_keeps_its_own(kind, dtype, fr
     model = fresh("gpt2", kind, dtype)
     with torch.no_grad():
         own = model(IDS)
-        with as_lens(model).lean():
-            lean = model(IDS)
-    assert relative(lean, own) <= {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 0.0)
+        with as_lens(model).running(None):
+            fused = model(IDS)
+    assert relative(fused, own) <= {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +143,7 @@ def test_everything_is_put_back(kind, shared):
 
     model(IDS)
     before = state()
-    with pytest.raises(ZeroDivisionError), as_lens(model).lean(), as_lens(model).reading(LAST):
+    with pytest.raises(ZeroDivisionError), as_lens(model).running(LAST):
         assert state() != before
         raise ZeroDivisionError
     assert state() == before

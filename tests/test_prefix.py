@@ -8,7 +8,7 @@ import torch
 import arch_models
 from ra_lens.heads import rank_heads
 from ra_lens.model import as_lens, load_folder
-from ra_lens.model.blocks import Prefix
+from ra_lens.model.blocks import SkippedBlocks
 from ra_lens.patching.masking import mask_hooks
 from ra_lens.questions import last_logits, mark, read_questions
 from ra_lens.tasks import Prompt
@@ -220,7 +220,7 @@ def test_a_prefix_gives_each_row_the_example_asked_for(kind, shared):
     model = shared("gpt2", kind)
     lens = as_lens(model)
     prompts = read_questions(lens, QUESTIONS).prompts.widened()
-    prefix = Prefix(lens)
+    prefix = SkippedBlocks(lens)
     with prefix.recorded(3):
         wanted = last_logits(lens, prompts)
     which = [2, 0, 0, 1, 2]

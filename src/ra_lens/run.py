@@ -30,7 +30,8 @@ from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, keeps
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.model import Layers, Lens, as_lens
+from ra_lens.model import FwdHooks, Layers, Lens, as_lens
+from ra_lens.model.forward import at_columns
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
     BatchResult,
@@ -214,7 +215,7 @@ def run_with_ra(
     recorder = Recorder(sites, store, wanted, device, dtype, again=half)
     run = _Run(
         lens,
-        list(fwd_hooks),
+        fwd_hooks,
         recorder,
         LossScale(in_float16=half),
         padding_is_hidden=padding_is_hidden(lens, prompts, encoded),
@@ -237,7 +238,7 @@ class _Run:
     """How the batches of a run are run."""
 
     lens: Lens
-    fwd_hooks: list[Any]
+    fwd_hooks: FwdHooks
     recorder: Recorder
     scaling: LossScale
     padding_is_hidden: bool
@@ -302,7 +303,7 @@ class _Run:
         batch, source = layout, encoder_layout
         if unpadded:  # all of one length; what comes back is laid out with padding all the same
             batch, source = _laid_out(lens, prompts, encoded, unpadded=True)
-        columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
+        columns = batch.last if bound.positions is None else batch.columns(bound.positions)
         at_logits: list[Tensor] = []
         deliver = self.recorder.begin(layout, encoder_layout)
         collector = Collector(lens, self.recorder.sites, deliver, edited=self.edited)
@@ -310,22 +311,15 @@ class _Run:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(lens.parameters_frozen())
             stack.enter_context(lens.tensors_put_back())
-            stack.enter_context(lens.hooks(self.fwd_hooks))
-            stack.enter_context(lens.lean())  # which leaves alone what has hooks
-            whole = every or bound.positions is None or lens.logits_are_hooked
-            stack.enter_context(lens.reading(None if whole else columns))
+            needed = None if every or bound.positions is None else columns
+            whole = stack.enter_context(lens.running(needed, self.fwd_hooks))
             stack.enter_context(collector.attached(recompute=self.recompute))
             if batch.is_padded:
                 stack.enter_context(lens.fully_masked_rows_apart())
             with watched(lens, batch, source):
                 logits = _forward(lens, batch, source)
-            rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
-            read = logits[rows, columns.to(logits.device)] if whole else logits
-            if bool(read.detach().isnan().any()):
-                raise NothingToDifferentiate(
-                    f"the logits of {lens.name} contain NaN at the positions read. Check the "
-                    "weights and hooks; for float16 models try bfloat16 or float32."
-                )
+            read = at_columns(logits, columns) if whole else logits
+            lens.refuse_nan(read)
             logits = layout.spread(logits, 1) if whole else logits
             given = logits if bound.positions is None else read
             loss = _checked_loss(bound, given, len(prompts))
@@ -344,7 +338,7 @@ class _Run:
         self, prompts: Prompts, encoded: Prompts | None
     ) -> Float[Tensor, "group pos d_vocab"]:
         """Logits of prompts of one length, run without padding and laid out with it."""
-        with self.lens.hooks(self.fwd_hooks), self.lens.lean():
+        with self.lens.running(None, self.fwd_hooks):
             logits = _forward(self.lens, *_laid_out(self.lens, prompts, encoded, unpadded=True))
         return prompts.lay_out(self.lens).spread(logits, 1)
 
@@ -451,7 +445,7 @@ def _decoded(lens: Lens, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
     return tuple(map(lens.decode_each, prompts.ids))
 
 
-def _check_hook_names(lens: Lens, fwd_hooks: Sequence[tuple[Any, Any]]) -> None:
+def _check_hook_names(lens: Lens, fwd_hooks: FwdHooks) -> None:
     # TransformerBridge 3.9 ignores a name that does not exist.
     for name, _ in fwd_hooks:
         if isinstance(name, str) and name not in lens.hook_points:

@@ -6,17 +6,12 @@ attachment points that collecting gradients needs.
 """
 
 from ra_lens.model.attention import find_sites
-from ra_lens.model.lens import Lens, as_lens
-from ra_lens.model.loading import (
-    ModelKind,
-    available_kinds,
-    load_demo_model,
-    load_folder,
-    load_model,
-)
+from ra_lens.model.lens import FwdHooks, Lens, ModelKind, as_lens
+from ra_lens.model.loading import available_kinds, load_demo_model, load_folder, load_model
 from ra_lens.model.sites import Gate, Layers, Side, Site, Sites, spell_layers
 
 __all__ = [
+    "FwdHooks",
     "Gate",
     "Layers",
     "Lens",

@@ -143,10 +143,8 @@ def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
         batch = part.lay_out(lens)
         seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in sites}
         hooks = [hook for site in sites.values() for hook in _hooks(lens, site, seen, values)]
-        last = batch.columns([[n - 1] for n in batch.lengths])
-        reading = lens.reading(None if lens.logits_are_hooked else last)
-        with lens.hooks(hooks), reading, watched(lens, batch):
-            lens.forward(batch.tokens, batch.attention_mask)
+        with watched(lens, batch):
+            lens.logits_at(batch.tokens, batch.attention_mask, batch.last, hooks)
         _check_seen(lens, seen)
         norms = {
             layer: written_norms(lens, site, seen[layer]["pattern"], seen[layer])
