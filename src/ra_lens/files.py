@@ -39,17 +39,11 @@ def begins_with(*starts: bytes) -> Callable[[Path], bool]:
 
 @dataclass(frozen=True)
 class FileKind:
-    """What is written to a file.
-
-    Attributes:
-        name: What messages call it.
-        is_one: Tells whether a file that is there is one.
-        endings: How its name ends; empty: in any way.
-    """
+    """What is written to a file."""
 
     name: str
-    is_one: Callable[[Path], bool]
-    endings: tuple[str, ...] = ()
+    is_one: Callable[[Path], bool]  # tells whether a file that is there is one
+    endings: tuple[str, ...] = ()  # of its name; empty: any
 
 
 def _holds_tensors(path: Path) -> bool:

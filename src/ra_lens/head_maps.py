@@ -21,18 +21,11 @@ from ra_lens.numbers import Whole, whole, whole_or_none
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a head's maps: what `query` attends to at `key` and how descent would move it.
-
-    Attributes:
-        query: Position of the attending token.
-        key: Position of the token attended to.
-        ra: R there; negative where descent raises this attention.
-        pattern: A there.
-    """
+    """One entry of a head's maps, at the positions `query` and `key`."""
 
     query: int
     key: int
-    ra: float
+    ra: float  # negative where descent raises this attention
     pattern: float
 
     @property
@@ -43,27 +36,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeadMaps:
-    """The maps of one head on one example, without padding.
-
-    Attributes:
-        layer: The head's layer.
-        head: Its index there.
-        tokens: What the queries are (`#0`, `#1`, … where the cache was not told).
-        first: Position of the first row kept; not 0 where a long prompt was cut.
-        key_tokens: What the keys are: `tokens`, but for a decoder that attends to an encoder.
-        first_key: Position of the first column kept.
-        causal: Whether no query has anything at a later key; such cells are NaN.
-        pattern: A; NaN where a query cannot look.
-        ra: R; NaN likewise.
-    """
+    """The maps of one head on one example, without padding."""
 
     layer: int
     head: int
-    tokens: tuple[str, ...]
-    first: int
-    key_tokens: tuple[str, ...]
-    first_key: int
-    causal: bool
+    tokens: tuple[str, ...]  # of the queries; `#0`, `#1`, … where the cache was not told
+    first: int  # position of the first row kept; not 0 where a long prompt was cut
+    key_tokens: tuple[str, ...]  # `tokens`, but for a decoder that attends to an encoder
+    first_key: int  # position of the first column kept
+    causal: bool  # whether no query has anything at a later key; such cells are NaN
     pattern: Float[np.ndarray, "query key"]
     ra: Float[np.ndarray, "query key"]
 

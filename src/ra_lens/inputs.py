@@ -36,17 +36,11 @@ _ALSO_READ = (
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Token ids as they were given.
+    """Token ids as they were given."""
 
-    Attributes:
-        ids: The rows; shorter ones are filled up with 0.
-        lengths: Length of each row as it was given.
-        mask: True at real tokens; None where nothing was said.
-    """
-
-    ids: Int[Tensor, "batch pos"]
-    lengths: tuple[int, ...]
-    mask: Bool[Tensor, "batch pos"] | None = None
+    ids: Int[Tensor, "batch pos"]  # shorter rows are filled up with 0
+    lengths: tuple[int, ...]  # of each row as it was given
+    mask: Bool[Tensor, "batch pos"] | None = None  # True at real tokens; None: nothing was said
 
     def __len__(self) -> int:
         """Give the number of rows."""

@@ -27,30 +27,17 @@ from ra_lens.prompts import Prompts
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, by what decides how much memory it takes.
-
-    Attributes:
-        lens: The model.
-        sites: Layers collected.
-        prompts: What is read; what the decoder reads in an encoder-decoder.
-        encoded: What an encoder-decoder's encoder reads.
-        batch_size: Prompts that run at a time. None: all.
-        store: What is kept of the maps.
-        wanted: Tells by full name which maps are kept.
-        device: Where they are kept. None: where they are made.
-        dtype: In what they are kept. None: in what they are made.
-        recompute: Whether one layer's graph is kept at a time.
-    """
+    """A run, by what decides how much memory it takes."""
 
     lens: Lens
     sites: Mapping[int, Site]
     prompts: Prompts
-    encoded: Prompts | None
+    encoded: Prompts | None  # what an encoder-decoder's encoder reads
     batch_size: int | None
     store: Store
-    wanted: Callable[[str], bool]
-    device: torch.device | None
-    dtype: torch.dtype | None
+    wanted: Callable[[str], bool]  # tells by full name which maps are kept
+    device: torch.device | None  # where they are kept
+    dtype: torch.dtype | None  # in what they are kept
     recompute: bool
 
     @property

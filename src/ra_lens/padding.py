@@ -257,19 +257,12 @@ Group = Sequence[int]
 
 @dataclass
 class BatchResult:
-    """What a batch gives beside its maps.
+    """What a batch gives beside its maps."""
 
-    Attributes:
-        logits: Those asked for, `[batch, read, d_vocab]`.
-        loss: Of each example; a scalar if the metric gave one.
-        starts: Column of each example's first token; of an encoder-decoder that of its encoder.
-        targets: Ids expected of each example; None for a metric of the user's.
-    """
-
-    logits: Tensor
-    loss: Tensor
-    starts: tuple[int, ...]
-    targets: list[list[int]] | None
+    logits: Float[Tensor, "batch read d_vocab"]  # those asked for
+    loss: Float[Tensor, "batch"] | Float[Tensor, ""]  # a scalar if the metric gave one
+    starts: tuple[int, ...]  # column of each example's first token; in an encoder, if there is one
+    targets: list[list[int]] | None  # ids expected; None for a metric of the user's
 
 
 def run_by_length(

@@ -25,19 +25,12 @@ PaddingSide = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids laid out with padding, and where each example lies in them.
-
-    Attributes:
-        tokens: Ids, padded.
-        attention_mask: True at real tokens.
-        starts: Column of each example's first token.
-        lengths: Number of real tokens of each example.
-    """
+    """Token ids laid out with padding, and where each example lies in them."""
 
     tokens: Int[Tensor, "batch pos"]
-    attention_mask: Bool[Tensor, "batch pos"]
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    attention_mask: Bool[Tensor, "batch pos"]  # True at real tokens
+    starts: tuple[int, ...]  # column of each example's first token
+    lengths: tuple[int, ...]  # number of real tokens of each example
 
     @property
     def is_padded(self) -> bool:
@@ -77,22 +70,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The examples of one run.
-
-    Attributes:
-        ids: Token ids of each example.
-        bos_prepended: Whether TransformerLens put a BOS token in front of the text; None when
-            token ids were given.
-        padding_side: Where a batch is padded.
-        width: Width that every batch is padded to at least (that of a token tensor given).
-        texts: The prompts as text, where they were given as text.
-    """
+    """The examples of one run."""
 
     ids: tuple[tuple[int, ...], ...]
-    bos_prepended: bool | None
+    bos_prepended: bool | None  # by TransformerLens, in front of text; None where ids were given
     padding_side: PaddingSide
-    width: int = 0
-    texts: tuple[str, ...] | None = None
+    width: int = 0  # that every batch is padded to at least (that of a token tensor given)
+    texts: tuple[str, ...] | None = None  # where the prompts were given as text
 
     def __len__(self) -> int:
         """Give the number of examples."""

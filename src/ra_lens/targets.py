@@ -176,21 +176,13 @@ def custom(metric: Metric) -> Objective:
 
 @dataclass
 class Loss:
-    """An objective bound to prompts: where it reads and what it expects there.
-
-    Attributes:
-        kind: The objective's kind.
-        positions: Positions read, within each example; None for all of a batch's columns.
-        targets: Expected ids per example: one for each of the last positions read.
-        wrong: The id that a logit difference compares with.
-        metric: The function of a custom objective.
-    """
+    """An objective bound to prompts: where it reads and what it expects there."""
 
     kind: str
-    positions: list[list[int]] | None = None
-    targets: list[list[int]] | None = None
-    wrong: list[int] | None = None
-    metric: Metric | None = None
+    positions: list[list[int]] | None = None  # within each example; None: all columns of a batch
+    targets: list[list[int]] | None = None  # expected ids, one for each of the last positions read
+    wrong: list[int] | None = None  # the id that a logit difference compares with
+    metric: Metric | None = None  # of a custom objective
 
     @property
     def answer_lengths(self) -> tuple[int, ...] | None:
