@@ -333,8 +333,7 @@ class _Trial:
     def _laid_out(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
         """Tokens and mask of what predicts, and of an encoder's input."""
         reads = [self.prompts] if self.decoder is None else [self.decoder, self.prompts]
-        batches = [read.lay_out(self.lens) for read in reads]
-        sides = [(batch.tokens, batch.attention_mask) for batch in batches]
+        sides = [read.lay_out(self.lens).model_input for read in reads]
         return sides[0], sides[1] if len(sides) > 1 else None
 
     def look(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -188,7 +188,6 @@ def _run(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> list[list[Ten
     """
     batch = prompts.lay_out(lens)
     other = None if encoded is None else encoded.lay_out(lens)
-    source = None if other is None else (other.tokens, other.attention_mask)
     sides: dict[Side, Batch] = {"input": other or batch, "decoder": batch}
     found: list[list[Tensor]] = [[] for _ in batch.lengths]
 
@@ -210,7 +209,7 @@ def _run(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> list[list[Ten
     spread = [[(n - 1) * k // (_N_READ - 1) for k in range(_N_READ)] for n in batch.lengths]
     columns = batch.columns(spread)
     with watched(lens, batch, other), lens.looking(looks):
-        logits = lens.logits_at(batch.tokens, batch.attention_mask, columns, encoded=source)
+        logits = lens.logits_at(*batch.model_input, columns, (), other and other.model_input)
     for of_prompt, read in zip(found, logits, strict=True):
         of_prompt.append(read)
     return found

@@ -43,6 +43,11 @@ class Batch:
         return self.span(0)
 
     @property
+    def model_input(self) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Tokens and mask."""
+        return self.tokens, self.attention_mask
+
+    @property
     def last(self) -> Int[Tensor, "batch 1"]:
         """Column of each example's last token."""
         return self.columns([[n - 1] for n in self.lengths])

@@ -188,7 +188,7 @@ def logits_at(
     batch = prompts.lay_out(lens)
     columns = batch.columns(positions)
     with watched(lens, batch):
-        logits = lens.logits_at(batch.tokens, batch.attention_mask, columns, fwd_hooks)
+        logits = lens.logits_at(*batch.model_input, columns, fwd_hooks)
     lens.refuse_nan(logits)
     return logits
 

@@ -315,7 +315,7 @@ def _last_z(context: RankingContext) -> list[Float[Tensor, "question head d_head
 
         keep = {site.z_name: partial(last, site.n_heads) for site in lens.sites.values()}
         with watched(lens, batch):
-            shown, logits = lens.look(keep, batch.tokens, batch.attention_mask, batch.last)
+            shown, logits = lens.look(keep, *batch.model_input, batch.last)
         lens.refuse_nan(logits)
         for of_layer, name in zip(found, keep, strict=True):
             of_layer.append(shown[name])

@@ -108,7 +108,7 @@ def _add_patterns(
             return of_batch(wide.where(keep.to(wide.device), 0.0))
 
         with watched(lens, batch):
-            shown, _ = lens.look(dict.fromkeys(names, of_layer), batch.tokens, real, batch.last)
+            shown, _ = lens.look(dict.fromkeys(names, of_layer), *batch.model_input, batch.last)
         for row, name in zip(total, names, strict=True):
             if name in shown:
                 row[: len(shown[name])] += shown[name]
