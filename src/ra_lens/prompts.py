@@ -61,10 +61,9 @@ class Batch:
         width, before = self.tokens.shape[1], self.starts[0]
         if value.shape[dim] == width:
             return value
-        shapes = [list(value.shape), list(value.shape)]
-        shapes[0][dim], shapes[1][dim] = before, width - before - value.shape[dim]
-        zeros = [value.new_zeros(shape) for shape in shapes]
-        return torch.cat([zeros[0], value, zeros[1]], dim=dim)
+        later = value.ndim - 1 - dim % value.ndim
+        sides = [0, 0] * later + [before, width - before - value.shape[dim]]
+        return torch.nn.functional.pad(value, sides)
 
     def columns(self, positions: Sequence[Sequence[int]]) -> Int[Tensor, "batch read"]:
         """Turn positions within each example into columns of `tokens`."""

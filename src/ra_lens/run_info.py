@@ -47,19 +47,10 @@ class RunInfo:
 
     def part(self, examples: Sequence[int]) -> RunInfo:
         """The same for some of the examples."""
-
-        def cut(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-            return None if values is None else tuple(values[i] for i in examples)
-
-        return replace(
-            self,
-            targets=cut(self.targets),
-            wrong=cut(self.wrong),
-            str_tokens=cut(self.str_tokens),
-            answer_lengths=cut(self.answer_lengths),
-            starts=cut(self.starts),
-            decoder_tokens=cut(self.decoder_tokens),
-        )
+        of_each = ("targets", "wrong", "str_tokens", "answer_lengths", "starts", "decoder_tokens")
+        there: dict[str, tuple[Any, ...] | None] = {name: getattr(self, name) for name in of_each}
+        cut = {name: v and tuple(v[i] for i in examples) for name, v in there.items()}
+        return replace(self, **cut)  # pyright: ignore[reportArgumentType]
 
     def tokens_of(self, side: Side) -> tuple[tuple[str, ...], ...] | None:
         """What the queries or keys of an attention layer are made from, one list per example."""
