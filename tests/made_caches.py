@@ -41,8 +41,8 @@ def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:
             real[start : start + len(row)] = True
             square = real[:, None] & real[None, :]
             r[i], a[i] = r[i] * square, a[i] * square
-        ra.put(layer, "ra", r)
-        ra.put(layer, "pattern", a)
+        ra._put(layer, "ra", r)
+        ra._put(layer, "pattern", a)
     return ra
 
 

@@ -118,8 +118,8 @@ FAULTS = (
     Fault(
         "table by head, then layer",
         "heads",
-        '"{kind}_norm": cache.norms(kind)',
-        '"{kind}_norm": cache.norms(kind).mT.reshape_as(cache.norms(kind))',
+        '{kind}_norm": self.norms(kind)',
+        '{kind}_norm": self.norms(kind).mT.reshape_as(self.norms(kind))',
     ),
     Fault(
         "negative layers count from the last one collected",
@@ -310,7 +310,7 @@ FAULTS = (
     Fault(
         "memory of the graph forgotten",
         "memory",
-        "return max(self.maps, self.graph(lens))",
+        "return max(self.maps, self.graph)",
         "return self.maps",
     ),
     Fault(

@@ -56,7 +56,7 @@ def test_the_grid_ranks_heads_and_frames_the_first(ra: RACache) -> None:
 def test_the_grid_needs_norms_only(ra: RACache) -> None:
     norms = RACache(sites=sites(), store="norms", info=ra.info)
     for layer in LAYERS:
-        norms.put_norms(layer, "ra", ra["ra", layer])
+        norms._put_norms(layer, "ra", ra["ra", layer])
     np.testing.assert_array_equal(z(head_grid(norms)), z(head_grid(ra)))
     one = ra.apply_slice_to_batch_dim(1)
     np.testing.assert_allclose(z(head_grid(one)), ra.norms()[1].numpy(), rtol=1e-6)
@@ -218,7 +218,7 @@ def test_grey_shows_where_a_query_cannot_look(ra: RACache) -> None:
 def test_maps_that_were_not_kept_are_missed(ra: RACache) -> None:
     norms = RACache(sites=sites(), store="norms", info=ra.info)
     for layer in LAYERS:
-        norms.put_norms(layer, "ra", ra["ra", layer])
+        norms._put_norms(layer, "ra", ra["ra", layer])
     with pytest.raises(NotStored, match="store='maps'"):
         head_maps(norms, [(0, 0)])
 

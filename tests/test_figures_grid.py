@@ -142,8 +142,8 @@ def test_a_map_with_other_keys_than_queries_has_labels_for_both() -> None:
     site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
     ra = RACache(sites=Sites({0: site}), info=info)
     r = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0))
-    ra.put(0, "ra", r)
-    ra.put(0, "pattern", r.abs())
+    ra._put(0, "ra", r)
+    ra._put(0, "pattern", r.abs())
     maps = head_of_example(ra, (0, 1), example=1)
     assert (maps.tokens, maps.key_tokens) == (("x", "y", "z"), ("a", "b", "c", "d", "e"))
     assert not maps.causal

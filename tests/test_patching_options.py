@@ -152,18 +152,14 @@ def test_what_cannot_be_chosen_is_said(case, mean, request):
 
 @pytest.mark.parametrize("case", ["align", "at", "a number"])
 def test_options_outside_their_choices_are_said(case, mean):
-    from ra_lens.patching import hooks
-
     maps, (options, needed) = mean("gpt2", KINDS[0]), BAD[case]
     with pytest.raises(BadInput, match=needed):
         if case == "a number":
             inner = type(maps.sites).choose_heads
             getattr(inner, "__wrapped__", inner)(maps.sites, 3)
         else:
-            check = getattr(hooks._check_options, "__wrapped__", hooks._check_options)
-            check(
-                1.0, options.get("align", "left"), options.get("at", "pattern"), renormalise=False
-            )
+            unchecked = getattr(patch_hooks, "__wrapped__", patch_hooks)
+            unchecked({0: maps["ra", 0]}, maps.sites, scale=SCALE, **options)
 
 
 def test_maps_that_cannot_be_added_are_said(mean):

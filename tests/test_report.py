@@ -240,7 +240,7 @@ def test_the_size_for_a_small_model_is_small(path: Path) -> None:
     )
     for layer in range(12):
         for kind in ("ra", "pattern"):
-            ra.put(layer, kind, torch.rand(1, heads, n, n, generator=generator).tril())
+            ra._put(layer, kind, torch.rand(1, heads, n, n, generator=generator).tril())
     write_report(ra, path)
     assert path.stat().st_size < 1.8e6
 
@@ -253,8 +253,8 @@ def test_ten_thousand_tokens_are_text_and_their_end_has_maps(path: Path) -> None
     )
     zero = torch.zeros(1).expand(1, 2, n, n)  # takes no memory
     for kind in ("ra", "pattern"):
-        ra.put_norms(0, kind, torch.ones(1, 2, 1, 1))
-        ra.keep(0, kind, zero)
+        ra._put_norms(0, kind, torch.ones(1, 2, 1, 1))
+        ra._keep(0, kind, zero)
     write_report(ra, path, max_tokens=40)
     page = read(path)
     assert sum(tag == "bdi" and "token" in str(a.get("class")) for tag, a in page.tags) == n
@@ -455,7 +455,7 @@ def test_mistakes_are_named_and_nothing_is_written(
 def test_maps_are_needed(ra: RACache, path: Path) -> None:
     norms = RACache(sites=ra.sites, store="norms", info=ra.info, loss=ra.loss)
     for layer in ra.layers:
-        norms.put_norms(layer, "ra", ra["ra", layer])
+        norms._put_norms(layer, "ra", ra["ra", layer])
     with pytest.raises(NotStored, match="store='maps'"):
         write_report(norms, path)
     assert not path.exists()

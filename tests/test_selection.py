@@ -129,7 +129,9 @@ def test_the_running_mean_is_the_mean_of_the_maps(kind, side, shared):
     for part in (slice(0, 2), slice(2, 5)):
         options["target"] = answers[part]
         _, ra = run_with_ra(model, prompts[part], **options)
-        ra.add_to(running)
+        running.count += ra.batch_size
+        for name, value in ra.items():
+            running.add(name, value)
     options["target"] = answers
     for batch_size in (None, 1, 2, 5):
         _, ra = run_with_ra(model, prompts, store="mean", batch_size=batch_size, **options)

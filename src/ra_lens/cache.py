@@ -9,23 +9,13 @@ Three kinds of map per attention layer, each `[batch, head, query, key]`:
 * `pattern_grad`, `….hook_pattern_grad`: G = ∂L/∂A.
 
 In a cache that `run_with_ra` made, rows and columns of padding are 0. Norms are kept whatever is
-stored.
-
-Between `RACache` and what other libraries hold: ActivationCache, DataFrame.
-
-Caches on disk: one safetensors file, tensors plus a JSON description in its header.
-
-Nothing is pickled, so a file from elsewhere cannot run code. A file is written beside its
-destination and renamed when complete.
+stored. `save` writes one safetensors file, which cannot run code, with a JSON description.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -37,14 +27,24 @@ from torch import Tensor, nn
 
 from ra_lens.collect import Store, reversed_attention
 from ra_lens.errors import BadFile, BadInput, NotStored
-from ra_lens.files import FileKind, check_input, user_path, whole_file
+from ra_lens.files import read_tensors, write_tensors
 from ra_lens.head_names import Head, HeadScore, layer_and_index, spell_head
 from ra_lens.model import Site, Sites, as_lens
 from ra_lens.model.sites import MAP_KINDS, MapKind, read_kind, spell_counts, table
-from ra_lens.numbers import Whole, as_whole, is_several, places, whole
+from ra_lens.numbers import Whole, as_whole, is_several, places, whole, whole_or_none
 from ra_lens.patching.mean import MeanMaps, RunningMean
-from ra_lens.run_info import RunInfo, why_not_stored
+from ra_lens.run_info import RunInfo
 from ra_lens.tensors import read_place
+from ra_lens.text import isolated, label
+
+_FORMAT = 1
+_LOSSES = {
+    "answer_nll": "−log p of the target",
+    "top_prediction": "−log p of the target",
+    "sequence_nll": "mean of −log p over the target's tokens",
+    "logit_diff": "logit of the wrong answer − logit of the right one",
+    "custom": "a metric of the user's own",
+}
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class RACache:
         Raises:
             NotStored: that map is not here; the message says what is.
         """
-        name = self._full_name(key)
+        name = self.sites.name(key)
         if name not in self._maps:
             raise NotStored(self._why_not(key))
         return self._maps[name]
@@ -95,7 +95,7 @@ class RACache:
                 return key in self._maps
             case (str() as kind, layer):
                 try:
-                    return self._full_name((kind, layer)) in self._maps
+                    return self.sites.name((kind, layer)) in self._maps
                 except NotStored:
                     return False
             case _:
@@ -197,8 +197,55 @@ class RACache:
         return (
             f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
             f"layers {self.sites.spell()}, {spell_counts(self.sites.n_heads)} heads "
-            f"({held})\n" + self.info.describe(self.loss.detach().flatten().tolist())
+            f"({held})" + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
         )
+
+    def facts(self, example: Whole | None = None) -> list[tuple[str, str]]:
+        """Tell in names and values what was read, what was asked for, and the loss.
+
+        Args:
+            example: Of which example. Default: of all of them, in short.
+        """
+        info, found = self.info, list[tuple[str, str]]()
+        example = whole_or_none("example", example)
+        if info.str_tokens is not None:
+            lengths = list(map(len, info.str_tokens))
+            n = f"up to {max(lengths)}" if example is None else lengths[example]
+            found.append(("Tokens", f"{n}{', BOS prepended' * bool(info.bos_prepended)}"))
+        own = " (the model's own top prediction; no target was given)"
+        own *= info.target_is_top_prediction
+        if example is None:
+            text = info.objective
+            text += f" of {_shortened(info.targets)}" if info.targets else ""
+            text += f" over {_shortened(info.wrong)}" if info.wrong else ""
+            losses = self.loss.detach().flatten().tolist()
+            if losses and not any(map(math.isnan, losses)):  # NaN where nobody said what it is
+                average = " on average" * (len(losses) > 1)
+                own += f"; loss {sum(losses) / len(losses):.4f}{average}"
+            return [*found, ("Loss", text + own)]
+        if info.targets is not None:
+            found.append(("Target", f"“{label(info.targets[example])}”{own}"))
+        if not math.isnan(loss := self.loss_of(example)):
+            text = f"{loss:.4f}, {_LOSSES.get(info.objective, info.objective)}"
+            if info.objective in ("answer_nll", "top_prediction"):
+                text += f"; p(target) = {math.exp(-loss):.3g}"
+            found.append(("Loss", text))
+        return found
+
+    def loss_of(self, example: Whole) -> float:
+        """Loss of an example; of the whole batch where a metric gave one number for it."""
+        loss = self.loss.detach()
+        return float(loss[whole("example", example)] if loss.ndim else loss)
+
+    def model_facts(self) -> list[tuple[str, str]]:
+        """Tell in names and values which model this is of, and which of its layers."""
+        first, last = self.layers[0], self.layers[-1]
+        together = len(self.layers) > 1 and self.layers == list(range(first, last + 1))
+        layers = f"{first} to {last}" if together else ", ".join(map(str, self.layers))
+        return [
+            ("Model", self.info.model_name),
+            ("Layers", f"{layers}; {spell_counts(self.sites.n_heads)} heads each"),
+        ]
 
     # ---- summaries ------------------------------------------------------------------------------
 
@@ -245,11 +292,7 @@ class RACache:
             return self._running.result()
         if not self._maps:
             raise NotStored(self._why_not("ra"))
-        self.add_to(running := RunningMean(self.sites))
-        return running.result()
-
-    def add_to(self, running: RunningMean) -> None:
-        """Add the maps of every example to a running mean."""
+        running = RunningMean(self.sites, self.batch_size)
         for site in self.sites.values():
             queries = self.info.common_span(site.query_side)
             keys = self.info.common_span(site.key_side)
@@ -257,12 +300,24 @@ class RACache:
                 value = self._maps[name]
                 batched = value if self.has_batch_dim else value.unsqueeze(0)
                 running.add(name, batched[..., queries, keys])
-        running.count += self.batch_size
+        return running.result()
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per prompt, layer and head: the norms, the loss, the target."""
-
-        return to_dataframe(self)
+        n = self.batch_size
+        every = [(prompt, *head) for prompt in range(n) for head in self.sites.heads]
+        index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
+        norms = {
+            f"{kind}_norm": self.norms(kind)[..., self.sites.places].flatten().tolist()
+            for kind in MAP_KINDS
+            if (kind, self.layers[0]) in self._norms
+        }
+        frame = pd.DataFrame(norms, index=index).reset_index()
+        losses = [self.loss_of(i) for i in range(n)]
+        frame["loss"] = [losses[i] for i in frame["prompt"]]
+        targets = self.info.targets or (None,) * n
+        frame["target"] = [targets[i] for i in frame["prompt"]]
+        return frame
 
     # ---- making others --------------------------------------------------------------------------
 
@@ -340,13 +395,94 @@ class RACache:
         Raises:
             NotStored: there are no pattern gradients in it.
         """
-
-        return from_activation_cache(cache, model)
+        lens = as_lens(model)
+        entries: dict[str, Tensor] = dict(cache.items())
+        found = {
+            layer: replace(site, observe_only=False)  # else there were no gradients
+            for layer, site in lens.sites.items()
+            if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
+        }
+        if not found:
+            seen = any(site.pattern_name in entries for site in lens.sites.values())
+            raise NotStored(
+                f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
+                "activation cache. Run model.run_with_cache(..., incl_bwd=True) with a loss; on "
+                "models whose hook_pattern is observe-only that gives no gradients: use "
+                "run_with_ra instead."
+            )
+        has_batch = bool(getattr(cache, "has_batch_dim", True))
+        sites = Sites(found, lens.sites.n_layers)
+        new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=sites.n_layers))
+        for layer, site in sites.items():
+            pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
+            dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
+            pattern, grad = pattern.detach().to(dtype), grad.detach().to(dtype)
+            if not has_batch:
+                pattern, grad = pattern.unsqueeze(0), grad.unsqueeze(0)
+            new._put(layer, "ra", reversed_attention(pattern, grad, site.need_scale()))
+            new._put(layer, "pattern", pattern)
+            new._put(layer, "pattern_grad", grad)
+        return new if has_batch else new.remove_batch_dim()
 
     def save(self, path: str | Path) -> None:
-        """Write the cache to one safetensors file (no pickle; written beside, then renamed)."""
+        """Write the cache to one safetensors file, in place of another cache only.
 
-        save_cache(self, path)
+        Raises:
+            BadInput: the path cannot be written, or holds something that is no cache.
+        """
+        tensors: dict[str, Tensor] = {"loss": self.loss}
+        tensors.update({f"map/{name}": value for name, value in self.items()})
+        tensors.update({f"norm/{kind}/{layer}": v for (kind, layer), v in self._norms.items()})
+        mean = None
+        if self._running is not None:
+            tensors.update({f"sum/{name}": value for name, value in self._running.items()})
+            dtype = self._running.dtype
+            named = None if dtype is None else str(dtype).removeprefix("torch.")
+            mean = {"count": self._running.count, "dtype": named}
+        description = {
+            "format": _FORMAT,
+            "store": self.store,
+            "has_batch_dim": self.has_batch_dim,
+            "info": asdict(self.info),
+            "sites": [asdict(site) for site in self.sites.values()],
+            "mean": mean,
+        }
+        write_tensors(path, tensors, description)
+
+    @staticmethod
+    def load(path: str | Path) -> RACache:
+        """Read a cache written by `save`; BadFile if missing, truncated, or of something else."""
+        with read_tensors(path) as (source, tensors, description):
+            if description["format"] != _FORMAT:
+                raise BadFile(
+                    f"{source} has cache format {description['format']}; this ra_lens reads "
+                    f"{_FORMAT}. Make the cache again, or install the version that wrote it."
+                )
+            found = [Site(**fields) for fields in description["sites"]]
+            info = RunInfo(**{name: _tuples(value) for name, value in description["info"].items()})
+            sites = Sites({site.layer: site for site in found}, info.n_layers)
+            running, mean = None, description.get("mean")
+            if mean is not None:
+                dtype = None if mean["dtype"] is None else getattr(torch, mean["dtype"])
+                running = RunningMean(sites, mean["count"], dtype)
+            cache = RACache(
+                sites=sites,
+                loss=tensors.pop("loss"),
+                info=info,
+                store=description["store"],
+                has_batch_dim=description["has_batch_dim"],
+                _running=running,
+            )
+            for entry, value in tensors.items():
+                group, _, name = entry.partition("/")
+                if group == "map":
+                    cache._maps[name] = value
+                elif group == "sum" and running is not None:
+                    running.add(name, value.unsqueeze(0))
+                else:
+                    kind, _, layer = name.partition("/")
+                    cache._norms[read_kind(kind), int(layer)] = value
+            return cache
 
     def to_html(self, path: str | Path, **options: Any) -> Path:
         """Write a report, one HTML file; options are those of `ra_lens.report.write_report`."""
@@ -354,24 +490,14 @@ class RACache:
 
         return write_report(self, path, **options)
 
-    @staticmethod
-    def load(path: str | Path) -> RACache:
-        """Read a cache written by `save`; BadFile if missing, truncated, or of something else."""
+    # ---- filling, by a run ----------------------------------------------------------------------
 
-        return load_cache(path)
-
-    # ---- filling --------------------------------------------------------------------------------
-
-    def norm_kinds(self) -> list[MapKind]:
-        """Kinds of map whose norms are here."""
-        return [kind for kind in MAP_KINDS if (kind, self.layers[0]) in self._norms]
-
-    def put(self, layer: int, kind: MapKind, value: Tensor) -> None:
+    def _put(self, layer: int, kind: MapKind, value: Tensor) -> None:
         """Add a map (`[batch, head, query, key]`) and its norms."""
-        self.put_norms(layer, kind, value)
-        self.keep(layer, kind, value)
+        self._put_norms(layer, kind, value)
+        self._keep(layer, kind, value)
 
-    def put_norms(
+    def _put_norms(
         self, layer: int, kind: MapKind, value: Tensor, device: str | torch.device | None = None
     ) -> Float[Tensor, "batch head"]:
         """Add the norms of a map; gives them where it is, and only they move to `device`."""
@@ -381,33 +507,12 @@ class RACache:
             self.loss = torch.full(norms.shape[:1], float("nan"))
         return norms
 
-    def keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
+    def _keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
         """Add a map without its norms."""
         self._maps[self.sites[layer].map_name(kind)] = value
 
-    def norm_items(self) -> Iterable[tuple[tuple[MapKind, int], Tensor]]:
-        """Norms per (kind, layer), `[batch, head]`."""
-        return self._norms.items()
-
-    @property
-    def running_mean(self) -> RunningMean | None:
-        """The sums of a cache of `store="mean"`."""
-        return self._running
-
-    def restore(self, entry: str, value: Tensor) -> None:
-        """Put back an entry of a file: `map/{full name}`, `sum/…` or `norm/{kind}/{layer}`."""
-        group, _, name = entry.partition("/")
-        if group == "map":
-            self._maps[name] = value
-        elif group == "sum" and self._running is not None:
-            self._running.add(name, value.unsqueeze(0))
-        else:
-            kind, _, layer = name.partition("/")
-            self._norms[read_kind(kind), int(layer)] = value
-
-    @classmethod
-    def joined(
-        cls,
+    @staticmethod
+    def _joined(
         parts: Sequence[RACache],
         *,
         running: RunningMean | None = None,
@@ -433,11 +538,16 @@ class RACache:
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    def _full_name(self, key: object) -> str:
-        return self.sites.name(key)
-
     def _why_not(self, key: object) -> str:
-        return why_not_stored(key, self.store, self.keys(), self.layers)
+        if self.store != "maps":
+            other = "ra.norms()" if self.store == "norms" else "ra.mean() and ra.norms()"
+            return (
+                f"{key!r} was not kept: this run had store={self.store!r}, which gives {other}. "
+                "Run again with store='maps'."
+            )
+        names = self.keys()
+        some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
+        return f"{key!r} is not in this cache, which holds {some} (layers {self.layers})."
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> RACache:
         return replace(
@@ -448,182 +558,9 @@ class RACache:
         )
 
 
-def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
-    """See `RACache.from_activation_cache`."""
-    lens = as_lens(model)
-    entries: dict[str, Tensor] = dict(cache.items())
-    found = {
-        layer: replace(site, observe_only=False)  # else there were no gradients
-        for layer, site in lens.sites.items()
-        if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
-    }
-    if not found:
-        seen = any(site.pattern_name in entries for site in lens.sites.values())
-        raise NotStored(
-            f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
-            "activation cache. Run model.run_with_cache(..., incl_bwd=True) with a loss; on models "
-            "whose hook_pattern is observe-only that gives no gradients: use run_with_ra instead."
-        )
-    has_batch = bool(getattr(cache, "has_batch_dim", True))
-    sites = Sites(found, lens.sites.n_layers)
-    new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=sites.n_layers))
-    for layer, site in sites.items():
-        pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
-        dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
-        pattern, grad = pattern.detach().to(dtype), grad.detach().to(dtype)
-        if not has_batch:
-            pattern, grad = pattern.unsqueeze(0), grad.unsqueeze(0)
-        new.put(layer, "ra", reversed_attention(pattern, grad, site.need_scale()))
-        new.put(layer, "pattern", pattern)
-        new.put(layer, "pattern_grad", grad)
-    return new if has_batch else new.remove_batch_dim()
-
-
-def to_dataframe(cache: RACache) -> pd.DataFrame:
-    """See `RACache.to_dataframe`."""
-    n = cache.batch_size
-    norms = {
-        f"{kind}_norm": cache.norms(kind)[..., cache.sites.places].flatten().tolist()
-        for kind in cache.norm_kinds()
-    }
-    losses = cache.loss.detach().flatten().tolist()
-    losses = losses if len(losses) == n else losses * n  # a scalar holds for every row
-    targets = cache.info.targets or (None,) * n
-    every = [(prompt, *head) for prompt in range(n) for head in cache.sites.heads]
-    index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
-    frame = pd.DataFrame(norms, index=index).reset_index()
-    frame["loss"] = [losses[i] for i in frame["prompt"]]
-    frame["target"] = [targets[i] for i in frame["prompt"]]
-    return frame
-
-
-FORMAT = 1
-
-
-def _is_cache(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "ra_lens" in (file.metadata() or {})
-    except SafetensorError:
-        return False
-
-
-CACHE = FileKind("a cache of ra_lens", _is_cache)
-
-
-def save_cache(cache: RACache, path: str | Path) -> None:
-    """Write `cache` to `path`, replacing another cache only when the file is complete.
-
-    Raises:
-        BadInput: the path cannot be written, or holds something that is no cache.
-    """
-    from safetensors.torch import save_file
-
-    running = cache.running_mean
-    tensors: dict[str, Tensor] = {"loss": cache.loss}
-    tensors.update({f"map/{name}": value for name, value in cache.items()})
-    tensors.update({f"norm/{kind}/{layer}": v for (kind, layer), v in cache.norm_items()})
-    if running is not None:
-        tensors.update({f"sum/{name}": value for name, value in running.items()})
-    description = {
-        "format": FORMAT,
-        "store": cache.store,
-        "has_batch_dim": cache.has_batch_dim,
-        "info": asdict(cache.info),
-        "sites": [asdict(site) for site in cache.sites.values()],
-        "mean": None
-        if running is None
-        else {"count": running.count, "dtype": _named(running.dtype)},
-    }
-    with whole_file(path, CACHE) as temporary, _system_errors():
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            temporary,
-            metadata={"ra_lens": json.dumps(description)},
-        )
-
-
-def load_cache(path: str | Path) -> RACache:
-    """Read a cache written by `save_cache`.
-
-    Raises:
-        BadFile: missing, truncated, or not written by ra_lens.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    source = user_path(path)
-    check_input(source, "Give a path written by RACache.save.")
-    try:
-        with safe_open(source, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadFile(
-            f"{source} is damaged or not a safetensors file ({error}). "
-            "Give a file written by RACache.save, or make it again."
-        ) from error
-    if "ra_lens" not in header:
-        raise BadFile(
-            f"{source} is a safetensors file, but not one written by RACache.save (it has no "
-            "ra_lens description)."
-        )
-    try:
-        description: dict[str, Any] = json.loads(header["ra_lens"])
-        version = description["format"]
-        if version == FORMAT:
-            return _rebuilt(description, tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadFile(
-            f"the description in {source} is damaged ({type(error).__name__}: {error}). Make the "
-            "cache again."
-        ) from error
-    raise BadFile(
-        f"{source} has cache format {version}; this ra_lens reads {FORMAT}. Make the cache again, "
-        "or install the version that wrote it."
-    )
-
-
-@contextmanager
-def _system_errors() -> Generator[None, None, None]:
-    # safetensors has a class of its own for what the system says, "... (os error 28)".
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
-def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> RACache:
-    found = [Site(**fields) for fields in description["sites"]]
-    by_layer = Sites({site.layer: site for site in found}, description["info"].get("n_layers"))
-    mean = description.get("mean")
-    running = None if mean is None else RunningMean(by_layer, mean["count"], _dtype(mean["dtype"]))
-    cache = RACache(
-        sites=by_layer,
-        loss=tensors["loss"],
-        info=RunInfo(**{name: _tuples(value) for name, value in description["info"].items()}),
-        store=description["store"],
-        has_batch_dim=description["has_batch_dim"],
-        _running=running,
-    )
-    for name, value in tensors.items():
-        if name != "loss":
-            cache.restore(name, value)
-    return cache
-
-
-def _named(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else getattr(torch, name)
+def _shortened(texts: Sequence[str]) -> str:
+    shown = [isolated(repr(text)) for text in texts[:3]]
+    return ", ".join(shown) + ", …" * (len(texts) > 3)
 
 
 def _tuples(value: Any) -> Any:

@@ -51,16 +51,7 @@ def reversed_attention(
     pattern_grad: Float[Tensor, "batch head query key"],
     scale: float,
 ) -> Float[Tensor, "batch head query key"]:
-    """R = scale · A ⊙ (G − rowsum(A ⊙ G)), paper eq. 17.
-
-    Args:
-        pattern: A, the softmax output.
-        pattern_grad: G, the gradient of the loss with respect to it.
-        scale: Softmax scale of the layer; 1 gives R~, the gradient with respect to the scores.
-
-    Returns:
-        R, in the dtype of the arguments; where it is positive, descent lowers this attention.
-    """
+    """R = scale · A ⊙ (G − rowsum(A ⊙ G)), paper eq. 17; a scale of 1 gives R~."""
     # The formula in one pass over memory: the kernel behind every softmax's backward pass.
     step: Tensor = torch.ops.aten._softmax_backward_data(pattern_grad, pattern, -1, pattern.dtype)
     return step if scale == 1 else step.mul_(scale)
@@ -106,7 +97,7 @@ class _SoftmaxTap(torch.autograd.Function):
 
 
 def _discard(_site: Site, _maps: dict[MapKind, Tensor]) -> None:
-    """Receive maps of a run that is over."""
+    """Drop maps that arrive when the run is over."""
 
 
 class Collector:
@@ -121,14 +112,10 @@ class Collector:
         edited: bool = True,
         retained: bool = False,
     ) -> None:
-        """Collect at `sites` of `lens`.
+        """Collect at `sites` of `lens` and hand each layer's maps to `deliver`.
 
-        Args:
-            lens: The model.
-            sites: Its layers to collect at.
-            deliver: Receives the maps of a layer.
-            edited: Whether hooks of the user's may cut layers off from the loss.
-            retained: Whether several backward passes may run through one graph; each delivers.
+        Hooks of the user's may cut layers off from the loss if `edited`; each of several backward
+        passes through one graph delivers if `retained`.
         """
         self._lens = lens
         self._sites = sites
@@ -150,8 +137,7 @@ class Collector:
     def attached(self, *, recompute: bool = False) -> Generator[None, None, None]:
         """Attach to the model: the patterns before every other hook, the block input after.
 
-        Args:
-            recompute: Keep no block's graph but the last; see `ra_lens.model.blocks`.
+        With `recompute` no block's graph but the last is kept; see `ra_lens.model.blocks`.
         """
         self._recompute = recompute
         above: set[str] = set()  # self- and cross-attention of a decoder block share one input
@@ -219,12 +205,10 @@ class Collector:
         return (self.observe(layer, args[0], copy=edited_next), *args[1:])
 
     def observe(self, layer: int, pattern: Tensor, *, copy: bool = True) -> Tensor:
-        """Collect from a pattern; returns the tensor that the model goes on with.
+        """Collect from a pattern, the softmax output as the model has it.
 
-        Args:
-            layer: Its layer.
-            pattern: The softmax output, as the model has it.
-            copy: Whether other hooks may edit the tensor returned in place.
+        Returns the tensor that the model goes on with, a `copy` where other hooks may edit it in
+        place.
         """
         self._times[layer] += 1
         repeated = self._sites[layer].repeated
@@ -301,16 +285,9 @@ class Collector:
         return step
 
     def backward(self, total: Float[Tensor, ""], scale: float = 1.0) -> None:
-        """Differentiate `total` down to the first layer and deliver every layer's maps.
+        """Differentiate the loss `total` down to the first layer and deliver every layer's maps.
 
-        Args:
-            total: The loss.
-            scale: What gradients are multiplied with on their way; the maps are divided by it.
-
-        Raises:
-            NothingToDifferentiate: the loss does not depend on the attention, of all layers or of
-                some that nobody's hook cuts off from it.
-            UnsupportedModel: a layer whose pattern was never seen, or is cut off from the loss.
+        Gradients are multiplied with `scale` on their way, and the maps are divided by it.
         """
         unseen = [layer for layer in self._sites if layer not in self._times]
         if unseen:

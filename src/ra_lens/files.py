@@ -7,15 +7,21 @@ only by one of its own kind, as its first bytes tell, and never where it is what
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import stat
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ra_lens.errors import BadFile, BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says of a disk, or a share of one, that takes no more."""
@@ -33,29 +39,31 @@ def begins_with(*starts: bytes) -> Callable[[Path], bool]:
 
 @dataclass(frozen=True)
 class FileKind:
-    """What is written to a file.
-
-    Attributes:
-        name: What messages call it.
-        is_one: Tells whether a file that is there is one.
-        endings: How its name ends; empty: in any way.
-    """
+    """What is written to a file."""
 
     name: str
-    is_one: Callable[[Path], bool]
-    endings: tuple[str, ...] = ()
+    is_one: Callable[[Path], bool]  # tells whether a file that is there is one
+    endings: tuple[str, ...] = ()  # of its name; empty: any
 
 
+def _holds_tensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _HEADER in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+_HEADER = "ra_lens"  # under this name a header holds the description
+CACHE = FileKind("a cache of ra_lens", _holds_tensors)
 PAGE = FileKind("a page", begins_with(b"<"), (".html", ".htm"))
 REPORT = replace(PAGE, name="a report")
 
 
 def user_path(path: str | Path) -> Path:
-    """Give a path with `~` written out.
-
-    Raises:
-        BadInput: there is no home folder for it.
-    """
+    """Give a path with `~` written out; BadInput if there is no home folder for it."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -65,25 +73,12 @@ def user_path(path: str | Path) -> Path:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether there is a folder; what cannot be looked at is none.
-
-    Raises:
-        BadInput: there is no home folder for its `~`.
-    """
+    """Whether there is a folder; what cannot be looked at is none."""
     return os.path.isdir(user_path(path))
 
 
 def check_input(path: Path, advice: str, *, folder: bool = False) -> None:
-    """Find out whether a file, or a folder, is there and can be read.
-
-    Args:
-        path: Where; `~` written out.
-        advice: What to give instead, for the message.
-        folder: Whether it has to be a folder.
-
-    Raises:
-        BadFile: it is not, or cannot be read; the message says why.
-    """
+    """Raise BadFile, with `advice`, if a file, or a folder, is not there or cannot be read."""
     what = "folder" if folder else "file"
     try:
         mode = path.stat().st_mode
@@ -104,18 +99,10 @@ def check_input(path: Path, advice: str, *, folder: bool = False) -> None:
 def check_output(
     path: str | Path, kind: FileKind | None = None, *, inputs: Iterable[Path] = ()
 ) -> Path:
-    """Find out, before any expensive work, whether a file can be written at `path`.
+    """Raise BadInput, before any expensive work, if a file cannot be written at `path`.
 
-    Args:
-        path: The file to write.
-        kind: What is going to be written. Default: anything, which replaces anything.
-        inputs: Files that are read, which must not be written to.
-
-    Returns:
-        The destination, links followed.
-
-    Raises:
-        BadInput: it cannot; the message says why.
+    A file of no `kind` replaces anything, but none of the `inputs`. Gives the destination, links
+    followed.
     """
     given = user_path(path)
     try:
@@ -148,8 +135,7 @@ def check_output(
 def whole_file(path: str | Path, kind: FileKind | None = None) -> Generator[Path, None, None]:
     """Give a temporary path to write to, which takes the place of `path` when all went well.
 
-    Raises:
-        BadInput: the path cannot be written or holds another kind of file, or the disk is full.
+    Raises BadInput if `path` cannot be written or holds another kind of file, or the disk is full.
     """
     destination = check_output(path, kind)
     temporary: Path | None = None
@@ -170,17 +156,65 @@ def whole_file(path: str | Path, kind: FileKind | None = None) -> Generator[Path
 
 
 def write_whole(path: str | Path, text: str, kind: FileKind | None = None) -> Path:
-    """Write `text` to `path`, replacing what is there only when the file is complete.
-
-    Returns:
-        The file written, links followed.
-
-    Raises:
-        BadInput: the path cannot be written or holds another kind of file, or the disk is full.
-    """
+    """Write `text` to a `whole_file`; gives the file written, links followed."""
     with whole_file(path, kind) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return user_path(path).resolve()
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file with a JSON description in its header, in place of another only."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with whole_file(path, CACHE) as temporary:
+        own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        try:
+            save_file(own, temporary, metadata={_HEADER: json.dumps(description)})
+        except SafetensorError as error:
+            # A class of its own for what the system says, "... (os error 28)".
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+@contextmanager
+def read_tensors(path: str | Path) -> Generator[tuple[Path, dict[str, Tensor], Any], None, None]:
+    """Give the path, tensors and description of a file that `write_tensors` wrote.
+
+    Raises BadFile if it is missing or of something else, or if whoever reads the description finds
+    it damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    source = user_path(path)
+    check_input(source, "Give a path written by RACache.save.")
+    try:
+        with safe_open(source, framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadFile(
+            f"{source} is damaged or not a safetensors file ({error}). "
+            "Give a file written by RACache.save, or make it again."
+        ) from error
+    if _HEADER not in header:
+        raise BadFile(
+            f"{source} is a safetensors file, but not one written by RACache.save (it has no "
+            "ra_lens description)."
+        )
+    try:
+        yield source, tensors, json.loads(header[_HEADER])
+    except BadFile:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadFile(
+            f"the description in {source} is damaged ({type(error).__name__}: {error}). Make the "
+            "cache again."
+        ) from error
 
 
 def reason(error: Exception) -> str:

@@ -16,24 +16,16 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.head_names import Head, Heads, layer_and_index, list_heads
 from ra_lens.model import Side
-from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Whole, whole, whole_or_none
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a head's maps: what `query` attends to at `key` and how descent would move it.
-
-    Attributes:
-        query: Position of the attending token.
-        key: Position of the token attended to.
-        ra: R there; negative where descent raises this attention.
-        pattern: A there.
-    """
+    """One entry of a head's maps, at the positions `query` and `key`."""
 
     query: int
     key: int
-    ra: float
+    ra: float  # negative where descent raises this attention
     pattern: float
 
     @property
@@ -44,27 +36,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeadMaps:
-    """The maps of one head on one example, without padding.
-
-    Attributes:
-        layer: The head's layer.
-        head: Its index there.
-        tokens: What the queries are (`#0`, `#1`, … where the cache was not told).
-        first: Position of the first row kept; not 0 where a long prompt was cut.
-        key_tokens: What the keys are: `tokens`, but for a decoder that attends to an encoder.
-        first_key: Position of the first column kept.
-        causal: Whether no query has anything at a later key; such cells are NaN.
-        pattern: A; NaN where a query cannot look.
-        ra: R; NaN likewise.
-    """
+    """The maps of one head on one example, without padding."""
 
     layer: int
     head: int
-    tokens: tuple[str, ...]
-    first: int
-    key_tokens: tuple[str, ...]
-    first_key: int
-    causal: bool
+    tokens: tuple[str, ...]  # of the queries; `#0`, `#1`, … where the cache was not told
+    first: int  # position of the first row kept; not 0 where a long prompt was cut
+    key_tokens: tuple[str, ...]  # `tokens`, but for a decoder that attends to an encoder
+    first_key: int  # position of the first column kept
+    causal: bool  # whether no query has anything at a later key; such cells are NaN
     pattern: Float[np.ndarray, "query key"]
     ra: Float[np.ndarray, "query key"]
 
@@ -105,41 +85,26 @@ class HeadMaps:
         large = np.flatnonzero(size >= least)  # a long prompt has too many cells to sort them all
         order = large[np.argsort(-size[large], kind="stable")][:k]
         rows, columns = np.unravel_index(order[size[order] > 0], self.ra.shape)
-        return [
-            Cell(
-                self.first + i,
-                self.first_key + j,
-                float(self.ra[i, j]),
-                float(self.pattern[i, j]),
-            )
-            for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
-        ]
+        r, pattern = self.ra[rows, columns].tolist(), self.pattern[rows, columns].tolist()
+        queries, keys = (self.first + rows).tolist(), (self.first_key + columns).tolist()
+        return [Cell(*entry) for entry in zip(queries, keys, r, pattern, strict=True)]
 
 
 def head_of_example(
     ra: RACache, head: Head, *, example: Whole = 0, max_tokens: Whole | None = None
 ) -> HeadMaps:
-    """Cut the maps of one head on one example out of a cache.
+    """Cut the maps of one head on one example out of a cache that holds `ra` and `pattern`.
 
-    Args:
-        ra: A cache that holds `ra` and `pattern`.
-        head: The head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
-        example: Which example.
-        max_tokens: Keep at most so many of the last rows and columns. Default: all.
-
-    Raises:
-        BadInput: no such head or example.
-        NotStored: the maps were not kept.
+    At most `max_tokens` of the last rows and columns are kept.
     """
     layer, index = read_head(ra, head)
     example, max_tokens = read_example(ra, example), whole_or_none("max_tokens", max_tokens)
-    found, stored = _maps(ra, layer, index, example)
+    both = (ra["ra", layer], ra["pattern", layer])
+    found = [maps[example, index] if ra.has_batch_dim else maps[index] for maps in both]
+    n_queries, n_keys = found[0].shape
     site = ra.sites[layer]
-    sides = [
-        _side(ra, side, example, length, max_tokens)
-        for side, length in zip((site.query_side, site.key_side), stored, strict=True)
-    ]
-    (tokens, first, rows), (key_tokens, first_key, columns) = sides
+    tokens, first, rows = _side(ra, site.query_side, example, n_queries, max_tokens)
+    key_tokens, first_key, columns = _side(ra, site.key_side, example, n_keys, max_tokens)
     r, a = (_array(one[rows, columns]) for one in found)
     causal = r.shape[0] == r.shape[1] and first == first_key and _nothing_above(r, a)
     if causal:  # nothing there rather than a zero
@@ -149,11 +114,7 @@ def head_of_example(
 
 
 def read_head(ra: RACache, head: object) -> tuple[int, int]:
-    """Give layer and index of a head.
-
-    Raises:
-        BadInput: it is not in the cache.
-    """
+    """Give layer and index of a head of a cache."""
     layer, index = layer_and_index(head)
     n_heads = ra.sites[layer].n_heads if layer in ra.layers else ra.n_heads
     if layer not in ra.layers or not 0 <= index < n_heads:
@@ -165,11 +126,7 @@ def read_head(ra: RACache, head: object) -> tuple[int, int]:
 
 
 def read_heads(ra: RACache, heads: Heads) -> list[tuple[int, int]]:
-    """Give layer and index of several heads, or of one.
-
-    Raises:
-        BadInput: none is given, or one is not in the cache.
-    """
+    """Give layer and index of several heads of a cache, at least one, or of one alone."""
     given = [] if heads is None else list_heads(heads)
     if not given:
         raise BadInput("found no heads to show. Give some, such as ra.top_heads(6).")
@@ -177,24 +134,11 @@ def read_heads(ra: RACache, heads: Heads) -> list[tuple[int, int]]:
 
 
 def read_example(ra: RACache, example: Whole) -> int:
-    """Give the index of an example.
-
-    Raises:
-        BadInput: the example is not in the cache.
-    """
+    """Give the index of an example of a cache."""
     index = whole("example", example)
     if not 0 <= index < ra.batch_size:
         raise BadInput(f"found example={index}; this cache has examples 0 to {ra.batch_size - 1}.")
     return index
-
-
-def _maps(
-    ra: RACache, layer: int, head: int, example: int
-) -> tuple[list[Float[Tensor, "query key"]], tuple[int, int]]:
-    kinds: tuple[MapKind, ...] = ("ra", "pattern")
-    both = [ra[kind, layer] for kind in kinds]
-    found = [maps[example, head] if ra.has_batch_dim else maps[head] for maps in both]
-    return found, (found[0].shape[0], found[0].shape[1])
 
 
 def _side(

@@ -3,6 +3,9 @@
 The hooks themselves are for people who run their own backward pass.
 """
 
+# pyright: reportPrivateUsage=false
+# A run fills its cache; nobody else does.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -95,21 +98,21 @@ class Recorder:
         self, site: Site, kind: MapKind, value: Tensor, tokens: tuple[slice, ...] = ()
     ) -> None:
         """Keep what was asked for of a map; a mean is that of its rows and columns of `tokens`."""
-        norms = self.cache.put_norms(site.layer, kind, value, device=self.device)
+        norms = self.cache._put_norms(site.layer, kind, value, device=self.device)
         if kind == "pattern_grad":
             self._largest[site.layer] = norms.max()
         name = site.map_name(kind)
         if not self.wanted(name):
             return
         if self.store == "maps":
-            self.cache.keep(site.layer, kind, value.to(device=self.device, dtype=self._dtype))
+            self.cache._keep(site.layer, kind, value.to(device=self.device, dtype=self._dtype))
         elif self._sums is not None:
             self._sums.add(name, value[(..., *tokens)].to(device=self.device))
 
     def regroup(self, n_groups: int, order: Sequence[int]) -> None:
         """Make one batch of the last ones, which were groups of it, its examples in `order`."""
         parts, self._caches = self._caches[-n_groups:], self._caches[:-n_groups]
-        self._caches.append(RACache.joined(parts, order=order))
+        self._caches.append(RACache._joined(parts, order=order))
 
     def largest_gradients(self) -> dict[int, float]:
         """Largest norm of a head's gradient at each layer, in the batch that has begun."""
@@ -123,14 +126,9 @@ class Recorder:
             if self._sums is not None and self._sums is not self._running:
                 self._running.include(self._sums)
 
-    def map_bytes(self, model_dtype: torch.dtype) -> int:
-        """Bytes per entry of a map of a model of this dtype."""
-        made_in = torch.float64 if model_dtype == torch.float64 else torch.float32
-        return (self._dtype or made_in).itemsize
-
     def result(self, *, loss: Tensor, info: RunInfo) -> RACache:
         """Join the batches into one cache."""
-        joined = RACache.joined(self._caches, running=self._running)
+        joined = RACache._joined(self._caches, running=self._running)
         joined.loss, joined.info = loss, info
         return joined
 

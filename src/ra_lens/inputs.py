@@ -36,17 +36,11 @@ _ALSO_READ = (
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Token ids as they were given.
+    """Token ids as they were given."""
 
-    Attributes:
-        ids: The rows; shorter ones are filled up with 0.
-        lengths: Length of each row as it was given.
-        mask: True at real tokens; None where nothing was said.
-    """
-
-    ids: Int[Tensor, "batch pos"]
-    lengths: tuple[int, ...]
-    mask: Bool[Tensor, "batch pos"] | None = None
+    ids: Int[Tensor, "batch pos"]  # shorter rows are filled up with 0
+    lengths: tuple[int, ...]  # of each row as it was given
+    mask: Bool[Tensor, "batch pos"] | None = None  # True at real tokens; None: nothing was said
 
     def __len__(self) -> int:
         """Give the number of rows."""
@@ -58,19 +52,19 @@ class TokenIds:
         return min(self.lengths) < max(self.lengths)
 
     @property
+    def keep(self) -> Bool[Tensor, "batch pos"]:
+        """Where tokens are: what was given, less what the mask calls padding."""
+        if self.mask is not None:
+            return self.mask
+        return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths).unsqueeze(1)
+
+    @property
     def rows(self) -> list[list[int]]:
-        """The rows as they were given, less what the mask calls padding."""
-        width = torch.arange(self.ids.shape[1])
-        given = width < torch.tensor(self.lengths).unsqueeze(1)
-        keep = given if self.mask is None else self.mask
-        return [row[real].tolist() for row, real in zip(self.ids.cpu(), keep, strict=True)]
+        """The tokens of each row."""
+        return [row[real].tolist() for row, real in zip(self.ids.cpu(), self.keep, strict=True)]
 
     def masked(self, mask: Mask) -> TokenIds:
-        """The same ids with a mask.
-
-        Raises:
-            BadInput: a mask of another shape, or one that says something else than yes and no.
-        """
+        """The same ids with a mask, of their shape and of 0 and 1."""
         values = _plain(mask)
         values = [_plain(row) for row in values] if isinstance(values, list) else []
         rows: list[Any] = values if any(isinstance(row, list) for row in values) else [values]
@@ -94,16 +88,9 @@ class TokenIds:
 
 
 def read_given(name: str, given: Any, *, mask: Mask | None = None) -> tuple[str, ...] | TokenIds:
-    """Tell texts from token ids.
+    """Tell texts from token ids, at least one, called `name` in messages; neither is refused.
 
-    Args:
-        name: What one of them is, for the messages, such as `prompt`.
-        given: Texts or ids; also what this has given before.
-        mask: Attention mask of ids, in place of one that comes with them.
-
-    Raises:
-        BadInput: something else, or none at all; text with half a character; a mask that does not
-            fit.
+    A `mask` of ids wins over one that comes with them. What this has given is read once more.
     """
     if isinstance(given, Mapping) and given.get("input_ids") is not None:
         _refuse_what_else_is_read(name, given)
@@ -116,30 +103,18 @@ def read_given(name: str, given: Any, *, mask: Mask | None = None) -> tuple[str,
 
 
 def answers_given(name: str, given: Any) -> Any:
-    """Put answers into plain lists: texts, ids, or the row of ids of one answer; one stays alone.
-
-    Args:
-        name: What one of them is, for the messages, such as `target`.
-        given: Text, an id, or several in whatever holds them; ids as a tokenizer gives them.
-
-    Raises:
-        BadInput: bytes, a set, or a mapping without token ids.
-    """
+    """Put answers into plain lists: texts, ids, or rows of ids of one answer; one stays alone."""
     if isinstance(given, Mapping) and given.get("input_ids") is not None:
         return cast("TokenIds", read_given(name, given)).rows
-    refuse_no_list(name, given)
+    _refuse_no_list(name, given)
     given = _plain(given)
     if isinstance(given, str) or not isinstance(given, Iterable):
         return given
     return [_plain(answer) for answer in given]
 
 
-def refuse_no_list(name: str, given: object) -> None:
-    """Refuse what iterates over something that is not meant.
-
-    Raises:
-        BadInput: bytes, a set, or a mapping.
-    """
+def _refuse_no_list(name: str, given: object) -> None:
+    """Refuse bytes, sets and mappings, which iterate over something that is not meant."""
     found = f"found a {type(given).__name__} as {name}"
     if isinstance(given, bytes | bytearray | memoryview):
         raise BadInput(f"{found}; text is needed. Decode it: bytes.decode().")
@@ -184,7 +159,7 @@ def _read(name: str, given: Any) -> tuple[str, ...] | TokenIds:
         return (whole_text(f"{name} 0", given),)
     if isinstance(given, Tensor):
         return _from_tensor(name, given)
-    refuse_no_list(name, given)
+    _refuse_no_list(name, given)
     if hasattr(given, "__array__"):  # of NumPy, pandas and whatever else goes by their rules
         array: np.ndarray[Any, Any] = np.asarray(given)
         if array.dtype.kind in "biufc":

@@ -12,7 +12,7 @@ one. That is what a run needs at least: a refusal is always meant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -21,80 +21,85 @@ import torch
 from ra_lens.collect import Store
 from ra_lens.errors import NotEnoughMemory
 from ra_lens.model import Lens, Side, Site
+from ra_lens.model.sites import MAP_KINDS
+from ra_lens.prompts import Prompts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides how much memory a run takes.
+    """A run, by what decides how much memory it takes."""
 
-    Attributes:
-        sites: Layers collected.
-        kinds: How many kinds of map are kept of each.
-        widths: Tokens per example, padding included, on each side.
-        n_examples: All examples.
-        batch: Examples that run at a time.
-        store: What is kept of the maps.
-        recompute: Whether one layer's graph is kept at a time.
-        map_bytes: Bytes per entry of a map.
-        maps_elsewhere: Whether maps are kept on another device than the model's.
-    """
-
+    lens: Lens
     sites: Mapping[int, Site]
-    kinds: Mapping[int, int]
-    widths: Mapping[Side, int]
-    n_examples: int
-    batch: int
+    prompts: Prompts
+    encoded: Prompts | None  # what an encoder-decoder's encoder reads
+    batch_size: int | None
     store: Store
+    wanted: Callable[[str], bool]  # tells by full name which maps are kept
+    device: torch.device | None  # where they are kept
+    dtype: torch.dtype | None  # in what they are kept
     recompute: bool
-    map_bytes: int
-    maps_elsewhere: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Prompts that run at a time."""
+        return min(len(self.prompts), self.batch_size or len(self.prompts))
+
+    @property
+    def widths(self) -> dict[Side, int]:
+        """Tokens per prompt, padding included, on each side."""
+        sides: dict[Side, Prompts] = {
+            "input": self.encoded or self.prompts,
+            "decoder": self.prompts,
+        }
+        return {side: max(prompts.lengths) for side, prompts in sides.items()}
 
     @property
     def maps(self) -> int:
         """Bytes of the maps kept on the model's device."""
-        examples = {"maps": self.n_examples, "mean": 1, "norms": 0}[self.store]
-        if self.maps_elsewhere:
+        lens, examples = self.lens, {"maps": len(self.prompts), "mean": 1, "norms": 0}[self.store]
+        if torch.device(self.device or lens.device).type != lens.device.type:
             return 0
-        return examples * self.map_bytes * sum(self.kinds[i] * self._cells(i) for i in self.sites)
+        made_in = torch.float64 if lens.dtype == torch.float64 else torch.float32
+        entries = sum(
+            self._cells(site) * sum(self.wanted(site.map_name(kind)) for kind in MAP_KINDS)
+            for site in self.sites.values()
+        )
+        return examples * (self.dtype or made_in).itemsize * entries
 
-    def graph(self, lens: Lens) -> int:
+    @property
+    def graph(self) -> int:
         """Bytes of the graph that one batch leaves for its backward pass, at least."""
-        first = min(self.sites)
-        later = {i: site for i, site in lens.sites.items() if i >= first}
-        tokens = {i: self.widths[site.query_side] for i, site in later.items()}
+        lens, widths = self.lens, self.widths
+        later = [site for layer, site in lens.sites.items() if layer >= min(self.sites)]
+        tokens = [widths[site.query_side] for site in later]
         layers = [
-            self._cells(i, site) + tokens[i] * (5 * lens.d_model + lens.d_mlp)
-            for i, site in later.items()
+            self._cells(site) + n * (5 * lens.d_model + lens.d_mlp)
+            for site, n in zip(later, tokens, strict=True)
         ]
-        if self.recompute:
-            inputs = sum(tokens[i] * lens.d_model for i in later)
-            return self.batch * lens.dtype.itemsize * (max(layers) + inputs)
-        return self.batch * lens.dtype.itemsize * sum(layers)
+        kept = max(layers) + sum(tokens) * lens.d_model if self.recompute else sum(layers)
+        return self.batch * lens.dtype.itemsize * kept
 
-    def need(self, lens: Lens) -> int:
+    @property
+    def need(self) -> int:
         """Bytes needed at least beside the model."""
-        return max(self.maps, self.graph(lens))
+        return max(self.maps, self.graph)
 
-    def _cells(self, layer: int, site: Site | None = None) -> int:
-        site = site or self.sites[layer]
+    def _cells(self, site: Site) -> int:
         return site.n_heads * self.widths[site.query_side] * self.widths[site.key_side]
 
 
-def refuse_what_cannot_fit(lens: Lens, plan: Plan) -> None:
-    """Raise if a run needs more memory than its device has left.
-
-    Raises:
-        NotEnoughMemory: says how much is needed and free, and which options would fit.
-    """
-    free = free_memory(lens.device)
-    if free is None or plan.need(lens) <= free:
+def refuse_what_cannot_fit(plan: Plan) -> None:
+    """Raise NotEnoughMemory, with what would fit, if a run needs more than its device has left."""
+    device = plan.lens.device
+    free = free_memory(device)
+    if free is None or plan.need <= free:
         return
-    tokens = max(plan.widths.values())
     raise NotEnoughMemory(
-        f"this run needs at least {_spelled(plan.need(lens))} of memory ({_spelled(plan.maps)} of "
-        f"maps, {_spelled(plan.graph(lens))} of graph, for {plan.batch} prompts of {tokens} tokens "
-        f"at a time and {len(plan.sites)} layers), and {_spelled(free)} are free on {lens.device}. "
-        + _advice(lens, plan, free)
+        f"this run needs at least {_spelled(plan.need)} of memory ({_spelled(plan.maps)} of maps, "
+        f"{_spelled(plan.graph)} of graph, for {plan.batch} prompts of "
+        f"{max(plan.widths.values())} tokens at a time and {len(plan.sites)} layers), and "
+        f"{_spelled(free)} are free on {device}. " + _advice(plan, free)
     )
 
 
@@ -109,22 +114,23 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def _advice(lens: Lens, plan: Plan, free: int) -> str:
+def _advice(plan: Plan, free: int) -> str:
     """Options that make it fit, the one that changes least first."""
-    last = {max(plan.sites): plan.sites[max(plan.sites)]}
+    norms = replace(plan, store="norms")
+    both = replace(norms, recompute=True)
+    all_three = replace(both, batch_size=1)
+    last = max(plan.sites)
     smaller = {
-        "batch_size=1": replace(plan, batch=1),
-        "store='norms'": replace(plan, store="norms"),
+        "batch_size=1": replace(plan, batch_size=1),
+        "store='norms'": norms,
         "recompute=True": replace(plan, recompute=True),
-        "store='norms' and recompute=True": replace(plan, store="norms", recompute=True),
-        "store='norms', recompute=True and batch_size=1": replace(
-            plan, store="norms", recompute=True, batch=1
-        ),
-        f"layers={[*last]}, store='norms', recompute=True and batch_size=1": replace(
-            plan, sites=last, store="norms", recompute=True, batch=1
+        "store='norms' and recompute=True": both,
+        "store='norms', recompute=True and batch_size=1": all_three,
+        f"layers={[last]}, store='norms', recompute=True and batch_size=1": replace(
+            all_three, sites={last: plan.sites[last]}
         ),
     }
-    needs = {option: other.need(lens) for option, other in smaller.items()}
+    needs = {option: other.need for option, other in smaller.items()}
     fitting = [f"{option} ({_spelled(n)})" for option, n in needs.items() if n <= free]
     if not fitting:
         return "Nor would one layer's norms of one prompt fit: shorten the prompt."

@@ -22,53 +22,31 @@ Reals = Real | Iterable[Real]
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> int:
-    """Give a whole number as an `int`.
-
-    Args:
-        name: What it is given as, for the message.
-        value: What was given.
-        least: The smallest that is allowed.
-
-    Raises:
-        BadInput: not one whole number, or one below `least`.
-    """
+    """Give a whole number as an `int`, refusing all else, and what is below `least`, as `name`."""
     number = as_whole(value)
     if number is None:
-        raise BadInput(f"found {name}={_shown(value)}; give a whole number{_from(least)}.")
+        from_least = "" if least is None else f" from {least} on"
+        raise BadInput(f"found {name}={_shown(value)}; give a whole number{from_least}.")
     if least is not None:
         at_least(least, **{name: number})
     return number
 
 
 def whole_or_none(name: str, value: object, *, least: int | None = None) -> int | None:
-    """Give a whole number as an `int`, or None where none was given; see `whole`."""
+    """Give a whole number, see `whole`, or None where none was given."""
     return None if value is None else whole(name, value, least=least)
 
 
 def wholes(
     name: str, values: object, *, least: int | None = None, none_at_all: bool = False
 ) -> list[int]:
-    """Give whole numbers as a list of `int`; one alone becomes a list of one.
-
-    Args:
-        name: What they are given as, for the message.
-        values: One number, or several in whatever iterates over them.
-        least: The smallest that is allowed.
-        none_at_all: Whether an empty list is one.
-
-    Raises:
-        BadInput: none at all, something that is not a whole number, or one below `least`.
-    """
+    """Give whole numbers, see `whole`, as a list; no number is refused unless `none_at_all`."""
     given = _several(name, values, "whole number", none_at_all=none_at_all)
     return [whole(name, value, least=least) for value in given]
 
 
 def real(name: str, value: object) -> float:
-    """Give a finite number as a `float`.
-
-    Raises:
-        BadInput: not one number, NaN or an infinity.
-    """
+    """Give a finite number as a `float`, refusing all else as `name`."""
     number = _as_float(value)
     if number is None:
         raise BadInput(f"found {name}={_shown(value)}; give a number.")
@@ -78,31 +56,19 @@ def real(name: str, value: object) -> float:
 
 
 def real_or_none(name: str, value: object) -> float | None:
-    """Give a finite number as a `float`, or None where none was given; see `real`."""
+    """Give a finite number, see `real`, or None where none was given."""
     return None if value is None else real(name, value)
 
 
 def reals(name: str, values: object) -> list[float]:
-    """Give finite numbers as a list of `float`; one alone becomes a list of one.
-
-    Raises:
-        BadInput: none at all, or something that is not a finite number.
-    """
+    """Give finite numbers, at least one, as a list of `float`."""
     return [real(name, value) for value in _several(name, values, "number")]
 
 
 def places(name: str, which: object, n: int, things: str) -> list[int]:
-    """Give the places among `n` things that are chosen, from 0 on, in the order given.
+    """Give the places chosen among `n` things, at least one, from 0 on and in the order given.
 
-    Args:
-        name: What the choice is given as, for the message.
-        which: One place or several (negative: from the end), a slice, or a bool for each thing.
-        n: How many things there are.
-        things: What they are, for the message.
-
-    Raises:
-        BadInput: none of these, a place outside, another number of bools than things, or nothing
-            chosen.
+    `which` is one place or several (negative: from the end), a slice, or a bool for each thing.
     """
     shown = f"found {name}={_shown(which)}"
     found = _read_places(which, n)
@@ -175,10 +141,6 @@ def _several(name: str, values: Any, what: str, *, none_at_all: bool = False) ->
 
 def _is_bool(value: object) -> bool:
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
-
-
-def _from(least: int | None) -> str:
-    return "" if least is None else f" from {least} on"
 
 
 def _shown(value: object) -> str:

@@ -11,19 +11,15 @@ a mask, some count positions from the first column. It is found by looking, not 
   it (`watched`).
 
 Where this does not hold, prompts run in groups of one length, without padding and so without a
-mask, which is exact. Whoever runs prompts asks here which of them may share a batch.
+mask, which is exact; what comes back is laid out as the batch is. The loss of a target is each
+example's own, so the groups have nothing to do with each other. A metric of the user's gets the
+logits of all examples in one tensor, as ever: the groups run once for these alone, the metric is
+differentiated with respect to them, and each group is then differentiated along its part of that
+gradient.
 
 Cost: three forward passes of one or two prompts for each side that is padded, once per model and
 again for wider batches than seen before; in a padded batch the largest weight of each query and
 key.
-
-One batch run in groups of one length; what comes back is laid out as the batch is.
-
-Where padding would change what a model computes (`ra_lens.padding`), examples of one length run
-without it. The loss of a target is each example's own, so the groups have nothing to do with each
-other. A metric of the user's gets the logits of all examples in one tensor, as ever: the groups run
-once for these alone, the metric is differentiated with respect to them, and each group is then
-differentiated along its part of that gradient.
 """
 
 from __future__ import annotations
@@ -41,7 +37,7 @@ from torch import Tensor, nn
 from ra_lens.errors import UnsupportedModel
 from ra_lens.model import Lens, Side, Site
 from ra_lens.prompts import Batch, PaddingSide, Prompts
-from ra_lens.targets import Bound
+from ra_lens.targets import Loss
 
 _N_READ = 8  # positions of each prompt at which logits are compared
 _NOTHING = torch.finfo(torch.float32).eps  # a smaller weight is none
@@ -77,19 +73,14 @@ def of_one_length(prompts: Prompts, encoded: Prompts | None = None) -> list[list
 def batches(
     lens: Lens, prompts: Prompts, batch_size: int | None
 ) -> Iterator[tuple[list[int], Prompts]]:
-    """Split prompts into batches of those that may run together, told by their indices.
-
-    Args:
-        lens: The model.
-        prompts: What is to be read.
-        batch_size: Prompts in a batch at most. None: no limit.
-    """
+    """Split prompts into batches of those that may run together, told by their indices."""
     hidden = padding_is_hidden(lens, prompts)
-    for group in [list(range(len(prompts)))] if hidden else of_one_length(prompts):
+    read = prompts if hidden else prompts.unpadded()
+    for group in together(lens, prompts):
         step = batch_size or len(group)
         for start in range(0, len(group), step):
             part = group[start : start + step]
-            yield part, prompts.chosen(part) if hidden else prompts.chosen(part).unpadded()
+            yield part, read.chosen(part)
 
 
 # ---- in every padded batch -----------------------------------------------------------------------
@@ -97,16 +88,10 @@ def batches(
 
 @contextmanager
 def watched(lens: Lens, batch: Batch, encoded: Batch | None = None) -> Generator[None, None, None]:
-    """Watch a forward pass of a padded batch while the context is open.
+    """Watch a forward pass of a padded batch, `encoded` being what an encoder reads.
 
-    Args:
-        lens: The model.
-        batch: What is read; what the decoder reads in an encoder-decoder.
-        encoded: What an encoder-decoder's encoder reads.
-
-    Raises:
-        PaddingShows: when it closes; a token attended to padding, or to a later token in a causal
-            layer.
+    Raises PaddingShows when it closes, if a token attended to padding, or to a later token in a
+    causal layer.
     """
     sides: dict[Side, Batch] = {"input": encoded or batch, "decoder": batch}
     if not any(side.is_padded for side in sides.values()):
@@ -149,10 +134,7 @@ def _out_of_sight(queries: Batch, keys: Batch, *, causal: bool) -> Bool[Tensor, 
 def padding_is_hidden(lens: Lens, prompts: Prompts, encoded: Prompts | None = None) -> bool:
     """Whether prompts compute in one padded batch what they compute alone, as far as was seen.
 
-    Args:
-        lens: The model. Hooks on it have no part in this.
-        prompts: What is to be read; what the decoder reads in an encoder-decoder.
-        encoded: What an encoder-decoder's encoder reads.
+    Hooks on the model have no part in this. `encoded` is what an encoder-decoder's encoder reads.
     """
     sides = (_side(encoded), _side(prompts))
     if sides == (None, None):
@@ -267,57 +249,46 @@ def _agree(
     return bool(error <= rounding**0.5 * size)
 
 
+# ---- a batch in groups of one length -------------------------------------------------------------
+
 Group = Sequence[int]
 
 
 @dataclass
 class BatchResult:
-    """What a batch gives beside its maps.
+    """What a batch gives beside its maps."""
 
-    Attributes:
-        logits: Those asked for, `[batch, read, d_vocab]`.
-        loss: Of each example; a scalar if the metric gave one.
-        starts: Column of each example's first token; of an encoder-decoder that of its encoder.
-        targets: Ids expected of each example; None for a metric of the user's.
-    """
-
-    logits: Tensor
-    loss: Tensor
-    starts: tuple[int, ...]
-    targets: list[list[int]] | None
+    logits: Float[Tensor, "batch read d_vocab"]  # those asked for
+    loss: Float[Tensor, "batch"] | Float[Tensor, ""]  # a scalar if the metric gave one
+    starts: tuple[int, ...]  # column of each example's first token; in an encoder, if there is one
+    targets: list[list[int]] | None  # ids expected; None for a metric of the user's
 
 
 def run_by_length(
     groups: Sequence[Group],
-    bound: Bound,
+    bound: Loss,
     *,
-    run: Callable[[Group, Bound], BatchResult],
+    run: Callable[[Group, Loss], BatchResult],
     logits_of: Callable[[Group], Float[Tensor, "group pos d_vocab"]],
     loss_of: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
 ) -> BatchResult:
-    """Run the groups of a batch.
+    """Run the groups of a batch, each forward and backward with `run` for a loss of its own.
 
-    Args:
-        groups: Indices of the examples of each.
-        bound: The objective of the batch.
-        run: Runs a group forward and backward, for an objective of its own.
-        logits_of: Runs a group forward; gives its logits at every position of the batch.
-        loss_of: The loss of the batch by a metric of the user's, from logits at every position.
+    For a metric of the user's, `logits_of` gives a group's logits at every position of the batch,
+    and `loss_of` the loss of the batch from all of these.
     """
-    loss, bounds = None, [bound.part(group) for group in groups]
+    order, loss = places(groups), None
+    losses = [bound.part(group) for group in groups]
     if bound.positions is None:
-        logits = in_order(groups, [logits_of(group) for group in groups])
+        logits = torch.cat([logits_of(group) for group in groups])[order]
         loss, gradient = _differentiated(loss_of, logits)
-        bounds = [replace(bound, metric=_along(gradient, group)) for group in groups]
-    results = [run(group, of_group) for group, of_group in zip(groups, bounds, strict=True)]
-    if loss is None:
-        loss = in_order(groups, [result.loss for result in results])
-    order = places(groups)
+        losses = [replace(bound, metric=_along(gradient, group)) for group in groups]
+    results = [run(group, of_group) for group, of_group in zip(groups, losses, strict=True)]
     starts = [start for result in results for start in result.starts]
     targets = [row for result in results for row in result.targets or []]
     return BatchResult(
-        in_order(groups, [result.logits for result in results]),
-        loss,
+        torch.cat([result.logits for result in results])[order],
+        torch.cat([result.loss for result in results])[order] if loss is None else loss,
         tuple(starts[i] for i in order),
         [targets[i] for i in order] if targets else None,
     )
@@ -325,13 +296,8 @@ def run_by_length(
 
 def places(groups: Sequence[Group]) -> list[int]:
     """Where each example of a batch stands among the joined ones of its groups."""
-    joined = [i for group in groups for i in group]
-    return sorted(range(len(joined)), key=joined.__getitem__)
-
-
-def in_order(groups: Sequence[Group], values: Sequence[Tensor]) -> Tensor:
-    """Join values of the groups, in the order of the batch."""
-    return torch.cat(list(values))[places(groups)]
+    joined = torch.tensor([i for group in groups for i in group])
+    return joined.argsort().tolist()
 
 
 def _differentiated(

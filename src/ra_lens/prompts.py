@@ -25,19 +25,12 @@ PaddingSide = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids laid out with padding, and where each example lies in them.
-
-    Attributes:
-        tokens: Ids, padded.
-        attention_mask: True at real tokens.
-        starts: Column of each example's first token.
-        lengths: Number of real tokens of each example.
-    """
+    """Token ids laid out with padding, and where each example lies in them."""
 
     tokens: Int[Tensor, "batch pos"]
-    attention_mask: Bool[Tensor, "batch pos"]
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    attention_mask: Bool[Tensor, "batch pos"]  # True at real tokens
+    starts: tuple[int, ...]  # column of each example's first token
+    lengths: tuple[int, ...]  # number of real tokens of each example
 
     @property
     def is_padded(self) -> bool:
@@ -68,10 +61,9 @@ class Batch:
         width, before = self.tokens.shape[1], self.starts[0]
         if value.shape[dim] == width:
             return value
-        shapes = [list(value.shape), list(value.shape)]
-        shapes[0][dim], shapes[1][dim] = before, width - before - value.shape[dim]
-        zeros = [value.new_zeros(shape) for shape in shapes]
-        return torch.cat([zeros[0], value, zeros[1]], dim=dim)
+        later = value.ndim - 1 - dim % value.ndim
+        sides = [0, 0] * later + [before, width - before - value.shape[dim]]
+        return torch.nn.functional.pad(value, sides)
 
     def columns(self, positions: Sequence[Sequence[int]]) -> Int[Tensor, "batch read"]:
         """Turn positions within each example into columns of `tokens`."""
@@ -82,22 +74,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The examples of one run.
-
-    Attributes:
-        ids: Token ids of each example.
-        bos_prepended: Whether TransformerLens put a BOS token in front of the text; None when
-            token ids were given.
-        padding_side: Where a batch is padded.
-        width: Width that every batch is padded to at least (that of a token tensor given).
-        texts: The prompts as text, where they were given as text.
-    """
+    """The examples of one run."""
 
     ids: tuple[tuple[int, ...], ...]
-    bos_prepended: bool | None
+    bos_prepended: bool | None  # by TransformerLens, in front of text; None where ids were given
     padding_side: PaddingSide
-    width: int = 0
-    texts: tuple[str, ...] | None = None
+    width: int = 0  # that every batch is padded to at least (that of a token tensor given)
+    texts: tuple[str, ...] | None = None  # where the prompts were given as text
 
     def __len__(self) -> int:
         """Give the number of examples."""
@@ -129,16 +112,12 @@ class Prompts:
         rows = tuple((*row, *answer) for row, answer in zip(self.ids, answers, strict=True))
         return replace(self, ids=rows)
 
-    def batches(self, batch_size: int | None) -> Iterator[tuple[slice, Prompts]]:
+    def batches(self, batch_size: int | None) -> Iterator[tuple[range, Prompts]]:
         """Split into runs of `batch_size` consecutive examples (None: one run of all)."""
-        step = len(self) if batch_size is None else batch_size
-        for start in range(0, len(self), step):
-            examples = slice(start, min(start + step, len(self)))
-            yield examples, self.part(examples)
-
-    def part(self, examples: slice) -> Prompts:
-        """The same for some consecutive examples."""
-        return replace(self, ids=self.ids[examples], texts=None)
+        step, every = batch_size or len(self), range(len(self))
+        for start in every[::step]:
+            examples = every[start : start + step]
+            yield examples, self.chosen(examples)
 
     def chosen(self, which: Iterable[int]) -> Prompts:
         """Some of the examples, in the order of their indices given; one may be there twice."""
@@ -155,11 +134,7 @@ class Prompts:
         return replace(self, width=0)
 
     def lay_out(self, lens: Lens) -> Batch:
-        """Pad the examples to one width and move them to the model's device.
-
-        Raises:
-            BadInput: an example longer than the model's context.
-        """
+        """Pad the examples to one width, at most the model's context, on the model's device."""
         width = self.padded_width
         if width > lens.n_ctx:
             raise BadInput(
@@ -187,22 +162,11 @@ def read_prompts(
     prepend_bos: bool | None = None,
     padding_side: PaddingSide | None = None,
 ) -> Prompts:
-    """Turn what the user gave into token ids per example.
+    """Turn what the user gave into token ids per example; the options are those of `run_with_ra`.
 
-    Args:
-        lens: The model.
-        input: Texts or token ids, as `ra_lens.inputs` reads them.
-        attention_mask: For token ids: 1 at real tokens; it wins over the mask of a mapping. Without
-            either, in a batch of several rows of one length, a run of the tokenizer's pad token at
-            the end (or start) of a row counts as padding, as in TransformerLens; where pad and BOS
-            are the same token, the last one of a run at the start is kept as BOS.
-        prepend_bos: For text: overrides the model's `cfg.default_prepend_bos`.
-        padding_side: Overrides the tokenizer's side.
-
-    Raises:
-        BadInput: neither text nor token ids, an empty prompt, ids that are not integers or not in
-            the vocabulary, a mask of another shape or with gaps, options that do not apply to this
-            kind of input.
+    Without a mask, in a batch of several rows of one length, a run of the tokenizer's pad token at
+    the end (or start) of a row counts as padding, as in TransformerLens; where pad and BOS are the
+    same token, the last one of a run at the start is kept as BOS.
     """
     if isinstance(input, Prompts):
         if (attention_mask, prepend_bos, padding_side) != (None, None, None):
@@ -238,8 +202,8 @@ def read_prompts(
             )
         rows.append(row)
     prepended = [_starts_with_bos(lens, t, r) for t, r in zip(given, rows, strict=True)]
-    bos = (getattr(lens.tokenizer, "bos_token_id", None),)
-    twice = [i for i, row in enumerate(rows) if prepended[i] and row[1:2] == bos]
+    bos = special_id(lens, "bos")
+    twice = [i for i, row in enumerate(rows) if prepended[i] and row[1:2] == (bos,)]
     if twice and prepend_bos is None:
         warnings.warn(
             f"prompt {twice[0]} begins with {lens.decode(rows[twice[0]][0])!r}, which was put in "
@@ -252,18 +216,10 @@ def read_prompts(
 
 
 def read_decoder_prompts(lens: Lens, decoder_input: Given | None, n: int) -> Prompts:
-    """What the decoder of an encoder-decoder has read before the answer.
+    """What the decoder of an encoder-decoder has read before the answer, for each of `n` prompts.
 
-    Args:
-        lens: The model.
-        decoder_input: Token ids, read as they are, less what a mask given with them calls padding;
-            or text, after the model's start token; one for all prompts, or one each. None: the
-            start token alone.
-        n: Number of prompts.
-
-    Raises:
-        BadInput: neither text nor token ids, ids that are not, another number of rows, or a model
-            without a start token.
+    Token ids are read as they are, less what a mask given with them calls padding; text comes after
+    the model's start token, which stands alone where nothing is given. One may be for all.
     """
     given = read_given("decoder_input", "" if decoder_input is None else decoder_input)
     if isinstance(given, TokenIds):
@@ -292,9 +248,14 @@ def read_decoder_prompts(lens: Lens, decoder_input: Given | None, n: int) -> Pro
     return Prompts(tuple(rows), None, "right")
 
 
+def special_id(lens: Lens, name: Literal["bos", "eos", "pad", "mask"]) -> int | None:
+    """Id of a special token; None if the tokenizer has none."""
+    return getattr(lens.tokenizer, f"{name}_token_id", None)
+
+
 def _starts_with_bos(lens: Lens, text: str, row: tuple[int, ...]) -> bool:
     """Whether the row begins with a BOS token that is not the text's own."""
-    if row[0] != getattr(lens.tokenizer, "bos_token_id", None):
+    if row[0] != special_id(lens, "bos"):
         return False
     written = text.startswith(getattr(lens.tokenizer, "bos_token", None) or "\0")
     return not written or len(row) > len(lens.encode(text, prepend_bos=False))
@@ -310,13 +271,10 @@ def _from_tokens(
             f"found token id {low if low < 0 else high}; {lens.name} has ids 0 to "
             f"{lens.d_vocab - 1}. Use the model's own tokenizer: model.to_tokens(text)."
         )
-    if given.mask is not None:
-        keep = given.mask
-    elif given.ragged or not guess:
-        keep = torch.arange(ids.shape[1]) < torch.tensor(given.lengths).unsqueeze(1)
-    else:
+    keep = given.keep
+    if given.mask is None and not given.ragged and guess:
         keep = _guess_mask(lens, ids)
-        special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+        special = (special_id(lens, "bos"), special_id(lens, "eos"))
         if not bool(keep.all()) and lens.pad_token_id in special:
             warnings.warn(
                 f"rows of the input begin or end with {lens.decode(lens.pad_token_id)!r}, which is "
@@ -329,17 +287,16 @@ def _from_tokens(
 
 
 def _guess_mask(lens: Lens, ids: Tensor) -> Tensor:
-    pad = getattr(lens.tokenizer, "pad_token_id", None)
+    pad = special_id(lens, "pad")
     keep = torch.ones_like(ids, dtype=torch.bool)
     if pad is None or ids.shape[0] == 1:
         return keep
     real = ids != pad
     from_left = real.cummax(dim=1).values
     from_right = real.flip(1).cummax(dim=1).values.flip(1)
-    bos = getattr(lens.tokenizer, "bos_token_id", None)
     leading = (~from_left).sum(dim=1)
     if bool((ids[:, 0] == pad).any()) and not bool((~from_right).any()):  # padded on the left
-        if bos == pad:
+        if special_id(lens, "bos") == pad:
             leading = (leading - 1).clamp(min=0)
         return torch.arange(ids.shape[1], device=ids.device) >= leading.unsqueeze(1)
     return from_right | ~real.any(dim=1, keepdim=True)

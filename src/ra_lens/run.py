@@ -32,7 +32,6 @@ from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
 from ra_lens.model import FwdHooks, Layers, Lens, as_lens
 from ra_lens.model.forward import at_columns
-from ra_lens.model.sites import MAP_KINDS
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
     BatchResult,
@@ -52,7 +51,7 @@ from ra_lens.prompts import (
     read_prompts,
 )
 from ra_lens.run_info import RunInfo
-from ra_lens.targets import Answers, Bound, Metric, Objective, Position, as_objective, bind
+from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
 from ra_lens.tensors import read_device, read_dtype
 
 
@@ -183,7 +182,7 @@ def run_with_ra(
         encoded, prompts = prompts, read_decoder_prompts(lens, decoder_input, len(prompts))
     elif decoder_input is not None:
         raise BadInput(f"found decoder_input, but {lens.name} has no decoder beside its encoder.")
-    bound, prompts = bind(objective, lens, prompts, position)
+    bound, prompts = objective.bind(lens, prompts, position)
     for one in (prompts, encoded or prompts):
         if store == "mean" and len(set(one.lengths)) > 1:
             raise BadInput(
@@ -197,8 +196,22 @@ def run_with_ra(
     if store == "maps" or every:  # what is joined afterwards needs one width
         read = read.each(Prompts.widened)
     half = lens.in_float16
-    recorder = Recorder(sites, store, wanted(names_filter, sites), device, dtype, again=half)
-    refuse_what_cannot_fit(lens, _plan(lens, recorder, read, batch_size, recompute=recompute))
+    is_wanted = wanted(names_filter, sites)
+    refuse_what_cannot_fit(
+        Plan(
+            lens=lens,
+            sites=sites,
+            prompts=read.prompts,
+            encoded=read.encoded,
+            batch_size=batch_size,
+            store=store,
+            wanted=is_wanted,
+            device=device,
+            dtype=dtype,
+            recompute=recompute,
+        )
+    )
+    recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)
     run = _Run(
         lens,
         fwd_hooks,
@@ -211,7 +224,7 @@ def run_with_ra(
     parts = [examples for examples, _ in read.prompts.batches(batch_size)]
     with lens.only_run():
         results = [
-            run.part(read.each(lambda one, part=part: one.part(part)), bound.part(part))
+            run.part(read.each(lambda one, part=part: one.chosen(part)), bound.part(part))
             for part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
     return _finish(lens, bound, read, recorder, results)
@@ -237,26 +250,6 @@ class _Read:
         return self.prompts.lay_out(lens), encoded
 
 
-def _plan(
-    lens: Lens, recorder: Recorder, read: _Read, batch_size: int | None, *, recompute: bool
-) -> Plan:
-    sites, n = recorder.sites, len(read.prompts)
-    return Plan(
-        sites=sites,
-        kinds={
-            i: sum(recorder.wanted(site.map_name(kind)) for kind in MAP_KINDS)
-            for i, site in sites.items()
-        },
-        widths={"input": max(read.source.lengths), "decoder": max(read.prompts.lengths)},
-        n_examples=n,
-        batch=min(n, batch_size or n),
-        store=recorder.store,
-        recompute=recompute,
-        map_bytes=recorder.map_bytes(lens.dtype),
-        maps_elsewhere=torch.device(recorder.device or lens.device).type != lens.device.type,
-    )
-
-
 @dataclass(frozen=True)
 class _Run:
     """How the batches of a run are run."""
@@ -269,7 +262,7 @@ class _Run:
     every: bool
     recompute: bool
 
-    def part(self, read: _Read, bound: Bound) -> BatchResult:
+    def part(self, read: _Read, bound: Loss) -> BatchResult:
         """Run a batch as it is laid out or, where padding would show, in groups of one length."""
         padded = read.prompts.is_padded or read.source.is_padded
         if self.padding_is_hidden or not padded:
@@ -300,7 +293,7 @@ class _Run:
         self.recorder.regroup(len(groups), places(groups))
         return result
 
-    def _batch(self, read: _Read, bound: Bound, *, unpadded: bool = False) -> BatchResult:
+    def _batch(self, read: _Read, bound: Loss, *, unpadded: bool = False) -> BatchResult:
         """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
         while True:
             result, at_logits = self._differentiate(read, bound, unpadded=unpadded)
@@ -317,7 +310,7 @@ class _Run:
         return bool(self.fwd_hooks) or self.lens.is_hooked
 
     def _differentiate(
-        self, read: _Read, bound: Bound, *, unpadded: bool
+        self, read: _Read, bound: Loss, *, unpadded: bool
     ) -> tuple[BatchResult, float]:
         """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
         lens = self.lens
@@ -400,8 +393,8 @@ def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts
     return prompts
 
 
-def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
-    loss: object = bound.loss(logits)
+def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
+    loss: object = bound(logits)
     if not isinstance(loss, Tensor) or loss.ndim > 1 or (loss.ndim == 1 and loss.shape[0] != n):
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise BadInput(
@@ -417,7 +410,7 @@ def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
 
 
 def _finish(
-    lens: Lens, bound: Bound, read: _Read, recorder: Recorder, results: list[BatchResult]
+    lens: Lens, bound: Loss, read: _Read, recorder: Recorder, results: list[BatchResult]
 ) -> tuple[Tensor, RACache]:
     scalars = [r for r in results if r.loss.ndim == 0]
     if scalars and len(results) > 1:

@@ -1,15 +1,13 @@
-"""What surrounds the maps of a cache: their names, what they were made from, a head's score."""
+"""`RunInfo`: what the maps of a cache were made from."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ra_lens.errors import BadInput
 from ra_lens.model import Side
-from ra_lens.text import isolated
 
 
 @dataclass(frozen=True)
@@ -49,19 +47,10 @@ class RunInfo:
 
     def part(self, examples: Sequence[int]) -> RunInfo:
         """The same for some of the examples."""
-
-        def cut(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-            return None if values is None else tuple(values[i] for i in examples)
-
-        return replace(
-            self,
-            targets=cut(self.targets),
-            wrong=cut(self.wrong),
-            str_tokens=cut(self.str_tokens),
-            answer_lengths=cut(self.answer_lengths),
-            starts=cut(self.starts),
-            decoder_tokens=cut(self.decoder_tokens),
-        )
+        of_each = ("targets", "wrong", "str_tokens", "answer_lengths", "starts", "decoder_tokens")
+        there: dict[str, tuple[Any, ...] | None] = {name: getattr(self, name) for name in of_each}
+        cut = {name: v and tuple(v[i] for i in examples) for name, v in there.items()}
+        return replace(self, **cut)  # pyright: ignore[reportArgumentType]
 
     def tokens_of(self, side: Side) -> tuple[tuple[str, ...], ...] | None:
         """What the queries or keys of an attention layer are made from, one list per example."""
@@ -84,37 +73,3 @@ class RunInfo:
             )
         first = 0 if self.starts is None or side == "decoder" else self.starts[0]
         return slice(first, first + lengths[0])
-
-    def describe(self, losses: Sequence[float]) -> str:
-        """Tell in two lines what was read and differentiated; losses of NaN are not told."""
-        lines: list[str] = []
-        if self.str_tokens is not None:
-            longest = max(map(len, self.str_tokens))
-            lines.append(f"  tokens: up to {longest}{', BOS prepended' * bool(self.bos_prepended)}")
-        text = self.objective
-        if self.targets:
-            text += f" of {_shortened(self.targets)}"
-        if self.wrong:
-            text += f" over {_shortened(self.wrong)}"
-        if self.target_is_top_prediction:
-            text += " (the model's own top prediction; no target was given)"
-        if losses and not any(map(math.isnan, losses)):
-            text += f"; loss {sum(losses) / len(losses):.4f}{' on average' * (len(losses) > 1)}"
-        return "\n".join([*lines, f"  loss: {text}"])
-
-
-def _shortened(texts: Sequence[str]) -> str:
-    shown = [isolated(repr(text)) for text in texts[:3]]
-    return ", ".join(shown) + ", …" * (len(texts) > 3)
-
-
-def why_not_stored(key: object, store: str, names: Sequence[str], layers: Sequence[int]) -> str:
-    """Say why a map is not in a cache, and what is."""
-    if store != "maps":
-        other = "ra.norms()" if store == "norms" else "ra.mean() and ra.norms()"
-        return (
-            f"{key!r} was not kept: this run had store={store!r}, which gives {other}. "
-            "Run again with store='maps'."
-        )
-    some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
-    return f"{key!r} is not in this cache, which holds {some} (layers {list(layers)})."

@@ -11,15 +11,13 @@ gradient, so a negative entry is attention that would make the target more likel
 * `custom(metric)`: any function of the logits, differentiated as it is.
 
 An objective is made without a model. `run_with_ra` binds it to a model and prompts, which is where
-text becomes tokens and mistakes become errors.
-
-Binding an objective to a model and prompts: text to ids, answers appended, positions placed.
+text becomes tokens, answers are appended and mistakes become errors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex, cast
 
 import torch
@@ -30,7 +28,7 @@ from ra_lens.errors import BadInput
 from ra_lens.inputs import answers_given
 from ra_lens.model import Lens
 from ra_lens.numbers import Wholes, as_whole
-from ra_lens.prompts import Prompts
+from ra_lens.prompts import Prompts, special_id
 from ra_lens.text import isolated, whole_text
 
 Token = str | SupportsIndex
@@ -62,18 +60,75 @@ class Objective:
         """
         if self.metric is not None:
             return self.metric(logits)
-        last = logits[:, -1:]
-        n = logits.shape[0]
-        if self.kind == "top_prediction":
-            return Bound(self.kind, positions=None).loss(last)
         if self.kind == "sequence_nll":
             raise BadInput(
                 "found sequence_nll called on logits; it reads several positions, which it knows "
                 "only in a run. Pass it as run_with_ra(..., target=sequence_nll(answer))."
             )
-        ids = _ids_without_model(self.tokens, n)
-        wrong = None if self.wrong is None else _ids_without_model(self.wrong, n)
-        return Bound(self.kind, None, [[i] for i in ids], wrong).loss(last)
+        ids, wrong = (
+            None if tokens is None else _ids_without_model(tokens, logits.shape[0])
+            for tokens in (self.tokens, self.wrong)
+        )
+        rows = None if ids is None else [[i] for i in ids]
+        return Loss(self.kind, targets=rows, wrong=wrong)(logits[:, -1:])
+
+    def bind(
+        self, lens: Lens, prompts: Prompts, position: Position | None = None
+    ) -> tuple[Loss, Prompts]:
+        """Turn text into ids, append answers where the objective has them, place the reading.
+
+        A target of several tokens becomes `sequence_nll`.
+
+        Args:
+            lens: The model.
+            prompts: What it reads.
+            position: Where to read, within each example (negative: from its end). Default: its last
+                token, or its mask token in a model that reads in both directions.
+
+        Returns:
+            The loss, and the prompts with answers appended.
+
+        Raises:
+            BadInput: a number of targets that is not the number of prompts, an id out of the
+                vocabulary, text that is not one token where one is needed, a position outside the
+                prompt or where none applies.
+        """
+        if self.kind == "custom":
+            if position is not None:
+                raise BadInput(
+                    "found position together with a metric of your own, which gets all logits. "
+                    "Index them in the metric, or use ra_lens.targets.answer_nll / logit_diff."
+                )
+            return Loss("custom", metric=self.metric), prompts
+        reading = [[p] for p in _positions(lens, position, prompts)]
+        if self.kind == "top_prediction":
+            return Loss(self.kind, reading), prompts
+        targets = _token_ids(lens, prompts, self.tokens, "target")
+        if self.kind == "logit_diff":
+            _need_one_token(lens, targets, "the correct answer of a logit difference")
+            wrong = _token_ids(lens, prompts, self.wrong, "wrong answer")
+            _need_one_token(lens, wrong, "the wrong answer of a logit difference")
+            return Loss(self.kind, reading, targets, [row[0] for row in wrong]), prompts
+        longest = max(targets, key=len)
+        if self.kind != "sequence_nll" and len(longest) == 1:
+            return Loss(self.kind, reading, targets), prompts
+        answer = f"an answer of {len(longest)} tokens ({_show(lens, longest)})"
+        if lens.reads == "both ways":
+            raise BadInput(
+                f"found {answer}; {lens.name} reads in both directions, so nothing can be appended "
+                "for it to predict. Give a target of one token and the position of its mask."
+            )
+        if position is not None:
+            raise BadInput(
+                f"found position together with {answer}, which is read where it is appended, after "
+                "the prompt. Leave position out, or give a target of one token."
+            )
+        # Row i reads positions n−1 … n+k−2; shorter answers repeat the first of them on the left.
+        positions = [
+            [n - 1] * (len(longest) - len(row)) + list(range(n - 1, n - 1 + len(row)))
+            for n, row in zip(prompts.lengths, targets, strict=True)
+        ]
+        return Loss("sequence_nll", positions, targets), prompts.extended(targets)
 
 
 def answer_nll(token: Answers) -> Objective:
@@ -120,22 +175,14 @@ def custom(metric: Metric) -> Objective:
 
 
 @dataclass
-class Bound:
-    """An objective bound to prompts: where it reads and what it expects there.
-
-    Attributes:
-        kind: The objective's kind.
-        positions: Positions read, within each example; None for all of a batch's columns.
-        targets: Expected ids per example: one for each of the last positions read.
-        wrong: The id that a logit difference compares with.
-        metric: The function of a custom objective.
-    """
+class Loss:
+    """An objective bound to prompts: where it reads and what it expects there."""
 
     kind: str
-    positions: list[list[int]] | None
-    targets: list[list[int]] | None = None
-    wrong: list[int] | None = None
-    metric: Metric | None = None
+    positions: list[list[int]] | None = None  # within each example; None: all columns of a batch
+    targets: list[list[int]] | None = None  # expected ids, one for each of the last positions read
+    wrong: list[int] | None = None  # the id that a logit difference compares with
+    metric: Metric | None = None  # of a custom objective
 
     @property
     def answer_lengths(self) -> tuple[int, ...] | None:
@@ -143,20 +190,17 @@ class Bound:
         appended = self.kind == "sequence_nll" and self.targets is not None
         return tuple(map(len, self.targets or ())) if appended else None
 
-    def part(self, examples: slice | Sequence[int]) -> Bound:
-        """The same objective for some of the examples."""
+    def part(self, examples: Sequence[int]) -> Loss:
+        """The same loss of some of the examples."""
 
         def cut(values: list[Any] | None) -> list[Any] | None:
-            if values is None:
-                return None
-            chosen = range(len(values))[examples] if isinstance(examples, slice) else examples
-            return [values[i] for i in chosen]
+            return None if values is None else [values[i] for i in examples]
 
-        return Bound(
-            self.kind, cut(self.positions), cut(self.targets), cut(self.wrong), self.metric
+        return replace(
+            self, positions=cut(self.positions), targets=cut(self.targets), wrong=cut(self.wrong)
         )
 
-    def loss(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
         """Loss per example from the logits at the positions read (`[batch, read, d_vocab]`)."""
         if self.metric is not None:
             return self.metric(logits)
@@ -184,11 +228,7 @@ def as_objective(
     target: Answers | Objective | None,
     metric: Metric | Objective | None,
 ) -> Objective:
-    """Read the `target=` and `metric=` of a run.
-
-    Raises:
-        BadInput: both are given, or metric is not callable.
-    """
+    """Read the `target=` and `metric=` of a run, at most one of which is given."""
     if target is not None and metric is not None:
         raise BadInput("found both target and metric. Give one: each says what is differentiated.")
     if isinstance(target, Objective):
@@ -227,70 +267,6 @@ def _pick(logits: Tensor, ids: Tensor) -> Tensor:
     return logits.gather(-1, ids.unsqueeze(-1))
 
 
-def bind(
-    objective: Objective, lens: Lens, prompts: Prompts, position: Position | None
-) -> tuple[Bound, Prompts]:
-    """Turn text into ids, append answers where the objective has them, place the reading.
-
-    A target of several tokens becomes `sequence_nll`.
-
-    Args:
-        objective: What to differentiate.
-        lens: The model.
-        prompts: What it reads.
-        position: Where to read, within each example (negative: from its end); None: its last token,
-            or its mask token in a model that reads in both directions.
-
-    Returns:
-        The bound objective, and the prompts with answers appended.
-
-    Raises:
-        BadInput: a number of targets that is not the number of prompts, an id out of the
-            vocabulary, text that is not one token where one is needed, a position outside the
-            prompt or where none applies.
-    """
-    if objective.kind == "custom":
-        if position is not None:
-            raise BadInput(
-                "found position together with a metric of your own, which gets all logits. "
-                "Index them in the metric, or use ra_lens.targets.answer_nll / logit_diff."
-            )
-        return Bound("custom", None, metric=objective.metric), prompts
-    reading = _positions(lens, position, prompts)
-    if objective.kind == "top_prediction":
-        return Bound(objective.kind, [[p] for p in reading]), prompts
-    targets = _token_ids(lens, prompts, objective.tokens, "target")
-    if objective.kind == "logit_diff":
-        _need_one_token(lens, targets, "the correct answer of a logit difference")
-        wrong = _token_ids(lens, prompts, objective.wrong, "wrong answer")
-        _need_one_token(lens, wrong, "the wrong answer of a logit difference")
-        bound = Bound(objective.kind, [[p] for p in reading], targets, [row[0] for row in wrong])
-        return bound, prompts
-    teacher_forced = objective.kind == "sequence_nll" or any(len(row) > 1 for row in targets)
-    if not teacher_forced:
-        return Bound(objective.kind, [[p] for p in reading], targets), prompts
-    longest = max(targets, key=len)
-    if lens.reads == "both ways":
-        raise BadInput(
-            f"found an answer of {len(longest)} tokens ({_show(lens, longest)}); {lens.name} reads "
-            "in both directions, so nothing can be appended for it to predict. Give a target of "
-            "one token and the position of its mask."
-        )
-    if position is not None:
-        raise BadInput(
-            f"found position together with an answer of {len(longest)} tokens "
-            f"({_show(lens, longest)}), which is read where it is appended, after the prompt. "
-            "Leave position out, or give a target of one token."
-        )
-    width = max(map(len, targets))
-    # Row i reads positions n−1 … n+k−2; shorter answers repeat their first position on the left.
-    positions = [
-        [n - 1] * (width - len(row)) + list(range(n - 1, n - 1 + len(row)))
-        for n, row in zip(prompts.lengths, targets, strict=True)
-    ]
-    return Bound("sequence_nll", positions, targets), prompts.extended(targets)
-
-
 def _positions(lens: Lens, position: Position | None, prompts: Prompts) -> list[int]:
     n = len(prompts)
     if position is None:
@@ -316,7 +292,7 @@ def _positions(lens: Lens, position: Position | None, prompts: Prompts) -> list[
 
 
 def _the_mask(lens: Lens, i: int, row: Sequence[int]) -> int:
-    mask = getattr(lens.tokenizer, "mask_token_id", None)
+    mask = special_id(lens, "mask")
     where = [place for place, token in enumerate(row) if token == mask]
     if len(where) == 1:
         return where[0]
@@ -356,7 +332,7 @@ def _never_predicted(lens: Lens) -> set[int | None]:
     """BOS, which no answer begins with; there are decoders that are trained to begin with it."""
     if lens.reads == "input, then answer":
         return set()
-    return {getattr(lens.tokenizer, "bos_token_id", None)} - {None}
+    return {special_id(lens, "bos")} - {None}
 
 
 def _refuse_special_tokens(lens: Lens, rows: list[tuple[int, list[int]]], what: str) -> None:
@@ -372,10 +348,10 @@ def _refuse_special_tokens(lens: Lens, rows: list[tuple[int, list[int]]], what: 
                 "part of the answer. Make ids with model.to_tokens(text, prepend_bos=False), or "
                 "give the text."
             )
-    pad = getattr(lens.tokenizer, "pad_token_id", None)
+    pad = special_id(lens, "pad")
     ends = [i for i, row in several if pad in (row[0], row[-1])]
     # Where pad is also a token to predict: the longest answer of a padded tensor has none.
-    special = {getattr(lens.tokenizer, n, None) for n in ("bos_token_id", "eos_token_id")}
+    special = {special_id(lens, "bos"), special_id(lens, "eos")}
     padded = len({len(row) for _, row in rows}) == 1 and len(ends) < len(rows)
     if pad is not None and ends and (padded or pad not in special):
         raise BadInput(
@@ -385,11 +361,7 @@ def _refuse_special_tokens(lens: Lens, rows: list[tuple[int, list[int]]], what: 
 
 
 def ids_of(lens: Lens, prompts: Prompts, i: int, answer: object, where: str) -> list[int]:
-    """Token ids of an answer to prompt `i`, which messages call `where`.
-
-    Raises:
-        BadInput: neither text nor ids, no token at all, or a word that the model does not know.
-    """
+    """Token ids, at least one and all known, of an answer to prompt `i`, called `where`."""
     one = as_whole(answer)
     if one is not None:
         return [one]

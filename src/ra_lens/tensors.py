@@ -10,11 +10,7 @@ Device = str | torch.device | None
 
 
 def read_dtype(dtype: object) -> torch.dtype | None:
-    """Read in what maps are kept; None: in what they are made.
-
-    Raises:
-        BadInput: no dtype of torch, or one that holds no floating-point numbers.
-    """
+    """Read in which floating-point dtype maps are kept; None: in the one they are made in."""
     if dtype is None:
         return None
     if not isinstance(dtype, torch.dtype):
@@ -31,11 +27,7 @@ def read_dtype(dtype: object) -> torch.dtype | None:
 
 
 def read_device(device: Device) -> torch.device | None:
-    """Read where maps are kept; None: where they are made.
-
-    Raises:
-        BadInput: no device of torch.
-    """
+    """Read where maps are kept; None: where they are made."""
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError):
@@ -45,11 +37,7 @@ def read_device(device: Device) -> torch.device | None:
 
 
 def read_place(place: str | torch.device | torch.dtype) -> torch.device | torch.dtype:
-    """Read a device or a dtype, either of which `Tensor.to` takes.
-
-    Raises:
-        BadInput: neither, or a dtype that holds no floating-point numbers.
-    """
+    """Read a device or a floating-point dtype, either of which `Tensor.to` takes."""
     meant = place if isinstance(place, torch.dtype) else getattr(torch, str(place), None)
     found = read_dtype(place) if isinstance(meant, torch.dtype) else read_device(place)  # pyright: ignore[reportArgumentType]
     if found is None:

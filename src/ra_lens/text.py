@@ -1,20 +1,14 @@
-"""Tokens as labels: whitespace made visible, duplicates told apart, markup made harmless.
+"""Text: tokens to be looked at, and what people hand over to be read.
 
-A token that stands in a text with anything else is a `label`: isolated, so that one written from
-right to left turns nothing around it.
-
-Tokens as text to read: bytes where a token is less than a character, and a direction of its own.
-
-Byte-level tokenizers (GPT-2's kind) and those that fall back to bytes (Llama's) cut what they have
-no token for, an emoji, Hebrew, Chinese, into bytes. Alone, such a token decodes to U+FFFD and all
-of them look the same. Here the piece that completes a character shows the character, and the ones
-before show their bytes: `⟨E2 9C⟩`, then `✓`.
-
-Text that a tokenizer can read: whole characters, from bytes that are UTF-8.
+A token among other text is a `label`: whitespace is visible, and one written from right to left
+turns nothing around it. Byte-level tokenizers (GPT-2's kind) and those that fall back to bytes
+(Llama's) cut what they have no token for, an emoji, Hebrew, Chinese, into bytes, each of which
+decodes to U+FFFD. The piece that completes a character shows it, those before show their bytes:
+`⟨E2 9C⟩`, then `✓`.
 
 A Python string can hold half a character, a lone surrogate: of a JSON escape that lost its partner,
-or of bytes that were decoded with `surrogateescape`, as the words of a command line are. No
-tokenizer reads it, and no file can hold it.
+or of bytes decoded with `surrogateescape`, as the words of a command line are. No tokenizer reads
+it and no file holds it, so `whole_text` refuses it.
 """
 
 from __future__ import annotations
@@ -87,14 +81,11 @@ _ESCAPED = re.compile("[\udc80-\udcff]+")
 
 
 def bytes_of(name: str | None, text: str, *, added: bool = False) -> bytes:
-    """Give the bytes that a token stands for.
+    """Give the bytes of a token, called `name` in its vocabulary, that decodes to `text`.
 
-    Args:
-        name: The token as its vocabulary has it: `âľ`, `<0xE2>`, `▁Paris`; None if it has none.
-        text: What the tokenizer decodes it to. Where that is whole it counts; where not, the name
-            is read as bytes, if these decode to the same.
-        added: Whether the token was added to the vocabulary, which byte-level tokenizers decode as
-            if it were written in bytes: its name is its text.
+    Where the text is whole it counts; where not, the name (`âľ`, `<0xE2>`) is read as bytes, if
+    these decode to the same. The name of an `added` token is its text, which byte-level tokenizers
+    decode as if it were written in bytes.
     """
     if not name or (text and "\ufffd" not in text):
         return text.encode()
@@ -112,11 +103,7 @@ def bytes_of(name: str | None, text: str, *, added: bool = False) -> bytes:
 
 
 def pieces_as_read(pieces: Sequence[bytes]) -> tuple[str, ...]:
-    """Write what each piece of a text adds to it.
-
-    A character stands with the piece that completes it; bytes of it in pieces before, and bytes
-    that belong to no character, are written as bytes.
-    """
+    """Write what each piece adds to a text: the characters it completes, all else as bytes."""
     owner = [i for i, piece in enumerate(pieces) for _ in piece]
     said = [""] * len(pieces)
     at = 0
@@ -153,16 +140,7 @@ _MARKS = {
 
 
 def whole_text(where: str, text: str, *, error: type[BadFile | BadInput] = BadInput) -> str:
-    """Give a text back as a plain `str` if all of its characters are whole.
-
-    Args:
-        where: What the text is, for the message.
-        text: Any text.
-        error: What to raise.
-
-    Raises:
-        BadInput: half a character (or `error`).
-    """
+    """Give a text as a plain `str`; raise `error` if it, called `where`, has half a character."""
     text = str(text)
     if text.isascii():
         return text
@@ -179,16 +157,7 @@ def whole_text(where: str, text: str, *, error: type[BadFile | BadInput] = BadIn
 
 
 def decoded(where: str, raw: bytes, *, error: type[BadFile | BadInput] = BadInput) -> str:
-    """Read bytes as UTF-8, without the byte order mark that may be in front.
-
-    Args:
-        where: Where they are from, for the message.
-        raw: The bytes.
-        error: What to raise.
-
-    Raises:
-        BadInput: they are something else (or `error`).
-    """
+    """Read bytes from `where` as UTF-8, less a byte order mark; raise `error` if they are not."""
     for mark, encoding in _MARKS.items():
         if raw.startswith(mark):
             raise error(

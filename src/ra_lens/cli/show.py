@@ -20,7 +20,7 @@ from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
 from ra_lens.report.page import Section
-from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
+from ra_lens.report.run_facts import prompt_tokens
 from ra_lens.text import isolated, label, shorten, visible
 
 _LABEL = 14
@@ -63,7 +63,7 @@ def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[s
         "prompt": prompt,
         "tokens": list(maps.tokens),
         "target": None if ra.info.targets is None else ra.info.targets[example],
-        "loss": loss_of(ra, example),
+        "loss": ra.loss_of(example),
         "strongest_cells": [
             {
                 "layer": maps.layer,
@@ -163,7 +163,8 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
         after_line = i > 0 and prompt.plain.endswith("⏎")
         prompt.append(("\n" if after_line else "") + text, style=styles[kind])
     grid.add_row(f"Prompt {example + 1}" if ra.batch_size > 1 else "Prompt", prompt)
-    for name, value in run_facts(ra, 0) if example == 0 else example_facts(ra, example):
+    of_model = ra.model_facts() if example == 0 else []
+    for name, value in [*of_model, *ra.facts(example)]:
         shown = f"{value} ({as_lens(model).kind})" if name == "Model" else value
         grid.add_row(name, Text(shown))
     return grid

@@ -49,7 +49,7 @@ from ra_lens.experiments.results import (
 )
 from ra_lens.model import Lens, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
-from ra_lens.patching import Where
+from ra_lens.patching.hooks import Where, check_variant
 from ra_lens.patching.mean import MeanMaps
 from ra_lens.questions import Accuracy, FwdHooks, ask, marked, read_questions
 from ra_lens.run import run_with_ra
@@ -136,10 +136,7 @@ def patching_sweep(
     seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
     answer_tokens = whole("answer_tokens", answer_tokens, least=1)
     scales, kinds = _read_scales(scales), _read_maps(kinds)
-    if at not in ("pattern", "scores"):
-        raise BadInput(f"found at={at!r}; give 'pattern' or 'scores'.")
-    if renormalise and at == "scores":
-        raise BadInput("found renormalise=True with at='scores', which needs none. Give one.")
+    check_variant(at, renormalise=renormalise)
     lens = as_lens(model)
     lens.refuse_dropout()
     refuse_hooks(lens, out)

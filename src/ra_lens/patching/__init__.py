@@ -6,11 +6,11 @@ after the softmax, and not renormalised: rows of R sum to 0, so rows of A' still
 forward pattern added they do not. RA's scale is negative, a descent step. Two variants stay
 attention: `renormalise=True` and `at="scores"` (see `ra_lens.patching.hooks`).
 
-    hooks.py      the `(name, hook)` pairs
-    choose.py     which heads, layers and rows
+    hooks.py      the `(name, hook)` pairs, and what they do to the pattern
     place.py      where a map lies in a pattern of another length, under padding and caches
-    edits.py      what is done to the pattern
     through_z.py  the same addition where an edit of the pattern is discarded
+    mean.py       maps averaged over examples
+    masking.py    heads that write nothing
 """
 
 from ra_lens.head_names import Heads

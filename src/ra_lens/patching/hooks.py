@@ -1,4 +1,4 @@
-"""What is done to the pattern A with what is placed on it, D = scale · map.
+"""`patch_hooks`: `(hook name, hook)` pairs that add maps, D = scale · map, to the pattern A.
 
     add           A' = A + D, the paper's; not renormalised
     renormalise   A' = max(A + D, 0) · rowsum(A) / rowsum(max(A + D, 0))
@@ -7,68 +7,47 @@
 The last two keep the sum of every row as it was: 1, or 0 at padding, or less than 1 with attention
 sinks (which then keep their share). A row in which the addition leaves nothing above 0 becomes 0.
 Only rows that the map reaches are changed at all.
-
-`patch_hooks`: `(hook name, hook)` pairs that add maps to the pattern of a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.errors import BadInput, UnsupportedModel, one_of
 from ra_lens.head_names import Heads
 from ra_lens.model import Layers, Site, Sites
 from ra_lens.numbers import Real, real
-from ra_lens.patching.place import ALIGNMENTS, Addition, Align, Placer, Rows, choose_rows, read_mask
+from ra_lens.patching.place import (
+    ALIGNMENTS,
+    Addition,
+    Align,
+    Placed,
+    Placer,
+    Rows,
+    choose_rows,
+    read_mask,
+)
 from ra_lens.patching.through_z import ThroughZ
 
+HookPairs = list[tuple[str, Callable[..., Any]]]
 Where = Literal["pattern", "scores"]
 
 
-def added(
-    pattern: Float[Tensor, "batch head query key"], addition: Float[Tensor, "some head query key"]
-) -> Float[Tensor, "batch head query key"]:
-    """A + D."""
-    return pattern + addition.to(pattern.dtype)
+class PatchOptions(TypedDict, total=False):
+    """The options of `patch_hooks`, whose text says what they are."""
 
-
-def renormalised(
-    pattern: Float[Tensor, "batch head query key"],
-    addition: Float[Tensor, "some head query key"],
-    reached: Bool[Tensor, "example head query 1"],
-) -> Float[Tensor, "batch head query key"]:
-    """A + D without its negative entries, in rows of the sum they had."""
-    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
-    positive = (wide + addition.to(wide.dtype)).clamp(min=0)
-    return torch.where(reached, _with_sum_of(wide, positive).to(pattern.dtype), pattern)
-
-
-def stepped(
-    pattern: Float[Tensor, "batch head query key"],
-    addition: Float[Tensor, "some head query key"],
-    reached: Bool[Tensor, "example head query 1"],
-) -> Float[Tensor, "batch head query key"]:
-    """The pattern of scores to which D was added, from the pattern alone."""
-    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
-    # Relative to the largest exponent that any attention goes to: e^D cannot overflow, and the
-    # row cannot vanish.
-    exponent = addition.to(wide.dtype).expand_as(wide).masked_fill(wide <= 0, -torch.inf)
-    highest = exponent.amax(dim=-1, keepdim=True)
-    weights = (exponent - highest.clamp(min=torch.finfo(wide.dtype).min)).exp()
-    return torch.where(reached, _with_sum_of(wide, wide * weights).to(pattern.dtype), pattern)
-
-
-def _with_sum_of(before: Tensor, after: Tensor) -> Tensor:
-    total = after.sum(dim=-1, keepdim=True)
-    return after * (before.sum(dim=-1, keepdim=True) / torch.where(total > 0, total, 1.0))
-
-
-HookPairs = list[tuple[str, Callable[..., Any]]]
+    heads: Heads
+    layers: Layers
+    rows: Rows
+    align: Align
+    renormalise: bool
+    at: Where
+    attention_mask: Tensor | None
 
 
 def patch_hooks(
@@ -137,7 +116,9 @@ def patch_hooks(
         UnsupportedModel: a layer of which it is not known whether an edit changes anything, or
             `renormalise` or `at="scores"` where the pattern is only observed.
     """
-    factor = _check_options(scale, align, at, renormalise=renormalise)
+    factor = real("scale", scale)
+    one_of("align", align, ALIGNMENTS)
+    check_variant(at, renormalise=renormalise)
     _check_maps(maps, sites)
     present = Sites({layer: sites[layer] for layer in sorted(maps)}, Sites(sites).n_layers)
     chosen = present.choose_heads(heads, layers)
@@ -156,59 +137,62 @@ def patch_hooks(
             placer=placer,
         )
         if sites[layer].observe_only:
-            pairs.extend(ThroughZ(sites[layer], addition).pairs())
+            pairs += ThroughZ(sites[layer], addition).pairs()
         else:
             hook = _editing(sites[layer], addition, at=at, renormalise=renormalise)
             pairs.append((sites[layer].pattern_name, hook))
     return pairs
 
 
+def check_variant(at: str, *, renormalise: bool) -> None:
+    """Refuse an unknown place of the addition, and what keeps the sum of rows twice."""
+    one_of("at", at, ("pattern", "scores"))
+    if renormalise and at == "scores":
+        raise BadInput(
+            "found renormalise=True with at='scores', which keeps the sum of every row by itself. "
+            "Leave renormalise out."
+        )
+
+
 def _editing(site: Site, addition: Addition, *, at: Where, renormalise: bool) -> Callable[..., Any]:
     def add_map(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
-        n_examples, n_heads, n_queries, n_keys = pattern.shape
-        if _dropped_keys(site, n_queries, n_keys):
-            if _beyond(addition, n_keys - n_queries):
+        n_queries, n_keys = pattern.shape[-2:]
+        # With a window a key/value cache may hold fewer keys than there were tokens.
+        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
+            if addition.ends_before(n_keys - n_queries):
                 return None
             raise UnsupportedModel(
                 f"{site.label} attends to the last {site.window} tokens, and its key/value "
                 "cache has dropped earlier ones, so positions cannot be told. Generate with "
                 "use_past_kv_cache=False."
             )
-        placed = addition.on(n_examples, n_heads, n_queries, n_keys, pattern.device)
+        placed = addition.on(pattern.shape, pattern.device)
         if placed is None:
             return None
-        if at == "scores":
-            return stepped(pattern, placed.addition, placed.reached)
-        if renormalise:
-            return renormalised(pattern, placed.addition, placed.reached)
-        return added(pattern, placed.addition)
+        return _edited(pattern, placed, at=at, renormalise=renormalise)
 
     return add_map
 
 
-def _dropped_keys(site: Site, n_queries: int, n_keys: int) -> bool:
-    """Whether a key/value cache may hold fewer keys than there were tokens."""
-    return site.window is not None and n_queries < n_keys and n_keys >= site.window
-
-
-def _beyond(addition: Addition, first: int) -> bool:
-    """Whether queries at position `first` or later get nothing, wherever they are."""
-    placer = addition.placer
-    return placer.align == "left" and placer.mask is None and first >= addition.n_tokens
-
-
-def _check_options(scale: Real, align: str, at: str, *, renormalise: bool) -> float:
-    factor = real("scale", scale)
-    if align not in ALIGNMENTS:
-        raise BadInput(f"found align={align!r}; give one of {', '.join(map(repr, ALIGNMENTS))}.")
-    if at not in ("pattern", "scores"):
-        raise BadInput(f"found at={at!r}; give 'pattern' or 'scores'.")
-    if renormalise and at == "scores":
-        raise BadInput(
-            "found renormalise=True with at='scores', which keeps the sum of every row by itself. "
-            "Leave renormalise out."
-        )
-    return factor
+def _edited(
+    pattern: Float[Tensor, "batch head query key"], placed: Placed, *, at: Where, renormalise: bool
+) -> Float[Tensor, "batch head query key"]:
+    """A'; see the module's text."""
+    addition, reached = placed
+    if at == "pattern" and not renormalise:
+        return pattern + addition.to(pattern.dtype)
+    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+    if at == "pattern":
+        after = (wide + addition.to(wide.dtype)).clamp(min=0)
+    else:
+        # Relative to the largest exponent that any attention goes to: e^D cannot overflow, and the
+        # row cannot vanish.
+        exponent = addition.to(wide.dtype).expand_as(wide).masked_fill(wide <= 0, -torch.inf)
+        highest = exponent.amax(dim=-1, keepdim=True)
+        after = wide * (exponent - highest.clamp(min=torch.finfo(wide.dtype).min)).exp()
+    total = after.sum(dim=-1, keepdim=True)
+    after = after * (wide.sum(dim=-1, keepdim=True) / torch.where(total > 0, total, 1.0))
+    return torch.where(reached, after.to(pattern.dtype), pattern)
 
 
 def _check_maps(maps: Mapping[int, Tensor], sites: Mapping[int, Site]) -> None:

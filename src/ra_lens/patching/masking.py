@@ -89,11 +89,7 @@ def by_head(z: Float[Tensor, "batch pos *rest"], n_heads: int) -> Tensor:
 
 
 def need_heads(lens: Lens) -> None:
-    """Raise if what the heads give to W_O cannot be reached.
-
-    Raises:
-        UnsupportedModel: a layer without hook_z, whose hooks TransformerBridge would ignore.
-    """
+    """Refuse a model with a layer without hook_z, whose hooks TransformerBridge would ignore."""
     missing = [site.z_name for site in lens.sites.values() if site.z_name not in lens.hook_points]
     if missing:
         raise UnsupportedModel(

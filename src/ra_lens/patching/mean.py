@@ -13,14 +13,13 @@ from typing import SupportsIndex
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ra_lens.errors import BadInput, NotStored
-from ra_lens.head_names import Heads
-from ra_lens.model import Layers, Sites
+from ra_lens.model import Sites
 from ra_lens.model.sites import MAP_KINDS, read_kind
 from ra_lens.numbers import Real
-from ra_lens.patching.hooks import HookPairs, Where, patch_hooks
-from ra_lens.patching.place import Align, Rows
+from ra_lens.patching.hooks import HookPairs, PatchOptions, patch_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,38 +61,17 @@ class MeanMaps:
         return self._maps[name]
 
     def patch_hooks(
-        self,
-        *,
-        scale: Real,
-        kind: str = "ra",
-        heads: Heads = None,
-        layers: Layers = None,
-        rows: Rows = None,
-        align: Align = "exact",
-        renormalise: bool = False,
-        at: Where = "pattern",
-        attention_mask: Tensor | None = None,
+        self, *, scale: Real, kind: str = "ra", **options: Unpack[PatchOptions]
     ) -> HookPairs:
         """Forward hooks that add `scale` times the mean maps to the pattern: A' = A + scale · map.
 
-        They work in `model.hooks`, `run_with_hooks`, `run_with_ra` and `model.generate`; what
-        generated tokens get is told in `ra_lens.patching.patch_hooks`.
+        They work in `model.hooks`, `run_with_hooks`, `run_with_ra` and `model.generate`.
 
         Args:
             scale: Factor; the paper uses −30 for RA (a descent step) and +1 for `pattern`.
             kind: `"ra"` or `"pattern"`.
-            heads: Labels like `"L3H5"`, `(layer, head)` pairs, or a ranking's `top(k)`. Default:
-                all.
-            layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
-                heads given that lie in these layers.
-            rows: Query rows of the maps to add: ints (negative: from the map's end) or a slice.
-                Default: all.
-            align: For prompts of other lengths than the maps: `"left"` lays the maps on the
-                beginning, `"right"` on the end. `"exact"` refuses them.
-            renormalise: Set negative entries of A' to 0 and give each row the sum it had.
-            at: `"scores"` adds to the softmax input instead of to the softmax output.
-            attention_mask: `[batch, pos]`, 1 at real tokens: aligns within each example's own
-                tokens in batches with padding.
+            options: Those of `ra_lens.patch_hooks`, which tells what they do: `heads`, `layers`,
+                `rows`, `align`, `renormalise`, `at`, `attention_mask`.
 
         Returns:
             `(hook name, hook)` pairs.
@@ -107,18 +85,7 @@ class MeanMaps:
         maps = {layer: self._maps[name] for layer, name in names.items() if name in self._maps}
         if not maps:
             raise NotStored(f"found no mean maps of kind {kind!r}: {', '.join(self._maps)}.")
-        return patch_hooks(
-            maps,
-            self.sites,
-            scale=scale,
-            heads=heads,
-            layers=layers,
-            rows=rows,
-            align=align,
-            renormalise=renormalise,
-            at=at,
-            attention_mask=attention_mask,
-        )
+        return patch_hooks(maps, self.sites, scale=scale, **options)
 
 
 @dataclass(eq=False)

@@ -1,8 +1,4 @@
-"""Which heads, layers and rows of the maps are added, and where.
-
-Which heads, layers and rows of the maps are added.
-
-Where a map lies in a pattern of another length.
+"""Where a map lies in a pattern of another length, and what one layer's pattern gets of it.
 
 A map of N tokens is a square; a pattern is [query, key] = [Q, K], Q < K where a key/value cache
 holds earlier tokens, and query row q is then the token in column K − Q + q. Each column gets an
@@ -18,12 +14,11 @@ Indices outside the map are none, so a map longer than the example is cropped at
 or at its beginning ("right"). Keys after the query never get anything where attention is causal.
 Maps of cross-attention have as many rows as the decoder read tokens and as many columns as the
 encoder did; they go on patterns of the same shape only.
-
-What one layer's pattern gets: the scaled map, less what was not chosen, placed on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,15 +33,10 @@ Rows = Wholes | slice | None
 
 
 def choose_rows(rows: Rows, n: int) -> Bool[Tensor, "query"]:
-    """Query rows of a map of `n` tokens: ints (negative from its end), a slice, or `n` bools.
-
-    Raises:
-        BadInput: a row that the map does not have, or none.
-    """
-    of_map = torch.ones(n, dtype=torch.bool)
-    if rows is not None:
-        of_map[:] = False
-        of_map[places("rows", rows, n, "query rows of the maps")] = True
+    """Query rows of a map of `n` tokens: ints (negative from its end), a slice, or `n` bools."""
+    chosen = range(n) if rows is None else places("rows", rows, n, "query rows of the maps")
+    of_map = torch.zeros(n, dtype=torch.bool)
+    of_map[list(chosen)] = True
     return of_map
 
 
@@ -55,11 +45,7 @@ ALIGNMENTS: tuple[Align, ...] = ("exact", "left", "right")
 
 
 def read_mask(attention_mask: Tensor | None) -> Bool[Tensor, "example pos"] | None:
-    """Read an attention mask given by the user: 1 at real tokens.
-
-    Raises:
-        BadInput: not `[batch, pos]`, other values than 0 and 1, or an example without a token.
-    """
+    """Read an attention mask given by the user: 1 at real tokens, at least one in each row."""
     if attention_mask is None:
         return None
     mask = attention_mask.detach().cpu()
@@ -91,17 +77,7 @@ def map_indices(
 ) -> Int[Tensor, "example key"]:
     """Which row and column of a map of `n_map` tokens each column of a pattern gets; −1: none.
 
-    Args:
-        n_map: Tokens of the map.
-        n_queries: Query rows of the pattern, the last columns' tokens.
-        n_keys: Its key columns.
-        align: As in the module's docstring.
-        mask: True at real tokens. Columns beyond its width are real: they were generated. None:
-            every column is a token.
-        layer: Named in messages.
-
-    Raises:
-        BadInput: lengths that differ with `align="exact"`, or a mask wider than the pattern.
+    Columns beyond the width of `mask` are real: they were generated. Messages name `layer`.
     """
     if mask is None:
         real = torch.ones(1, n_keys, dtype=torch.bool)
@@ -129,13 +105,9 @@ def place(
     *,
     causal: bool = True,
 ) -> Float[Tensor, "batch head query key"]:
-    """Lay maps into patterns of `n_queries` rows, zero where nothing of them goes.
+    """Lay maps by `map_indices` into patterns of `n_queries` rows, 0 where nothing of them goes.
 
-    Args:
-        maps: One per example, or one for all.
-        index: From `map_indices`; per example, or one row for all.
-        n_queries: Query rows of the pattern: those of the last columns.
-        causal: Whether keys after the query get nothing.
+    Maps, and rows of `index`, are one per example or one for all.
     """
     rows, columns = index[:, -n_queries:, None], index[:, None, :]
     keep = (rows >= 0) & (columns >= 0)
@@ -209,49 +181,43 @@ class Addition:
         placer: Placer,
     ) -> None:
         """Scale the map and drop the heads and query rows that were not chosen."""
-        wide = torch.promote_types(value.dtype, torch.float32)
-        scaled = scale * value.detach().to(wide)
-        chosen = (heads[:, None] & rows).to(value.device)[..., None]
-        zero = torch.zeros((), dtype=wide, device=value.device)
-        maps = torch.where(chosen, scaled, zero)
+        scaled = scale * value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        maps = scaled.where((heads[:, None] & rows).to(value.device)[..., None], 0.0)
         maps = maps.tril() if site.causal and not site.cross else maps
         self._maps = maps.reshape(-1, *value.shape[-3:])
         self._heads = heads
         # Rows of zeros, as the first of every RA map, are rows to leave alone.
         self._rows = (self._maps != 0).any(dim=-1).any(dim=1).any(dim=0).cpu()
         self._site = site
-        self.placer = placer
-        self.n_tokens = int(value.shape[-1])
+        self._placer = placer
+        self._n_tokens = int(value.shape[-1])
 
-    def on(
-        self, n_examples: int, n_heads: int, n_queries: int, n_keys: int, device: torch.device
-    ) -> Placed | None:
-        """What a pattern of this shape gets; None where nothing of the map goes.
+    def ends_before(self, first: int) -> bool:
+        """Whether queries at position `first` or later get nothing, wherever they are."""
+        placer = self._placer
+        return placer.align == "left" and placer.mask is None and first >= self._n_tokens
 
-        Raises:
-            BadInput: a length, number of heads or number of examples that does not fit.
-        """
+    def on(self, shape: Sequence[int], device: torch.device) -> Placed | None:
+        """What a pattern of this shape gets; None where nothing of the map goes."""
+        n_examples, n_heads, n_queries, n_keys = shape
         if self._site.cross:
-            return self._on_cross_attention(n_examples, n_heads, n_queries, n_keys, device)
-        index = self.placer.indices(self.n_tokens, n_queries, n_keys, self._site.layer)
-        self._check(n_examples, n_heads, index.shape[0])
-        rows = index[:, -n_queries:]
-        reached = (rows >= 0) & self._rows[rows.clamp(min=0)]
+            index, reached = None, self._rows[None]
+            self._check_cross(n_queries, n_keys)
+        else:
+            index = self._placer.indices(self._n_tokens, n_queries, n_keys, self._site.layer)
+            rows = index[:, -n_queries:]
+            reached = (rows >= 0) & self._rows[rows.clamp(min=0)]
+        self._check(n_examples, n_heads, len(reached))
         if not bool(reached.any()):
             return None
-        self._maps = self._maps.to(device)
-        same = n_queries == n_keys == self.n_tokens and bool((index == torch.arange(n_keys)).all())
-        addition = (
-            self._maps
-            if same
-            else place(self._maps, index.to(device), n_queries, causal=self._site.causal)
-        )
+        self._maps = addition = self._maps.to(device)
+        as_it_is = n_queries == n_keys == self._n_tokens
+        if index is not None and not (as_it_is and bool((index == torch.arange(n_keys)).all())):
+            addition = place(addition, index.to(device), n_queries, causal=self._site.causal)
         meant = reached[:, None, :, None] & self._heads[:, None, None]
         return Placed(addition, meant.to(device))
 
-    def _on_cross_attention(
-        self, n_examples: int, n_heads: int, n_queries: int, n_keys: int, device: torch.device
-    ) -> Placed | None:
+    def _check_cross(self, n_queries: int, n_keys: int) -> None:
         shape = tuple(self._maps.shape[-2:])
         if shape != (n_queries, n_keys):
             raise BadInput(
@@ -260,12 +226,6 @@ class Addition:
                 f"{shape[0]} and {shape[1]}. Maps of cross-attention go on prompts of the lengths "
                 "that they were made on."
             )
-        self._check(n_examples, n_heads, 1)
-        if not bool(self._rows.any()):
-            return None
-        self._maps = self._maps.to(device)
-        meant = self._rows[None, None, :, None] & self._heads[:, None, None]
-        return Placed(self._maps, meant.to(device))
 
     def _check(self, n_examples: int, n_heads: int, n_masked: int) -> None:
         if n_heads != self._maps.shape[1]:

@@ -127,7 +127,7 @@ class ThroughZ:
         n_examples, n_tokens, n_heads, _ = z.shape
         n_keys = now.values.shape[1]
         try:
-            return self._addition.on(n_examples, n_heads, n_tokens, n_keys, z.device)
+            return self._addition.on((n_examples, n_heads, n_tokens, n_keys), z.device)
         except BadInput as misfit:
             # With a key/value cache there are more keys than are seen here: the pattern will tell
             # which of the two it is.
@@ -147,10 +147,9 @@ class ThroughZ:
         now.checked = True
         if now.context is not None:
             now.context.pop(_LEDGER, None)
-        n_examples, n_heads, n_queries, n_keys = pattern.shape
+        n_queries, n_keys = pattern.shape[-2:]
         if n_keys != now.values.shape[1]:
-            shape = (n_examples, n_heads, n_queries, n_keys)
-            if now.z is None and self._addition.on(*shape, pattern.device) is None:
+            if now.z is None and self._addition.on(pattern.shape, pattern.device) is None:
                 return  # nothing was to be added, and nothing was
             raise UnsupportedModel(
                 f"found {n_queries} queries and {n_keys} keys at {label}: a key/value cache "

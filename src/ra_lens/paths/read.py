@@ -26,7 +26,7 @@ from ra_lens.paths.result import Follow
 from ra_lens.paths.weights import GRADIENT, LayerMaps
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.run import run_with_ra
-from ra_lens.targets import as_objective, bind
+from ra_lens.targets import as_objective
 
 Source = nn.Module | RACache | Tensor | Any
 
@@ -116,7 +116,7 @@ def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
     _check_sites(lens.sites.choose(request.layers), request, lens.name)
     read = _read(lens, prompts, request)
     objective = as_objective(request.target, request.metric)
-    _, bound = bind(objective, lens, read, None)
+    _, bound = objective.bind(lens, read)
     _, cache = run_with_ra(
         lens.module,
         read,

@@ -28,7 +28,6 @@ from ra_lens.head_names import HeadScore
 from ra_lens.model import Side
 from ra_lens.report import page
 from ra_lens.report.predictions import PatchedPrompt, Predictions
-from ra_lens.report.run_facts import example_facts
 from ra_lens.text import label, visible
 
 BYTES_PER_CELL = 4
@@ -206,7 +205,7 @@ def _prompt(
     title = "" if only else f"<h2>Prompt {place + 1}</h2>"
     after = "" if patched is None else _predictions(ra, example, patched)
     chips = f'<div class="stick">{"".join(cards)}</div>'
-    facts = page.facts(example_facts(ra, example))
+    facts = page.facts(ra.facts(example))
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (
         f'<div class="example" data-example="{place}">{title}{chips}'

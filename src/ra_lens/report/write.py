@@ -29,7 +29,6 @@ from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
 from ra_lens.report.page import Section, Table
 from ra_lens.report.predictions import PatchedPrompt
-from ra_lens.report.run_facts import model_facts
 from ra_lens.text import label
 
 Sign = Literal["descent", "gradient"]
@@ -115,7 +114,7 @@ def write_report(
     in_base64 = 3 / 4 * max_megabytes * 1e6
     shown = choose(ra, chosen, max_tokens=max_tokens, max_bytes=int(in_base64))
     body = [
-        page.facts(model_facts(ra)),
+        page.facts(ra.model_facts()),
         explorer(ra, shown, sign=sign, top=top, patched=patched),
         _table(ra, shown.heads[:top], shown),
         *map(page.section, [*_paths(traces), *sections]),
