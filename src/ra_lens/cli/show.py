@@ -20,7 +20,7 @@ from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.model.sites import every_head, head_places, heads_of
-from ra_lens.report.page import Section
+from ra_lens.report import Section
 from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
 from ra_lens.text import isolated, label, shorten, visible
 

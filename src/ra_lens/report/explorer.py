@@ -6,7 +6,7 @@ largest |R|, below which the error is at most 3·10⁻⁸ of it. Four bytes per 
 
 The part of a report that answers to a click: prompts, the grid of heads, a head's two maps.
 
-Written as data and plain HTML; `report.js` draws from it. Token text stands in the page once, as
+Written as data and plain HTML; `explorer.js` draws from it. Token text stands in the page once, as
 text, and the script reads it there.
 """
 
@@ -22,12 +22,12 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from ra_lens import html
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.head_names import HeadScore
 from ra_lens.model import Side
 from ra_lens.model.sites import heads_of
-from ra_lens.report import page
 from ra_lens.report.predictions import PatchedPrompt, Predictions
 from ra_lens.report.run_facts import example_facts
 from ra_lens.text import label, visible
@@ -37,7 +37,7 @@ BYTES_PER_CELL = 4
 
 @dataclass(frozen=True)
 class PackedMaps:
-    """One head's maps on one example as they stand in a page.
+    """One head's maps on one example as they stand in a html.
 
     Attributes:
         text: Base64.
@@ -76,7 +76,7 @@ class Shown:
     Attributes:
         examples: Which examples.
         heads: The heads, most important first, over the mean norm of all examples.
-        stored: How many of `heads` have their maps in the page.
+        stored: How many of `heads` have their maps in the html.
         max_tokens: So many of the last tokens are rows and columns of maps.
     """
 
@@ -136,7 +136,7 @@ def explorer(
         )
         one = patched[place] if patched else None
         prompts.append(_prompt(ra, example, place, one, only=len(shown.examples) == 1))
-    script = f'<script type="application/json" id="ra-data">{page.data(data)}</script>'
+    script = f'<script type="application/json" id="ra-data">{html.data(data)}</script>'
     return "\n".join([_frame("\n".join(prompts), shown), *blocks, script])
 
 
@@ -207,7 +207,7 @@ def _prompt(
     title = "" if only else f"<h2>Prompt {place + 1}</h2>"
     after = "" if patched is None else _predictions(ra, example, patched)
     chips = f'<div class="stick">{"".join(cards)}</div>'
-    facts = page.facts(example_facts(ra, example))
+    facts = html.facts(example_facts(ra, example))
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (
         f'<div class="example" data-example="{place}">{title}{chips}'
@@ -231,7 +231,15 @@ def _chips(ra: RACache, example: int, side: Side, place: int, *, last: bool) -> 
             tokens.append((visible(target), "target next"))
     if tokens and info.bos_prepended and side == "input":
         tokens[0] = (tokens[0][0], "special")
-    return page.prompt(tokens, label=f"Tokens of prompt {place + 1}", side=side)
+    chips = (
+        f'<bdi class="token{" " + kind if kind else ""}">{html.text(token)}</bdi>'
+        + ("<br>" if token.endswith("⏎") else "<wbr>")
+        for token, kind in tokens
+    )
+    return (
+        f'<div class="card prompt" role="group" tabindex="0" '
+        f'aria-label="Tokens of prompt {place + 1}" data-side="{side}">{"".join(chips)}</div>'
+    )
 
 
 def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
@@ -244,7 +252,7 @@ def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
         chance = "–" if one.target is None else _percent(one.target)
         return (name, chance, "–" if one.rank is None else str(one.rank), likely)
 
-    table = page.Table(
+    table = html.Table(
         ("", *columns),
         (row("As it is", patched.before), row("Patched", patched.after)),
     )
@@ -252,7 +260,7 @@ def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
         f"Patched: {scale} times this prompt’s own R is added to the attention of every head; "
         "the weights stay as they are."
     )
-    return f"<div><h3>What comes next</h3>{page.table(table)}{page.note(note)}</div>"
+    return f"<div><h3>What comes next</h3>{html.table(table)}{html.note(note)}</div>"
 
 
 def _percent(share: float) -> str:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
+from ra_lens.html import Table
 from ra_lens.inputs import TokenIds, answers_given, read_given
 from ra_lens.model import Lens, as_lens
 from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.prompts import PromptInput, Prompts, read_prompts
-from ra_lens.report.page import Section, Table
+from ra_lens.report.sections import Section
 from ra_lens.run import run_with_ra
 from ra_lens.targets import Answers, ids_of, one_each
 from ra_lens.tasks import Prompt, load_task

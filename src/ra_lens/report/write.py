@@ -19,13 +19,13 @@ from ra_lens.errors import BadInput
 from ra_lens.files import REPORT, check_output, write_whole
 from ra_lens.head_maps import head_of_example, read_example
 from ra_lens.head_names import HeadScore
+from ra_lens.html import Table, facts, resource
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.paths import TraceResult
-from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
-from ra_lens.report.page import Section, Table
 from ra_lens.report.predictions import PatchedPrompt
 from ra_lens.report.run_facts import model_facts
+from ra_lens.report.sections import Section, page
 from ra_lens.text import label
 
 Sign = Literal["descent", "gradient"]
@@ -111,18 +111,20 @@ def write_report(
     in_base64 = 3 / 4 * max_megabytes * 1e6
     shown = choose(ra, chosen, max_tokens=max_tokens, max_bytes=int(in_base64))
     body = [
-        page.facts(model_facts(ra)),
+        facts(model_facts(ra)),
         explorer(ra, shown, sign=sign, top=top, patched=patched),
         _table(ra, shown.heads[:top], shown),
-        *map(page.section, [*_paths(traces), *sections]),
-        page.section(Section("How to read the maps", (_READ[sign], _ALWAYS))),
-        page.section(_made(command)),
+        *_paths(traces),
+        *sections,
+        Section("How to read the maps", (_READ[sign], _ALWAYS)),
+        _made(command),
     ]
     heading = title or f"Reversed Attention of {ra.info.model_name}"
-    return write_whole(path, page.page(heading, body, script=page.resource("report.js")), REPORT)
+    style, script = (resource("ra_lens.report", f"explorer.{end}") for end in ("css", "js"))
+    return write_whole(path, page(heading, body, styles=[style], scripts=[script]), REPORT)
 
 
-def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:
+def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> Section:
     total = sum(score.score for score in ra.top_heads(len(ra.layers) * ra.n_heads)) or 1.0
     rows: list[tuple[str, ...]] = []
     for rank, score in enumerate(heads, start=1):
@@ -140,7 +142,7 @@ def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:
     if ra.batch_size > 1:
         of = " of the first prompt" if len(shown.examples) > 1 else ""
         notes = (f"Norms are means over {ra.batch_size} prompts; the entries are those{of} shown.",)
-    return page.section(Section("Top heads", table=Table(columns, tuple(rows)), notes=notes))
+    return Section("Top heads", table=Table(columns, tuple(rows)), notes=notes)
 
 
 def _paths(traces: Sequence[TraceResult]) -> list[Section]:
