@@ -155,7 +155,7 @@ def run_demo(
     )
     extra: dict[str, object] = {}
     if patched is not None:
-        extra["patched"] = predictions.as_json(patched)
+        extra["patched"] = patched
     _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
     if patched is None:
         warn("warning", f"no patched prediction: {refusal}")
