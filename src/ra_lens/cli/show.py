@@ -21,7 +21,7 @@ from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.model.sites import every_head, head_places, heads_of
 from ra_lens.report import Section
-from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
+from ra_lens.report.run_facts import example_facts, loss_of, model_facts, prompt_tokens
 from ra_lens.text import isolated, label, shorten, visible
 
 _LABEL = 14
@@ -132,13 +132,13 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    styles = {"": "", "special": "dim", "target": "bold red"}
+    styles = {"": "", "special": "dim", "target": "bold red", "target next": "bold red"}
     prompt = Text()
     for i, (text, kind) in enumerate(prompt_tokens(ra, example)):
         after_line = i > 0 and prompt.plain.endswith("⏎")
         prompt.append(("\n" if after_line else "") + text, style=styles[kind])
     grid.add_row(f"Prompt {example + 1}" if ra.batch_size > 1 else "Prompt", prompt)
-    for name, value in run_facts(ra, 0) if example == 0 else example_facts(ra, example):
+    for name, value in [*(model_facts(ra) if example == 0 else ()), *example_facts(ra, example)]:
         shown = f"{value} ({as_lens(model).kind})" if name == "Model" else value
         grid.add_row(name, Text(shown))
     return grid

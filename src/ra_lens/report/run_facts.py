@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ra_lens.cache import RACache
+from ra_lens.model import Side
 from ra_lens.model.sites import heads_of, spell_counts
 from ra_lens.text import label, visible
 
@@ -15,23 +16,38 @@ _LOSSES = {
     "logit_diff": "logit of the wrong answer − logit of the right one",
     "custom": "a metric of the user's own",
 }
+_OF_ONE_TOKEN = ("answer_nll", "top_prediction")
 
 
-def prompt_tokens(ra: RACache, example: int) -> list[tuple[str, str]]:
-    """Tokens of an example as shown, each `''`, `special` or `target`; the target comes last."""
+def sides(ra: RACache) -> tuple[Side, ...]:
+    """Tell what the model reads: an input, and what a decoder beside its encoder reads."""
+    sites = ra.sites.values()
+    decodes = any("decoder" in (site.query_side, site.key_side) for site in sites)
+    return ("input", "decoder") if decodes else ("input",)
+
+
+def prompt_tokens(
+    ra: RACache, example: int, side: Side = "input", *, target: bool = True
+) -> list[tuple[str, str]]:
+    """Tokens of an example as shown, the target's last, each with a kind.
+
+    The kind is `''`, `special`, `target` or, for a target that the model has not read, `target
+    next`.
+    """
     info = ra.info
-    tokens = [] if info.str_tokens is None else list(info.str_tokens[example])
-    target = None if info.targets is None else info.targets[example]
-    answer = 0 if info.answer_lengths is None else info.answer_lengths[example]
-    shown = [(visible(token), "") for token in tokens[: len(tokens) - answer]]
-    if shown and info.bos_prepended:
+    rows = info.tokens_of(side)
+    if rows is None:  # the cache was not told; positions stand for tokens
+        shown = [(f"#{i}", "") for i in range(ra["ra", ra.layers[0]].shape[-1])]
+    else:
+        shown = [(visible(token), "") for token in rows[example]]
+    if shown and info.bos_prepended and side == "input":
         shown[0] = (shown[0][0], "special")
-    return shown if target is None else [*shown, (visible(target), "target")]
-
-
-def run_facts(ra: RACache, example: int) -> list[tuple[str, str]]:
-    """What was run, on what, and what came out, as names and values."""
-    return [*model_facts(ra), *example_facts(ra, example)]
+    if not target or info.targets is None:
+        return shown
+    read = info.answer_lengths is not None and side == sides(ra)[-1]
+    first = len(shown) - (info.answer_lengths[example] if read else 0)
+    answer = [(token, "target") for token, _ in shown[first:]]
+    return [*shown[:first], *(answer or [(visible(info.targets[example]), "target next")])]
 
 
 def model_facts(ra: RACache) -> list[tuple[str, str]]:
@@ -57,10 +73,8 @@ def example_facts(ra: RACache, example: int) -> list[tuple[str, str]]:
         target = f"“{label(info.targets[example])}”"
         rows.append(("Target", target + own * info.target_is_top_prediction))
     if not math.isnan(loss := loss_of(ra, example)):  # NaN where nobody said what it is
-        chance = target_probability(ra, example)
-        said = "" if chance is None else f"; p(target) = {chance:.3g}"
-        what = _LOSSES.get(info.objective, info.objective)
-        rows.append(("Loss", f"{loss:.4f}, {what}{said}"))
+        chance = f"; p(target) = {math.exp(-loss):.3g}" * (info.objective in _OF_ONE_TOKEN)
+        rows.append(("Loss", f"{loss:.4f}, {_LOSSES.get(info.objective, info.objective)}{chance}"))
     return rows
 
 
@@ -68,9 +82,3 @@ def loss_of(ra: RACache, example: int) -> float:
     """Loss of an example; of the whole batch where a metric gave one number for it."""
     losses = ra.loss.detach().flatten().tolist()
     return losses[example] if len(losses) > example else losses[0]
-
-
-def target_probability(ra: RACache, example: int) -> float | None:
-    """Probability that the model gave a target of one token; None for other losses."""
-    known = ra.info.objective in ("answer_nll", "top_prediction")
-    return math.exp(-loss_of(ra, example)) if known else None
