@@ -16,21 +16,22 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import (
     DIVERGING,
-    MARK,
     SEQUENTIAL,
+    Layout,
     finish,
+    frame_cells,
     plotly_text,
-    read_size,
     thinned,
 )
 from ra_lens.heads import HeadScores
 from ra_lens.model.sites import MapKind
-from ra_lens.numbers import Real, Whole, whole
+from ra_lens.numbers import Whole, whole
 
 Scores = RACache | HeadScores
 Order = Literal["index", "score"]
@@ -76,10 +77,7 @@ def head_grid(
     shared_scale: bool = False,
     top: Whole = 10,
     titles: Sequence[str] | None = None,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw layers × heads, coloured by a score; several scores side by side.
 
@@ -92,10 +90,9 @@ def head_grid(
         shared_scale: Colour all grids on one scale, so that they compare; False: each its own.
         top: So many of the most important are framed and numbered, in each grid.
         titles: Above each grid. Default, where there are several: what they show.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of layers.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the number of layers); `template` of plotly,
+            for this figure only.
 
     Returns:
         A figure with a heatmap per grid, `z` being the scores, `[layer, head]` or, in order of
@@ -107,7 +104,7 @@ def head_grid(
     """
     if order not in ("index", "score"):
         raise BadInput(f"found order={order!r}; give 'index' or 'score'.")
-    (width, height), top = read_size(width, height), whole("top", top)
+    top = whole("top", top)
     given: list[Scores] = [scores] if isinstance(scores, RACache | HeadScores) else list(scores)
     kinds: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
     panels = [panel for one in given for panel in _panels(one, kinds)]
@@ -143,13 +140,10 @@ def head_grid(
     rows = max(len(panel.layers) for panel in panels)
     finish(
         figure,
-        title=title,
-        width=width,
-        height=height or 110 + max(18, min(34, 900 // rows)) * rows + 24 * bool(names),
-        template=template,
+        layout,
+        height=110 + max(18, min(34, 900 // rows)) * rows + 24 * bool(names),
+        above=(32, 80) if names else (8, 56),
     )
-    if names:
-        figure.update_layout(margin_t=32 if title is None else 80)
     return figure
 
 
@@ -239,8 +233,7 @@ def _add(
         ),
         **where,
     )
-    for i, j in np.argwhere(marked).tolist():
-        figure.add_shape(**_frame(i, j), **where)
+    frame_cells(figure, marked, "top head", 2, where)
     ticks, lines = thinned(n_heads, 24 // shown), thinned(len(rows), 32)
     place = "head" if order == "index" else "heads of the layer by score"
     figure.update_xaxes(
@@ -253,15 +246,3 @@ def _add(
         autorange="reversed", tickmode="array", tickvals=[rows[i] for i in lines],
         ticktext=[rows[i].removeprefix("L") for i in lines], **where,
     )  # fmt: skip
-
-
-def _frame(row: int, column: int) -> dict[str, Any]:
-    return {
-        "type": "rect",
-        "x0": column - 0.47,
-        "x1": column + 0.47,
-        "y0": row - 0.46,
-        "y1": row + 0.46,
-        "line": {"color": MARK, "width": 2},
-        "name": "top head",
-    }

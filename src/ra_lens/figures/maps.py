@@ -13,13 +13,16 @@ from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import (
     ATTENTION,
     DIVERGING,
+    Layout,
     distinct,
     finish,
     plotly_text,
@@ -38,7 +41,7 @@ _BAR = {
     "descent": "−R   red: descent wants more, blue: less",
     "gradient": "R   red: descent wants less, blue: more",
 }
-_NAME = {"descent": "−R", "gradient": "R"}
+R_NAMES = {"descent": "−R", "gradient": "R"}
 _TOLD = 512
 """Above so many tokens hovering tells one map only."""
 
@@ -52,10 +55,7 @@ def head_map(
     sign: Sign = "descent",
     limit: Real | None = None,
     max_tokens: Whole | None = 256,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw one map of one head.
 
@@ -67,10 +67,9 @@ def head_map(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         limit: |R| at the ends of the colour scale. Default: the largest in this map.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of tokens.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the number of tokens); `template` of plotly,
+            for this figure only.
 
     Returns:
         A figure with one heatmap; its `z` is the map, NaN where a query cannot look.
@@ -80,14 +79,14 @@ def head_map(
         NotStored: the maps were not kept.
     """
     _check(kind, sign)
-    (width, height), most = read_size(width, height), real_or_none("limit", limit)
+    most = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
     figure = go.Figure(_traces(maps, kind, sign, _limit([maps]) if most is None else most, bar))
-    pixels = height or _pixels(len(maps.tokens)) + 150
+    pixels = read_size(layout)[1] or _pixels(len(maps.tokens)) + 150
     _label_axes(figure, maps, room=int(pixels - 150) // 12)
     _title_axes(figure)
-    finish(figure, title=title, width=width, height=pixels, template=template)
+    finish(figure, layout, height=pixels)
     return figure
 
 
@@ -101,10 +100,7 @@ def head_maps(
     sign: Sign = "descent",
     shared_scale: bool = True,
     max_tokens: Whole | None = 256,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw maps of several heads: forward attention beside Reversed Attention, or small multiples.
 
@@ -119,10 +115,9 @@ def head_maps(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         shared_scale: Colour all heads' RA on one scale, so that they compare; False: each its own.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the numbers of heads and tokens.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the numbers of heads and tokens); `template`
+            of plotly, for this figure only.
 
     Returns:
         A figure with a heatmap per head and kind, named `L5H3 pattern` and `L5H3 ra`.
@@ -131,7 +126,7 @@ def head_maps(
         BadInput: no heads or kinds, no such head or example, or an unknown kind or `sign`.
         NotStored: the maps were not kept.
     """
-    (width, height), columns = read_size(width, height), whole_or_none("columns", columns)
+    columns = whole_or_none("columns", columns)
     if not kinds or (columns is not None and columns < 1):
         raise BadInput(
             f"found kinds={list(kinds)}, columns={columns}; give at least one kind and one column."
@@ -145,7 +140,7 @@ def head_maps(
     panels: list[tuple[HeadMaps, Panel]] = [(maps, kind) for maps in shown for kind in kinds]
     across = min(columns or (len(kinds) if len(kinds) > 1 else 3), len(panels))
     down = -(-len(panels) // across)
-    what: dict[Panel, str] = {"pattern": "attention", "ra": _NAME[sign]}
+    what: dict[Panel, str] = {"pattern": "attention", "ra": R_NAMES[sign]}
     # One bar says it all where every map of a kind has the same scale.
     apart = not shared_scale or "pattern" in kinds
     each = _pixels(max(len(maps.tokens) for maps in shown)) if across < 3 else 280
@@ -175,27 +170,8 @@ def head_maps(
         if col > 1 and maps.tokens == panels[i - 1][0].tokens:  # they stand on the left
             figure.update_yaxes(showticklabels=False, row=row, col=col)
     _title_axes(figure, row=down if len(panels) == down * across else down - 1 or 1, col=1)
-    finish(
-        figure,
-        title=title,
-        width=width,
-        height=height or down * (each + 110) + 20,
-        template=template,
-    )
-    figure.update_layout(margin_t=36 if title is None else 76)
+    finish(figure, layout, height=down * (each + 110) + 20, above=(36, 76))
     return figure
-
-
-def largest(
-    ra: RACache, heads: Heads, *, example: Whole = 0, max_tokens: Whole | None = 256
-) -> float:
-    """Give the largest |R| in the maps of several heads, as `limit` for a scale they share."""
-    return _limit(
-        [
-            head_of_example(ra, head, example=example, max_tokens=max_tokens)
-            for head in read_heads(ra, heads)
-        ]
-    )
 
 
 def _check(kind: str, sign: str) -> None:
@@ -203,6 +179,11 @@ def _check(kind: str, sign: str) -> None:
         raise BadInput(f"found sign={sign!r}; give 'descent' (shows −R) or 'gradient' (shows R).")
     if kind not in ("ra", "pattern"):
         raise BadInput(f"found kind={kind!r}; give 'ra' or 'pattern'.")
+
+
+def signed(maps: HeadMaps, sign: Sign) -> Float[np.ndarray, "query key"]:
+    """Give R as it is shown."""
+    return -maps.ra if sign == "descent" else maps.ra
 
 
 def _limit(shown: Sequence[HeadMaps]) -> float:
@@ -222,15 +203,15 @@ def _traces(
 def _heatmap(
     maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
 ) -> go.Heatmap:
-    signed = -maps.ra if sign == "descent" else maps.ra
-    shown, other = (signed, maps.pattern) if kind == "ra" else (maps.pattern, signed)
+    r = signed(maps, sign)
+    shown, other = (r, maps.pattern) if kind == "ra" else (maps.pattern, r)
     scale: dict[str, Any] = (
         {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
         if kind == "ra"
         else {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
     )
     rows, columns = _names(maps)
-    names = {"ra": _NAME[sign], "pattern": "A"}
+    names = {"ra": R_NAMES[sign], "pattern": "A"}
     told = [f"{names[kind]} = %{{z:.3g}}"]
     more: Any = None
     if max(shown.shape) <= _TOLD:
