@@ -405,8 +405,8 @@ FAULTS = (
     Fault(
         "data can end its script block",
         "escaping",
-        'separators=(",", ":")).replace("<", "\\\\u003c")',
-        'separators=(",", ":"))',
+        'return written.replace("<", "\\\\u003c")',
+        "return written",
     ),
     Fault(
         "paths can end their script block",

@@ -313,5 +313,5 @@ def test_labels_helpers() -> None:
 
 def test_an_option_that_no_figure_has_is_refused(ra: RACache) -> None:
     for draw in (head_map, query_key_pull):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'tilte'.*title, width"):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'tilte'.*title, width"):
             draw(ra, (0, 0), tilte="x")  # type: ignore[call-arg]
