@@ -27,7 +27,7 @@ from ra_lens.figures.style import (
     finish,
     frame_cells,
     plotly_text,
-    thinned,
+    ticks,
 )
 from ra_lens.heads import HeadScores
 from ra_lens.model.sites import MapKind
@@ -150,29 +150,30 @@ def head_grid(
 def _panels(scores: Scores, kinds: Sequence[MapKind]) -> list[_Panel]:
     if isinstance(scores, HeadScores):
         # As the method gave them: reversing an order negates the scores it is told by.
-        values = scores.scores.double().numpy()
         name = scores.method + " reversed" * scores.is_reversed
-        title = f"{scores.title}{', reversed' * scores.is_reversed}"
-        return [_Panel(name, title, scores.layers, values, _ranks(scores.order(), scores))]
+        title = scores.title + ", reversed" * scores.is_reversed
+        return [_panel(scores, name, title, scores.scores.double().numpy(), scores.order())]
     panels: list[_Panel] = []
     for kind in kinds:
-        norms = scores.norms(kind)
-        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).detach().cpu().float()
-        heads = scores.top_heads(mean.numel(), kind)
-        order = [(head.layer, head.head) for head in heads]
-        ranks = _ranks(order, scores)
-        panels.append(
-            _Panel(_NAMES[kind], _TITLES[kind], tuple(scores.layers), mean.numpy(), ranks)
-        )
+        norms = scores.norms(kind).detach().cpu().float()
+        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).numpy()
+        order = [(head.layer, head.head) for head in scores.top_heads(mean.size, kind)]
+        panels.append(_panel(scores, _NAMES[kind], _TITLES[kind], mean, order))
     return panels
 
 
-def _ranks(order: Sequence[tuple[int, int]], scores: Scores) -> Int[np.ndarray, "layer head"]:
-    rows = {layer: i for i, layer in enumerate(scores.layers)}
-    ranks = np.zeros((len(rows), scores.n_heads), dtype=np.int64)
+def _panel(
+    scores: Scores,
+    name: str,
+    title: str,
+    values: Float[np.ndarray, "layer head"],
+    order: Sequence[tuple[int, int]],
+) -> _Panel:
+    layers = list(scores.layers)
+    ranks = np.zeros(values.shape, dtype=np.int64)
     for rank, (layer, head) in enumerate(order, start=1):
-        ranks[rows[layer], head] = rank
-    return ranks
+        ranks[layers.index(layer), head] = rank
+    return _Panel(name, title, tuple(layers), values, ranks)
 
 
 def _add(
@@ -234,15 +235,19 @@ def _add(
         **where,
     )
     frame_cells(figure, marked, "top head", 2, where)
-    ticks, lines = thinned(n_heads, 24 // shown), thinned(len(rows), 32)
-    place = "head" if order == "index" else "heads of the layer by score"
     figure.update_xaxes(
-        type="category", title_text=place, showgrid=False, tickmode="array",
-        tickvals=[columns[j] for j in ticks],
-        ticktext=[columns[j].removeprefix("H") for j in ticks], tickangle=0, **where,
-    )  # fmt: skip
+        type="category",
+        title_text="head" if order == "index" else "heads of the layer by score",
+        showgrid=False,
+        tickangle=0,
+        **ticks(columns, [name.removeprefix("H") for name in columns], 24 // shown),
+        **where,
+    )
     figure.update_yaxes(
-        type="category", title_text="layer" if column == 1 else None, showgrid=False,
-        autorange="reversed", tickmode="array", tickvals=[rows[i] for i in lines],
-        ticktext=[rows[i].removeprefix("L") for i in lines], **where,
-    )  # fmt: skip
+        type="category",
+        title_text="layer" if column == 1 else None,
+        showgrid=False,
+        autorange="reversed",
+        **ticks(rows, [str(layer) for layer in panel.layers], 32),
+        **where,
+    )

@@ -27,7 +27,7 @@ from ra_lens.figures.style import (
     finish,
     plotly_text,
     read_size,
-    thinned,
+    ticks,
 )
 from ra_lens.head_maps import HeadMaps, head_of_example, read_heads
 from ra_lens.head_names import Head, Heads
@@ -82,9 +82,10 @@ def head_map(
     most = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
-    figure = go.Figure(_traces(maps, kind, sign, _limit([maps]) if most is None else most, bar))
     pixels = read_size(layout)[1] or _pixels(len(maps.tokens)) + 150
-    _label_axes(figure, maps, room=int(pixels - 150) // 12)
+    limit = _limit([maps]) if most is None else most
+    figure = go.Figure()
+    _draw(figure, maps, kind, sign, limit, bar, room=int(pixels - 150) // 12)
     _title_axes(figure)
     finish(figure, layout, height=pixels)
     return figure
@@ -144,29 +145,27 @@ def head_maps(
     # One bar says it all where every map of a kind has the same scale.
     apart = not shared_scale or "pattern" in kinds
     each = _pixels(max(len(maps.tokens) for maps in shown)) if across < 3 else 280
+    beside = min(0.1 if apart else 0.03, 0.3 / across)
+    if apart and across == 2:
+        beside = 0.16
     figure = make_subplots(
         rows=down,
         cols=across,
-        horizontal_spacing=0.16
-        if across == 2 and apart
-        else min(0.1 if apart else 0.03, 0.3 / across),
+        horizontal_spacing=beside,
         vertical_spacing=0 if down == 1 else min(0.12, 110 / (down * (each + 110)), 0.9 / down),
         subplot_titles=[f"{maps.label} {what[kind]}" for maps, kind in panels],
     )
     figure.update_annotations(font_size=13)
     for i, (maps, kind) in enumerate(panels):
         row, col = i // across + 1, i % across + 1
-        number = i + 1 if i else ""
-        x_axis: Any = figure.layout[f"xaxis{number}"]
-        y_axis: Any = figure.layout[f"yaxis{number}"]
-        (_, right), (low, high) = x_axis.domain, y_axis.domain
+        axes: Any = figure.get_subplot(row, col)
+        (_, right), (low, high) = axes.xaxis.domain, axes.yaxis.domain
         bar = {"len": high - low, "y": (low + high) / 2, "x": right + 0.01}
         if not apart:
             bar = {"len": 1.0, "y": 0.5, "x": 1.01} if i == 0 else None
         limit = _limit(shown if shared_scale else [maps])
-        for trace in _traces(maps, kind, sign, limit, bar):
-            figure.add_trace(trace, row=row, col=col)
-        _label_axes(figure, maps, room=each // 12, most=60 // across, row=row, col=col)
+        room, most = each // 12, 60 // across
+        _draw(figure, maps, kind, sign, limit, bar, room=room, most=most, row=row, col=col)
         if col > 1 and maps.tokens == panels[i - 1][0].tokens:  # they stand on the left
             figure.update_yaxes(showticklabels=False, row=row, col=col)
     _title_axes(figure, row=down if len(panels) == down * across else down - 1 or 1, col=1)
@@ -194,34 +193,39 @@ def _pixels(n_tokens: int) -> int:
     return max(240, min(640, 14 * n_tokens))
 
 
-def _traces(
-    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
-) -> list[Any]:
-    return [_heatmap(maps, kind, sign, limit, bar), *_broken(maps, kind)]
-
-
-def _heatmap(
-    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
-) -> go.Heatmap:
+def _draw(
+    figure: go.Figure,
+    maps: HeadMaps,
+    kind: Panel,
+    sign: Sign,
+    limit: float,
+    bar: dict[str, Any] | None,
+    *,
+    room: int,
+    most: int = 30,
+    **where: int,
+) -> None:
+    """Add a map with its labels, `room` of them at most, and `most` beside each other."""
     r = signed(maps, sign)
     shown, other = (r, maps.pattern) if kind == "ra" else (maps.pattern, r)
-    scale: dict[str, Any] = (
-        {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
-        if kind == "ra"
-        else {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
-    )
-    rows, columns = _names(maps)
-    names = {"ra": R_NAMES[sign], "pattern": "A"}
-    told = [f"{names[kind]} = %{{z:.3g}}"]
+    # Distinct by position, so that a token that occurs twice has two rows.
+    rows = distinct(maps.tokens, first=maps.first)
+    columns = distinct(maps.key_tokens, first=maps.first_key)
+    names = (R_NAMES[sign], "A") if kind == "ra" else ("A", R_NAMES[sign])
+    told = [f"<b>{maps.label}</b>", "from %{y}", "to %{x}", f"{names[0]} = %{{z:.3g}}"]
     more: Any = None
     if max(shown.shape) <= _TOLD:
         more = np.stack([other, maps.ranks_in_row()], axis=-1).astype(np.float32)
-        told.append(f"{names['pattern' if kind == 'ra' else 'ra']} = %{{customdata[0]:.3g}}")
+        told.append(f"{names[1]} = %{{customdata[0]:.3g}}")
         told.append("|R| has rank %{customdata[1]} in its row")
+    scale: dict[str, Any] = {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
+    if kind == "ra":
+        scale = {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
     gap = 1 if max(shown.shape) <= 40 else 0
-    return go.Heatmap(
+    finite = np.isfinite(shown)
+    heatmap = go.Heatmap(
         name=f"{maps.label} {kind}",
-        z=np.where(np.isfinite(shown), shown, np.nan).astype(shown.dtype),
+        z=np.where(finite, shown, np.nan).astype(shown.dtype),
         customdata=more,
         x=columns,
         y=rows,
@@ -241,49 +245,25 @@ def _heatmap(
             **(bar or {}),
         },
         hoverongaps=False,
-        hovertemplate=(
-            f"<b>{maps.label}</b><br>from %{{y}}<br>to %{{x}}<br>{'<br>'.join(told)}<extra></extra>"
-        ),
+        hovertemplate=f"{'<br>'.join(told)}<extra></extra>",
         xgap=gap,
         ygap=gap,
     )
-
-
-def _broken(maps: HeadMaps, kind: Panel) -> list[go.Scatter]:
-    """Crosses where a number should be and is none."""
-    values = maps.ra if kind == "ra" else maps.pattern
-    where = np.argwhere(~np.isfinite(values) & maps.reachable())
-    if not len(where):
-        return []
-    rows, columns = _names(maps)
-    return [
-        go.Scatter(
-            x=[columns[j] for j in where[:, 1].tolist()],
-            y=[rows[i] for i in where[:, 0].tolist()],
+    figure.add_trace(heatmap, **where)
+    broken = np.argwhere(~finite & maps.reachable()).tolist()
+    if broken:  # crosses where a number should be and is none
+        crosses = go.Scatter(
+            x=[columns[j] for _, j in broken],
+            y=[rows[i] for i, _ in broken],
             mode="markers",
             marker={"symbol": "x", "size": 7, "color": "#1f2937"},
             name=f"{maps.label} {kind}, not a number",
             showlegend=False,
             hovertemplate="from %{y}<br>to %{x}<br>not a number<extra></extra>",
         )
-    ]
-
-
-def _names(maps: HeadMaps) -> tuple[list[str], list[str]]:
-    # Distinct by position, so that a token that occurs twice has two rows.
-    return (
-        distinct(maps.tokens, first=maps.first),
-        distinct(maps.key_tokens, first=maps.first_key),
-    )
-
-
-def _label_axes(
-    figure: go.Figure, maps: HeadMaps, *, room: int, most: int = 30, **where: Any
-) -> None:
-    rows, columns = _names(maps)
-    common: dict[str, Any] = {
+        figure.add_trace(crosses, **where)
+    axis: dict[str, Any] = {
         "type": "category",
-        "tickmode": "array",
         "showgrid": False,
         "zeroline": False,
         "automargin": True,
@@ -291,16 +271,12 @@ def _label_axes(
         "constrain": "domain",
         **where,
     }
-
-    def labels(names: Sequence[str], tokens: Sequence[str], room: int) -> dict[str, Any]:
-        ticks = thinned(len(names), room)
-        texts = [plotly_text(label(tokens[i], 14)) for i in ticks]
-        return {"tickvals": [names[i] for i in ticks], "ticktext": texts}
-
+    queries, keys = (
+        [plotly_text(label(token, 14)) for token in side] for side in (maps.tokens, maps.key_tokens)
+    )
     # Widths are not known here; so many fit beside each other in half a page.
-    across = labels(columns, maps.key_tokens, min(room, most))
-    figure.update_xaxes(**common, **across, tickangle=-90)
-    figure.update_yaxes(**common, **labels(rows, maps.tokens, room), autorange="reversed")
+    figure.update_xaxes(**axis, **ticks(columns, keys, min(room, most)), tickangle=-90)
+    figure.update_yaxes(**axis, **ticks(rows, queries, room), autorange="reversed")
 
 
 def _title_axes(figure: go.Figure, **where: Any) -> None:

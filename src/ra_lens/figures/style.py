@@ -156,6 +156,16 @@ def thinned(n: int, room: int) -> list[int]:
     return list(range(n - 1, -1, -step))[::-1]
 
 
+def ticks(names: Sequence[str], texts: Sequence[str], room: int) -> dict[str, Any]:
+    """Give an axis of categories the labels that there is room for."""
+    shown = thinned(len(names), room)
+    return {
+        "tickmode": "array",
+        "tickvals": [names[i] for i in shown],
+        "ticktext": [texts[i] for i in shown],
+    }
+
+
 # Both are read the same by colour-blind eyes: lightness alone tells zero from much, and the
 # diverging scale opposes red and blue (ColorBrewer's RdBu, Purples).
 SEQUENTIAL = "Viridis"
