@@ -96,7 +96,7 @@ def auc_table(frame: pd.DataFrame, **layout: Unpack[Layout]) -> go.Figure:
         layout,
         width=wide,
         height=high,
-        above=(above + _HEAD, above + _HEAD),
+        above=(44 + _HEAD, 66 + _HEAD),
         subtitle=subtitle,
         plot_bgcolor=None,
         margin={"l": _NAMES, "r": 20, "b": 12},

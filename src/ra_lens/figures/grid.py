@@ -46,27 +46,13 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class _Panel:
-    """One grid.
+    """One grid. The most important head has rank 1; where there is no head, the rank is 0."""
 
-    Attributes:
-        name: Of its colour bar.
-        title: Above it.
-        layers: Layers of its rows.
-        values: The scores.
-        ranks: 1 for the most important head; 0 where there is no head.
-    """
-
-    name: str
+    name: str  # of its colour bar
     title: str
     layers: tuple[int, ...]
     values: Float[np.ndarray, "layer head"]
     ranks: Int[np.ndarray, "layer head"]
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        known = self.values[np.isfinite(self.values)]
-        low, high = float(known.min(initial=0.0)), float(known.max(initial=0.0))
-        return low, high
 
 
 def head_grid(
@@ -122,21 +108,18 @@ def head_grid(
         subplot_titles=[plotly_text(name) for name in names] or None,
     )
     figure.update_annotations(font_size=13)
-    ends = [panel.limits for panel in panels]
-    both = (min(low for low, _ in ends), max(high for _, high in ends))
-    for i, panel in enumerate(panels):
-        axis: Any = figure.layout[f"xaxis{i + 1 if i else ''}"]
-        bar = None
+    for column, panel in enumerate(panels, start=1):
+        axes: Any = figure.get_subplot(1, column)
+        bar: dict[str, Any] | None = None
         if not shared_scale:
-            bar = {"x": axis.domain[1] + 0.01 / n, "xanchor": "left"}
-        elif i == n - 1:
-            bar = (
-                {}
-                if len({p.name for p in panels}) == 1
-                else {"title": {"text": "score", "side": "top"}}
-            )
-        limits = both if shared_scale else ends[i]
-        _add(figure, panel, i + 1, limits, order=order, top=top, bar=bar, shown=n)
+            bar = {"x": axes.xaxis.domain[1] + 0.01 / n, "xanchor": "left"}
+        elif column == n:
+            alike = len({one.name for one in panels}) == 1
+            bar = {} if alike else {"title": {"text": "score", "side": "top"}}
+        among = panels if shared_scale else [panel]
+        known = np.concatenate([one.values[np.isfinite(one.values)] for one in among])
+        limits = (float(known.min(initial=0.0)), float(known.max(initial=0.0)))
+        _add(figure, panel, column, limits, order=order, top=top, bar=bar, shown=n)
     rows = max(len(panel.layers) for panel in panels)
     finish(
         figure,
@@ -155,8 +138,8 @@ def _panels(scores: Scores, kinds: Sequence[MapKind]) -> list[_Panel]:
         return [_panel(scores, name, title, scores.scores.double().numpy(), scores.order())]
     panels: list[_Panel] = []
     for kind in kinds:
-        norms = scores.norms(kind).detach().cpu().float()
-        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).numpy()
+        norms = scores.norms(kind)
+        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).detach().cpu().float().numpy()
         order = [(head.layer, head.head) for head in scores.top_heads(mean.size, kind)]
         panels.append(_panel(scores, _NAMES[kind], _TITLES[kind], mean, order))
     return panels

@@ -78,7 +78,7 @@ def head_map(
         BadInput: no such head or example, or an unknown `kind` or `sign`.
         NotStored: the maps were not kept.
     """
-    _check(kind, sign)
+    check(kind, sign)
     most = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
@@ -133,7 +133,7 @@ def head_maps(
             f"found kinds={list(kinds)}, columns={columns}; give at least one kind and one column."
         )
     for one in kinds:
-        _check(one, sign)
+        check(one, sign)
     shown = [
         head_of_example(ra, head, example=example, max_tokens=max_tokens)
         for head in read_heads(ra, heads)
@@ -173,7 +173,8 @@ def head_maps(
     return figure
 
 
-def _check(kind: str, sign: str) -> None:
+def check(kind: str, sign: str) -> None:
+    """Refuse what is no map and no sign."""
     if sign not in _BAR:
         raise BadInput(f"found sign={sign!r}; give 'descent' (shows −R) or 'gradient' (shows R).")
     if kind not in ("ra", "pattern"):
@@ -203,7 +204,7 @@ def _draw(
     *,
     room: int,
     most: int = 30,
-    **where: int,
+    **where: Any,
 ) -> None:
     """Add a map with its labels, `room` of them at most, and `most` beside each other."""
     r = signed(maps, sign)

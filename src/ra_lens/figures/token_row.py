@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
-from ra_lens.figures.maps import R_NAMES, Panel, Sign, signed
+from ra_lens.figures.maps import R_NAMES, Panel, Sign, check, signed
 from ra_lens.figures.style import ATTENTION, DIVERGING, Layout, finish, plotly_text, read_size
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.head_names import Head
@@ -60,11 +60,7 @@ def token_row(
         BadInput: no such head, example or query, or an unknown `kind` or `sign`.
         NotStored: the maps were not kept.
     """
-    if sign not in ("descent", "gradient") or kind not in ("ra", "pattern"):
-        raise BadInput(
-            f"found kind={kind!r}, sign={sign!r}; give kind 'ra' or 'pattern', and sign 'descent' "
-            "(shows −R) or 'gradient' (shows R)."
-        )
+    check(kind, sign)
     given = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     row = _row_of(maps, whole("query", query))
@@ -81,8 +77,9 @@ def token_row(
     figure = go.Figure(_hover(maps, row, values, boxes, name, (low, high), scale))
     shades = _shades(values, low, high, scale)
     own = maps.key_tokens == maps.tokens and maps.first == maps.first_key
+    reachable = maps.reachable()[row]
     for j, (line, left, length) in enumerate(boxes):
-        there = bool(maps.reachable()[row, j])
+        there = bool(reachable[j])
         figure.add_shape(
             type="rect", x0=left, x1=left + length, y0=line - 0.38, y1=line + 0.38,
             fillcolor=shades[j] if there else "rgba(0,0,0,0)", layer="below",

@@ -159,10 +159,11 @@ def _prompt(ra: RACache, shown: Shown, place: int, patched: Sequence[PatchedProm
     example = shown.examples[place]
     title = f"<h2>Prompt {place + 1}</h2>" if len(shown.examples) > 1 else ""
     read = sides(ra)
+    last = read[-1]
     chips = ""
     for side, name in zip(read, ("encoder", "decoder"), strict=False):
         chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
-        chips += _chips(prompt_tokens(ra, example, side, target=side == read[-1]), side, place)
+        chips += _chips(prompt_tokens(ra, example, side, target=side == last), side, place)
     after = _predictions(ra, example, patched[place]) if patched else ""
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (

@@ -44,8 +44,8 @@ def prompt_tokens(
         shown[0] = (shown[0][0], "special")
     if not target or info.targets is None:
         return shown
-    read = info.answer_lengths is not None and side == sides(ra)[-1]
-    first = len(shown) - (info.answer_lengths[example] if read else 0)
+    read = info.answer_lengths if side == sides(ra)[-1] else None
+    first = len(shown) - (0 if read is None else read[example])
     answer = [(token, "target") for token, _ in shown[first:]]
     return [*shown[:first], *(answer or [(visible(info.targets[example]), "target next")])]
 

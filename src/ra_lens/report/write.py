@@ -18,7 +18,6 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.files import REPORT, check_output, write_whole
 from ra_lens.head_maps import head_of_example, read_example
-from ra_lens.head_names import HeadScore
 from ra_lens.html import Table, facts, resource
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.paths import TraceResult
@@ -113,8 +112,8 @@ def write_report(
     body = [
         facts(model_facts(ra)),
         explorer(ra, shown, sign=sign, top=top, patched=patched),
-        _table(ra, shown.heads[:top], shown),
-        *_paths(traces),
+        _top_heads(ra, shown, top),
+        *([_paths(traces)] if traces else []),
         *sections,
         Section("How to read the maps", (_READ[sign], _ALWAYS)),
         _made(command),
@@ -124,15 +123,13 @@ def write_report(
     return write_whole(path, page(heading, body, styles=[style], scripts=[script]), REPORT)
 
 
-def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> Section:
-    total = sum(score.score for score in ra.top_heads(len(ra.layers) * ra.n_heads)) or 1.0
+def _top_heads(ra: RACache, shown: Shown, top: int) -> Section:
+    total = sum(score.score for score in shown.heads) or 1.0
     rows: list[tuple[str, ...]] = []
-    for rank, score in enumerate(heads, start=1):
+    for rank, score in enumerate(shown.heads[:top], start=1):
         maps = head_of_example(ra, score, example=shown.examples[0], max_tokens=shown.max_tokens)
-        cells = maps.strongest(1)
         moved = "nothing"
-        if cells:
-            cell = cells[0]
+        for cell in maps.strongest(1):
             query, key = label(maps.query_token(cell), 24), label(maps.key_token(cell), 24)
             moved = f"{query} ({cell.query}) → {key} ({cell.key}): {cell.moves}"
         share = f"{score.score / total:.1%}"
@@ -145,19 +142,12 @@ def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> Section:
     return Section("Top heads", table=Table(columns, tuple(rows)), notes=notes)
 
 
-def _paths(traces: Sequence[TraceResult]) -> list[Section]:
-    if not traces:
-        return []
-    return [
-        Section(
-            "Paths to the last token",
-            (
-                "Traced backwards, from the token after which the answer is read to where what it "
-                "knows came from. Scores are sums of log weights: closer to 0, more weight.",
-            ),
-            traces=tuple(traces),
-        )
-    ]
+def _paths(traces: Sequence[TraceResult]) -> Section:
+    text = (
+        "Traced backwards, from the token after which the answer is read to where what it knows "
+        "came from. Scores are sums of log weights: closer to 0, more weight."
+    )
+    return Section("Paths to the last token", (text,), traces=tuple(traces))
 
 
 def _made(command: str | None) -> Section:
