@@ -90,7 +90,7 @@ def perturbation_curves(
         panel: Any = frame[frame[facet] == value]
         for trace, count in _panel(panel, metric, styles, "task" if facet == "n_shots" else None):
             counts.append(count)
-            trace.showlegend = trace.mode is not None and trace.name not in listed
+            trace.showlegend = trace.fill is None and trace.name not in listed
             if trace.showlegend:
                 listed.add(trace.name)
             figure.add_trace(trace, **place)
@@ -182,6 +182,7 @@ def _band(draws: pd.DataFrame, style: MethodStyle, direction: str) -> go.Scatter
     return go.Scatter(
         x=[*x, *x[::-1]],
         y=[*draws.max(axis=0), *draws.min(axis=0)[::-1]],
+        mode="lines",
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},0.22)",
         line={"width": 0},
