@@ -35,6 +35,7 @@ from ra_lens.report import (
     write_report,
 )
 from ra_lens.report.explorer import pack
+from ra_lens.report.run_facts import prompt_tokens
 from ra_lens.run_info import RunInfo
 from test_figures import lower, make
 from tiny_models import KINDS
@@ -319,6 +320,23 @@ def test_answers_of_several_tokens_are_tokens_of_the_prompt(ra: RACache, path: P
     assert chips == ["token special", "token", "token", "token target", "token target"]
     assert "mean of −log p over the target's tokens" in page.text
     assert "p(target)" not in page.text
+
+
+def test_an_answer_that_a_decoder_reads_takes_nothing_off_what_the_encoder_read() -> None:
+    site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
+    info = RunInfo(
+        objective="sequence_nll",
+        targets=(" t u",),
+        str_tokens=(tuple("abc"),),
+        decoder_tokens=(("<pad>", " t", " u"),),
+        answer_lengths=(2,),
+    )
+    ra = RACache(sites={0: site}, info=info)
+    encoder = [("a", ""), ("b", ""), ("c", "")]
+    assert prompt_tokens(ra, 0) == [*encoder, ("·t·u", "target next")]
+    assert prompt_tokens(ra, 0, "input", target=False) == encoder
+    read = [("<pad>", ""), ("·t", "target"), ("·u", "target")]
+    assert prompt_tokens(ra, 0, "decoder") == read
 
 
 def test_the_same_cache_gives_the_same_file(ra: RACache, tmp_path: Path) -> None:
