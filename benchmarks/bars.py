@@ -138,7 +138,7 @@ def bars(
 
 def finish_white(figure: go.Figure, *, height: int) -> None:
     """Apply the look of the project's figures, on white, in the sizes of the page."""
-    finish(figure, title=None, width=WIDTH, height=height, template="plotly_white")
+    finish(figure, {}, width=WIDTH, height=height)
     figure.update_layout(
         plot_bgcolor=None, font={"size": FONT, "color": INK}, showlegend=False, hovermode=False
     )

@@ -155,8 +155,8 @@ FAULTS = (
     Fault(
         "figures show R as −R",
         "signs",
-        'signed = -maps.ra if sign == "descent"',
-        'signed = maps.ra if sign == "descent"',
+        'return -maps.ra if sign == "descent"',
+        'return maps.ra if sign == "descent"',
     ),
     Fault("the page shows R as −R", "signs", "facts.limit * (minus ? -1 : 1)", "facts.limit"),
     Fault(
@@ -405,8 +405,8 @@ FAULTS = (
     Fault(
         "data can end its script block",
         "escaping",
-        'separators=(",", ":")).replace("<", "\\\\u003c")',
-        'separators=(",", ":"))',
+        'return written.replace("<", "\\\\u003c")',
+        "return written",
     ),
     Fault(
         "paths can end their script block",

@@ -552,9 +552,9 @@ def test_the_patched_prediction_is_what_the_hooks_give() -> None:
 
     model: Any = load_demo_model(device="cpu")
     found = patched_prediction(model, averaged=6, tested=5, scale=-3.0)
-    prompts = load_task(found.task).sample(11)
+    prompts = load_task(found["task"]).sample(11)
     texts, answers = [p.text for p in prompts], [p.answer for p in prompts]
-    assert found.prompt == texts[6]
+    assert found["prompt"] == texts[6]
     _, ra = run_with_ra(model, texts[:6], target=answers[:6])
     with torch.no_grad():
         before = model(model.to_tokens(texts[6:]))[:, -1]
@@ -562,15 +562,15 @@ def test_the_patched_prediction_is_what_the_hooks_give() -> None:
             after = model(model.to_tokens(texts[6:]))[:, -1]
     ids = torch.tensor([model.to_single_token(answer) for answer in answers[6:]])
     for logits, one, accuracy in (
-        (before, found.before, found.accuracy_before),
-        (after, found.after, found.accuracy_after),
+        (before, found["before"], found["accuracy_before"]),
+        (after, found["after"], found["accuracy_after"]),
     ):
-        assert one.probability == pytest.approx(
+        assert one["probability"] == pytest.approx(
             logits[0].softmax(-1)[ids[0]].item(), rel=1e-3, abs=1e-7
         )
-        assert one.rank == 1 + int((logits[0] > logits[0, ids[0]]).sum())
+        assert one["rank"] == 1 + int((logits[0] > logits[0, ids[0]]).sum())
         assert accuracy == pytest.approx((logits.argmax(-1) == ids).float().mean().item())
-    assert found.before.probability != found.after.probability
+    assert found["before"]["probability"] != found["after"]["probability"]
 
 
 def test_a_task_without_enough_questions_is_refused() -> None:

@@ -13,8 +13,7 @@ from made_caches import LAYERS, ROWS, lower, make, sites, z
 from ra_lens import run_with_ra
 from ra_lens.cache import RACache
 from ra_lens.errors import NotStored
-from ra_lens.figures import head_grid, head_map, head_maps
-from ra_lens.figures.maps import largest
+from ra_lens.figures import head_grid, head_map, head_maps, query_key_pull
 from ra_lens.figures.style import distinct, plotly_text, thinned
 from ra_lens.head_maps import head_of_example
 from ra_lens.run_info import RunInfo
@@ -118,7 +117,8 @@ def test_colours_are_centred_at_zero_and_shared_unless_told(ra: RACache) -> None
             trace = figure.data[2 * i + 1]
             assert (trace.zmin, trace.zmid, trace.zmax) == pytest.approx((-limit, 0, limit))
         assert (shared.data[2 * i].zmin, shared.data[2 * i].zmax) == (0, 1)
-    assert largest(ra, heads) == pytest.approx(max(sizes))
+    one = head_map(ra, heads[0], limit=max(sizes)).data[0]
+    assert (one.zmin, one.zmid, one.zmax) == pytest.approx((-max(sizes), 0, max(sizes)))
 
 
 def test_every_token_is_a_row_of_its_own_with_a_harmless_label(ra: RACache) -> None:
@@ -248,3 +248,9 @@ def test_labels_helpers() -> None:
     assert thinned(10, 4) == [0, 3, 6, 9]
     assert thinned(9, 4) == [2, 5, 8]
     assert thinned(3, 0) == [2]
+
+
+def test_an_option_that_no_figure_has_is_refused(ra: RACache) -> None:
+    for draw in (head_map, query_key_pull):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'tilte'.*title, width"):
+            draw(ra, (0, 0), tilte="x")  # type: ignore[call-arg]

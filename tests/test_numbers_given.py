@@ -28,7 +28,6 @@ from ra_lens.figures import (
     query_key_pull,
     token_row,
 )
-from ra_lens.figures.maps import largest
 from ra_lens.head_maps import head_of_example, read_heads
 from ra_lens.head_names import HeadScore
 from ra_lens.heads import HeadScores
@@ -334,7 +333,6 @@ def test_a_head_is_read_as_it_is_printed_and_in_every_other_form(
 def test_figures_take_a_head_as_it_is_printed(ra: RACache) -> None:
     for draw in (head_map, head_maps, token_row, query_key_pull):
         assert draw(ra, "L1H2").to_json() == draw(ra, (1, 2)).to_json()
-    assert largest(ra, "L1H2") == float(ra["ra", 1][0, 2].abs().max())
 
 
 def test_labels_of_a_table_are_heads(model: Any, ra: RACache) -> None:

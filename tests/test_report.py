@@ -34,7 +34,8 @@ from ra_lens.report import (
     patched_predictions,
     write_report,
 )
-from ra_lens.report.explorer import pack, unpack
+from ra_lens.report.explorer import pack
+from ra_lens.report.run_facts import prompt_tokens
 from ra_lens.run_info import RunInfo
 from tiny_models import KINDS
 
@@ -109,11 +110,10 @@ def test_packed_maps_keep_three_digits_and_what_is_no_number() -> None:
     r[4, :5] = torch.tensor([1e-3, -3e-8, torch.nan, 5e-6, -4e-4]) * 1e-9
     ra["ra", 0][0, 0] = r.tril() * (torch.arange(5) == 4)[:, None]
     maps = head_of_example(ra, (0, 0))
-    packed = pack(maps)
-    a, found = unpack(packed, (5, 5))
+    a, found = lower_triangles(pack(maps), maps.limit, 5)
     np.testing.assert_allclose(a, maps.pattern, rtol=5e-4)
-    np.testing.assert_allclose(found, maps.ra, rtol=5e-4, atol=3e-8 * packed.limit)
-    assert packed.limit == pytest.approx(1e-12)
+    np.testing.assert_allclose(found, maps.ra, rtol=5e-4, atol=3e-8 * maps.limit)
+    assert maps.limit == pytest.approx(1e-12)
     assert np.isnan(found[4, 2])
 
 
@@ -190,8 +190,8 @@ def test_names_of_layers_cannot_end_the_data(ra: RACache, path: Path) -> None:
     sites = {i: replace(s, prefix=f"{EVIL}<!--{s.prefix}") for i, s in ra.sites.items()}
     saved = RACache(sites=sites, loss=ra.loss, info=ra.info)
     for layer in ra.layers:
-        saved.put(layer, "ra", ra["ra", layer])
-        saved.put(layer, "pattern", ra["pattern", layer])
+        saved._put(layer, "ra", ra["ra", layer])
+        saved._put(layer, "pattern", ra["pattern", layer])
     write_report(saved, path)
     page = read(path)
     assert [one["name"] for one in page.data()["layers"]] == [f"{EVIL}<!-- 0", f"{EVIL}<!-- 2"]
@@ -284,6 +284,23 @@ def test_answers_of_several_tokens_are_tokens_of_the_prompt(ra: RACache, path: P
     assert chips == ["token special", "token", "token", "token target", "token target"]
     assert "mean of −log p over the target's tokens" in page.text
     assert "p(target)" not in page.text
+
+
+def test_an_answer_that_a_decoder_reads_takes_nothing_off_what_the_encoder_read() -> None:
+    site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
+    info = RunInfo(
+        objective="sequence_nll",
+        targets=(" t u",),
+        str_tokens=(tuple("abc"),),
+        decoder_tokens=(("<pad>", " t", " u"),),
+        answer_lengths=(2,),
+    )
+    ra = RACache(sites={0: site}, info=info)
+    encoder = [("a", ""), ("b", ""), ("c", "")]
+    assert prompt_tokens(ra, 0) == [*encoder, ("·t·u", "target next")]
+    assert prompt_tokens(ra, 0, "input", target=False) == encoder
+    read = [("<pad>", ""), ("·t", "target"), ("·u", "target")]
+    assert prompt_tokens(ra, 0, "decoder") == read
 
 
 def test_the_same_cache_gives_the_same_file(ra: RACache, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def demo(
         sections=sections,
         debug=debug,
     )
-    extra = {} if patched is None else {"patched": predictions.as_json(patched)}
+    extra: dict[str, object] = {} if patched is None else {"patched": patched}
     _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
     for section in [] if as_json else sections:
         show.print_section(section)

@@ -19,7 +19,7 @@ from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
-from ra_lens.report.page import Section
+from ra_lens.report import Section
 from ra_lens.report.run_facts import prompt_tokens
 from ra_lens.text import isolated, label, shorten, visible
 
@@ -157,7 +157,7 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    styles = {"": "", "special": "dim", "target": "bold red"}
+    styles = {"": "", "special": "dim", "target": "bold red", "target next": "bold red"}
     prompt = Text()
     for i, (text, kind) in enumerate(prompt_tokens(ra, example)):
         after_line = i > 0 and prompt.plain.endswith("⏎")

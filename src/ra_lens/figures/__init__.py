@@ -17,10 +17,12 @@ from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.maps import Sign, head_map, head_maps
 from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
+from ra_lens.figures.style import Layout
 from ra_lens.figures.sweep import patching_sweep_curve
 from ra_lens.figures.token_row import token_row
 
 __all__ = [
+    "Layout",
     "Sign",
     "auc_table",
     "head_grid",

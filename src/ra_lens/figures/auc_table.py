@@ -12,18 +12,18 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
 from ra_lens.figures.style import (
-    MARK,
+    Layout,
+    check_frame,
     finish,
+    frame_cells,
     method_styles,
     order_name,
     plotly_text,
-    read_frame,
     read_size,
-    with_subtitle,
 )
-from ra_lens.numbers import Real
 from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import short, shots_name
 
@@ -32,22 +32,14 @@ _SCALE = [[0.0, "#ffffff"], [1.0, "#8ab8e0"]]
 _ROW, _COLUMN, _NAMES, _HEAD = 22, 33, 172, 128
 
 
-def auc_table(
-    frame: pd.DataFrame,
-    *,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
-) -> go.Figure:
+def auc_table(frame: pd.DataFrame, **layout: Unpack[Layout]) -> go.Figure:
     """Draw the areas under the perturbation curves as a table with shaded cells.
 
     Args:
         frame: From `area_under_curve`, of one model.
-        title: Above the table. Default: a line that says what it shows.
-        width: In pixels. Default: by the number of columns, so that the numbers fit.
-        height: In pixels. Default: by the number of rows.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the table (default: a line that says what it shows); `width` and
+            `height` in pixels (default: by the numbers of columns and rows, so that the numbers
+            fit); `template` of plotly, for this figure only.
 
     Returns:
         A figure with a heatmap per number of shots, named `0 shots` and so on; `z` holds the areas,
@@ -56,8 +48,8 @@ def auc_table(
     Raises:
         BadInput: not such a frame, or of several models.
     """
-    width, height = read_size(width, height)
-    read_frame(
+    width, height = read_size(layout)
+    check_frame(
         frame, what="area_under_curve()", columns=["model", "kind", *_CELL, "auc"], cell=_CELL
     )
     shots = [int(n) for n in sorted(frame["n_shots"].unique())]
@@ -68,7 +60,7 @@ def auc_table(
     }
     beside = max(1, min(len(shots), 22 // len(orders)))
     down = -(-len(shots) // beside)
-    above = 44 if title is None else 66
+    above = 44 if layout.get("title") is None else 66
     high = above + down * (_HEAD + _ROW * len(rows)) + 12
     wide = _NAMES + beside * (len(orders) * _COLUMN + 24) + 20
     plot_high = max((height or high) - above - _HEAD - 12, 1)
@@ -86,7 +78,7 @@ def auc_table(
         panel: Any = frame[frame["n_shots"] == n]
         heatmap = _heatmap(panel, n, rows, orders, largest)
         figure.add_trace(heatmap, **where)
-        _frame_best(figure, np.asarray(heatmap.z, dtype=float), where)
+        frame_cells(figure, best_of_rows(np.asarray(heatmap.z, dtype=float)), "best", 1.8, where)
         figure.update_xaxes(
             type="category",
             side="top",
@@ -101,19 +93,16 @@ def auc_table(
     )
     finish(
         figure,
-        title=with_subtitle(title, subtitle),
-        width=width or wide,
-        height=height or high,
-        template=template,
+        layout,
+        width=wide,
+        height=high,
+        above=(44 + _HEAD, 66 + _HEAD),
+        subtitle=subtitle,
+        plot_bgcolor=None,
+        margin={"l": _NAMES, "r": 20, "b": 12},
     )
     figure.update_yaxes(
         type="category", autorange="reversed", showgrid=False, automargin=True, tickfont_size=11
-    )
-    figure.update_layout(
-        plot_bgcolor=None,
-        margin={"l": _NAMES, "r": 20, "t": above + _HEAD, "b": 12},
-        title_y=1 - 14 / (height or high),
-        title_yanchor="top",
     )
     return figure
 
@@ -181,17 +170,3 @@ def _details(found: pd.DataFrame, tasks: list[str]) -> str:
     if "draws" not in row or int(row["draws"]) <= 1:
         return ""
     return f"<br>mean of {int(row['draws'])} draws, {row['auc_low']:.3f} to {row['auc_high']:.3f}"
-
-
-def _frame_best(figure: Any, values: np.ndarray, where: dict[str, Any]) -> None:
-    for i, j in np.argwhere(best_of_rows(values)).tolist():
-        figure.add_shape(
-            type="rect",
-            x0=j - 0.47,
-            x1=j + 0.47,
-            y0=i - 0.46,
-            y1=i + 0.46,
-            line={"color": MARK, "width": 1.8},
-            name="best",
-            **where,
-        )

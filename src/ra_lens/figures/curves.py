@@ -11,24 +11,27 @@ from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import (
+    Layout,
     MethodStyle,
+    check_frame,
+    check_metric,
     finish,
+    limits,
     method_styles,
     metric_name,
+    number_text,
     order_name,
+    panels,
     plotly_text,
-    read_frame,
-    read_size,
     subtitle_of,
     tasks_averaged,
-    with_subtitle,
+    value_text,
 )
-from ra_lens.numbers import Real
-from ra_lens.questions import METRICS, Metric
+from ra_lens.questions import Metric
 from ra_lens.text import shots_name
 
 Facet = Literal["n_shots", "task"]
@@ -41,10 +44,7 @@ def perturbation_curves(
     *,
     metric: Metric = "top1",
     facet: Facet = "n_shots",
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw a metric against the share of heads unmasked, a line per method and direction.
 
@@ -54,10 +54,9 @@ def perturbation_curves(
         facet: `"n_shots"`, a panel per number of shots, each the mean over the tasks; or `"task"`,
             a panel per task, each the mean over the numbers of shots. A line under the title says
             over what was averaged.
-        title: Above the figure. Default: that line only.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of panels.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: that line only); `width` and `height` in
+            pixels (default: as wide as its container, and by the number of panels); `template` of
+            plotly, for this figure only.
 
     Returns:
         A figure with a trace per panel, method and direction, named as in the legend, and before
@@ -66,58 +65,49 @@ def perturbation_curves(
     Raises:
         BadInput: not such a frame, several models in it, or an unknown `metric` or `facet`.
     """
-    width, height = read_size(width, height)
-    if metric not in METRICS:
-        raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
+    check_metric(metric)
     if facet not in ("n_shots", "task"):
         raise BadInput(f"found facet={facet!r}; give 'n_shots' or 'task'.")
-    read_frame(frame, what="perturbation_test()", columns=["task", *_CELL[1:], metric], cell=_CELL)
+    check_frame(frame, what="perturbation_test()", columns=[*_CELL, metric], cell=_CELL)
     values = sorted(frame["n_shots"].unique()) if facet == "n_shots" else frame["task"].unique()
     names = [shots_name(int(v)) if facet == "n_shots" else plotly_text(str(v)) for v in values]
     columns = panel_columns(len(names))
-    rows = -(-len(names) // columns)
-    each = {1: 400, 2: 320}.get(rows, 240)
-    pixels = height or rows * each + 110
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        shared_yaxes="all",  # type: ignore[arg-type]
+    figure, places = panels(
+        names,
+        layout,
+        columns=columns,
+        each={1: 400, 2: 320}.get(-(-len(names) // columns), 240),
+        around=110,
+        gap=62,
         horizontal_spacing=0.05 if columns > 1 else 0,
-        vertical_spacing=0 if rows == 1 else min(0.5 / rows, 62 / max(pixels - 110, 1)),
-        subplot_titles=names,
         x_title="share of heads unmasked",
         y_title=metric_name(frame, metric),
     )
     styles = method_styles(frame["method"])
     counts: list[int] = []
     listed: set[object] = set()
-    for i, value in enumerate(values):
+    for value, place in zip(values, places, strict=True):
         panel: Any = frame[frame[facet] == value]
         for trace, count in _panel(panel, metric, styles, "task" if facet == "n_shots" else None):
             counts.append(count)
-            trace.showlegend = trace.mode is not None and trace.name not in listed
+            trace.showlegend = trace.fill is None and trace.name not in listed
             if trace.showlegend:
                 listed.add(trace.name)
-            figure.add_trace(trace, row=i // columns + 1, col=i % columns + 1)
+            figure.add_trace(trace, **place)
     averaged = tasks_averaged(counts) if facet == "n_shots" else _shots_averaged(frame)
     finish(
         figure,
-        title=with_subtitle(title, subtitle_of(frame, averaged)),
-        width=width,
-        height=pixels,
-        template=template,
-    )
-    figure.update_layout(
+        layout,
+        above=(66, 88),
+        subtitle=subtitle_of(frame, averaged),
         plot_bgcolor=None,
-        margin={"l": 72, "r": 12, "t": 66 if title is None else 88, "b": 58},
+        margin={"l": 72, "b": 58},
         legend={
             "title": {"text": "heads unmasked<br>in the order of"},
             "font": {"size": 12},
             "y": 1,
             "tracegroupgap": 2,
         },
-        title_y=1 - 14 / pixels,
-        title_yanchor="top",
     )
     figure.update_xaxes(
         range=[-0.02, 1.02],
@@ -126,9 +116,8 @@ def perturbation_curves(
         tickangle=0,
         showticklabels=True,
     )
-    low, high = _limits(figure, metric)
+    low, high = limits((y for trace in figure.data for y in trace.y), metric)
     figure.update_yaxes(range=[low, high])
-    figure.update_annotations(font_size=13)
     return figure
 
 
@@ -162,10 +151,9 @@ def _line(
 ) -> go.Scatter:
     name = _name(style, direction, len(draws))
     back = direction == "reversed"
-    shown = ":.1%" if metric != "logit_diff" else ":.3g"
     extremes = ""
     if len(draws) > 1:
-        low, high = f"%{{customdata[0]{shown}}}", f"%{{customdata[1]{shown}}}"
+        low, high = (number_text(metric, f"customdata[{i}]") for i in (0, 1))
         extremes = f"<br>mean of {len(draws)} draws, from {low} to {high}"
     return go.Scatter(
         x=draws.columns.to_numpy(float),
@@ -183,7 +171,7 @@ def _line(
         },
         hovertemplate=(
             f"<b>{order_name(style, direction)}</b><br>%{{x:.0%}} of heads unmasked<br>"
-            f"{_short(metric)} %{{y{shown}}}{extremes}{said}<extra></extra>"
+            f"{value_text(metric)}{extremes}{said}<extra></extra>"
         ),
     )
 
@@ -194,6 +182,7 @@ def _band(draws: pd.DataFrame, style: MethodStyle, direction: str) -> go.Scatter
     return go.Scatter(
         x=[*x, *x[::-1]],
         y=[*draws.max(axis=0), *draws.min(axis=0)[::-1]],
+        mode="lines",
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},0.22)",
         line={"width": 0},
@@ -210,21 +199,8 @@ def _name(style: MethodStyle, direction: str, n_draws: int) -> str:
     return f'{name}<br><span style="font-size:11px">({note}</span>' if note else name
 
 
-def _short(metric: str) -> str:
-    return "logit difference" if metric == "logit_diff" else "accuracy"
-
-
 def _shots_averaged(frame: pd.DataFrame) -> str | None:
     shots = [str(int(n)) for n in sorted(frame["n_shots"].unique())]
     if len(shots) == 1:
         return shots_name(int(shots[0]))
     return f"mean over {', '.join(shots[:-1])} and {shots[-1]} shots"
-
-
-def _limits(figure: Any, metric: str) -> tuple[float, float]:
-    if metric != "logit_diff":
-        return -0.02, 1.02
-    values = [float(y) for trace in figure.data for y in trace.y if y == y]
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    room = 0.04 * ((high - low) or 1.0)
-    return low - room, high + room

@@ -16,21 +16,22 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import (
     DIVERGING,
-    MARK,
     SEQUENTIAL,
+    Layout,
     finish,
+    frame_cells,
     plotly_text,
-    read_size,
-    thinned,
+    ticks,
 )
 from ra_lens.heads import HeadScores
 from ra_lens.model.sites import MapKind
-from ra_lens.numbers import Real, Whole, whole
+from ra_lens.numbers import Whole, whole
 
 Scores = RACache | HeadScores
 Order = Literal["index", "score"]
@@ -45,27 +46,13 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class _Panel:
-    """One grid.
+    """One grid. The most important head has rank 1; where there is no head, the rank is 0."""
 
-    Attributes:
-        name: Of its colour bar.
-        title: Above it.
-        layers: Layers of its rows.
-        values: The scores.
-        ranks: 1 for the most important head; 0 where there is no head.
-    """
-
-    name: str
+    name: str  # of its colour bar
     title: str
     layers: tuple[int, ...]
     values: Float[np.ndarray, "layer head"]
     ranks: Int[np.ndarray, "layer head"]
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        known = self.values[np.isfinite(self.values)]
-        low, high = float(known.min(initial=0.0)), float(known.max(initial=0.0))
-        return low, high
 
 
 def head_grid(
@@ -76,10 +63,7 @@ def head_grid(
     shared_scale: bool = False,
     top: Whole = 10,
     titles: Sequence[str] | None = None,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw layers × heads, coloured by a score; several scores side by side.
 
@@ -92,10 +76,9 @@ def head_grid(
         shared_scale: Colour all grids on one scale, so that they compare; False: each its own.
         top: So many of the most important are framed and numbered, in each grid.
         titles: Above each grid. Default, where there are several: what they show.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of layers.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the number of layers); `template` of plotly,
+            for this figure only.
 
     Returns:
         A figure with a heatmap per grid, `z` being the scores, `[layer, head]` or, in order of
@@ -107,7 +90,7 @@ def head_grid(
     """
     if order not in ("index", "score"):
         raise BadInput(f"found order={order!r}; give 'index' or 'score'.")
-    (width, height), top = read_size(width, height), whole("top", top)
+    top = whole("top", top)
     given: list[Scores] = [scores] if isinstance(scores, RACache | HeadScores) else list(scores)
     kinds: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
     panels = [panel for one in given for panel in _panels(one, kinds)]
@@ -125,60 +108,55 @@ def head_grid(
         subplot_titles=[plotly_text(name) for name in names] or None,
     )
     figure.update_annotations(font_size=13)
-    ends = [panel.limits for panel in panels]
-    both = (min(low for low, _ in ends), max(high for _, high in ends))
-    for i, panel in enumerate(panels):
-        axis: Any = figure.layout[f"xaxis{i + 1 if i else ''}"]
-        bar = None
+    for column, panel in enumerate(panels, start=1):
+        axes: Any = figure.get_subplot(1, column)
+        bar: dict[str, Any] | None = None
         if not shared_scale:
-            bar = {"x": axis.domain[1] + 0.01 / n, "xanchor": "left"}
-        elif i == n - 1:
-            bar = (
-                {}
-                if len({p.name for p in panels}) == 1
-                else {"title": {"text": "score", "side": "top"}}
-            )
-        limits = both if shared_scale else ends[i]
-        _add(figure, panel, i + 1, limits, order=order, top=top, bar=bar, shown=n)
+            bar = {"x": axes.xaxis.domain[1] + 0.01 / n, "xanchor": "left"}
+        elif column == n:
+            alike = len({one.name for one in panels}) == 1
+            bar = {} if alike else {"title": {"text": "score", "side": "top"}}
+        among = panels if shared_scale else [panel]
+        known = np.concatenate([one.values[np.isfinite(one.values)] for one in among])
+        limits = (float(known.min(initial=0.0)), float(known.max(initial=0.0)))
+        _add(figure, panel, column, limits, order=order, top=top, bar=bar, shown=n)
     rows = max(len(panel.layers) for panel in panels)
     finish(
         figure,
-        title=title,
-        width=width,
-        height=height or 110 + max(18, min(34, 900 // rows)) * rows + 24 * bool(names),
-        template=template,
+        layout,
+        height=110 + max(18, min(34, 900 // rows)) * rows + 24 * bool(names),
+        above=(32, 80) if names else (8, 56),
     )
-    if names:
-        figure.update_layout(margin_t=32 if title is None else 80)
     return figure
 
 
 def _panels(scores: Scores, kinds: Sequence[MapKind]) -> list[_Panel]:
     if isinstance(scores, HeadScores):
         # As the method gave them: reversing an order negates the scores it is told by.
-        values = scores.scores.double().numpy()
         name = scores.method + " reversed" * scores.is_reversed
-        title = f"{scores.title}{', reversed' * scores.is_reversed}"
-        return [_Panel(name, title, scores.layers, values, _ranks(scores.order(), scores))]
+        title = scores.title + ", reversed" * scores.is_reversed
+        return [_panel(scores, name, title, scores.scores.double().numpy(), scores.order())]
     panels: list[_Panel] = []
     for kind in kinds:
         norms = scores.norms(kind)
-        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).detach().cpu().float()
-        heads = scores.top_heads(mean.numel(), kind)
-        order = [(head.layer, head.head) for head in heads]
-        ranks = _ranks(order, scores)
-        panels.append(
-            _Panel(_NAMES[kind], _TITLES[kind], tuple(scores.layers), mean.numpy(), ranks)
-        )
+        mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).detach().cpu().float().numpy()
+        order = [(head.layer, head.head) for head in scores.top_heads(mean.size, kind)]
+        panels.append(_panel(scores, _NAMES[kind], _TITLES[kind], mean, order))
     return panels
 
 
-def _ranks(order: Sequence[tuple[int, int]], scores: Scores) -> Int[np.ndarray, "layer head"]:
-    rows = {layer: i for i, layer in enumerate(scores.layers)}
-    ranks = np.zeros((len(rows), scores.n_heads), dtype=np.int64)
+def _panel(
+    scores: Scores,
+    name: str,
+    title: str,
+    values: Float[np.ndarray, "layer head"],
+    order: Sequence[tuple[int, int]],
+) -> _Panel:
+    layers = list(scores.layers)
+    ranks = np.zeros(values.shape, dtype=np.int64)
     for rank, (layer, head) in enumerate(order, start=1):
-        ranks[rows[layer], head] = rank
-    return ranks
+        ranks[layers.index(layer), head] = rank
+    return _Panel(name, title, tuple(layers), values, ranks)
 
 
 def _add(
@@ -239,29 +217,20 @@ def _add(
         ),
         **where,
     )
-    for i, j in np.argwhere(marked).tolist():
-        figure.add_shape(**_frame(i, j), **where)
-    ticks, lines = thinned(n_heads, 24 // shown), thinned(len(rows), 32)
-    place = "head" if order == "index" else "heads of the layer by score"
+    frame_cells(figure, marked, "top head", 2, where)
     figure.update_xaxes(
-        type="category", title_text=place, showgrid=False, tickmode="array",
-        tickvals=[columns[j] for j in ticks],
-        ticktext=[columns[j].removeprefix("H") for j in ticks], tickangle=0, **where,
-    )  # fmt: skip
+        type="category",
+        title_text="head" if order == "index" else "heads of the layer by score",
+        showgrid=False,
+        tickangle=0,
+        **ticks(columns, [name.removeprefix("H") for name in columns], 24 // shown),
+        **where,
+    )
     figure.update_yaxes(
-        type="category", title_text="layer" if column == 1 else None, showgrid=False,
-        autorange="reversed", tickmode="array", tickvals=[rows[i] for i in lines],
-        ticktext=[rows[i].removeprefix("L") for i in lines], **where,
-    )  # fmt: skip
-
-
-def _frame(row: int, column: int) -> dict[str, Any]:
-    return {
-        "type": "rect",
-        "x0": column - 0.47,
-        "x1": column + 0.47,
-        "y0": row - 0.46,
-        "y1": row + 0.46,
-        "line": {"color": MARK, "width": 2},
-        "name": "top head",
-    }
+        type="category",
+        title_text="layer" if column == 1 else None,
+        showgrid=False,
+        autorange="reversed",
+        **ticks(rows, [str(layer) for layer in panel.layers], 32),
+        **where,
+    )

@@ -63,7 +63,7 @@ def save_figure(
         raise BadInput(
             f"found the suffix {suffix!r} in {path}; give one of {', '.join(_IMAGES)} or .html."
         )
-    (width, height), factor = read_size(width, height), real("scale", scale)
+    (width, height), factor = read_size({"width": width, "height": height}), real("scale", scale)
     if suffix == ".html":
         kind = PAGE
     else:

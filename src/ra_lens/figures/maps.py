@@ -13,18 +13,21 @@ from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import (
     ATTENTION,
     DIVERGING,
+    Layout,
     distinct,
     finish,
     plotly_text,
     read_size,
-    thinned,
+    ticks,
 )
 from ra_lens.head_maps import HeadMaps, head_of_example, read_heads
 from ra_lens.head_names import Head, Heads
@@ -38,7 +41,7 @@ _BAR = {
     "descent": "−R   red: descent wants more, blue: less",
     "gradient": "R   red: descent wants less, blue: more",
 }
-_NAME = {"descent": "−R", "gradient": "R"}
+R_NAMES = {"descent": "−R", "gradient": "R"}
 _TOLD = 512
 """Above so many tokens hovering tells one map only."""
 
@@ -52,10 +55,7 @@ def head_map(
     sign: Sign = "descent",
     limit: Real | None = None,
     max_tokens: Whole | None = 256,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw one map of one head.
 
@@ -67,10 +67,9 @@ def head_map(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         limit: |R| at the ends of the colour scale. Default: the largest in this map.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of tokens.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the number of tokens); `template` of plotly,
+            for this figure only.
 
     Returns:
         A figure with one heatmap; its `z` is the map, NaN where a query cannot look.
@@ -79,15 +78,16 @@ def head_map(
         BadInput: no such head or example, or an unknown `kind` or `sign`.
         NotStored: the maps were not kept.
     """
-    _check(kind, sign)
-    (width, height), most = read_size(width, height), real_or_none("limit", limit)
+    check(kind, sign)
+    most = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
-    figure = go.Figure(_traces(maps, kind, sign, _limit([maps]) if most is None else most, bar))
-    pixels = height or _pixels(len(maps.tokens)) + 150
-    _label_axes(figure, maps, room=int(pixels - 150) // 12)
+    pixels = read_size(layout)[1] or _pixels(len(maps.tokens)) + 150
+    limit = _limit([maps]) if most is None else most
+    figure = go.Figure()
+    _draw(figure, maps, kind, sign, limit, bar, room=int(pixels - 150) // 12)
     _title_axes(figure)
-    finish(figure, title=title, width=width, height=pixels, template=template)
+    finish(figure, layout, height=pixels)
     return figure
 
 
@@ -101,10 +101,7 @@ def head_maps(
     sign: Sign = "descent",
     shared_scale: bool = True,
     max_tokens: Whole | None = 256,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw maps of several heads: forward attention beside Reversed Attention, or small multiples.
 
@@ -119,10 +116,9 @@ def head_maps(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         shared_scale: Colour all heads' RA on one scale, so that they compare; False: each its own.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the numbers of heads and tokens.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the numbers of heads and tokens); `template`
+            of plotly, for this figure only.
 
     Returns:
         A figure with a heatmap per head and kind, named `L5H3 pattern` and `L5H3 ra`.
@@ -131,13 +127,13 @@ def head_maps(
         BadInput: no heads or kinds, no such head or example, or an unknown kind or `sign`.
         NotStored: the maps were not kept.
     """
-    (width, height), columns = read_size(width, height), whole_or_none("columns", columns)
+    columns = whole_or_none("columns", columns)
     if not kinds or (columns is not None and columns < 1):
         raise BadInput(
             f"found kinds={list(kinds)}, columns={columns}; give at least one kind and one column."
         )
     for one in kinds:
-        _check(one, sign)
+        check(one, sign)
     shown = [
         head_of_example(ra, head, example=example, max_tokens=max_tokens)
         for head in read_heads(ra, heads)
@@ -145,64 +141,49 @@ def head_maps(
     panels: list[tuple[HeadMaps, Panel]] = [(maps, kind) for maps in shown for kind in kinds]
     across = min(columns or (len(kinds) if len(kinds) > 1 else 3), len(panels))
     down = -(-len(panels) // across)
-    what: dict[Panel, str] = {"pattern": "attention", "ra": _NAME[sign]}
+    what: dict[Panel, str] = {"pattern": "attention", "ra": R_NAMES[sign]}
     # One bar says it all where every map of a kind has the same scale.
     apart = not shared_scale or "pattern" in kinds
     each = _pixels(max(len(maps.tokens) for maps in shown)) if across < 3 else 280
+    beside = min(0.1 if apart else 0.03, 0.3 / across)
+    if apart and across == 2:
+        beside = 0.16
     figure = make_subplots(
         rows=down,
         cols=across,
-        horizontal_spacing=0.16
-        if across == 2 and apart
-        else min(0.1 if apart else 0.03, 0.3 / across),
+        horizontal_spacing=beside,
         vertical_spacing=0 if down == 1 else min(0.12, 110 / (down * (each + 110)), 0.9 / down),
         subplot_titles=[f"{maps.label} {what[kind]}" for maps, kind in panels],
     )
     figure.update_annotations(font_size=13)
     for i, (maps, kind) in enumerate(panels):
         row, col = i // across + 1, i % across + 1
-        number = i + 1 if i else ""
-        x_axis: Any = figure.layout[f"xaxis{number}"]
-        y_axis: Any = figure.layout[f"yaxis{number}"]
-        (_, right), (low, high) = x_axis.domain, y_axis.domain
+        axes: Any = figure.get_subplot(row, col)
+        (_, right), (low, high) = axes.xaxis.domain, axes.yaxis.domain
         bar = {"len": high - low, "y": (low + high) / 2, "x": right + 0.01}
         if not apart:
             bar = {"len": 1.0, "y": 0.5, "x": 1.01} if i == 0 else None
         limit = _limit(shown if shared_scale else [maps])
-        for trace in _traces(maps, kind, sign, limit, bar):
-            figure.add_trace(trace, row=row, col=col)
-        _label_axes(figure, maps, room=each // 12, most=60 // across, row=row, col=col)
+        room, most = each // 12, 60 // across
+        _draw(figure, maps, kind, sign, limit, bar, room=room, most=most, row=row, col=col)
         if col > 1 and maps.tokens == panels[i - 1][0].tokens:  # they stand on the left
             figure.update_yaxes(showticklabels=False, row=row, col=col)
     _title_axes(figure, row=down if len(panels) == down * across else down - 1 or 1, col=1)
-    finish(
-        figure,
-        title=title,
-        width=width,
-        height=height or down * (each + 110) + 20,
-        template=template,
-    )
-    figure.update_layout(margin_t=36 if title is None else 76)
+    finish(figure, layout, height=down * (each + 110) + 20, above=(36, 76))
     return figure
 
 
-def largest(
-    ra: RACache, heads: Heads, *, example: Whole = 0, max_tokens: Whole | None = 256
-) -> float:
-    """Give the largest |R| in the maps of several heads, as `limit` for a scale they share."""
-    return _limit(
-        [
-            head_of_example(ra, head, example=example, max_tokens=max_tokens)
-            for head in read_heads(ra, heads)
-        ]
-    )
-
-
-def _check(kind: str, sign: str) -> None:
+def check(kind: str, sign: str) -> None:
+    """Refuse what is no map and no sign."""
     if sign not in _BAR:
         raise BadInput(f"found sign={sign!r}; give 'descent' (shows −R) or 'gradient' (shows R).")
     if kind not in ("ra", "pattern"):
         raise BadInput(f"found kind={kind!r}; give 'ra' or 'pattern'.")
+
+
+def signed(maps: HeadMaps, sign: Sign) -> Float[np.ndarray, "query key"]:
+    """Give R as it is shown."""
+    return -maps.ra if sign == "descent" else maps.ra
 
 
 def _limit(shown: Sequence[HeadMaps]) -> float:
@@ -213,34 +194,39 @@ def _pixels(n_tokens: int) -> int:
     return max(240, min(640, 14 * n_tokens))
 
 
-def _traces(
-    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
-) -> list[Any]:
-    return [_heatmap(maps, kind, sign, limit, bar), *_broken(maps, kind)]
-
-
-def _heatmap(
-    maps: HeadMaps, kind: Panel, sign: Sign, limit: float, bar: dict[str, Any] | None
-) -> go.Heatmap:
-    signed = -maps.ra if sign == "descent" else maps.ra
-    shown, other = (signed, maps.pattern) if kind == "ra" else (maps.pattern, signed)
-    scale: dict[str, Any] = (
-        {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
-        if kind == "ra"
-        else {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
-    )
-    rows, columns = _names(maps)
-    names = {"ra": _NAME[sign], "pattern": "A"}
-    told = [f"{names[kind]} = %{{z:.3g}}"]
+def _draw(
+    figure: go.Figure,
+    maps: HeadMaps,
+    kind: Panel,
+    sign: Sign,
+    limit: float,
+    bar: dict[str, Any] | None,
+    *,
+    room: int,
+    most: int = 30,
+    **where: Any,
+) -> None:
+    """Add a map with its labels, `room` of them at most, and `most` beside each other."""
+    r = signed(maps, sign)
+    shown, other = (r, maps.pattern) if kind == "ra" else (maps.pattern, r)
+    # Distinct by position, so that a token that occurs twice has two rows.
+    rows = distinct(maps.tokens, first=maps.first)
+    columns = distinct(maps.key_tokens, first=maps.first_key)
+    names = (R_NAMES[sign], "A") if kind == "ra" else ("A", R_NAMES[sign])
+    told = [f"<b>{maps.label}</b>", "from %{y}", "to %{x}", f"{names[0]} = %{{z:.3g}}"]
     more: Any = None
     if max(shown.shape) <= _TOLD:
         more = np.stack([other, maps.ranks_in_row()], axis=-1).astype(np.float32)
-        told.append(f"{names['pattern' if kind == 'ra' else 'ra']} = %{{customdata[0]:.3g}}")
+        told.append(f"{names[1]} = %{{customdata[0]:.3g}}")
         told.append("|R| has rank %{customdata[1]} in its row")
+    scale: dict[str, Any] = {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
+    if kind == "ra":
+        scale = {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
     gap = 1 if max(shown.shape) <= 40 else 0
-    return go.Heatmap(
+    finite = np.isfinite(shown)
+    heatmap = go.Heatmap(
         name=f"{maps.label} {kind}",
-        z=np.where(np.isfinite(shown), shown, np.nan).astype(shown.dtype),
+        z=np.where(finite, shown, np.nan).astype(shown.dtype),
         customdata=more,
         x=columns,
         y=rows,
@@ -260,49 +246,25 @@ def _heatmap(
             **(bar or {}),
         },
         hoverongaps=False,
-        hovertemplate=(
-            f"<b>{maps.label}</b><br>from %{{y}}<br>to %{{x}}<br>{'<br>'.join(told)}<extra></extra>"
-        ),
+        hovertemplate=f"{'<br>'.join(told)}<extra></extra>",
         xgap=gap,
         ygap=gap,
     )
-
-
-def _broken(maps: HeadMaps, kind: Panel) -> list[go.Scatter]:
-    """Crosses where a number should be and is none."""
-    values = maps.ra if kind == "ra" else maps.pattern
-    where = np.argwhere(~np.isfinite(values) & maps.reachable())
-    if not len(where):
-        return []
-    rows, columns = _names(maps)
-    return [
-        go.Scatter(
-            x=[columns[j] for j in where[:, 1].tolist()],
-            y=[rows[i] for i in where[:, 0].tolist()],
+    figure.add_trace(heatmap, **where)
+    broken = np.argwhere(~finite & maps.reachable()).tolist()
+    if broken:  # crosses where a number should be and is none
+        crosses = go.Scatter(
+            x=[columns[j] for _, j in broken],
+            y=[rows[i] for i, _ in broken],
             mode="markers",
             marker={"symbol": "x", "size": 7, "color": "#1f2937"},
             name=f"{maps.label} {kind}, not a number",
             showlegend=False,
             hovertemplate="from %{y}<br>to %{x}<br>not a number<extra></extra>",
         )
-    ]
-
-
-def _names(maps: HeadMaps) -> tuple[list[str], list[str]]:
-    # Distinct by position, so that a token that occurs twice has two rows.
-    return (
-        distinct(maps.tokens, first=maps.first),
-        distinct(maps.key_tokens, first=maps.first_key),
-    )
-
-
-def _label_axes(
-    figure: go.Figure, maps: HeadMaps, *, room: int, most: int = 30, **where: Any
-) -> None:
-    rows, columns = _names(maps)
-    common: dict[str, Any] = {
+        figure.add_trace(crosses, **where)
+    axis: dict[str, Any] = {
         "type": "category",
-        "tickmode": "array",
         "showgrid": False,
         "zeroline": False,
         "automargin": True,
@@ -310,16 +272,12 @@ def _label_axes(
         "constrain": "domain",
         **where,
     }
-
-    def labels(names: Sequence[str], tokens: Sequence[str], room: int) -> dict[str, Any]:
-        ticks = thinned(len(names), room)
-        texts = [plotly_text(label(tokens[i], 14)) for i in ticks]
-        return {"tickvals": [names[i] for i in ticks], "ticktext": texts}
-
+    queries, keys = (
+        [plotly_text(label(token, 14)) for token in side] for side in (maps.tokens, maps.key_tokens)
+    )
     # Widths are not known here; so many fit beside each other in half a page.
-    across = labels(columns, maps.key_tokens, min(room, most))
-    figure.update_xaxes(**common, **across, tickangle=-90)
-    figure.update_yaxes(**common, **labels(rows, maps.tokens, room), autorange="reversed")
+    figure.update_xaxes(**axis, **ticks(columns, keys, min(room, most)), tickangle=-90)
+    figure.update_yaxes(**axis, **ticks(rows, queries, room), autorange="reversed")
 
 
 def _title_axes(figure: go.Figure, **where: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import plotly.graph_objects as go
+from typing_extensions import Unpack
 
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish, plotly_text, read_size
-from ra_lens.numbers import Real, Whole, whole
+from ra_lens.figures.style import Layout, finish, plotly_text
+from ra_lens.numbers import Whole, whole
 from ra_lens.paths.result import TracedPath, TraceResult, boundaries_of, step_text
 from ra_lens.text import label
 
@@ -21,10 +22,7 @@ def path_diagram(
     trace: TraceResult,
     *,
     n_paths: Whole = 5,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the best paths of a trace; `trace.save_html` makes a page that can be explored.
 
@@ -35,10 +33,9 @@ def path_diagram(
     Args:
         trace: From `trace_paths` or `ra_lens.paths.trace_layers`.
         n_paths: How many of its paths, the best first.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of rows.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the number of rows); `template` of plotly,
+            for this figure only.
 
     Returns:
         A figure with a line per path, the best last and so on top, named by its rank and score.
@@ -46,7 +43,7 @@ def path_diagram(
     Raises:
         BadInput: `n_paths` below 1, or a trace without paths.
     """
-    (width, height), n_paths = read_size(width, height), whole("n_paths", n_paths)
+    n_paths = whole("n_paths", n_paths)
     if n_paths < 1:
         raise BadInput(f"found n_paths={n_paths}; give the number of paths to draw, at least 1.")
     beams = trace.beams[:n_paths]
@@ -58,13 +55,14 @@ def path_diagram(
     for rank in reversed(range(len(beams))) if trace.is_layered else ():
         _name_heads(figure, trace, beams[rank], rank, len(beams))
     top = max(max(_rows(trace, beam)) for beam in beams)
-    pixels = height or 150 + 70 * top
-    finish(figure, title=title, width=width, height=pixels, template=template)
-    figure.update_layout(
+    finish(
+        figure,
+        layout,
+        height=150 + 70 * top,
+        above=(40, 84),
         plot_bgcolor=None,
         hovermode="closest",
         legend={"orientation": "h", "y": 1, "yanchor": "bottom", "traceorder": "reversed"},
-        margin={"t": 40 if title is None else 84},
     )
     names = [plotly_text(label(token, 14)) for token in trace.tokens]
     figure.update_xaxes(

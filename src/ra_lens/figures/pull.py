@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import plotly.graph_objects as go
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import finish, plotly_text, read_size
+from ra_lens.figures.style import Layout, finish, plotly_text
 from ra_lens.head_maps import Cell, HeadMaps, head_of_example
 from ra_lens.head_names import Head
-from ra_lens.numbers import Real, Whole, whole
+from ra_lens.numbers import Whole, whole
 from ra_lens.text import label
 
 _PULL, _PUSH = (178, 24, 43), (33, 102, 172)
@@ -30,10 +31,7 @@ def query_key_pull(
     k: Whole = 12,
     example: Whole = 0,
     max_tokens: Whole | None = 48,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the strongest cells of a head as lines from queries to the keys they are moved to.
 
@@ -43,10 +41,9 @@ def query_key_pull(
         k: So many of the cells with the largest |R|.
         example: Which example.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
-        title: Above the figure. Default: none.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of tokens.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: none); `width` and `height` in pixels
+            (default: as wide as its container, and by the number of tokens); `template` of plotly,
+            for this figure only.
 
     Returns:
         A figure with a line per cell, the strongest last, named `·Italy (8) → ·France (2)`; red
@@ -57,31 +54,27 @@ def query_key_pull(
         BadInput: no such head or example, or `k` below 1.
         NotStored: the maps were not kept.
     """
-    (width, height), k = read_size(width, height), whole("k", k)
+    k = whole("k", k)
     if k < 1:
         raise BadInput(f"found k={k}; give the number of cells to draw, at least 1.")
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     cells = maps.strongest(k)
     figure = go.Figure()
     for cell in reversed(cells):
-        for trace in _line(maps, cell, maps.limit):
-            figure.add_trace(trace)
+        figure.add_trace(_line(maps, cell))
     used = {"query": {c.query for c in cells}, "key": {c.key for c in cells}}
     _tokens(figure, maps.tokens, maps.first, used["query"], _LEFT, "right")
     _tokens(figure, maps.key_tokens, maps.first_key, used["key"], _RIGHT, "left")
     rows = max(len(maps.tokens), len(maps.key_tokens))
     finish(
         figure,
-        title=title,
-        width=width,
-        height=height or 90 + max(16, min(24, 900 // rows)) * rows,
-        template=template,
-    )
-    figure.update_layout(
+        layout,
+        height=90 + max(16, min(24, 900 // rows)) * rows,
+        above=(40, 80),
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,
         hovermode="closest",
-        margin={"l": 12, "r": 12, "t": 40 if title is None else 80, "b": 12},
+        margin_b=12,
     )
     figure.update_xaxes(visible=False, range=[-0.45, 1.45], fixedrange=True)
     figure.update_yaxes(visible=False, range=[rows - 0.4, -1.4], fixedrange=True)
@@ -105,8 +98,8 @@ def query_key_pull(
     return figure
 
 
-def _line(maps: HeadMaps, cell: Cell, limit: float) -> list[go.Scatter]:
-    share = abs(cell.ra) / (limit or 1.0)
+def _line(maps: HeadMaps, cell: Cell) -> go.Scatter:
+    share = abs(cell.ra) / (maps.limit or 1.0)
     red, green, blue = _PULL if cell.moves == "more" else _PUSH
     from_, to = cell.query - maps.first, cell.key - maps.first_key
     query = f"{plotly_text(label(maps.query_token(cell)))} ({cell.query})"
@@ -123,7 +116,7 @@ def _line(maps: HeadMaps, cell: Cell, limit: float) -> list[go.Scatter]:
     # An S-shaped way, with points on it for the pointer to find.
     steps = [i / 24 for i in range(25)]
     smooth = [s * s * (3 - 2 * s) for s in steps]
-    line = go.Scatter(
+    return go.Scatter(
         x=[_LEFT + s * (_RIGHT - _LEFT) for s in steps],
         y=[from_ + s * (to - from_) for s in smooth],
         mode="lines",
@@ -134,7 +127,6 @@ def _line(maps: HeadMaps, cell: Cell, limit: float) -> list[go.Scatter]:
         name=f"{query} → {key}",
         hovertemplate=told,
     )
-    return [line]
 
 
 def _tokens(

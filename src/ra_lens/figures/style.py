@@ -1,8 +1,4 @@
-"""What figures share.
-
-What all figures share: colours, the way sizes and templates are given, rows of small maps.
-
-What figures of experiments share: names and colours of methods, names of metrics, checks.
+"""What figures share: sizes and titles, panels, colours, and how results are named.
 
 A method has one colour, one marker and one short name in every figure; its reversed order is
 dashed. Colours are Okabe and Ito's, which colour-blind eyes tell apart.
@@ -12,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import pandas as pd
 
 from ra_lens.errors import BadInput
@@ -22,6 +19,124 @@ from ra_lens.numbers import Real, as_whole, real
 from ra_lens.questions import METRICS
 from ra_lens.tables import problem_of
 from ra_lens.text import label
+
+
+class Layout(TypedDict, total=False):
+    """What every figure takes by keyword.
+
+    Attributes:
+        title: Above the figure.
+        width: In pixels.
+        height: In pixels.
+        template: Plotly template, for this figure only. Default: `plotly_white`.
+    """
+
+    title: str | None
+    width: Real | None
+    height: Real | None
+    template: str
+
+
+def read_size(layout: Layout) -> tuple[float | None, float | None]:
+    """Give width and height as numbers of Python's, where they are given."""
+    unknown = sorted(set(layout) - set(Layout.__annotations__))
+    if unknown:
+        raise TypeError(
+            f"got an unexpected keyword argument {unknown[0]!r}; what all figures take is "
+            f"{', '.join(Layout.__annotations__)}."
+        )
+    return _pixels("width", layout.get("width")), _pixels("height", layout.get("height"))
+
+
+def _pixels(name: str, value: Real | None) -> float | None:
+    whole = as_whole(value)
+    return real(name, value) if value is not None and whole is None else whole
+
+
+def finish(
+    figure: Any,
+    layout: Layout,
+    *,
+    height: float | None = None,
+    width: float | None = None,
+    above: tuple[float, float] = (8, 56),
+    subtitle: str | None = None,
+    **more: Any,
+) -> None:
+    """Apply size, template and title, then what else is given.
+
+    `height` and `width` serve where the layout has none; without a width the figure fills its
+    container. `above` is the room above the axes, without a title and with one.
+    """
+    own_width, own_height = read_size(layout)
+    pixels = own_height or height or figure.layout.height
+    title = heading = layout.get("title")
+    place: dict[str, Any] = {"x": 0.02, "xanchor": "left"}
+    if subtitle is not None:
+        small = subtitle and f'<span style="font-size:12px">{subtitle}</span>'
+        heading = "<br>".join(filter(None, (title, small)))
+        place |= {"y": 1 - 14 / pixels, "yanchor": "top"}
+    figure.update_layout(
+        template=layout.get("template", "plotly_white"),
+        width=own_width or width,
+        height=pixels,
+        title=None if heading is None else {"text": heading, **place},
+        plot_bgcolor=NOTHING_THERE,
+        font={"size": 12},
+        margin={"l": 12, "r": 12, "t": above[title is not None], "b": 8},
+        dragmode=False,
+    )
+    figure.update_layout(**more)
+
+
+def panels(
+    names: Sequence[str],
+    layout: Layout,
+    *,
+    columns: int,
+    each: int,
+    around: int,
+    gap: int,
+    **options: Any,
+) -> tuple[Any, list[dict[str, int]]]:
+    """Make a figure of panels that share their y axis; give it and the place of each panel.
+
+    Where the layout has no height, a row of panels has `each` pixels, and there are `around` above
+    and below all rows; `gap` lie between two rows. The other options are those of plotly's
+    `make_subplots`.
+    """
+    from plotly.subplots import make_subplots
+
+    rows = -(-len(names) // columns)
+    pixels = read_size(layout)[1] or rows * each + around
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        shared_yaxes="all",  # type: ignore[arg-type]
+        vertical_spacing=0 if rows == 1 else min(0.5 / rows, gap / max(pixels - around, 1)),
+        subplot_titles=names,
+        **options,
+    )
+    figure.update_layout(height=pixels)
+    figure.update_annotations(font_size=13)
+    return figure, [{"row": i // columns + 1, "col": i % columns + 1} for i in range(len(names))]
+
+
+def frame_cells(
+    figure: Any, marked: np.ndarray, name: str, width: float, where: dict[str, int]
+) -> None:
+    """Draw a frame around the cells of a heatmap that are marked."""
+    for i, j in np.argwhere(marked).tolist():
+        figure.add_shape(
+            type="rect",
+            x0=j - 0.47,
+            x1=j + 0.47,
+            y0=i - 0.46,
+            y1=i + 0.46,
+            line={"color": MARK, "width": width},
+            name=name,
+            **where,
+        )
 
 
 def plotly_text(text: str) -> str:
@@ -42,6 +157,16 @@ def thinned(n: int, room: int) -> list[int]:
     return list(range(n - 1, -1, -step))[::-1]
 
 
+def ticks(names: Sequence[str], texts: Sequence[str], room: int) -> dict[str, Any]:
+    """Give an axis of categories the labels that there is room for."""
+    shown = thinned(len(names), room)
+    return {
+        "tickmode": "array",
+        "tickvals": [names[i] for i in shown],
+        "ticktext": [texts[i] for i in shown],
+    }
+
+
 # Both are read the same by colour-blind eyes: lightness alone tells zero from much, and the
 # diverging scale opposes red and blue (ColorBrewer's RdBu, Purples).
 SEQUENTIAL = "Viridis"
@@ -51,50 +176,6 @@ NOTHING_THERE = "#c9ccd1"
 """Background of maps: shows through where a query cannot look."""
 
 MARK = "#e4572e"
-
-
-def read_size(width: Real | None, height: Real | None) -> tuple[float | None, float | None]:
-    """Give the size of a figure as numbers of Python's.
-
-    Raises:
-        BadInput: one is no number.
-    """
-    return _pixels("width", width), _pixels("height", height)
-
-
-def _pixels(name: str, value: Real | None) -> float | None:
-    whole = as_whole(value)
-    return real(name, value) if value is not None and whole is None else whole
-
-
-def finish(
-    figure: Any, *, title: str | None, width: float | None, height: float | None, template: str
-) -> None:
-    """Apply size, template and title; the figure fills its container where width is None."""
-    figure.update_layout(
-        template=template,
-        width=width,
-        height=height,
-        title=None if title is None else {"text": title, "x": 0.02, "xanchor": "left"},
-        plot_bgcolor=NOTHING_THERE,
-        font={"size": 12},
-        margin={"l": 12, "r": 12, "t": 8 if title is None else 56, "b": 8},
-        dragmode=False,
-    )
-
-
-_OF_ANSWERS: dict[str, str] = {
-    "top1": "accuracy (whole answer, greedily)",
-    "top2": "accuracy (each token of the answer among the first 2)",
-    "top3": "accuracy (each token of the answer among the first 3)",
-    "logit_diff": "logit of the answer − best other logit, smallest of its tokens",
-}
-
-
-def metric_name(frame: pd.DataFrame, metric: str) -> str:
-    """Name a metric as an experiment measured it: by the first token, or the whole answer."""
-    whole = "accuracy" in frame and set(frame["accuracy"]) == {"answer"}
-    return (_OF_ANSWERS if whole else METRICS)[metric]
 
 
 @dataclass(frozen=True)
@@ -157,21 +238,51 @@ def order_name(style: MethodStyle, direction: str) -> str:
     return f"{name} ({note})" if note else name
 
 
-def read_frame(
+_OF_ANSWERS: dict[str, str] = {
+    "top1": "accuracy (whole answer, greedily)",
+    "top2": "accuracy (each token of the answer among the first 2)",
+    "top3": "accuracy (each token of the answer among the first 3)",
+    "logit_diff": "logit of the answer − best other logit, smallest of its tokens",
+}
+
+
+def metric_name(frame: pd.DataFrame, metric: str) -> str:
+    """Name a metric as an experiment measured it: by the first token, or the whole answer."""
+    whole = "accuracy" in frame and set(frame["accuracy"]) == {"answer"}
+    return (_OF_ANSWERS if whole else METRICS)[metric]
+
+
+def value_text(metric: str) -> str:
+    """Tell the value of a point, as plotly fills it in: `accuracy %{y:.1%}`."""
+    name = "logit difference" if metric == "logit_diff" else "accuracy"
+    return f"{name} {number_text(metric, 'y')}"
+
+
+def number_text(metric: str, place: str) -> str:
+    """Tell a number of a point, as plotly fills it in from `place`."""
+    return f"%{{{place}{':.3g' if metric == 'logit_diff' else ':.1%'}}}"
+
+
+def limits(values: Iterable[float], metric: str) -> tuple[float, float]:
+    """Give the ends of the axis of a metric, a little beyond its values."""
+    if metric != "logit_diff":
+        return -0.02, 1.02
+    known = [float(value) for value in values if value == value]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    room = 0.04 * ((high - low) or 1.0)
+    return low - room, high + room
+
+
+def check_metric(metric: str) -> None:
+    """Refuse a metric that experiments do not measure."""
+    if metric not in METRICS:
+        raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
+
+
+def check_frame(
     frame: pd.DataFrame, *, what: str, columns: Sequence[str], cell: Sequence[str]
-) -> pd.DataFrame:
-    """Check that a frame is of an experiment, of one model, with one row per cell; give it back.
-
-    Args:
-        frame: What a figure was given.
-        what: The function that makes such frames, for messages.
-        columns: Which columns it must have.
-        cell: The columns that tell its rows apart.
-
-    Raises:
-        BadInput: it lacks a column, has no rows, text for a number or nothing where there should
-            be something, several models or kinds of accuracy, or two rows for a cell.
-    """
+) -> None:
+    """Refuse what is not a result of `what`, of one model, with one row for each `cell`."""
     problem = "without rows" if frame.empty and set(columns) <= set(frame.columns) else None
     problem = problem or problem_of(frame, columns)
     if problem is not None:
@@ -190,18 +301,13 @@ def read_frame(
         )
     twice: Any = frame[frame.duplicated(list(cell), keep=False)]
     if not twice.empty:
-        first = twice.iloc[0]
-        same = (twice[list(cell)] == first[list(cell)]) | (
-            twice[list(cell)].isna() & first[list(cell)].isna()
-        )
-        these = twice[same.all(axis=1)]
+        _, these = next(iter(twice.groupby(list(cell), dropna=False, sort=False)))
         differ = [c for c in frame if c not in cell and these[c].nunique(dropna=False) > 1]
-        where = ", ".join(f"{name}={first[name]}" for name in cell)
+        where = ", ".join(f"{name}={twice.iloc[0][name]}" for name in cell)
         raise BadInput(
             f"found several rows for {where}; they differ in {', '.join(differ) or 'nothing'}. "
             "Give the results of one run."
         )
-    return frame
 
 
 def subtitle_of(frame: pd.DataFrame, averaged: str | None) -> str:
@@ -226,11 +332,3 @@ def tasks_averaged(counts: Iterable[int]) -> str | None:
         return None
     several = str(found[-1]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
     return f"mean over {several} tasks"
-
-
-def with_subtitle(title: str | None, subtitle: str) -> str:
-    """Put a smaller line under a title, or alone where there is none."""
-    if not subtitle:
-        return title or ""
-    small = f'<span style="font-size:12px">{subtitle}</span>'
-    return small if title is None else f"{title}<br>{small}"

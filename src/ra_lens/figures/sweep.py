@@ -15,21 +15,22 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from typing_extensions import Unpack
 
-from ra_lens.errors import BadInput
 from ra_lens.figures.curves import panel_columns
 from ra_lens.figures.style import (
+    Layout,
+    check_frame,
+    check_metric,
     finish,
+    limits,
     metric_name,
-    read_frame,
-    read_size,
+    panels,
     subtitle_of,
     tasks_averaged,
-    with_subtitle,
+    value_text,
 )
-from ra_lens.numbers import Real
-from ra_lens.questions import METRICS, Metric
+from ra_lens.questions import Metric
 from ra_lens.text import scale_name, shots_name
 
 _LINEAR = 0.5
@@ -48,10 +49,7 @@ def patching_sweep_curve(
     frame: pd.DataFrame,
     *,
     metric: Metric = "top1",
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw a metric against the scale of the added map, a line per kind of map.
 
@@ -62,10 +60,9 @@ def patching_sweep_curve(
     Args:
         frame: From `patching_sweep`, of one model.
         metric: Which column: `top1`, `top2`, `top3` (shares of questions) or `logit_diff`.
-        title: Above the figure. Default: only a line that says what was averaged.
-        width: In pixels. Default: as wide as its container.
-        height: In pixels. Default: by the number of panels.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: only a line that says what was averaged);
+            `width` and `height` in pixels (default: as wide as its container, and by the number of
+            panels); `template` of plotly, for this figure only.
 
     Returns:
         A figure with, per panel, a trace per number of shots for the unpatched model (named
@@ -75,10 +72,8 @@ def patching_sweep_curve(
     Raises:
         BadInput: not such a frame, several models in it, or an unknown `metric`.
     """
-    width, height = read_size(width, height)
-    if metric not in METRICS:
-        raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
-    read_frame(frame, what="patching_sweep()", columns=[*_CELL, metric], cell=_CELL)
+    check_metric(metric)
+    check_frame(frame, what="patching_sweep()", columns=[*_CELL, metric], cell=_CELL)
     means: Any = frame.groupby(["n_shots", "map", "scale"], dropna=False)[metric].mean()
     mean: Any = means.reset_index().sort_values("scale")
     patched = mean[mean["map"] != "none"]
@@ -88,52 +83,41 @@ def patching_sweep_curve(
     }
     shots = [int(n) for n in sorted(mean["n_shots"].unique())]
     columns = min(panel_columns(len(shots)), 2)
-    rows = -(-len(shots) // columns)
-    pixels = height or rows * 330 + 140
-    figure = make_subplots(
-        rows=rows,
-        cols=columns,
-        shared_yaxes="all",  # type: ignore[arg-type]
+    figure, places = panels(
+        [shots_name(n) for n in shots],
+        layout,
+        columns=columns,
+        each=330,
+        around=140,
+        gap=64,
         horizontal_spacing=0.11 if columns > 1 else 0,
-        vertical_spacing=0 if rows == 1 else min(0.5, 64 / max(pixels - 140, 1)),
-        subplot_titles=[shots_name(n) for n in shots],
         x_title="scale of the map added to the attention pattern (asinh axis; 0: unpatched)",
         y_title=metric_name(frame, metric),
     )
-    figure.update_annotations(font_size=13)
     scales = sorted({float(s) for s in patched["scale"]} | {0.0})
     ends = (position(scales[0]), position(scales[-1]))
     room = 0.03 * ((ends[1] - ends[0]) or 1.0)
     ends = (ends[0] - room, ends[1] + room)
     count = tasks_averaged(frame.groupby(["n_shots", "map"])["task"].nunique())
     said = "" if count is None else f"<br>{count}"
-    low, high = _limits(mean[metric], metric)
-    for i, own in enumerate(shots):
-        where: dict[str, Any] = {"row": i // columns + 1, "col": i % columns + 1}
-        _add_unpatched(figure, unpatched, own, ends, (low, high), metric, said, where)
-        for kind in dict.fromkeys([k for k in _MAPS if k in set(patched["map"])]):
+    low, high = limits(mean[metric], metric)
+    for own, place in zip(shots, places, strict=True):
+        _add_unpatched(figure, unpatched, own, ends, (low, high), metric, said, place)
+        for kind in _MAPS:
             curve = patched[(patched["map"] == kind) & (patched["n_shots"] == own)]
             if not curve.empty:
-                figure.add_trace(_line(curve, kind, metric, said, first=i == 0), **where)
+                figure.add_trace(_line(curve, kind, metric, said, first=own == shots[0]), **place)
     finish(
         figure,
-        title=with_subtitle(title, f"{subtitle_of(frame, count)} · lines across: unpatched"),
-        width=width,
-        height=pixels,
-        template=template,
-    )
-    top, bottom = 100 if title is None else 122, 58
-    figure.update_layout(
+        layout,
+        above=(100, 122),
+        subtitle=f"{subtitle_of(frame, count)} · lines across: unpatched",
         plot_bgcolor=None,
-        margin={"l": 72, "r": 74, "t": top, "b": bottom},
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1 + 24 / max(pixels - top - bottom, 1),
-            "yanchor": "bottom",
-        },
-        title_y=1 - 14 / pixels,
-        title_yanchor="top",
+        margin={"l": 72, "r": 74, "b": 58},
+    )
+    axes = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    figure.update_layout(
+        legend={"orientation": "h", "x": 0, "y": 1 + 24 / max(axes, 1), "yanchor": "bottom"}
     )
     ticks = tick_scales(scales)
     figure.update_xaxes(
@@ -189,7 +173,9 @@ def _line(curve: Any, kind: str, metric: str, said: str, *, first: bool) -> go.S
             "line": {"width": 0},
             "opacity": 1,
         },
-        hovertemplate=(f"<b>{name}</b>, scale %{{text}}<br>{_value(metric)}{said}<extra></extra>"),
+        hovertemplate=(
+            f"<b>{name}</b>, scale %{{text}}<br>{value_text(metric)}{said}<extra></extra>"
+        ),
     )
 
 
@@ -201,7 +187,7 @@ def _add_unpatched(
     limits: tuple[float, float],
     metric: str,
     said: str,
-    where: dict[str, Any],
+    place: dict[str, int],
 ) -> None:
     """Add a horizontal line per number of shots, labelled at the right edge of the panel."""
     labels = spread(list(unpatched.values()), 0.058 * (limits[1] - limits[0]), limits)
@@ -221,9 +207,9 @@ def _add_unpatched(
                     "width": 2 if mine else 1.2,
                     "dash": "solid" if mine else "dot",
                 },
-                hovertemplate=f"<b>{name}</b><br>{_value(metric)}{said}<extra></extra>",
+                hovertemplate=f"<b>{name}</b><br>{value_text(metric)}{said}<extra></extra>",
             ),
-            **where,
+            **place,
         )
         figure.add_annotation(
             x=ends[1],
@@ -233,7 +219,7 @@ def _add_unpatched(
             xanchor="left",
             xshift=3,
             font={"size": 11, "color": _LINES},
-            **where,
+            **place,
         )
 
 
@@ -257,15 +243,3 @@ def spread(values: Sequence[float], gap: float, limits: tuple[float, float]) -> 
             break
     back = dict(zip(order, placed, strict=True))
     return [back[i] for i in range(len(values))]
-
-
-def _value(metric: str) -> str:
-    return "logit difference %{y:.3g}" if metric == "logit_diff" else "accuracy %{y:.1%}"
-
-
-def _limits(values: Any, metric: str) -> tuple[float, float]:
-    if metric != "logit_diff":
-        return -0.02, 1.02
-    low, high = float(values.min()), float(values.max())
-    room = 0.04 * ((high - low) or 1.0)
-    return low - room, high + room

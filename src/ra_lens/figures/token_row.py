@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import get_colorscale, sample_colorscale
 from rich.cells import cell_len
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import ATTENTION, DIVERGING, finish, plotly_text, read_size
+from ra_lens.figures.maps import R_NAMES, Panel, Sign, check, signed
+from ra_lens.figures.style import ATTENTION, DIVERGING, Layout, finish, plotly_text, read_size
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.head_names import Head
 from ra_lens.numbers import Real, Whole, real_or_none, whole
@@ -28,15 +30,12 @@ def token_row(
     head: Head,
     *,
     query: Whole = -1,
-    kind: Literal["ra", "pattern"] = "ra",
+    kind: Panel = "ra",
     example: Whole = 0,
-    sign: Literal["descent", "gradient"] = "descent",
+    sign: Sign = "descent",
     limit: Real | None = None,
     max_tokens: Whole | None = 512,
-    title: str | None = None,
-    width: Real | None = None,
-    height: Real | None = None,
-    template: str = "plotly_white",
+    **layout: Unpack[Layout],
 ) -> go.Figure:
     """Draw the prompt as text, each token shaded by what one query's row has for it.
 
@@ -49,10 +48,9 @@ def token_row(
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         limit: |R| at the ends of the colour scale. Default: the largest in this row.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
-        title: Above the figure. Default: head, query and what is shown.
-        width: In pixels, by which lines are broken. Default: 760.
-        height: In pixels. Default: by the number of lines.
-        template: Plotly template, for this figure only.
+        **layout: `title`, above the figure (default: head, query and what is shown); `width` in
+            pixels, by which lines are broken (default: 760); `height` (default: by the number of
+            lines); `template` of plotly, for this figure only.
 
     Returns:
         A figure with one trace, a marker per token that can be attended to, whose `customdata` is
@@ -62,29 +60,26 @@ def token_row(
         BadInput: no such head, example or query, or an unknown `kind` or `sign`.
         NotStored: the maps were not kept.
     """
-    if sign not in ("descent", "gradient") or kind not in ("ra", "pattern"):
-        raise BadInput(
-            f"found kind={kind!r}, sign={sign!r}; give kind 'ra' or 'pattern', and sign 'descent' "
-            "(shows −R) or 'gradient' (shows R)."
-        )
-    (width, height), given = read_size(width, height), real_or_none("limit", limit)
+    check(kind, sign)
+    given = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     row = _row_of(maps, whole("query", query))
-    signed = -maps.ra[row] if sign == "descent" else maps.ra[row]
-    values = signed if kind == "ra" else maps.pattern[row]
-    finite = np.abs(signed[np.isfinite(signed)])
+    r = signed(maps, sign)[row]
+    values = r if kind == "ra" else maps.pattern[row]
+    finite = np.abs(r[np.isfinite(r)])
     most = (float(finite.max(initial=0.0)) if given is None else given) or 1.0
     low, scale = (-most, DIVERGING) if kind == "ra" else (0.0, ATTENTION)
     high = most if kind == "ra" else 1.0
-    wide = width or 760
-    name = "A" if kind == "pattern" else "−R" if sign == "descent" else "R"
+    wide = read_size(layout)[0] or 760
+    name = "A" if kind == "pattern" else R_NAMES[sign]
     boxes = _set(maps, wide - 2 * _MARGIN)
     lines = 1 + max(line for line, _, _ in boxes)
     figure = go.Figure(_hover(maps, row, values, boxes, name, (low, high), scale))
     shades = _shades(values, low, high, scale)
     own = maps.key_tokens == maps.tokens and maps.first == maps.first_key
+    reachable = maps.reachable()[row]
     for j, (line, left, length) in enumerate(boxes):
-        there = bool(maps.reachable()[row, j])
+        there = bool(reachable[j])
         figure.add_shape(
             type="rect", x0=left, x1=left + length, y0=line - 0.38, y1=line + 0.38,
             fillcolor=shades[j] if there else "rgba(0,0,0,0)", layer="below",
@@ -100,18 +95,17 @@ def token_row(
             },
         )  # fmt: skip
     asks = plotly_text(label(maps.tokens[row]))
-    said = f"{maps.label}: {name} in the row of <b>{asks}</b> ({maps.first + row})"
+    if layout.get("title") is None:
+        layout["title"] = f"{maps.label}: {name} in the row of <b>{asks}</b> ({maps.first + row})"
     finish(
         figure,
-        title=said if title is None else title,
+        layout,
         width=wide,
-        height=height or 56 + _LINE * lines + 64,
-        template=template,
-    )
-    figure.update_layout(
+        height=56 + _LINE * lines + 64,
+        above=(44, 44),
         plot_bgcolor="rgba(0,0,0,0)",
         title_font_size=14,
-        margin={"l": _MARGIN, "r": _MARGIN, "t": 44, "b": 8},
+        margin={"l": _MARGIN, "r": _MARGIN},
         hovermode="closest",
     )
     figure.update_xaxes(visible=False, range=[0, wide - 2 * _MARGIN], fixedrange=True)

@@ -11,8 +11,8 @@ from ra_lens.experiments.perturbation import Measure
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
 from ra_lens.figures.style import metric_name
 from ra_lens.files import PAGE, check_output, write_whole
-from ra_lens.report import page
-from ra_lens.report.page import Section
+from ra_lens.html import facts
+from ra_lens.report.sections import Section, page
 
 # Constant columns that say how results were made, with their names on the page.
 _FACTS = {
@@ -34,7 +34,7 @@ _FACTS = {
 
 
 # Maps are drawn on grey, where a query cannot look; curves and tables are not.
-_NO_GREY = "<style>.js-plotly-plot .bglayer rect.bg { fill: none !important; }</style>"
+_NO_GREY = ".js-plotly-plot .bglayer rect.bg { fill: none !important; }"
 
 
 def write_perturbation_page(
@@ -82,6 +82,5 @@ def _write(title: str, frame: pd.DataFrame, sections: list[Section], path: str |
             known.append((name, str(values[0])))
         elif len(values) > 1:
             known.append((name, f"{min(values)} to {max(values)}"))
-    body = [_NO_GREY, page.facts(known), *map(page.section, sections)]
     heading = f"{title}: {frame['model'].iloc[0]}"
-    return write_whole(path, page.page(heading, body), PAGE)
+    return write_whole(path, page(heading, [facts(known), *sections], styles=[_NO_GREY]), PAGE)

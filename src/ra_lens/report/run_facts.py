@@ -1,18 +1,38 @@
-"""The tokens of a prompt as they are shown."""
+"""The tokens of a prompt as they are shown, each with its kind."""
 
 from __future__ import annotations
 
 from ra_lens.cache import RACache
+from ra_lens.model import Side
 from ra_lens.text import visible
 
 
-def prompt_tokens(ra: RACache, example: int) -> list[tuple[str, str]]:
-    """Tokens of an example as shown, each `''`, `special` or `target`; the target comes last."""
+def sides(ra: RACache) -> tuple[Side, ...]:
+    """Tell what the model reads: an input, and what a decoder beside its encoder reads."""
+    sites = ra.sites.values()
+    decodes = any("decoder" in (site.query_side, site.key_side) for site in sites)
+    return ("input", "decoder") if decodes else ("input",)
+
+
+def prompt_tokens(
+    ra: RACache, example: int, side: Side = "input", *, target: bool = True
+) -> list[tuple[str, str]]:
+    """Tokens of an example as shown, the target's last, each with a kind.
+
+    The kind is `''`, `special`, `target` or, for a target that the model has not read, `target
+    next`.
+    """
     info = ra.info
-    tokens = [] if info.str_tokens is None else list(info.str_tokens[example])
-    target = None if info.targets is None else info.targets[example]
-    answer = 0 if info.answer_lengths is None else info.answer_lengths[example]
-    shown = [(visible(token), "") for token in tokens[: len(tokens) - answer]]
-    if shown and info.bos_prepended:
+    rows = info.tokens_of(side)
+    if rows is None:  # the cache was not told; positions stand for tokens
+        shown = [(f"#{i}", "") for i in range(ra["ra", ra.layers[0]].shape[-1])]
+    else:
+        shown = [(visible(token), "") for token in rows[example]]
+    if shown and info.bos_prepended and side == "input":
         shown[0] = (shown[0][0], "special")
-    return shown if target is None else [*shown, (visible(target), "target")]
+    if not target or info.targets is None:
+        return shown
+    read = info.answer_lengths if side == sides(ra)[-1] else None
+    first = len(shown) - (0 if read is None else read[example])
+    answer = [(token, "target") for token, _ in shown[first:]]
+    return [*shown[:first], *(answer or [(visible(info.targets[example]), "target next")])]

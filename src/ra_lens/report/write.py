@@ -20,15 +20,14 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import REPORT, check_output, write_whole
 from ra_lens.head_maps import head_of_example, read_example
-from ra_lens.head_names import HeadScore
+from ra_lens.html import Table, facts, resource
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.paths import TraceResult, trace_layers
 from ra_lens.paths.result import Follow
 from ra_lens.prompts import PromptInput
-from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
-from ra_lens.report.page import Section, Table
 from ra_lens.report.predictions import PatchedPrompt
+from ra_lens.report.sections import Section, page
 from ra_lens.text import label
 
 Sign = Literal["descent", "gradient"]
@@ -114,15 +113,17 @@ def write_report(
     in_base64 = 3 / 4 * max_megabytes * 1e6
     shown = choose(ra, chosen, max_tokens=max_tokens, max_bytes=int(in_base64))
     body = [
-        page.facts(ra.model_facts()),
+        facts(ra.model_facts()),
         explorer(ra, shown, sign=sign, top=top, patched=patched),
-        _table(ra, shown.heads[:top], shown),
-        *map(page.section, [*_paths(traces), *sections]),
-        page.section(Section("How to read the maps", (_READ[sign], _ALWAYS))),
-        page.section(_made(command)),
+        _top_heads(ra, shown, top),
+        *([_paths(traces)] if traces else []),
+        *sections,
+        Section("How to read the maps", (_READ[sign], _ALWAYS)),
+        _made(command),
     ]
     heading = title or f"Reversed Attention of {ra.info.model_name}"
-    return write_whole(path, page.page(heading, body, script=page.resource("report.js")), REPORT)
+    style, script = (resource("ra_lens.report", f"explorer.{end}") for end in ("css", "js"))
+    return write_whole(path, page(heading, body, styles=[style], scripts=[script]), REPORT)
 
 
 def traces_of_run(ra: RACache, model: nn.Module, prompt: PromptInput) -> list[TraceResult]:
@@ -150,15 +151,13 @@ def traces_of_run(ra: RACache, model: nn.Module, prompt: PromptInput) -> list[Tr
     return found
 
 
-def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:
-    total = sum(score.score for score in ra.top_heads(len(ra.layers) * ra.n_heads)) or 1.0
+def _top_heads(ra: RACache, shown: Shown, top: int) -> Section:
+    total = sum(score.score for score in shown.heads) or 1.0
     rows: list[tuple[str, ...]] = []
-    for rank, score in enumerate(heads, start=1):
+    for rank, score in enumerate(shown.heads[:top], start=1):
         maps = head_of_example(ra, score, example=shown.examples[0], max_tokens=shown.max_tokens)
-        cells = maps.strongest(1)
         moved = "nothing"
-        if cells:
-            cell = cells[0]
+        for cell in maps.strongest(1):
             query, key = label(maps.query_token(cell), 24), label(maps.key_token(cell), 24)
             moved = f"{query} ({cell.query}) → {key} ({cell.key}): {cell.moves}"
         share = f"{score.score / total:.1%}"
@@ -168,22 +167,15 @@ def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:
     if ra.batch_size > 1:
         of = " of the first prompt" if len(shown.examples) > 1 else ""
         notes = (f"Norms are means over {ra.batch_size} prompts; the entries are those{of} shown.",)
-    return page.section(Section("Top heads", table=Table(columns, tuple(rows)), notes=notes))
+    return Section("Top heads", table=Table(columns, tuple(rows)), notes=notes)
 
 
-def _paths(traces: Sequence[TraceResult]) -> list[Section]:
-    if not traces:
-        return []
-    return [
-        Section(
-            "Paths to the last token",
-            (
-                "Traced backwards, from the token after which the answer is read to where what it "
-                "knows came from. Scores are sums of log weights: closer to 0, more weight.",
-            ),
-            traces=tuple(traces),
-        )
-    ]
+def _paths(traces: Sequence[TraceResult]) -> Section:
+    text = (
+        "Traced backwards, from the token after which the answer is read to where what it knows "
+        "came from. Scores are sums of log weights: closer to 0, more weight."
+    )
+    return Section("Paths to the last token", (text,), traces=tuple(traces))
 
 
 def _made(command: str | None) -> Section:
