@@ -169,7 +169,7 @@ def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append((tasks, options))
         raise BadInput("seen")
 
-    monkeypatch.setattr("ra_lens.experiments.rank.rank_tasks", recorded)
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.rank_tasks", recorded)
     monkeypatch.setattr("ra_lens.cli.experiment_runs.Setup.load", lambda setup: None)
     call("rank", "-t", "all", "--natural", "qa", "--separator", r"\n", "--prompt-only", "--no-bos",
          "--split", "text", "--seed", "7", "--n-rank", "9", "--batch-size", "3")  # fmt: skip
@@ -202,7 +202,7 @@ def test_tasks_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seen.extend(tasks)
         raise BadInput("seen")
 
-    monkeypatch.setattr("ra_lens.experiments.rank.rank_tasks", recorded)
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.rank_tasks", recorded)
     call("rank", "-t", "all", "--source", str(tmp_path))
     assert [(task.name, len(task.pairs)) for task in seen] == [("mine", 30)]
     result = call("rank", "-t", "natural", "--source", str(tmp_path))
@@ -402,7 +402,7 @@ def test_results_of_other_settings_are_not_touched(curves: Path) -> None:
 def test_where_to_write_is_checked_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ra_lens.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("ra_lens.cli.experiment_runs.load", lambda *a, **k: pytest.fail("loaded"))
     for command in ("rank", "perturb", "patch"):
         result = call(command, "-t", "antonym", "--out", str(tmp_path))
         assert (result.exit_code, result.stderr[:6]) == (2, "error:")
