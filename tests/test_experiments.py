@@ -28,11 +28,10 @@ from ra_lens.experiments import (
     rank_tasks,
     read_results,
 )
-from ra_lens.experiments import perturbation as perturbation_module
-from ra_lens.experiments import rank as ranking_module
+from ra_lens.experiments import runner as runner_module
 from ra_lens.experiments import sweep as sweep_module
 from ra_lens.experiments.journal import journal_path, settings_hash
-from ra_lens.experiments.results import weights_hash
+from ra_lens.experiments.runner import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import ranking as registry_of_methods
 from ra_lens.model import as_lens
@@ -436,8 +435,7 @@ OLD_OPTIONS = [
 
 
 def with_facts(patch, facts):
-    for module in (perturbation_module, sweep_module, ranking_module):
-        patch.setattr(module, "model_facts", lambda lens: dict(facts))
+    patch.setattr(runner_module, "model_facts", lambda lens: facts)
 
 
 @pytest.mark.parametrize(("function", "task", "options", "wanted"), HASHES)
@@ -449,7 +447,7 @@ def test_settings_are_hashed_as_ever(demo, monkeypatch, function, task, options,
         raise Hashed(settings_hash(settings))
 
     with_facts(monkeypatch, FACTS)
-    monkeypatch.setattr(sys.modules[function.__module__], "finished_results", stop)
+    monkeypatch.setattr(runner_module, "finished_results", stop)
     arrays = {name: value if isinstance(value, str) else np.array(value)
               for name, value in options.items()}  # fmt: skip
     for given in (options, arrays):

@@ -32,14 +32,13 @@ from ra_lens.experiments import (
     write_results,
 )
 from ra_lens.experiments.paper import compare_with_paper, paper_tables
-from ra_lens.experiments.perturbation import Measure, Rule
-from ra_lens.experiments.protocol import SHOTS, read_shots
-from ra_lens.experiments.rank import METHODS, read_methods
-from ra_lens.experiments.results import check_results_path
+from ra_lens.experiments.perturbation import Rule
+from ra_lens.experiments.runner import METHODS, SHOTS, Protocol, read_methods
 from ra_lens.files import PAGE, check_output, is_folder, user_path
 from ra_lens.model import ModelKind
 from ra_lens.patching import Where
-from ra_lens.questions import Accuracy
+from ra_lens.questions import Accuracy, Metric
+from ra_lens.tables import TABLE
 from ra_lens.tasks import SplitRule, Task, load_task, task_names
 
 _GROUPS: dict[str, Literal["icl", "natural"] | None] = {
@@ -75,36 +74,32 @@ class Setup:
     quiet: bool
     debug: bool
 
-    def prepared(self, methods: Sequence[str] | None = None) -> tuple[list[Task], list[int]]:
-        """Check what was typed, before a model is loaded; give the tasks and numbers of shots."""
+    def prepared(self, methods: Sequence[str] | None = None) -> tuple[list[Task], Protocol]:
+        """Check what was typed, before a model is loaded; give the tasks and what is shared."""
         if self.model == DEMO or is_folder(self.model):
             offline()
         if self.out is not None:
-            check_results_path(self.out)
+            check_output(self.out, TABLE)
         if self.figure is not None:
             check_output(self.figure, PAGE)
         check_device(self.device)
         read_methods(METHODS if methods is None else methods)
         shots = whole_numbers(self.shots, "--shots")
-        counts = read_shots(list(SHOTS) if shots is None else shots)
-        return read_tasks(self), counts
+        protocol = Protocol.read(
+            SHOTS if shots is None else shots,
+            self.split,
+            self.seed,
+            self.bos,
+            self.batch_size,
+            self.out,
+            not self.quiet,
+        )
+        return read_tasks(self), protocol
 
     def load(self) -> nn.Module:
         """Load the model."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return load(self.model, self.kind, self.device, debug=self.debug, dtype=dtype)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """Arguments that all three experiments take."""
-        return {
-            "split": self.split,
-            "seed": self.seed,
-            "prepend_bos": self.bos,
-            "batch_size": self.batch_size,
-            "out": self.out,
-            "progress": not self.quiet,
-        }
 
 
 def read_tasks(setup: Setup) -> list[Task]:
@@ -138,17 +133,16 @@ def rank(
 ) -> None:
     """`ra-lens rank`."""
     chosen = _methods(methods)
-    tasks, shots = setup.prepared(chosen)
+    tasks, protocol = setup.prepared(chosen)
     model = setup.load()
     with quiet(debug=setup.debug):
         frame = rank_tasks(
             model,
             tasks,
             methods=chosen,
-            shots=shots,
             n_rank=n_rank,
             answer_in_input=answer_in_input,
-            **setup.common,
+            **vars(protocol),
         )
     if setup.as_json:
         show_experiments.print_ranking_json(frame, top=top, out=setup.out)
@@ -166,20 +160,19 @@ def perturb(
     step: float,
     random_orders: int,
     accuracy: Literal["first-token", "answer"],
-    metric: Measure,
+    metric: Metric,
     rule: Rule,
     answer_in_input: bool,
 ) -> None:
     """`ra-lens perturb`."""
     chosen = _methods(methods)
-    tasks, shots = setup.prepared(chosen)
+    tasks, protocol = setup.prepared(chosen)
     model = setup.load()
     with quiet(debug=setup.debug):
         frame = perturbation_test(
             model,
             tasks,
             methods=chosen,
-            shots=shots,
             step=step,
             random_orders=random_orders,
             n_rank=n_rank,
@@ -187,7 +180,7 @@ def perturb(
             rank_shots=rank_shots,
             answer_in_input=answer_in_input,
             accuracy=_ACCURACIES[accuracy],
-            **setup.common,
+            **vars(protocol),
         )
     areas = area_under_curve(frame, metric=metric, rule=rule)
 
@@ -218,7 +211,7 @@ def patch(
     renormalise: bool,
     at: Where,
     accuracy: Literal["first-token", "answer"],
-    metric: Measure,
+    metric: Metric,
 ) -> None:
     """`ra-lens patch`."""
     given = numbers(scales, "--scales")
@@ -227,7 +220,7 @@ def patch(
     unknown = [name for name in maps if name not in ("ra", "pattern")]
     if unknown:
         raise BadInput(f"found --kinds {unknown[0]}; give ra, pattern or both.")
-    tasks, shots = setup.prepared()
+    tasks, protocol = setup.prepared()
     model = setup.load()
     with quiet(debug=setup.debug):
         frame = patching_sweep(
@@ -235,7 +228,6 @@ def patch(
             tasks,
             scales=factors,
             kinds=maps,
-            shots=shots,
             n_mean=n_mean,
             n_test=n_test,
             length=length,
@@ -244,7 +236,7 @@ def patch(
             renormalise=renormalise,
             at=at,
             accuracy=_ACCURACIES[accuracy],
-            **setup.common,
+            **vars(protocol),
         )
 
     def draw(path: Path) -> None:
@@ -264,7 +256,7 @@ def compare(
     paper: Path,
     *,
     as_model: str | None,
-    metric: Measure,
+    metric: Metric,
     rule: Rule,
     every: bool,
     out: Path | None,
@@ -273,7 +265,7 @@ def compare(
     """`ra-lens compare`."""
     if out is not None:
         read = [*map(user_path, results), *paper_tables(paper)]
-        check_results_path(out, inputs=read)
+        check_output(out, TABLE, inputs=read)
     frames = [read_results(path, measures=[metric]) for path in results]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -31,8 +31,9 @@ from typing import Any
 import pandas as pd
 
 from ra_lens.errors import BadFile, BadInput, RALensWarning
-from ra_lens.experiments.perturbation import Measure, Rule, area_under_curve
+from ra_lens.experiments.perturbation import Rule, area_under_curve
 from ra_lens.files import check_input, user_path
+from ra_lens.questions import Metric
 from ra_lens.tables import problem_of
 
 _KEY = ["model", "task", "kind", "n_shots", "method", "direction", "scale", "metric"]
@@ -114,7 +115,7 @@ def compare_with_paper(
     folder: str | Path,
     *,
     as_model: str | None = None,
-    metric: Measure = "top1",
+    metric: Metric = "top1",
     rule: Rule = "trapezoid",
 ) -> pd.DataFrame:
     """Lay results next to the published numbers.
@@ -245,7 +246,7 @@ def _forced_model(as_model: str | None, paper: pd.DataFrame) -> str | None:
 
 
 def _our_cells(
-    frames: Sequence[pd.DataFrame], forced: str | None, metric: Measure, rule: Rule
+    frames: Sequence[pd.DataFrame], forced: str | None, metric: Metric, rule: Rule
 ) -> pd.DataFrame:
     """Put our numbers under the paper's names, one row per cell."""
     parts: list[Any] = []
@@ -284,7 +285,7 @@ def _our_cells(
     return ours
 
 
-def _auc_cells(frame: Any, metric: Measure, rule: Rule) -> Any:
+def _auc_cells(frame: Any, metric: Metric, rule: Rule) -> Any:
     areas: Any = area_under_curve(frame, metric=metric, rule=rule)
     named = [
         _METHODS.get((m, d), (m, d))
@@ -304,7 +305,7 @@ def _auc_cells(frame: Any, metric: Measure, rule: Rule) -> Any:
     )
 
 
-def _patching_cells(frame: Any, metric: Measure, _rule: Rule) -> Any:
+def _patching_cells(frame: Any, metric: Metric, _rule: Rule) -> Any:
     problem = problem_of(frame, ["model", "task", "kind", "n_shots", "map", "scale", metric])
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of patching_sweep().")

@@ -16,48 +16,40 @@ which reads them with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 from torch import nn
-from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput
-from ra_lens.experiments.journal import Journal, open_journal
-from ra_lens.experiments.protocol import (
+from ra_lens.experiments.runner import (
     SHOTS,
+    Cell,
+    Protocol,
+    Row,
     Tasks,
     accuracy_settings,
     answer_facts,
-    asked,
-    learned,
-    read_shots,
+    experiment,
+    prompts_hash,
     read_tasks,
-    refuse_hooks,
     task_facts,
     task_settings,
     warn_of_first_tokens,
-)
-from ra_lens.experiments.results import (
-    as_frame,
-    finished_results,
-    model_facts,
-    prompts_hash,
-    write_results,
 )
 from ra_lens.model import Lens, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching import Where
 from ra_lens.patching.mean import MeanMaps
-from ra_lens.questions import Accuracy, FwdHooks, ask, marked, read_questions
+from ra_lens.questions import Accuracy, FwdHooks, ask, marked
 from ra_lens.run import run_with_ra
 from ra_lens.targets import sequence_nll
-from ra_lens.tasks import Prompt, SplitRule, Task, same_length_sets
+from ra_lens.tasks import SplitRule, Task, same_length_sets
 
 MapName = Literal["ra", "pattern"]
-Row = dict[str, Any]
 
 PAPER_SCALES = (
     3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
@@ -130,10 +122,10 @@ def patching_sweep(
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
     """
-    tasks, counts = read_tasks(task), read_shots(shots)
+    tasks = read_tasks(task)
+    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
     n_mean, n_test = whole("n_mean", n_mean, least=1), whole_or_none("n_test", n_test, least=1)
     length, at_least = whole_or_none("length", length), whole_or_none("at_least", at_least, least=1)
-    seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
     answer_tokens = whole("answer_tokens", answer_tokens, least=1)
     scales, kinds = _read_scales(scales), _read_maps(kinds)
     if at not in ("pattern", "scores"):
@@ -141,158 +133,90 @@ def patching_sweep(
     if renormalise and at == "scores":
         raise BadInput("found renormalise=True with at='scores', which needs none. Give one.")
     lens = as_lens(model)
-    lens.refuse_dropout()
-    refuse_hooks(lens, out)
     sets = [_one_length(lens, one, length, at_least, answer_tokens, prepend_bos) for one in tasks]
     settings = {
-        "experiment": "patching",
-        **model_facts(lens),
-        "tasks": [task_settings(lens, one, prepend_bos) for one in sets],
+        "tasks": task_settings(lens, sets, prepend_bos),
         "kinds": kinds,
         "scales": scales,
-        "shots": counts,
+        "shots": protocol.shots,
         "n_mean": n_mean,
         "n_test": n_test,
         "renormalise": renormalise,
         "at": at,
-        "split": split,
-        "seed": seed,
-        "prepend_bos": prepend_bos,
-        "batch_size": batch_size,
+        **protocol.settings,
         **accuracy_settings(accuracy),
         **({} if answer_tokens == 1 else {"answer_tokens": answer_tokens}),
     }
-    if (finished := finished_results(out, settings)) is not None:
-        return finished
-    # All prompts are made before anything runs, so that a mistake in the last task shows at once.
-    variant = {"renormalise": renormalise, "at": at}
-    cells: list[_Cell] = []
-    for one in sets:
-        parts = one.split(split)
-        for n in counts:
-            train = learned(parts, "train", shots=n, n=n_mean, seed=seed, count="n_mean")
-            test = asked(parts, shots=n, n=n_test, seed=seed)
-            cells.append(
-                _Cell(
-                    lens,
-                    one,
-                    n,
-                    train,
-                    test,
-                    prepend_bos=prepend_bos,
-                    accuracy=accuracy,
-                    batch_size=batch_size,
-                    variant=variant,
-                )
-            )
-    read = [(cell.task, cell.questions) for cell in cells]
-    warn_of_first_tokens(lens, read, accuracy=accuracy)
     steps = [("none", None), *((kind, scale) for kind in kinds for scale in scales)]
-    rows: list[Row] = []
-    with open_journal(out, settings) as journal:
-        total = len(cells) * len(steps)
-        with tqdm(total=total, desc="Patching", disable=not progress) as bar:
-            for cell in cells:
-                bar.set_postfix_str(cell.name)
-                for kind, scale in steps:
-                    rows.append(cell.row(journal, kind, scale))
-                    bar.update()
-                cell.forget()
-        frame = as_frame("patching", rows, settings).astype({"scale": float})
-        if out is not None:
-            write_results(frame, out)
-    return frame
+    edit = {"renormalise": renormalise, "at": at}
+    rows = partial(_marked, steps=steps, edit=edit, accuracy=accuracy)
+    with experiment("patching", lens, protocol, settings) as run:
+        if run.finished is not None:
+            return run.finished
+        cells = run.cells(sets, ["train"], count="n_mean", n=n_mean, n_test=n_test)
+        for cell in cells:
+            _need_one_length(cell)
+        read = [(cell.task, cell.questions) for cell in cells]
+        warn_of_first_tokens(lens, read, accuracy=accuracy)
+        return run.frame("Patching", cells, rows, steps=len(steps))
 
 
-class _Cell:
-    """One set of questions of one length with one number of demonstrations."""
+def _marked(
+    cell: Cell,
+    steps: Iterable[tuple[str, float | None]],
+    edit: dict[str, Any],
+    accuracy: Accuracy,
+) -> Iterator[list[Row]]:
+    """Give the row of each map and scale; of the unpatched model where there is no scale."""
+    questions, protocol = cell.questions, cell.run.protocol
 
-    def __init__(
-        self,
-        lens: Lens,
-        task: Task,
-        shots: int,
-        learned: list[Prompt],
-        asked: list[Prompt],
-        *,
-        prepend_bos: bool | None,
-        accuracy: Accuracy,
-        batch_size: int,
-        variant: dict[str, Any],
-    ) -> None:
-        self._lens, self.task, self._shots = lens, task, shots
-        self._learned, self._asked = learned, asked
-        self._prepend_bos, self._batch_size, self._variant = prepend_bos, batch_size, variant
-        self._accuracy: Accuracy = accuracy
-        self._mean: MeanMaps | None = None
-        self.questions = read_questions(lens, asked, prepend_bos=prepend_bos)
-        self._need_one_length()
+    @cache
+    def mean() -> MeanMaps:
+        _, ra = run_with_ra(
+            cell.run.lens.module,
+            [prompt.text for prompt in cell.learned["train"]],
+            target=sequence_nll([prompt.answer for prompt in cell.learned["train"]]),
+            store="mean",
+            prepend_bos=protocol.prepend_bos,
+            batch_size=protocol.batch_size,
+            progress=False,
+        )
+        return ra.mean()
 
-    @property
-    def name(self) -> str:
-        """What the progress bar says."""
-        return f"{self.task.name}, shots: {self._shots}"
-
-    def row(self, journal: Journal, kind: str, scale: float | None) -> Row:
-        """The row of one map and scale; the unpatched model where there is no scale."""
-        about = {
-            "task": self.task.name,
-            "kind": self.task.kind,
-            "n_shots": self._shots,
-            "map": kind,
-            "scale": scale,
-        }
-        key = f"{self.task.name}|{self._shots}|{kind}|{scale}"
-        found = journal.unit(key, lambda: self._evaluate(kind, scale))
-        made = {**answer_facts(self.questions, self._accuracy), **task_facts(self.task)}
-        return {**about, **found, **made}
-
-    def forget(self) -> None:
-        """Let the maps go."""
-        self._mean = None
-
-    def _evaluate(self, kind: str, scale: float | None) -> Row:
-        questions = self.questions
+    def evaluate(kind: str, scale: float | None) -> Row:
         hooks: FwdHooks = ()
         if scale is not None:
-            if self._mean is None:
-                self._mean = self._mean_maps()
-            hooks = self._mean.patch_hooks(scale=scale, kind=kind, align="left", **self._variant)
+            hooks = mean().patch_hooks(scale=scale, kind=kind, align="left", **edit)
         marks = ask(
-            self._lens,
+            cell.run.lens,
             questions,
             lambda _part: hooks,
-            accuracy=self._accuracy,
-            batch_size=self._batch_size,
+            accuracy=accuracy,
+            batch_size=protocol.batch_size,
         )
         return {
             **marked(marks),
             "n_tokens": questions.prompts.lengths[0],
             "n_test": len(questions),
-            "prompts_hash": prompts_hash(self._learned, self._asked),
+            "prompts_hash": prompts_hash(cell.learned["train"], cell.asked),
         }
 
-    def _mean_maps(self) -> MeanMaps:
-        _, ra = run_with_ra(
-            self._lens.module,
-            [prompt.text for prompt in self._learned],
-            target=sequence_nll([prompt.answer for prompt in self._learned]),
-            store="mean",
-            prepend_bos=self._prepend_bos,
-            batch_size=self._batch_size,
-            progress=False,
-        )
-        return ra.mean()
+    made = {**answer_facts(questions, accuracy), **task_facts(cell.task)}
+    for kind, scale in steps:
+        found = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
+        at = float("nan") if scale is None else scale
+        yield cell.rows([{"map": kind, "scale": at, **found}], **made)
 
-    def _need_one_length(self) -> None:
-        lengths = self.questions.prompts.lengths
-        if len(set(lengths)) > 1:
-            raise BadInput(
-                f"the questions of {self.task.name} with {self._shots} demonstrations have "
-                f"{min(lengths)} to {max(lengths)} tokens, though they have one length without: "
-                "this tokenizer joins tokens across demonstrations. Patch without demonstrations "
-                "(shots=0), or another task."
-            )
+
+def _need_one_length(cell: Cell) -> None:
+    lengths = cell.questions.prompts.lengths
+    if len(set(lengths)) > 1:
+        raise BadInput(
+            f"the questions of {cell.task.name} with {cell.shots} demonstrations have "
+            f"{min(lengths)} to {max(lengths)} tokens, though they have one length without: "
+            "this tokenizer joins tokens across demonstrations. Patch without demonstrations "
+            "(shots=0), or another task."
+        )
 
 
 def _one_length(

@@ -1,0 +1,464 @@
+"""Running an experiment: which prompts it reads, how it goes on after a kill, and its table.
+
+    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    with experiment("patching", lens, protocol, settings) as run:
+        if run.finished is not None:  # an earlier call has written it
+            return run.finished
+        cells = run.cells(tasks, ["train"], count="n_mean", n=n_mean, n_test=n_test)
+        return run.frame("Patching", cells, rows, steps=len(steps))
+
+A cell is one task with one number of demonstrations. `rows` gives the rows of a cell, one list per
+step of the progress bar; what it computes with `cell.unit` is kept on disk (`journal`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
+from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads.ranking import Part, find_method
+from ra_lens.model import Lens
+from ra_lens.numbers import Whole, Wholes, whole, wholes
+from ra_lens.questions import Accuracy, Questions, read_questions
+from ra_lens.tables import write_results
+from ra_lens.tasks import Prompt, Split, SplitRule, Task, load_task, task_names
+
+Tasks = str | Task | Iterable[str | Task]
+Row = dict[str, Any]
+
+SHOTS = (0, 1, 5, 10)
+"""Numbers of demonstrations of the paper's tables."""
+
+METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
+"""The paper's methods."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Arguments that the experiments share, read; `vars` of it are such arguments again."""
+
+    shots: list[int]
+    split: SplitRule
+    seed: int
+    prepend_bos: bool | None
+    batch_size: int
+    out: str | Path | None
+    progress: bool
+
+    @classmethod
+    def read(
+        cls,
+        shots: Wholes = SHOTS,
+        split: SplitRule = "code",
+        seed: Whole = 0,
+        prepend_bos: bool | None = None,
+        batch_size: Whole = 64,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> Protocol:
+        """Read the arguments.
+
+        Raises:
+            BadInput: something else than whole numbers, too small ones, or numbers of
+                demonstrations that come twice.
+        """
+        counts = wholes("shots", shots)
+        if min(counts) < 0 or len(set(counts)) < len(counts):
+            raise BadInput(
+                f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
+            )
+        seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
+        return cls(counts, split, seed, prepend_bos, batch_size, out, progress)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of it says how results are made."""
+        return {k: v for k, v in vars(self).items() if k not in ("out", "progress")}
+
+
+def read_tasks(task: Tasks) -> list[Task]:
+    """Read tasks, names of built-in ones, or `all`, `icl`, `natural` for all of that kind.
+
+    Raises:
+        BadInput: none, an unknown name, one name twice, or something that is no task.
+    """
+    if isinstance(task, bytes | Mapping | Set) or not isinstance(task, Task | Iterable):
+        raise BadInput(
+            f"found a {type(task).__name__} as task. Give a Task, the name of one, or a list of "
+            "these; of the sets of same_length_sets list(sets.values())."
+        )
+    tasks: list[Task] = []
+    for one in [task] if isinstance(task, str | Task) else task:
+        if isinstance(one, Task):
+            tasks.append(one)
+        elif not isinstance(one, str):
+            raise BadInput(
+                f"found a {type(one).__name__} among the tasks. Give Tasks, or names of tasks."
+            )
+        elif one in ("all", "icl", "natural"):
+            names = task_names() if one == "all" else task_names(one)
+            tasks += map(load_task, names)
+        else:
+            tasks.append(load_task(one))
+    names = [one.name for one in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not tasks or twice:
+        found = f"task {twice[0]!r} twice" if twice else "no task"
+        raise BadInput(f"found {found}; give each task once, or 'all'.")
+    return tasks
+
+
+def read_methods(methods: str | Sequence[str]) -> list[str]:
+    """Read names of ranking methods.
+
+    Raises:
+        BadInput: none, one twice, or an unknown one.
+    """
+    given = [methods] if isinstance(methods, str) else list(methods)
+    if not given or len(set(given)) < len(given):
+        raise BadInput(f"found methods={methods!r}; give at least one, each once.")
+    return [find_method(name).name for name in given]
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An experiment that has begun; `finished` is its table, where an earlier call wrote it."""
+
+    lens: Lens
+    protocol: Protocol
+    settings: Mapping[str, Any]
+    journal: Journal
+    finished: pd.DataFrame | None
+
+    def cells(
+        self,
+        tasks: Iterable[Task],
+        parts: Iterable[Part],
+        *,
+        count: str,
+        n: int,
+        shots: int | None = None,
+        n_test: int | None = None,
+    ) -> list[Cell]:
+        """Make all prompts before anything is computed, so that every mistake shows at once.
+
+        Of each part there are `n` prompts, which messages call `count`, with `shots` demonstrations
+        (None: as many as the cell has); of the test part `n_test` (None: all of it).
+
+        Raises:
+            BadInput: a part has too few pairs for that.
+        """
+        cells: list[Cell] = []
+        parts = list(dict.fromkeys(parts))
+        for task in tasks:
+            split = task.split(self.protocol.split)
+            for k in self.protocol.shots:
+                asked: list[Prompt] = []
+                if n_test != 0:
+                    most = None if n_test is None else min(n_test, len(split.test))
+                    asked = split.prompts("test", shots=k, n=most, seed=self.protocol.seed)
+                k_learned = k if shots is None else shots
+                learned: dict[Part, list[Prompt]] = {
+                    part: self._learned(split, part, k_learned, n, count) for part in parts
+                }
+                cells.append(Cell(self, task, k, learned, asked))
+        return cells
+
+    def _learned(self, split: Split, part: Part, shots: int, n: int, count: str) -> list[Prompt]:
+        """As the paper's code takes them: the first `n` training pairs, or `n` validation pairs
+        drawn with replacement, which is the part that causal mediation by mean activations uses.
+        """
+        if part == "train" and n > len(split.train):
+            raise BadInput(
+                f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
+                f"pairs. Give {count}={len(split.train)} or less."
+            )
+        drawn = part == "valid"
+        return split.prompts(
+            part, shots=shots, n=n, seed=self.protocol.seed, with_replacement=drawn
+        )
+
+    def read(self, prompts: Sequence[Prompt]) -> Questions:
+        """Tokenise prompts and their answers."""
+        return read_questions(self.lens, prompts, prepend_bos=self.protocol.prepend_bos)
+
+    def frame(
+        self,
+        title: str,
+        cells: Sequence[Cell],
+        rows: Callable[[Cell], Iterator[list[Row]]],
+        *,
+        steps: int,
+    ) -> pd.DataFrame:
+        """Compute the rows of every cell, which come in some steps, and write the table of them."""
+        found: list[Row] = []
+        total = len(cells) * steps
+        with tqdm(total=total, desc=title, disable=not self.protocol.progress) as bar:
+            for cell in cells:
+                bar.set_postfix_str(f"{cell.task.name}, shots: {cell.shots}")
+                for some in rows(cell):
+                    found += some
+                    bar.update()
+        frame = as_frame(found, self.settings)
+        if self.protocol.out is not None:
+            write_results(frame, self.protocol.out)
+        return frame
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One task with one number of demonstrations.
+
+    Attributes:
+        run: The experiment.
+        task: The task.
+        shots: The number of demonstrations in the questions.
+        learned: Prompts to rank heads with, or to take maps of, by the part they are from.
+        asked: The test questions.
+    """
+
+    run: Run
+    task: Task
+    shots: int
+    learned: dict[Part, list[Prompt]]
+    asked: list[Prompt]
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The test questions as tokens."""
+        return self.run.read(self.asked)
+
+    def unit(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Give a result that is in the journal, or is computed and goes there."""
+        return self.run.journal.unit(f"{self.task.name}|{self.shots}|{key}", compute)
+
+    def ranked(self, method: str, *, answer_in_input: bool, draw: int = 0) -> HeadScores:
+        """Rank the heads by a method, on prompts of the part that it takes."""
+        protocol = self.run.protocol
+        return rank_heads(
+            self.run.lens.module,
+            self.learned[find_method(method).split],
+            method=method,
+            seed=protocol.seed,
+            draw=draw,
+            answer_in_input=answer_in_input,
+            prepend_bos=protocol.prepend_bos,
+            batch_size=protocol.batch_size,
+            progress=protocol.progress,
+        )
+
+    def rows(self, values: Iterable[Row], **made: Any) -> list[Row]:
+        """Make rows of a table: of which cell, the values, and how they were made."""
+        cell = {"task": self.task.name, "kind": self.task.kind, "n_shots": self.shots}
+        return [{**cell, **row, **made} for row in values]
+
+
+@contextmanager
+def experiment(
+    name: str, lens: Lens, protocol: Protocol, settings: Mapping[str, Any]
+) -> Generator[Run, None, None]:
+    """Begin an experiment, or go on with it; its journal goes when the context is left in peace.
+
+    Raises:
+        BadInput: there are hooks and an output file, or that file or its journal holds something
+            else or cannot be written.
+        BadFile: the journal is not one.
+        UnsupportedModel: a model with dropout.
+    """
+    lens.refuse_dropout()
+    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
+    if hooked and protocol.out is not None:
+        raise BadInput(
+            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
+            "out=: what they do is not among the settings that results are found again by. Leave "
+            "out= away and write the table with write_results, or remove the hooks."
+        )
+    settings = {"experiment": name, **model_facts(lens), **settings}
+    finished = finished_results(protocol.out, settings)
+    if finished is not None:
+        yield Run(lens, protocol, settings, Journal({}), finished)
+        return
+    with open_journal(protocol.out, settings) as journal:
+        yield Run(lens, protocol, settings, journal, None)
+
+
+def as_frame(rows: Iterable[Row], settings: Mapping[str, Any]) -> pd.DataFrame:
+    """Make the table of an experiment: what it is and of which model, the rows, how it was made."""
+    made = {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
+    first = {name: made.pop(name) for name in ("experiment", "model")}
+    made["settings_hash"] = settings_hash(settings)
+    # What a row says of itself counts: a setting may be an upper limit only (`n_test`).
+    return pd.DataFrame(
+        [{**first, **row, **{k: v for k, v in made.items() if k not in row}} for row in rows]
+    )
+
+
+# ---- settings, and facts for the rows -----------------------------------------------------------
+
+
+def model_facts(lens: Lens) -> dict[str, Any]:
+    """Tell which model, in which class and precision, with which versions of what runs it."""
+    some = next(lens.module.parameters())
+    packages = ("ra-lens", "transformer-lens", "transformers", "torch")
+    return {
+        "model": lens.name,
+        "model_class": lens.kind,
+        "dtype": str(some.dtype).removeprefix("torch."),
+        "device": some.device.type,
+        "weights_hash": weights_hash(lens.module),
+        "value_biases_folded": lens.value_biases_folded,
+        **{name.replace("-", "_"): version(name) for name in packages},
+    }
+
+
+def task_facts(task: Task) -> dict[str, str]:
+    """Tell what a task is: another list or format is another task, whatever its name."""
+    form = [task.opening, task.before_subject, task.after_subject, task.separator]
+    return {
+        "source": task.source,
+        "format": json.dumps(form, ensure_ascii=False),
+        "pairs_hash": prompts_hash([Prompt(pair.input, pair.output) for pair in task.pairs]),
+    }
+
+
+def task_settings(
+    lens: Lens, tasks: Iterable[Task], prepend_bos: bool | None
+) -> list[dict[str, Any]]:
+    """Tell what tasks are to a model: the tokens read are among it."""
+    every: list[dict[str, Any]] = []
+    for task in tasks:
+        first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
+        ids = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
+        every.append({"name": task.name, **task_facts(task), "tokens": settings_hash({"ids": ids})})
+    return every
+
+
+def method_facts(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Tell which methods these are: a user's own by its code, as its name may be another's."""
+    every: list[dict[str, Any]] = []
+    for method in map(find_method, names):
+        function: Any = method.function
+        facts = {"name": method.name, "split": method.split, "random": method.random}
+        if not str(function.__module__).startswith("ra_lens."):
+            code = getattr(function, "__code__", None)
+            parts = [getattr(code, name, None) for name in ("co_code", "co_consts", "co_names")]
+            facts["code"] = settings_hash({"code": list(map(repr, parts))})
+        every.append(facts)
+    return every
+
+
+def accuracy_settings(accuracy: Accuracy) -> dict[str, str]:
+    """Give the setting that says what counts as right; none for the paper's, which came first.
+
+    Raises:
+        BadInput: something else is asked for.
+    """
+    if accuracy not in get_args(Accuracy):
+        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
+    return {} if accuracy == "first token" else {"accuracy": accuracy}
+
+
+def answer_facts(questions: Questions, accuracy: Accuracy) -> dict[str, Any]:
+    """Tell what is marked, and how many first tokens the answers have: one alone tells nothing."""
+    return {"accuracy": accuracy, "n_first_tokens": len(_firsts(questions))}
+
+
+def _firsts(questions: Questions) -> set[int]:
+    return {answer[0] for answer in questions.answers}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Give a short text that tells the weights of two models apart.
+
+    Of each parameter: some numbers, and the sum of all absolute values, so that every change of
+    more than about a part in ten million shows.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        n = values.numel()
+        if n == 0:
+            continue
+        count = min(64, n)
+        picked = [i * (n - 1) // max(count - 1, 1) for i in range(count)]
+        numbers = values[torch.tensor(picked, device=values.device)].float().tolist()
+        # Few digits: sums differ in the last ones with the number of threads.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        total = float(values.abs().sum(dtype=wide))
+        digest.update(f"{name}{tuple(parameter.shape)}{numbers}{total:.6e}".encode())
+    return digest.hexdigest()
+
+
+def prompts_hash(*groups: Sequence[Prompt]) -> str:
+    """Give a short text that tells prompts apart, by what a model reads and has to answer."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompts in groups:
+        for prompt in prompts:
+            digest.update(f"{prompt.text}\x1f{prompt.answer}\x1e".encode())
+        digest.update(b"\x1d")
+    return digest.hexdigest()
+
+
+# ---- answers that begin with one token ----------------------------------------------------------
+
+
+def by_first_token(methods: Sequence[str], *, answer_in_input: bool) -> list[str]:
+    """Give the methods that go by the probability of the answer's first token alone."""
+    always = ("cm1", "cm1_last", "cm2")
+    return [name for name in methods if name in always or (name, answer_in_input) == ("ra", False)]
+
+
+def warn_of_first_tokens(
+    lens: Lens,
+    asked: Iterable[tuple[Task, Questions]],
+    *,
+    accuracy: Accuracy | None,
+    by_first: Sequence[str] = (),
+) -> None:
+    """Warn of each task whose answers begin with one token, where that token alone is measured.
+
+    `asked` are tasks, each perhaps several times, with questions; `accuracy` is what is marked, if
+    anything, and `by_first` are the ranking methods of `by_first_token`.
+    """
+    warned: set[str] = set()
+    for task, questions in asked:
+        firsts = _firsts(questions)
+        if len(firsts) > 1 or len(set(questions.prompts.ids)) < 2 or task.name in warned:
+            continue
+        so: list[str] = []
+        if len(set(questions.answers)) == 1:
+            so.append("they are all the same; take a task with several answers")
+        elif accuracy == "first token":
+            so.append(
+                "accuracy by the first token is 1.0 for a model that begins so and guesses the "
+                "rest; give accuracy='answer' (--accuracy answer), which takes whole answers"
+            )
+        if by_first:
+            so.append(f"{' and '.join(by_first)} rank heads by the probability of that token alone")
+        if so:
+            warned.add(task.name)
+            warnings.warn(
+                f"all {len(questions)} answers asked for in task {task.name!r} begin with the "
+                f"token {lens.decode(*firsts)!r} of {lens.name}: {', and '.join(so)}.",
+                RALensWarning,
+                stacklevel=3,
+            )
