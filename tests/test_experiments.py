@@ -29,7 +29,6 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments import runner as runner_module
-from ra_lens.experiments import sweep as sweep_module
 from ra_lens.experiments.journal import journal_path, settings_hash
 from ra_lens.experiments.runner import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
@@ -351,7 +350,7 @@ def kill(out, _demo):
 
 def interrupt(out, demo):
     """Ctrl-C while the eighth unit is asked."""
-    ask, units = sweep_module.ask, iter(range(7))
+    ask, units = runner_module.ask, iter(range(7))
 
     def asked(*args, **kwargs):
         if next(units, None) is None:
@@ -359,7 +358,7 @@ def interrupt(out, demo):
         return ask(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "ask", asked)
+        patch.setattr(runner_module, "ask", asked)
         with pytest.raises(KeyboardInterrupt):
             patching_sweep(demo, ["antonym", "capitalize"], out=out, **RUNS["patching_sweep"])
 

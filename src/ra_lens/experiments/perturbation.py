@@ -21,7 +21,7 @@ the last trapezoid of 11 points alone gives. The mean of the points would give .
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,25 +38,20 @@ from ra_lens.experiments.runner import (
     Cell,
     Protocol,
     Row,
+    Run,
     Tasks,
-    accuracy_settings,
-    answer_facts,
-    by_first_token,
     experiment,
-    method_facts,
     prompts_hash,
     read_methods,
+    read_some,
     read_tasks,
-    task_facts,
-    task_settings,
-    warn_of_first_tokens,
 )
-from ra_lens.heads.ranking import Part, find_method
+from ra_lens.heads.ranking import find_method
 from ra_lens.model import Lens, as_lens
 from ra_lens.model.sites import heads_of
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
 from ra_lens.patching.masking import mask_hooks, need_heads
-from ra_lens.questions import Accuracy, Metric, ask, marked
+from ra_lens.questions import Accuracy, Metric, marked
 from ra_lens.tables import problem_of
 from ra_lens.tasks import SplitRule
 
@@ -127,103 +122,81 @@ def perturbation_test(
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
     """
-    tasks, methods = read_tasks(task), read_methods(methods)
+    tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
-    directions, steps = _read_directions(directions), _read_step(real("step", step))
-    random_orders = whole("random_orders", random_orders, least=1)
-    n_rank, n_test = whole("n_rank", n_rank, least=1), whole_or_none("n_test", n_test, least=1)
-    rank_shots = whole_or_none("rank_shots", rank_shots, least=0)
+    settings: dict[str, Any] = {
+        "directions": read_some("directions", directions, ("forward", "reversed")),
+        "steps": _read_step(real("step", step)),
+        "random_orders": whole("random_orders", random_orders, least=1),
+        "n_rank": whole("n_rank", n_rank, least=1),
+        "n_test": whole_or_none("n_test", n_test, least=1),
+        "rank_shots": whole_or_none("rank_shots", rank_shots, least=0),
+    }
     lens = as_lens(model)
     need_heads(lens)
-    settings = {
-        "methods": method_facts(methods),
-        "directions": directions,
-        "steps": steps,
-        "random_orders": random_orders,
-        "n_rank": n_rank,
-        "n_test": n_test,
-        "rank_shots": rank_shots,
-        "split": split,
-        "answer_in_input": answer_in_input,
-        **protocol.settings,
-        **accuracy_settings(accuracy),
-        "tasks": task_settings(lens, tasks, prepend_bos),
-    }
-    random = {method for method in methods if find_method(method).random}
-    orders = [
-        (method, draw, direction)
-        for method in methods
-        for draw in range(random_orders if method in random else 1)
-        for direction in (["none"] if method in random else directions)
-    ]
-    rows = partial(
-        _curves, orders=orders, steps=steps, answer_in_input=answer_in_input, accuracy=accuracy
-    )
-    with experiment("perturbation", lens, protocol, settings) as run:
+    with experiment(
+        "perturbation",
+        lens,
+        tasks,
+        protocol,
+        methods=names,
+        answer_in_input=answer_in_input,
+        accuracy=accuracy,
+        **settings,
+    ) as run:
         _warn_if_folded(lens)
         if run.finished is not None:
             return run.finished
-        parts: list[Part] = [find_method(method).split for method in methods]
-        cells = run.cells(tasks, parts, count="n_rank", n=n_rank, shots=rank_shots, n_test=n_test)
-        by_first = by_first_token(methods, answer_in_input=answer_in_input)
-        read = [(cell.task, cell.questions) for cell in cells]
-        warn_of_first_tokens(lens, read, accuracy=accuracy, by_first=by_first)
-        return run.frame("Perturbation test", cells, rows, steps=len(orders))
+        steps = len(list(_orders(run)))
+        return run.frame("Perturbation test", run.cells("n_rank"), _curves, steps=steps)
 
 
-def _curves(
-    cell: Cell,
-    orders: Iterable[tuple[str, int, str]],
-    *,
-    steps: int,
-    answer_in_input: bool,
-    accuracy: Accuracy,
-) -> Iterator[list[Row]]:
-    """Give the rows of each order: a method, a draw of it, and a direction."""
-    n_heads = sum(heads_of(cell.run.lens.sites))
+def _orders(run: Run) -> Iterator[tuple[str, int, str]]:
+    """Give the methods with their draws and directions."""
+    for method in run.methods:
+        if find_method(method).random:
+            yield from ((method, draw, "none") for draw in range(run.settings["random_orders"]))
+        else:
+            yield from ((method, 0, direction) for direction in run.settings["directions"])
+
+
+def _curves(cell: Cell) -> Iterator[list[Row]]:
+    """Give the rows of each order, one for each share of the heads."""
+    n_heads, steps = sum(heads_of(cell.run.lens.sites)), cell.run.settings["steps"]
     shares = [i / steps for i in range(steps + 1)]
 
-    def ranked(method: str, draw: int) -> list[tuple[int, int]]:
-        return cell.ranked(method, draw=draw, answer_in_input=answer_in_input).order()
-
     def curve(method: str, draw: int, direction: str) -> list[Row]:
-        order = cell.unit(f"scores|{method}|{draw}", partial(ranked, method, draw))
+        ranked = partial(cell.ranked, method, draw)
+        order = cell.unit(f"scores|{method}|{draw}", lambda: ranked().order())
         if direction == "reversed":
             order = order[::-1]
-        return _evaluate(cell, order, [i * n_heads // steps for i in range(1, steps)], accuracy)
+        return _evaluate(cell, order, [i * n_heads // steps for i in range(1, steps)])
 
-    first, last = cell.unit("ends", partial(_evaluate, cell, [], [0, n_heads], accuracy))
-    made = {
-        "n_test": len(cell.asked),
-        **answer_facts(cell.questions, accuracy),
-        **task_facts(cell.task),
-        "prompts_hash": prompts_hash(cell.asked, *cell.learned.values()),
-    }
-    for method, draw, direction in orders:
+    first, last = cell.unit("ends", partial(_evaluate, cell, [], [0, n_heads]))
+    prompts = prompts_hash(cell.asked, *cell.learned.values())
+    for method, draw, direction in _orders(cell.run):
         key = f"curve|{method}|{direction}|{draw}"
         inner = cell.unit(key, partial(curve, method, draw, direction))
         about = {"method": method, "direction": direction, "draw": draw}
-        points = zip(shares, [first, *inner, last], strict=True)
-        yield cell.rows([{**about, "share": p, **point} for p, point in points], **made)
+        rows = [
+            {**about, "share": share, **point, "n_test": len(cell.asked)}
+            for share, point in zip(shares, [first, *inner, last], strict=True)
+        ]
+        yield cell.rows(rows, prompts_hash=prompts)
 
 
-def _evaluate(
-    cell: Cell, order: Sequence[tuple[int, int]], kept: Sequence[int], accuracy: Accuracy
-) -> list[Row]:
+def _evaluate(cell: Cell, order: Sequence[tuple[int, int]], kept: Sequence[int]) -> list[Row]:
     """Ask all questions with the first `kept` heads of the order, for each number of heads."""
-    lens, n = cell.run.lens, len(cell.asked)
+    sites, n = cell.run.lens.sites, len(cell.asked)
     # Place of each head in the order, [layer, head]; any order does for none and all.
-    place = torch.zeros(len(lens.sites), max(heads_of(lens.sites)), dtype=torch.long)
+    place = torch.zeros(len(sites), max(heads_of(sites)), dtype=torch.long)
     for i, (layer, head) in enumerate(order):
-        place[list(lens.sites).index(layer), head] = i
+        place[list(sites).index(layer), head] = i
     # One row per number of heads and question, so that a batch holds several numbers.
     heads = torch.tensor(kept).repeat_interleave(n)
-    marks = ask(
-        lens,
+    marks = cell.marked(
         cell.questions.repeated(len(kept)),
-        lambda part: mask_hooks(lens.sites, place < heads[part, None, None]),
-        accuracy=accuracy,
-        batch_size=cell.run.protocol.batch_size,
+        lambda part: mask_hooks(sites, place < heads[part, None, None]),
     )
     return [
         {"heads_kept": k, **marked(marks.part(slice(i * n, (i + 1) * n)))}
@@ -239,13 +212,6 @@ def _read_step(step: float) -> int:
             "such as 0.1."
         )
     return steps
-
-
-def _read_directions(directions: Iterable[Direction]) -> list[Direction]:
-    given = list(directions)
-    if not given or len(set(given)) < len(given) or set(given) - {"forward", "reversed"}:
-        raise BadInput(f"found directions={directions!r}; give 'forward', 'reversed' or both.")
-    return given
 
 
 def _warn_if_folded(lens: Lens) -> None:

@@ -22,18 +22,13 @@ from ra_lens.experiments.runner import (
     Protocol,
     Row,
     Tasks,
-    by_first_token,
     experiment,
-    method_facts,
     prompts_hash,
     read_methods,
     read_tasks,
-    task_facts,
-    task_settings,
-    warn_of_first_tokens,
 )
 from ra_lens.heads import HeadScores
-from ra_lens.heads.ranking import Part, find_method
+from ra_lens.heads.ranking import find_method
 from ra_lens.model import as_lens
 from ra_lens.model.sites import heads_of
 from ra_lens.numbers import Whole, Wholes, whole
@@ -84,47 +79,34 @@ def rank_tasks(
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
-    lens, n_rank = as_lens(model), whole("n_rank", n_rank, least=1)
-    settings = {
-        "tasks": task_settings(lens, tasks, prepend_bos),
-        "methods": method_facts(names),
-        "shots": protocol.shots,
-        "n_rank": n_rank,
-        "split": split,
-        "answer_in_input": answer_in_input,
-        **protocol.settings,
-    }
-
-    def rows(cell: Cell) -> Iterator[list[Row]]:
-        for name in names:
-            given = cell.learned[find_method(name).split]
-
-            def scores(name: str = name) -> list[list[float]]:
-                return cell.ranked(name, answer_in_input=answer_in_input).scores.tolist()
-
-            ranked = HeadScores(
-                method=name,
-                title=find_method(name).title,
-                scores=torch.tensor(cell.unit(name, scores), dtype=torch.float64),
-                layers=tuple(lens.sites),
-                heads=heads_of(lens.sites),
-                n_examples=len(given),
-                model_name=lens.name,
-            )
-            table: Any = ranked.to_dataframe()[_COLUMNS]
-            values = table.to_dict("records")
-            yield cell.rows(values, **task_facts(cell.task), prompts_hash=prompts_hash(given))
-
-    with experiment("ranking", lens, protocol, settings) as run:
+    n_rank = whole("n_rank", n_rank, least=1)
+    with experiment(
+        "ranking",
+        as_lens(model),
+        tasks,
+        protocol,
+        methods=names,
+        answer_in_input=answer_in_input,
+        n_rank=n_rank,
+    ) as run:
         if run.finished is not None:
             return run.finished
-        parts: list[Part] = [find_method(name).split for name in names]
-        cells = run.cells(tasks, parts, count="n_rank", n=n_rank, n_test=0)
-        by_first = by_first_token(names, answer_in_input=answer_in_input)
-        read = (
-            (cell.task, run.read(cell.learned[find_method(name).split]))
-            for cell in cells
-            for name in by_first
+        return run.frame("Ranking heads", run.cells("n_rank"), _rows, steps=len(names))
+
+
+def _rows(cell: Cell) -> Iterator[list[Row]]:
+    """Give the rows of each method, one for each head, the most important first."""
+    lens = cell.run.lens
+    for name in cell.run.methods:
+        scores = cell.unit(name, lambda name=name: cell.ranked(name).scores.tolist())
+        ranked = HeadScores(
+            method=name,
+            title=find_method(name).title,
+            scores=torch.tensor(scores, dtype=torch.float64),
+            layers=tuple(lens.sites),
+            heads=heads_of(lens.sites),
+            n_examples=len(cell.given(name)),
+            model_name=lens.name,
         )
-        warn_of_first_tokens(lens, read, accuracy=None, by_first=by_first)
-        return run.frame("Ranking heads", cells, rows, steps=len(names))
+        table: Any = ranked.to_dataframe()[_COLUMNS]
+        yield cell.rows(table.to_dict("records"), prompts_hash=prompts_hash(cell.given(name)))

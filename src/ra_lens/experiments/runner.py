@@ -1,11 +1,10 @@
 """Running an experiment: which prompts it reads, how it goes on after a kill, and its table.
 
     protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
-    with experiment("patching", lens, protocol, settings) as run:
+    with experiment("patching", lens, tasks, protocol, accuracy=accuracy, n_mean=25) as run:
         if run.finished is not None:  # an earlier call has written it
             return run.finished
-        cells = run.cells(tasks, ["train"], count="n_mean", n=n_mean, n_test=n_test)
-        return run.frame("Patching", cells, rows, steps=len(steps))
+        return run.frame("Patching", run.cells("n_mean"), rows, steps=len(steps))
 
 A cell is one task with one number of demonstrations. `rows` gives the rows of a cell, one list per
 step of the progress bar; what it computes with `cell.unit` is kept on disk (`journal`).
@@ -19,10 +18,10 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pandas as pd
 import torch
@@ -35,12 +34,13 @@ from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ranking import Part, find_method
 from ra_lens.model import Lens
 from ra_lens.numbers import Whole, Wholes, whole, wholes
-from ra_lens.questions import Accuracy, Questions, read_questions
+from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, read_questions
 from ra_lens.tables import write_results
 from ra_lens.tasks import Prompt, Split, SplitRule, Task, load_task, task_names
 
 Tasks = str | Task | Iterable[str | Task]
 Row = dict[str, Any]
+Choice = TypeVar("Choice", bound=str)
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
@@ -72,12 +72,7 @@ class Protocol:
         out: str | Path | None = None,
         progress: bool = True,
     ) -> Protocol:
-        """Read the arguments.
-
-        Raises:
-            BadInput: something else than whole numbers, too small ones, or numbers of
-                demonstrations that come twice.
-        """
+        """Read the arguments, or raise where they are no whole numbers or too small."""
         counts = wholes("shots", shots)
         if min(counts) < 0 or len(set(counts)) < len(counts):
             raise BadInput(
@@ -86,18 +81,9 @@ class Protocol:
         seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
         return cls(counts, split, seed, prepend_bos, batch_size, out, progress)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What of it says how results are made."""
-        return {k: v for k, v in vars(self).items() if k not in ("out", "progress")}
-
 
 def read_tasks(task: Tasks) -> list[Task]:
-    """Read tasks, names of built-in ones, or `all`, `icl`, `natural` for all of that kind.
-
-    Raises:
-        BadInput: none, an unknown name, one name twice, or something that is no task.
-    """
+    """Read tasks, names of built-in ones, or `all`, `icl`, `natural` for all of that kind."""
     if isinstance(task, bytes | Mapping | Set) or not isinstance(task, Task | Iterable):
         raise BadInput(
             f"found a {type(task).__name__} as task. Give a Task, the name of one, or a list of "
@@ -125,15 +111,19 @@ def read_tasks(task: Tasks) -> list[Task]:
 
 
 def read_methods(methods: str | Sequence[str]) -> list[str]:
-    """Read names of ranking methods.
-
-    Raises:
-        BadInput: none, one twice, or an unknown one.
-    """
+    """Read names of ranking methods."""
     given = [methods] if isinstance(methods, str) else list(methods)
     if not given or len(set(given)) < len(given):
         raise BadInput(f"found methods={methods!r}; give at least one, each once.")
     return [find_method(name).name for name in given]
+
+
+def read_some(name: str, given: Iterable[Choice], both: tuple[Choice, Choice]) -> list[Choice]:
+    """Read one or both of two choices."""
+    some = list(given)
+    if not some or len(set(some)) < len(some) or set(some) - set(both):
+        raise BadInput(f"found {name}={given!r}; give {both[0]!r}, {both[1]!r} or both.")
+    return some
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -144,62 +134,90 @@ class Run:
     """An experiment that has begun; `finished` is its table, where an earlier call wrote it."""
 
     lens: Lens
+    tasks: Sequence[Task]
     protocol: Protocol
+    methods: Sequence[str]
+    answer_in_input: bool
+    accuracy: Accuracy | None
     settings: Mapping[str, Any]
     journal: Journal
-    finished: pd.DataFrame | None
+    finished: pd.DataFrame | None = None
 
-    def cells(
-        self,
-        tasks: Iterable[Task],
-        parts: Iterable[Part],
-        *,
-        count: str,
-        n: int,
-        shots: int | None = None,
-        n_test: int | None = None,
-    ) -> list[Cell]:
+    def cells(self, count: str) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
-        Of each part there are `n` prompts, which messages call `count`, with `shots` demonstrations
-        (None: as many as the cell has); of the test part `n_test` (None: all of it).
-
-        Raises:
-            BadInput: a part has too few pairs for that.
+        The setting called `count` says how many prompts heads are ranked with, or maps taken of;
+        they have `rank_shots` demonstrations, if that is set, or as many as the cell. Test prompts
+        are read if answers are marked, `n_test` of them if that is set.
         """
         cells: list[Cell] = []
-        parts = list(dict.fromkeys(parts))
-        for task in tasks:
+        parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
+        for task in self.tasks:
             split = task.split(self.protocol.split)
             for k in self.protocol.shots:
                 asked: list[Prompt] = []
-                if n_test != 0:
-                    most = None if n_test is None else min(n_test, len(split.test))
-                    asked = split.prompts("test", shots=k, n=most, seed=self.protocol.seed)
-                k_learned = k if shots is None else shots
+                if self.accuracy is not None:
+                    n = self.settings["n_test"]
+                    n = None if n is None else min(n, len(split.test))
+                    asked = split.prompts("test", shots=k, n=n, seed=self.protocol.seed)
+                shots = self.settings.get("rank_shots")
                 learned: dict[Part, list[Prompt]] = {
-                    part: self._learned(split, part, k_learned, n, count) for part in parts
+                    part: self._learned(split, part, k if shots is None else shots, count)
+                    for part in dict.fromkeys(parts)
                 }
                 cells.append(Cell(self, task, k, learned, asked))
+        self._warn_of_first_tokens(cells)
         return cells
 
-    def _learned(self, split: Split, part: Part, shots: int, n: int, count: str) -> list[Prompt]:
-        """As the paper's code takes them: the first `n` training pairs, or `n` validation pairs
-        drawn with replacement, which is the part that causal mediation by mean activations uses.
-        """
+    def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
+        """The first training pairs, or some drawn from the validation part with replacement."""
+        n = self.settings[count]
         if part == "train" and n > len(split.train):
             raise BadInput(
                 f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
                 f"pairs. Give {count}={len(split.train)} or less."
             )
-        drawn = part == "valid"
-        return split.prompts(
-            part, shots=shots, n=n, seed=self.protocol.seed, with_replacement=drawn
-        )
+        seed, drawn = self.protocol.seed, part == "valid"
+        return split.prompts(part, shots=shots, n=n, seed=seed, with_replacement=drawn)
 
     def read(self, prompts: Sequence[Prompt]) -> Questions:
         """Tokenise prompts and their answers."""
         return read_questions(self.lens, prompts, prepend_bos=self.protocol.prepend_bos)
+
+    def _warn_of_first_tokens(self, cells: Iterable[Cell]) -> None:
+        """Warn of tasks whose answers begin with one token, where that token alone is measured."""
+        which = {"cm1", "cm1_last", "cm2", *([] if self.answer_in_input else ["ra"])}
+        by_first = [name for name in self.methods if name in which]
+        read = (
+            [(cell.task, cell.questions) for cell in cells]
+            if self.accuracy
+            else [(cell.task, self.read(cell.given(m))) for cell in cells for m in by_first]
+        )
+        warned: set[str] = set()
+        for task, questions in read:
+            firsts = {answer[0] for answer in questions.answers}
+            if len(firsts) > 1 or len(set(questions.prompts.ids)) < 2 or task.name in warned:
+                continue
+            so: list[str] = []
+            if len(set(questions.answers)) == 1:
+                so.append("they are all the same; take a task with several answers")
+            elif self.accuracy == "first token":
+                so.append(
+                    "accuracy by the first token is 1.0 for a model that begins so and guesses the "
+                    "rest; give accuracy='answer' (--accuracy answer), which takes whole answers"
+                )
+            if by_first:
+                methods = " and ".join(by_first)
+                so.append(f"{methods} rank heads by the probability of that token alone")
+            if so:
+                warned.add(task.name)
+                token = self.lens.decode(*firsts)
+                warnings.warn(
+                    f"all {len(questions)} answers asked for in task {task.name!r} begin with the "
+                    f"token {token!r} of {self.lens.name}: {', and '.join(so)}.",
+                    RALensWarning,
+                    stacklevel=4,
+                )
 
     def frame(
         self,
@@ -228,12 +246,7 @@ class Run:
 class Cell:
     """One task with one number of demonstrations.
 
-    Attributes:
-        run: The experiment.
-        task: The task.
-        shots: The number of demonstrations in the questions.
-        learned: Prompts to rank heads with, or to take maps of, by the part they are from.
-        asked: The test questions.
+    Heads are ranked with the prompts `learned`, or maps taken of them; the others are asked.
     """
 
     run: Run
@@ -244,46 +257,72 @@ class Cell:
 
     @cached_property
     def questions(self) -> Questions:
-        """The test questions as tokens."""
+        """The prompts asked, as tokens."""
         return self.run.read(self.asked)
 
     def unit(self, key: str, compute: Callable[[], Any]) -> Any:
         """Give a result that is in the journal, or is computed and goes there."""
         return self.run.journal.unit(f"{self.task.name}|{self.shots}|{key}", compute)
 
-    def ranked(self, method: str, *, answer_in_input: bool, draw: int = 0) -> HeadScores:
-        """Rank the heads by a method, on prompts of the part that it takes."""
+    def given(self, method: str) -> list[Prompt]:
+        """Give the prompts that a method ranks heads with."""
+        return self.learned[find_method(method).split]
+
+    def ranked(self, method: str, draw: int = 0) -> HeadScores:
+        """Rank the heads by a method."""
         protocol = self.run.protocol
         return rank_heads(
             self.run.lens.module,
-            self.learned[find_method(method).split],
+            self.given(method),
             method=method,
             seed=protocol.seed,
             draw=draw,
-            answer_in_input=answer_in_input,
+            answer_in_input=self.run.answer_in_input,
             prepend_bos=protocol.prepend_bos,
             batch_size=protocol.batch_size,
             progress=protocol.progress,
         )
 
+    def marked(self, questions: Questions, hooks_of: Callable[[list[int]], FwdHooks]) -> Marks:
+        """Ask questions, with the hooks of each batch, and mark the answers."""
+        return ask(
+            self.run.lens,
+            questions,
+            hooks_of,
+            accuracy=self.run.accuracy or "first token",
+            batch_size=self.run.protocol.batch_size,
+        )
+
     def rows(self, values: Iterable[Row], **made: Any) -> list[Row]:
-        """Make rows of a table: of which cell, the values, and how they were made."""
+        """Make rows of a table: of which cell, the values, what is marked, how they were made."""
         cell = {"task": self.task.name, "kind": self.task.kind, "n_shots": self.shots}
-        return [{**cell, **row, **made} for row in values]
+        facts = {**_task_facts(self.task), **made}
+        if self.run.accuracy is not None:
+            # Where all answers begin with one token, its accuracy tells nothing.
+            n_first_tokens = len({answer[0] for answer in self.questions.answers})
+            facts = {"accuracy": self.run.accuracy, "n_first_tokens": n_first_tokens, **facts}
+        return [{**cell, **row, **facts} for row in values]
 
 
 @contextmanager
 def experiment(
-    name: str, lens: Lens, protocol: Protocol, settings: Mapping[str, Any]
+    name: str,
+    lens: Lens,
+    tasks: Sequence[Task],
+    protocol: Protocol,
+    *,
+    methods: Sequence[str] = (),
+    answer_in_input: bool = True,
+    accuracy: Accuracy | None = None,
+    **settings: Any,
 ) -> Generator[Run, None, None]:
-    """Begin an experiment, or go on with it; its journal goes when the context is left in peace.
+    """Begin an experiment, or go on with it; its journal goes when nothing was raised in it.
 
-    Raises:
-        BadInput: there are hooks and an output file, or that file or its journal holds something
-            else or cannot be written.
-        BadFile: the journal is not one.
-        UnsupportedModel: a model with dropout.
+    What is refused: hooks on the model where there is an output file, dropout, an output file or
+    journal that cannot be written or holds something else.
     """
+    if accuracy not in (None, *get_args(Accuracy)):
+        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
     lens.refuse_dropout()
     hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
     if hooked and protocol.out is not None:
@@ -292,13 +331,28 @@ def experiment(
             "out=: what they do is not among the settings that results are found again by. Leave "
             "out= away and write the table with write_results, or remove the hooks."
         )
-    settings = {"experiment": name, **model_facts(lens), **settings}
+    settings = {
+        "experiment": name,
+        **model_facts(lens),
+        **({"methods": list(map(_method_facts, methods))} if methods else {}),
+        **settings,
+        "split": protocol.split,
+        **({"answer_in_input": answer_in_input} if methods else {}),
+        "seed": protocol.seed,
+        "prepend_bos": protocol.prepend_bos,
+        "batch_size": protocol.batch_size,
+        # It came later: without it the results of before are found.
+        **({"accuracy": accuracy} if accuracy == "answer" else {}),
+        "tasks": [_task_settings(lens, task, protocol.prepend_bos) for task in tasks],
+        "shots": protocol.shots,
+    }
+    begin = partial(Run, lens, tasks, protocol, methods, answer_in_input, accuracy, settings)
     finished = finished_results(protocol.out, settings)
     if finished is not None:
-        yield Run(lens, protocol, settings, Journal({}), finished)
+        yield begin(Journal({}), finished)
         return
     with open_journal(protocol.out, settings) as journal:
-        yield Run(lens, protocol, settings, journal, None)
+        yield begin(journal)
 
 
 def as_frame(rows: Iterable[Row], settings: Mapping[str, Any]) -> pd.DataFrame:
@@ -330,7 +384,7 @@ def model_facts(lens: Lens) -> dict[str, Any]:
     }
 
 
-def task_facts(task: Task) -> dict[str, str]:
+def _task_facts(task: Task) -> dict[str, str]:
     """Tell what a task is: another list or format is another task, whatever its name."""
     form = [task.opening, task.before_subject, task.after_subject, task.separator]
     return {
@@ -340,50 +394,23 @@ def task_facts(task: Task) -> dict[str, str]:
     }
 
 
-def task_settings(
-    lens: Lens, tasks: Iterable[Task], prepend_bos: bool | None
-) -> list[dict[str, Any]]:
-    """Tell what tasks are to a model: the tokens read are among it."""
-    every: list[dict[str, Any]] = []
-    for task in tasks:
-        first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
-        ids = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
-        every.append({"name": task.name, **task_facts(task), "tokens": settings_hash({"ids": ids})})
-    return every
+def _task_settings(lens: Lens, task: Task, prepend_bos: bool | None) -> dict[str, Any]:
+    """Tell what a task is to a model: the tokens read are among it."""
+    first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
+    tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
+    return {"name": task.name, **_task_facts(task), "tokens": settings_hash({"ids": tokens})}
 
 
-def method_facts(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Tell which methods these are: a user's own by its code, as its name may be another's."""
-    every: list[dict[str, Any]] = []
-    for method in map(find_method, names):
-        function: Any = method.function
-        facts = {"name": method.name, "split": method.split, "random": method.random}
-        if not str(function.__module__).startswith("ra_lens."):
-            code = getattr(function, "__code__", None)
-            parts = [getattr(code, name, None) for name in ("co_code", "co_consts", "co_names")]
-            facts["code"] = settings_hash({"code": list(map(repr, parts))})
-        every.append(facts)
-    return every
-
-
-def accuracy_settings(accuracy: Accuracy) -> dict[str, str]:
-    """Give the setting that says what counts as right; none for the paper's, which came first.
-
-    Raises:
-        BadInput: something else is asked for.
-    """
-    if accuracy not in get_args(Accuracy):
-        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
-    return {} if accuracy == "first token" else {"accuracy": accuracy}
-
-
-def answer_facts(questions: Questions, accuracy: Accuracy) -> dict[str, Any]:
-    """Tell what is marked, and how many first tokens the answers have: one alone tells nothing."""
-    return {"accuracy": accuracy, "n_first_tokens": len(_firsts(questions))}
-
-
-def _firsts(questions: Questions) -> set[int]:
-    return {answer[0] for answer in questions.answers}
+def _method_facts(name: str) -> dict[str, Any]:
+    """Tell which method this is: a user's own by its code, as its name may be another's."""
+    method = find_method(name)
+    function: Any = method.function
+    facts = {"name": method.name, "split": method.split, "random": method.random}
+    if not str(function.__module__).startswith("ra_lens."):
+        code = getattr(function, "__code__", None)
+        parts = [getattr(code, part, None) for part in ("co_code", "co_consts", "co_names")]
+        facts["code"] = settings_hash({"code": list(map(repr, parts))})
+    return facts
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -416,49 +443,3 @@ def prompts_hash(*groups: Sequence[Prompt]) -> str:
             digest.update(f"{prompt.text}\x1f{prompt.answer}\x1e".encode())
         digest.update(b"\x1d")
     return digest.hexdigest()
-
-
-# ---- answers that begin with one token ----------------------------------------------------------
-
-
-def by_first_token(methods: Sequence[str], *, answer_in_input: bool) -> list[str]:
-    """Give the methods that go by the probability of the answer's first token alone."""
-    always = ("cm1", "cm1_last", "cm2")
-    return [name for name in methods if name in always or (name, answer_in_input) == ("ra", False)]
-
-
-def warn_of_first_tokens(
-    lens: Lens,
-    asked: Iterable[tuple[Task, Questions]],
-    *,
-    accuracy: Accuracy | None,
-    by_first: Sequence[str] = (),
-) -> None:
-    """Warn of each task whose answers begin with one token, where that token alone is measured.
-
-    `asked` are tasks, each perhaps several times, with questions; `accuracy` is what is marked, if
-    anything, and `by_first` are the ranking methods of `by_first_token`.
-    """
-    warned: set[str] = set()
-    for task, questions in asked:
-        firsts = _firsts(questions)
-        if len(firsts) > 1 or len(set(questions.prompts.ids)) < 2 or task.name in warned:
-            continue
-        so: list[str] = []
-        if len(set(questions.answers)) == 1:
-            so.append("they are all the same; take a task with several answers")
-        elif accuracy == "first token":
-            so.append(
-                "accuracy by the first token is 1.0 for a model that begins so and guesses the "
-                "rest; give accuracy='answer' (--accuracy answer), which takes whole answers"
-            )
-        if by_first:
-            so.append(f"{' and '.join(by_first)} rank heads by the probability of that token alone")
-        if so:
-            warned.add(task.name)
-            warnings.warn(
-                f"all {len(questions)} answers asked for in task {task.name!r} begin with the "
-                f"token {lens.decode(*firsts)!r} of {lens.name}: {', and '.join(so)}.",
-                RALensWarning,
-                stacklevel=3,
-            )

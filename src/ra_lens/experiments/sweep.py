@@ -16,7 +16,7 @@ which reads them with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,21 +30,18 @@ from ra_lens.experiments.runner import (
     Cell,
     Protocol,
     Row,
+    Run,
     Tasks,
-    accuracy_settings,
-    answer_facts,
     experiment,
     prompts_hash,
+    read_some,
     read_tasks,
-    task_facts,
-    task_settings,
-    warn_of_first_tokens,
 )
 from ra_lens.model import Lens, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching import Where
 from ra_lens.patching.mean import MeanMaps
-from ra_lens.questions import Accuracy, FwdHooks, ask, marked
+from ra_lens.questions import Accuracy, FwdHooks, marked
 from ra_lens.run import run_with_ra
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import SplitRule, Task, same_length_sets
@@ -122,60 +119,53 @@ def patching_sweep(
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
     """
-    tasks = read_tasks(task)
     protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
-    n_mean, n_test = whole("n_mean", n_mean, least=1), whole_or_none("n_test", n_test, least=1)
+    settings: dict[str, Any] = {
+        "kinds": read_some("kinds", kinds, ("ra", "pattern")),
+        "scales": _read_scales(scales),
+        "n_mean": whole("n_mean", n_mean, least=1),
+        "n_test": whole_or_none("n_test", n_test, least=1),
+        "renormalise": renormalise,
+        "at": at,
+    }
     length, at_least = whole_or_none("length", length), whole_or_none("at_least", at_least, least=1)
     answer_tokens = whole("answer_tokens", answer_tokens, least=1)
-    scales, kinds = _read_scales(scales), _read_maps(kinds)
+    if answer_tokens > 1:  # it came later: without it the results of before are found
+        settings["answer_tokens"] = answer_tokens
     if at not in ("pattern", "scores"):
         raise BadInput(f"found at={at!r}; give 'pattern' or 'scores'.")
     if renormalise and at == "scores":
         raise BadInput("found renormalise=True with at='scores', which needs none. Give one.")
     lens = as_lens(model)
-    sets = [_one_length(lens, one, length, at_least, answer_tokens, prepend_bos) for one in tasks]
-    settings = {
-        "tasks": task_settings(lens, sets, prepend_bos),
-        "kinds": kinds,
-        "scales": scales,
-        "shots": protocol.shots,
-        "n_mean": n_mean,
-        "n_test": n_test,
-        "renormalise": renormalise,
-        "at": at,
-        **protocol.settings,
-        **accuracy_settings(accuracy),
-        **({} if answer_tokens == 1 else {"answer_tokens": answer_tokens}),
-    }
-    steps = [("none", None), *((kind, scale) for kind in kinds for scale in scales)]
-    edit = {"renormalise": renormalise, "at": at}
-    rows = partial(_marked, steps=steps, edit=edit, accuracy=accuracy)
-    with experiment("patching", lens, protocol, settings) as run:
+    sets = [
+        _one_length(lens, one, length, at_least, answer_tokens, prepend_bos)
+        for one in read_tasks(task)
+    ]
+    with experiment("patching", lens, sets, protocol, accuracy=accuracy, **settings) as run:
         if run.finished is not None:
             return run.finished
-        cells = run.cells(sets, ["train"], count="n_mean", n=n_mean, n_test=n_test)
+        cells = run.cells("n_mean")
         for cell in cells:
             _need_one_length(cell)
-        read = [(cell.task, cell.questions) for cell in cells]
-        warn_of_first_tokens(lens, read, accuracy=accuracy)
-        return run.frame("Patching", cells, rows, steps=len(steps))
+        return run.frame("Patching", cells, _rows, steps=len(list(_steps(run))))
 
 
-def _marked(
-    cell: Cell,
-    steps: Iterable[tuple[str, float | None]],
-    edit: dict[str, Any],
-    accuracy: Accuracy,
-) -> Iterator[list[Row]]:
-    """Give the row of each map and scale; of the unpatched model where there is no scale."""
-    questions, protocol = cell.questions, cell.run.protocol
+def _steps(run: Run) -> Iterator[tuple[str, float | None]]:
+    """Give the maps with their scales, after the unpatched model."""
+    yield "none", None
+    yield from ((kind, x) for kind in run.settings["kinds"] for x in run.settings["scales"])
+
+
+def _rows(cell: Cell) -> Iterator[list[Row]]:
+    """Give the row of each map and scale."""
+    settings, protocol, learned = cell.run.settings, cell.run.protocol, cell.learned["train"]
 
     @cache
     def mean() -> MeanMaps:
         _, ra = run_with_ra(
             cell.run.lens.module,
-            [prompt.text for prompt in cell.learned["train"]],
-            target=sequence_nll([prompt.answer for prompt in cell.learned["train"]]),
+            [prompt.text for prompt in learned],
+            target=sequence_nll([prompt.answer for prompt in learned]),
             store="mean",
             prepend_bos=protocol.prepend_bos,
             batch_size=protocol.batch_size,
@@ -186,26 +176,19 @@ def _marked(
     def evaluate(kind: str, scale: float | None) -> Row:
         hooks: FwdHooks = ()
         if scale is not None:
+            edit = {name: settings[name] for name in ("renormalise", "at")}
             hooks = mean().patch_hooks(scale=scale, kind=kind, align="left", **edit)
-        marks = ask(
-            cell.run.lens,
-            questions,
-            lambda _part: hooks,
-            accuracy=accuracy,
-            batch_size=protocol.batch_size,
-        )
         return {
-            **marked(marks),
-            "n_tokens": questions.prompts.lengths[0],
-            "n_test": len(questions),
-            "prompts_hash": prompts_hash(cell.learned["train"], cell.asked),
+            **marked(cell.marked(cell.questions, lambda _part: hooks)),
+            "n_tokens": cell.questions.prompts.lengths[0],
+            "n_test": len(cell.asked),
+            "prompts_hash": prompts_hash(learned, cell.asked),
         }
 
-    made = {**answer_facts(questions, accuracy), **task_facts(cell.task)}
-    for kind, scale in steps:
+    for kind, scale in _steps(cell.run):
         found = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
         at = float("nan") if scale is None else scale
-        yield cell.rows([{"map": kind, "scale": at, **found}], **made)
+        yield cell.rows([{"map": kind, "scale": at, **found}])
 
 
 def _need_one_length(cell: Cell) -> None:
@@ -254,11 +237,4 @@ def _read_scales(scales: Reals) -> list[float]:
     given = reals("scales", scales)
     if len(set(given)) < len(given):
         raise BadInput(f"found scales={given}; give each once.")
-    return given
-
-
-def _read_maps(kinds: Iterable[MapName]) -> list[MapName]:
-    given = list(kinds)
-    if not given or len(set(given)) < len(given) or set(given) - {"ra", "pattern"}:
-        raise BadInput(f"found kinds={kinds!r}; give 'ra', 'pattern' or both.")
     return given
