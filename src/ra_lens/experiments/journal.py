@@ -38,11 +38,7 @@ _NOTHING = "nothing"  # where a setting is not among those of a run
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
-    """Give a short text that differs where the settings of two experiments do.
-
-    Raises:
-        BadInput: a setting that JSON does not have, so that no run could be told from it.
-    """
+    """Give a short text that differs where the settings of two experiments do."""
     for name, value in settings.items():
         try:
             json.dumps(value)
@@ -61,25 +57,19 @@ def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say which settings differ and how: `seed: there 1, here 2`; nothing where none does."""
-    found = [
-        text
-        for name in {**was, **now}
-        for text in _differing(name, was.get(name, _NOTHING), now.get(name, _NOTHING))
-    ]
+    found = list(_differing(was, now))
     return "; ".join(found[:5]) + f"; and {len(found) - 5} more" * (len(found) > 5)
 
 
-def _differing(name: str, was: object, now: object) -> Iterator[str]:
-    if was == now:
-        return
-    before, after = _named(was), _named(now)
-    if before and list(before) == list(after):  # of the same tasks, or methods
-        for one in before:
-            for fact in {**before[one], **after[one]}:
-                values = (facts[one].get(fact, _NOTHING) for facts in (before, after))
-                yield from _differing(f"{fact} of {one}", *values)
-    else:
-        yield f"{name}: {_there_and_here(list(before) or was, list(after) or now)}"
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> Iterator[str]:
+    for name in {**was, **now}:
+        there, here = was.get(name, _NOTHING), now.get(name, _NOTHING)
+        theirs, ours = _named(there), _named(here)
+        if theirs and list(theirs) == list(ours):  # of the same tasks, or methods
+            for one in theirs:
+                yield from _differing(theirs[one], ours[one], f" of {one}")
+        elif there != here:
+            yield f"{name}{of}: {_there_and_here(list(theirs) or there, list(ours) or here)}"
 
 
 def _named(value: object) -> dict[str, dict[str, Any]]:
@@ -127,11 +117,7 @@ class Journal:
     file: IO[str] | None = None
 
     def unit(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Give the result of a unit, which `compute` gives as JSON has it if it is not there yet.
-
-        Raises:
-            BadInput: the result cannot be written, as on a full disk. Those of before are kept.
-        """
+        """Give the result of a unit; `compute` it, as JSON has it, where it is not there yet."""
         if key not in self.done:
             result = compute()
             if self.file is not None:
@@ -151,10 +137,6 @@ def open_journal(
 
     When the context is left without an exception, the journal on disk is removed: write the output
     file before.
-
-    Raises:
-        BadInput: `out` or its journal cannot be written, or the journal belongs to other settings.
-        BadFile: the journal is not one, or cannot be read.
     """
     if out is None:
         yield Journal({})
@@ -261,12 +243,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.DataFrame | None:
-    """Give the results that an earlier run with the same settings has written to `out`, if any.
-
-    Raises:
-        BadInput: there is a file, of something else; or settings that cannot be written down,
-            whether there is a file or not.
-    """
+    """Give the results that an earlier run with the same settings has written to `out`, if any."""
     wanted = settings_hash(settings)
     if out is None or not check_output(out, TABLE).exists():
         return None
@@ -283,14 +260,11 @@ def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.
     return frame
 
 
-# Settings that are lists, by the column that shows them; and what a table shows of a task.
+# Columns of a table that show settings which are lists, and what a task is.
 _COLUMNS = {
-    "shots": "n_shots",
-    "methods": "method",
-    "directions": "direction",
-    "kinds": "map",
+    "shots": "n_shots", "methods": "method", "directions": "direction", "kinds": "map",
     "scales": "scale",
-}
+}  # fmt: skip
 _OF_TASKS = {"task": "name", "source": "source", "format": "format", "pairs_hash": "pairs_hash"}
 
 
@@ -311,16 +285,14 @@ def _differences_shown(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
             unseen.append("what the methods do")
         elif name in _COLUMNS and shown:
             there[name], here[name] = shown, value
-        elif name == "n_test" and name in frame:  # there it is the number asked, not the limit
-            asked = int(frame[name].max())
-            if value is not None and asked > value:
-                there[name], here[name] = asked, value
-            else:
-                unseen.append(f"n_test, here {value}, there at least {asked}")
         elif name not in frame:
             unseen.append(f"{name}, here {value}")
-        else:
+        elif name != "n_test":
             there[name], here[name] = next(iter(shown), None), value
+        elif value is not None and max(shown) > value:  # shown is the number asked, not the limit
+            there[name], here[name] = int(max(shown)), value
+        else:
+            unseen.append(f"n_test, here {value}, there at least {int(max(shown))}")
     return differences(there, here) or f"in what the table does not show: {'; '.join(unseen)}"
 
 

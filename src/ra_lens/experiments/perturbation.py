@@ -42,6 +42,7 @@ from ra_lens.experiments.runner import (
     Tasks,
     experiment,
     prompts_hash,
+    read_accuracy,
     read_methods,
     read_some,
     read_tasks,
@@ -141,7 +142,7 @@ def perturbation_test(
         protocol,
         methods=names,
         answer_in_input=answer_in_input,
-        accuracy=accuracy,
+        accuracy=read_accuracy(accuracy),
         **settings,
     ) as run:
         _warn_if_folded(lens)

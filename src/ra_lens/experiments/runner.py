@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -126,6 +126,13 @@ def read_some(name: str, given: Iterable[Choice], both: tuple[Choice, Choice]) -
     return some
 
 
+def read_accuracy(accuracy: Accuracy) -> Accuracy:
+    """Read what counts as right."""
+    if accuracy not in get_args(Accuracy):
+        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
+    return accuracy
+
+
 # ---- running ------------------------------------------------------------------------------------
 
 
@@ -141,7 +148,7 @@ class Run:
     accuracy: Accuracy | None
     settings: Mapping[str, Any]
     journal: Journal
-    finished: pd.DataFrame | None = None
+    finished: pd.DataFrame | None
 
     def cells(self, count: str) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
@@ -321,8 +328,6 @@ def experiment(
     What is refused: hooks on the model where there is an output file, dropout, an output file or
     journal that cannot be written or holds something else.
     """
-    if accuracy not in (None, *get_args(Accuracy)):
-        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
     lens.refuse_dropout()
     hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
     if hooked and protocol.out is not None:
@@ -346,13 +351,11 @@ def experiment(
         "tasks": [_task_settings(lens, task, protocol.prepend_bos) for task in tasks],
         "shots": protocol.shots,
     }
-    begin = partial(Run, lens, tasks, protocol, methods, answer_in_input, accuracy, settings)
     finished = finished_results(protocol.out, settings)
-    if finished is not None:
-        yield begin(Journal({}), finished)
-        return
-    with open_journal(protocol.out, settings) as journal:
-        yield begin(journal)
+    with open_journal(protocol.out if finished is None else None, settings) as journal:
+        yield Run(
+            lens, tasks, protocol, methods, answer_in_input, accuracy, settings, journal, finished
+        )
 
 
 def as_frame(rows: Iterable[Row], settings: Mapping[str, Any]) -> pd.DataFrame:

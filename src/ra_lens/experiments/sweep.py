@@ -34,6 +34,7 @@ from ra_lens.experiments.runner import (
     Tasks,
     experiment,
     prompts_hash,
+    read_accuracy,
     read_some,
     read_tasks,
 )
@@ -141,7 +142,9 @@ def patching_sweep(
         _one_length(lens, one, length, at_least, answer_tokens, prepend_bos)
         for one in read_tasks(task)
     ]
-    with experiment("patching", lens, sets, protocol, accuracy=accuracy, **settings) as run:
+    with experiment(
+        "patching", lens, sets, protocol, accuracy=read_accuracy(accuracy), **settings
+    ) as run:
         if run.finished is not None:
             return run.finished
         cells = run.cells("n_mean")
