@@ -167,8 +167,8 @@ def _curves(cell: Cell) -> Iterator[list[Row]]:
     shares = [i / steps for i in range(steps + 1)]
 
     def curve(method: str, draw: int, direction: str) -> list[Row]:
-        ranked = partial(cell.ranked, method, draw)
-        order = cell.unit(f"scores|{method}|{draw}", lambda: ranked().order())
+        key = f"scores|{method}|{draw}"
+        order = cell.unit(key, lambda: cell.ranked(method, draw).order())
         if direction == "reversed":
             order = order[::-1]
         return _evaluate(cell, order, [i * n_heads // steps for i in range(1, steps)])

@@ -111,9 +111,9 @@ def patching_sweep(
     Returns:
         One row per task, number of demonstrations, map and scale, with accuracy `top1`, `top2`,
         `top3`, `logit_diff`, `accuracy` and `n_first_tokens` as in `perturbation_test`; map
-        `"none"` is the unpatched model,
-        whose rows with demonstrations are the n-shot accuracy; `n_tokens` of the questions as
-        read, without their answer (the name of a set counts it); then what is needed to repeat it.
+        `"none"` is the unpatched model, whose rows with demonstrations are the n-shot accuracy;
+        `n_tokens` of the questions as read, without their answer (the name of a set counts it);
+        then what is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
