@@ -376,8 +376,8 @@ FAULTS = (
     Fault(
         "journal of other settings taken",
         "journals",
-        "if name not in NOT_SETTINGS",
-        "if name in NOT_SETTINGS",
+        "if name not in _NOT_SETTINGS",
+        "if name in _NOT_SETTINGS",
     ),
     Fault(
         "half a line stays in the journal",

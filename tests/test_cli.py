@@ -25,11 +25,12 @@ from ra_lens.cli import main, options, show
 from ra_lens.cli.command import reported
 from ra_lens.cli.session import hints, read_layers, read_text
 from ra_lens.errors import BadInput
-from ra_lens.experiments.perturbation import Measure, Rule
+from ra_lens.experiments.perturbation import Rule
 from ra_lens.head_maps import head_of_example
 from ra_lens.model import ModelKind, as_lens
 from ra_lens.patching import Where
 from ra_lens.paths.result import Follow
+from ra_lens.questions import Metric
 from ra_lens.tasks import SplitRule
 from tiny_models import KINDS, N_HEADS, N_LAYERS, every_model
 
@@ -510,7 +511,7 @@ def test_help_is_fast(arguments: list[str]) -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(options.Kind) == get_args(ModelKind)
-    assert get_args(options.Metric) == get_args(Measure)
+    assert get_args(options.Metric) == get_args(Metric)
     assert get_args(options.AucRule) == get_args(Rule)
     assert get_args(options.Split) == get_args(SplitRule)
     assert get_args(options.Where) == get_args(Where)

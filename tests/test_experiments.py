@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,11 +30,9 @@ from ra_lens.experiments import (
     rank_tasks,
     read_results,
 )
-from ra_lens.experiments import perturbation as perturbation_module
-from ra_lens.experiments import rank as ranking_module
-from ra_lens.experiments import sweep as sweep_module
+from ra_lens.experiments import runner as runner_module
 from ra_lens.experiments.journal import journal_path, settings_hash
-from ra_lens.experiments.results import weights_hash
+from ra_lens.experiments.runner import weights_hash
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import ranking as registry_of_methods
 from ra_lens.model import as_lens
@@ -334,7 +336,7 @@ def kill(out, _demo):
 
 def interrupt(out, demo):
     """Ctrl-C while the eighth unit is asked."""
-    ask, units = sweep_module.ask, iter(range(7))
+    ask, units = runner_module.ask, iter(range(7))
 
     def asked(*args, **kwargs):
         if next(units, None) is None:
@@ -342,7 +344,7 @@ def interrupt(out, demo):
         return ask(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "ask", asked)
+        patch.setattr(runner_module, "ask", asked)
         with pytest.raises(KeyboardInterrupt):
             patching_sweep(demo, ["antonym", "capitalize"], out=out, **RUNS["patching_sweep"])
 
@@ -373,8 +375,8 @@ def test_a_run_that_was_stopped_gives_the_identical_result(tmp_path, demo, funct
         function(demo, tasks, out=out, **{**options, "seed": 1})
 
 
-# Settings, their hashes and a journal as an earlier version wrote them: runs that were begun
-# with it are gone on with, and its files are found again.
+# Settings and their hashes as an earlier version wrote them: runs that were begun with it are gone
+# on with, and its files are found again.
 FACTS = {
     "model": "demo", "model_class": "HookedTransformer", "dtype": "float32", "device": "cpu",
     "weights_hash": "00", "value_biases_folded": False, "ra_lens": "0.1.0",
@@ -401,25 +403,27 @@ HASHES = [
     ),
     (rank_tasks, "antonym", {}, "12100828a05a23de"),
 ]  # fmt: skip
-OLD_JOURNAL = """\
-{"ra_lens_journal": 1, "settings": {"experiment": "perturbation", "model": "demo", \
-"model_class": "HookedTransformer", "dtype": "float32", "device": "cpu", "weights_hash": "00", \
-"value_biases_folded": false, "ra_lens": "0.1.0", "transformer_lens": "3.9", "transformers": "5", \
-"torch": "2", "methods": [{"name": "index", "split": "train", "random": false}], \
-"directions": ["forward", "reversed"], "steps": 2, "random_orders": 20, "n_rank": 2, "n_test": 3, \
-"rank_shots": null, "split": "code", "answer_in_input": true, "seed": 5, "prepend_bos": null, \
-"batch_size": 64, "tasks": [{"name": "antonym", "source": "builtin", \
-"format": "[\\"\\", \\"Q: \\", \\"\\\\nA:\\", \\"\\\\n\\\\n\\"]", \
-"pairs_hash": "0df110e2beaf7653", "tokens": "4a1972e2f3c47c67"}], "shots": [0, 1]}}
-{"key": "antonym|0|ends", "result": [\
-{"heads_kept": 0, "top1": 0.001, "top2": 0.002, "top3": 0.003, "logit_diff": -9.5}, \
-{"heads_kept": 32, "top1": 0.901, "top2": 0.902, "top3": 0.903, "logit_diff": 9.5}]}
-"""
+# Runs of the toy as an earlier version began and finished them.
+OLD_RUNS = Path(__file__).parent / "old_runs"
+OLD = {"shots": [0, 1], "seed": 5, "batch_size": 7, **QUIET}
+PLACES = ("n_shots", "method", "direction", "draw", "share", "map", "scale", "layer", "head")
+OLD_OPTIONS = [
+    (rank_tasks, "ranking", {"methods": ["cm1", "ra"], "n_rank": 3}, ["score"]),
+    (
+        perturbation_test, "perturbation",
+        {"methods": ["ra", "random"], "random_orders": 2, "step": 0.5, "n_rank": 3, "n_test": 4},
+        ["top1", "top2", "top3", "logit_diff"],
+    ),
+    (
+        patching_sweep, "patching",
+        {"scales": [-3, 1], "n_mean": 3, "n_test": 4, "at_least": 10},
+        ["top1", "top2", "top3", "logit_diff"],
+    ),
+]  # fmt: skip
 
 
-def with_facts_of_old(patch):
-    for module in (perturbation_module, sweep_module, ranking_module):
-        patch.setattr(module, "model_facts", lambda lens: dict(FACTS))
+def with_facts(patch, facts):
+    patch.setattr(runner_module, "model_facts", lambda lens: facts)
 
 
 @pytest.mark.parametrize(("function", "task", "options", "wanted"), HASHES)
@@ -430,8 +434,8 @@ def test_settings_are_hashed_as_ever(demo, monkeypatch, function, task, options,
     def stop(out, settings):
         raise Hashed(settings_hash(settings))
 
-    with_facts_of_old(monkeypatch)
-    monkeypatch.setattr(sys.modules[function.__module__], "finished_results", stop)
+    with_facts(monkeypatch, FACTS)
+    monkeypatch.setattr(runner_module, "finished_results", stop)
     arrays = {name: value if isinstance(value, str) else np.array(value)
               for name, value in options.items()}  # fmt: skip
     for given in (options, arrays):
@@ -439,18 +443,30 @@ def test_settings_are_hashed_as_ever(demo, monkeypatch, function, task, options,
             function(demo, task, **given, **QUIET)
 
 
-def test_a_run_begun_by_an_older_version_is_gone_on_with(demo, monkeypatch, tmp_path):
-    function, task, options, wanted = HASHES[0]
-    with_facts_of_old(monkeypatch)
-    out = tmp_path / "a.csv"
-    journal_path(out).write_text(OLD_JOURNAL)
-    frame = function(demo, task, out=out, **options, **QUIET)
-    assert set(frame.settings_hash) == {wanted}
-    ends = frame[(frame.n_shots == 0) & (frame.direction == "forward")].set_index("share")
-    assert (ends.top1[0.0], ends.top3[1.0], ends.logit_diff[0.0]) == (0.001, 0.903, -9.5)
-    whole = function(demo, task, **options, **QUIET)
-    rest = frame[(frame.n_shots == 1) | (frame.share == 0.5)]
-    pd.testing.assert_frame_equal(rest, whole.loc[rest.index], check_exact=True)
+@pytest.mark.parametrize(("function", "name", "options", "measures"), OLD_OPTIONS)
+def test_runs_of_an_older_version_are_gone_on_with(
+    toy, monkeypatch, tmp_path, function, name, options, measures
+):
+    journal = (OLD_RUNS / f"{name}.journal").read_text()
+    settings = json.loads(journal.splitlines()[0])["settings"]
+    with_facts(monkeypatch, {fact: settings[fact] for fact in FACTS})
+    out, task = tmp_path / "a.csv", knowing_task()
+    # The first number of the first unit is another one, so that it shows who computed it.
+    journal_path(out).write_text(re.sub(r"(?<=\n)(.*?)\d+\.\d+", r"\g<1>0.123", journal, count=1))
+    begun = function(toy, task, out=out, **OLD, **options)
+    whole = function(toy, task, **OLD, **options)
+    assert not journal_path(out).exists()
+    assert list(begun) == list(whole) == list(read_results(OLD_RUNS / f"{name}.csv"))
+    places = [c for c in PLACES if c in whole]
+    begun, whole = (frame.sort_values(places)[measures].to_numpy() for frame in (begun, whole))
+    assert set(begun[~np.isclose(begun, whole, rtol=1e-4)]) == {0.123}
+    # What is finished is found, and stays as it is.
+    shutil.copy(OLD_RUNS / f"{name}.csv", out)
+    found = function(toy, task, out=out, **OLD, **options)
+    pd.testing.assert_frame_equal(found, read_results(out), check_exact=True)
+    assert out.read_bytes() == (OLD_RUNS / f"{name}.csv").read_bytes()
+    with pytest.raises(BadInput, match=r"other settings \(seed: there 5, here 6\)"):
+        function(toy, task, out=out, **{**OLD, "seed": 6}, **options)
 
 
 def same_out(demo, tmp_path, **options):

@@ -19,7 +19,7 @@ from ra_lens import RACache, load_task, trace_paths
 from ra_lens.errors import BadFile, BadInput, RALensError
 from ra_lens.experiments import read_results, write_results
 from ra_lens.experiments.paper import read_paper
-from ra_lens.experiments.results import as_frame
+from ra_lens.experiments.runner import as_frame
 from ra_lens.figures import save_figure
 from ra_lens.files import check_input, check_output, write_whole
 from ra_lens.model import load_model
@@ -31,9 +31,8 @@ RA = make()
 TRACE = trace_paths(torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
 ROW = {"task": "antonym", "kind": "icl", "n_shots": 0, "top1": 0.5, "n_test": 2}
 SWEEP = as_frame(
-    "patching",
     [{**ROW, "map": name, "scale": scale} for name, scale in (("none", None), ("ra", -30.0))],
-    {"model": "toy", "seed": 1},
+    {"experiment": "patching", "model": "toy", "seed": 1},
 )
 RANKS = SWEEP.assign(experiment="ranking")
 COMPARED = pd.DataFrame({"paper": [0.1], "ours": [0.2], "difference": [0.1]})

@@ -12,10 +12,16 @@ import pytest
 from disks import disk_of, folder_of_others
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
-from ra_lens.experiments.journal import differences, journal_path, open_journal, settings_hash
-from ra_lens.experiments.results import as_frame, finished_results
+from ra_lens.experiments.journal import (
+    differences,
+    finished_results,
+    journal_path,
+    open_journal,
+    settings_hash,
+)
+from ra_lens.experiments.runner import as_frame
 
-SETTINGS = {"model": "toy", "seed": 1, "shots": [0, 1]}
+SETTINGS = {"experiment": "patching", "model": "toy", "seed": 1, "shots": [0, 1]}
 
 
 class Killed(Exception):
@@ -170,7 +176,7 @@ def frame():
     ]
     same = {"kind": "icl", "top2": 0.5, "top3": 0.75, "logit_diff": -1 / 3}
     rows = [{**row, **same, "n_shots": n} for n, row in zip(SETTINGS["shots"], rows, strict=True)]
-    return as_frame("patching", rows, SETTINGS).astype({"scale": float})
+    return as_frame(rows, SETTINGS).astype({"scale": float})
 
 
 @pytest.mark.parametrize("name", ["results.csv", "results.parquet"])

@@ -1,4 +1,4 @@
-"""Tables of results that people hand over: are the columns there, and do they hold what belongs?
+"""Tables of results: read and written whole, and checked for the columns that are needed.
 
 A table may have been through other hands: a column dropped, `n/a` typed for a number, a cell left
 empty. What is wrong is told in words that go on from "a table ...".
@@ -9,12 +9,15 @@ Numbers and rows as tables show them: few characters, means below the tasks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from ra_lens.errors import BadFile, BadInput
+from ra_lens.files import FileKind, check_input, check_output, user_path, whole_file
 from ra_lens.text import shorten
 
 _NUMBERS = frozenset(
@@ -95,3 +98,108 @@ def best_of_rows(values: Float[np.ndarray, "row column"]) -> np.ndarray:
     largest = known.max(axis=1, keepdims=True)
     smallest = np.where(np.isnan(values), np.inf, values).min(axis=1, keepdims=True)
     return (known >= largest - 1e-9) & (largest > smallest + 1e-9)
+
+
+_TEXTS = (
+    "experiment", "model", "task", "kind", "method", "direction", "map", "label", "source",
+    "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
+    "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
+    "accuracy",
+)  # fmt: skip
+_MARKS = ("top1", "top2", "top3", "logit_diff")
+# Columns of each experiment: those that tell its rows apart, and what it measures.
+_NEEDED = {
+    "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
+    "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
+    "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
+}
+_MEASURES = {"ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS}
+MEASURES = ("score", "rank", *_MARKS)
+"""Columns of what the experiments measure."""
+
+
+def _is_table(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(256)
+    return head.startswith(b"PAR1") or (b"\0" not in head and not head.lstrip().startswith(b"<"))
+
+
+TABLE = FileKind("a table", _is_table, (".parquet", ".csv"))
+
+
+def write_results(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a table of results as Parquet or CSV, by the ending of `path`; whole or not at all.
+
+    Raises:
+        BadInput: another ending, a path that cannot be written, or one that holds something else:
+            a comparison does not replace an experiment, nor one experiment another.
+    """
+    if check_output(path, TABLE).exists() and (file := user_path(path)).stat().st_size > 0:
+        try:
+            there = _what(_read_table(file))
+        except (ValueError, OSError):
+            there = "something that cannot be read as a table"
+        if there != _what(frame):
+            raise BadInput(
+                f"cannot write {path}: it holds {there}, and this is {_what(frame)}. Give another "
+                "name, or delete it first."
+            )
+    with whole_file(path, TABLE) as temporary:
+        if Path(path).suffix.lower() == ".csv":
+            frame.to_csv(temporary, index=False)
+        else:
+            frame.to_parquet(temporary, index=False)
+
+
+def _what(frame: pd.DataFrame) -> str:
+    if {"paper", "ours", "difference"} <= set(frame):
+        return "a comparison with the paper"
+    if "experiment" not in frame:
+        return "another table"
+    return f"the results of an experiment ({', '.join(sorted(set(map(str, frame['experiment']))))})"
+
+
+def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a table written by `write_results`.
+
+    Args:
+        path: The file.
+        measures: Columns that are wanted beside those that tell the rows apart, such as `top1`.
+
+    Raises:
+        BadFile: missing, damaged, or without the columns of an experiment, or with text or nothing
+            where they should hold numbers.
+    """
+    path = user_path(path)
+    check_input(path, "Give the results of ra-lens rank, perturb, patch.")
+    try:
+        frame = _read_table(path)
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
+        raise BadFile(f"{path} cannot be read as a table: {str(error)[:200]}") from error
+    if "experiment" not in frame or "model" not in frame:
+        raise BadFile(
+            f"{path} is a table without the columns of an experiment (experiment, model, task, …). "
+            "Give a file that ra-lens rank, perturb or patch wrote."
+        )
+    for experiment, needed in _NEEDED.items():
+        part: Any = frame[frame["experiment"] == experiment]
+        measured = [m for m in _MEASURES[experiment] if m in frame or m in measures]
+        problem = None if part.empty else problem_of(part, [*needed, *measured])
+        if problem is not None:
+            raise BadFile(
+                f"{path} is a table {problem}. Give the file as ra-lens rank, perturb or patch "
+                "wrote it."
+            )
+    return frame
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if path.suffix.lower() == ".csv":
+        # Not "none" and "NA": they are names here. An empty cell is a missing number. Before its
+        # version 3, pandas read numbers one digit short unless told otherwise.
+        exact: dict[str, Any] = (
+            {"float_precision": "round_trip"} if int(pd.__version__.split(".")[0]) < 3 else {}
+        )
+        texts = dict.fromkeys(_TEXTS, str)  # a hash may look like a number
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts, **exact)
+    return pd.read_parquet(path)

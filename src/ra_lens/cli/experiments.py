@@ -109,35 +109,25 @@ class Setup:
     def run(self, experiment: Callable[..., pd.DataFrame], **own: Any) -> pd.DataFrame:
         """Run an experiment; what can be wrong without a model is found before one is loaded."""
         from ra_lens.cli import session
-        from ra_lens.experiments.protocol import SHOTS, read_shots
-        from ra_lens.experiments.rank import METHODS, read_methods
-        from ra_lens.experiments.results import check_results_path
+        from ra_lens.experiments.runner import METHODS, SHOTS, Protocol, read_methods
+        from ra_lens.tables import TABLE
 
         session.prepare(self.model, self.device)
         if self.out is not None:
-            check_results_path(self.out)
+            check_output(self.out, TABLE)
         if self.figure is not None:
             check_output(self.figure, PAGE)
         if "methods" in own:
             typed = own["methods"]
             given = METHODS if typed is None else split_values(typed, "--methods")
             own["methods"] = read_methods(given)
-        shots = list(SHOTS) if self.shots is None else whole_numbers(self.shots, "--shots")
-        shots, tasks = read_shots(shots), self.tasks()
+        shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
+        bos, size, progress = self.bos, self.batch_size, not self.quiet
+        protocol = Protocol.read(shots, self.split, self.seed, bos, size, self.out, progress)
+        tasks = self.tasks()
         model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
         with session.quiet(debug=self.debug):
-            return experiment(
-                model,
-                tasks,
-                shots=shots,
-                split=self.split,
-                seed=self.seed,
-                prepend_bos=self.bos,
-                batch_size=self.batch_size,
-                out=self.out,
-                progress=not self.quiet,
-                **own,
-            )
+            return experiment(model, tasks, **vars(protocol), **own)
 
     def tasks(self) -> list[Task]:
         """Read the tasks, and put them into the format asked for."""
@@ -372,11 +362,11 @@ def compare(
     from ra_lens.cli.session import warn
     from ra_lens.experiments import read_results, write_results
     from ra_lens.experiments.paper import compare_with_paper, paper_tables
-    from ra_lens.experiments.results import check_results_path
+    from ra_lens.tables import TABLE
 
     if out is not None:
         out = user_path(out)
-        check_results_path(out, inputs=[*map(user_path, results), *paper_tables(paper)])
+        check_output(out, TABLE, inputs=[*map(user_path, results), *paper_tables(paper)])
     frames = [read_results(path, measures=[metric]) for path in results]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

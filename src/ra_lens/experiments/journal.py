@@ -1,13 +1,12 @@
-"""Which settings of two runs differ, in words.
-
-What a long experiment has done so far, on disk, so that a killed run goes on where it stopped.
+"""What an experiment has done, on disk: a journal while it goes on, a table when it is finished.
 
 An experiment is a list of units, each with a key. A unit's result is appended to a journal beside
 the output file as soon as it is there, one JSON line each; a run that finds the journal of the same
 settings takes results from it instead of computing them. Units do not depend on each other's
 batches and numbers survive JSON unchanged, so the result is the same as that of a run in one piece.
 
-The output file appears when all is done, and the journal goes.
+The output file appears when all is done, and the journal goes. A journal or an output file of other
+settings is refused, with the settings that differ.
 """
 
 from __future__ import annotations
@@ -17,39 +16,67 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, cast
 
+import pandas as pd
+
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.files import check_output, reason, user_path
+from ra_lens.tables import MEASURES, TABLE, read_results
 
+_FORMAT = 1
+# What a run may go on with another value of: a unit's numbers do not depend on its batches.
+_NOT_SETTINGS = frozenset({"batch_size"})
 _LONG = 60  # characters of a value in a message
 _NOTHING = "nothing"  # where a setting is not among those of a run
 
 
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Give a short text that differs where the settings of two experiments do."""
+    for name, value in settings.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise BadInput(
+                f"found {name}={_cut(repr(value))}, which cannot be written down ({error}). Give "
+                "texts, numbers, True or False."
+            ) from error
+    text = json.dumps(_compared(settings), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
+
+
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Say which settings differ and how: `seed: there 1, here 2`; nothing where none does."""
-    found = [
-        text
-        for name in {**was, **now}
-        for text in _differing(name, was.get(name, _NOTHING), now.get(name, _NOTHING))
-    ]
-    more = f"; and {len(found) - 5} more" * (len(found) > 5)
-    return "; ".join(found[:5]) + more
+    found = list(_differing(was, now))
+    return "; ".join(found[:5]) + f"; and {len(found) - 5} more" * (len(found) > 5)
 
 
-def _differing(name: str, was: object, now: object) -> Iterator[str]:
-    if was == now:
-        return
-    before, after = _named(was), _named(now)
-    if before and list(before) == list(after):  # of the same tasks, or methods
-        for one, facts in before.items():
-            others = after[one]
-            for fact in {**facts, **others}:
-                values = facts.get(fact, _NOTHING), others.get(fact, _NOTHING)
-                yield from _differing(f"{fact} of {one}", *values)
-    else:
-        yield f"{name}: {_there_and_here(list(before) or was, list(after) or now)}"
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> Iterator[str]:
+    for name in {**was, **now}:
+        there, here = was.get(name, _NOTHING), now.get(name, _NOTHING)
+        theirs, ours = _named(there), _named(here)
+        if theirs and list(theirs) == list(ours):  # of the same tasks, or methods
+            for one in theirs:
+                yield from _differing(theirs[one], ours[one], f" of {one}")
+        elif there != here:
+            yield f"{name}{of}: {_there_and_here(list(theirs) or there, list(ours) or here)}"
+
+
+def _named(value: object) -> dict[str, dict[str, Any]]:
+    """Parts of a setting by their names; nothing where it is no list of such."""
+    parts = cast("list[Any]", value) if isinstance(value, list) else []
+    by_name = {str(p["name"]): p for p in parts if isinstance(p, dict) and "name" in p}
+    return by_name if len(by_name) == len(parts) else {}
 
 
 def _there_and_here(was: object, now: object) -> str:
@@ -58,124 +85,61 @@ def _there_and_here(was: object, now: object) -> str:
     if max(len(there), len(here)) <= _LONG:
         return f"there {there}, here {here}"
     if isinstance(was, list) and isinstance(now, list):
-        ours, theirs = cast("list[object]", now), cast("list[object]", was)
-        only_there, only_here = (
-            [value for value in one if value not in other]
-            for one, other in ((theirs, ours), (ours, theirs))
-        )
+        theirs, ours = cast("list[object]", was), cast("list[object]", now)
+        only_there = [value for value in theirs if value not in ours]
+        only_here = [value for value in ours if value not in theirs]
         if only_there or only_here:
-            return f"only there {short(only_there)}, only here {short(only_here)}"
-    letters = zip(there, here, strict=False)
-    same = next((i for i, (a, b) in enumerate(letters) if a != b), min(len(there), len(here)))
-    start = max(same - 10, 0)
-    before, after = (f"{'…' * (start > 0)}{text[start:]}" for text in (there, here))
-    return f"there {_cut(before)}, here {_cut(after)}"
-
-
-def _named(value: object) -> dict[str, dict[str, Any]]:
-    """Parts of a setting by their names; nothing where it is no list of such."""
-    if not isinstance(value, list):
-        return {}
-    parts = cast("list[object]", value)
-    named = [cast("dict[str, Any]", part) for part in parts if isinstance(part, dict)]
-    by_name = {str(part["name"]): part for part in named if "name" in part}
-    return by_name if len(by_name) == len(parts) else {}
-
-
-def short(value: object) -> str:
-    """Write a value in few characters."""
-    return _cut(repr(value))
+            return f"only there {_cut(repr(only_there))}, only here {_cut(repr(only_here))}"
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(there, here, strict=False))
+    start = max(len(list(alike)) - 10, 0)
+    there, here = (_cut("…" * (start > 0) + text[start:]) for text in (there, here))
+    return f"there {there}, here {here}"
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
-_FORMAT = 1
-
-NOT_SETTINGS = frozenset({"batch_size"})
-"""What a run may go on with another value of: a unit's numbers do not depend on its batches."""
+# ---- unfinished ---------------------------------------------------------------------------------
 
 
 def journal_path(out: str | Path) -> Path:
-    """Where the journal of an output file lies: beside it, hidden, under its name."""
+    """Say where the journal of an output file lies: beside it, hidden, under its name."""
     destination = user_path(out).resolve()
     return destination.with_name(f".{destination.name}.journal")
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
-    """A short text that differs where the settings of two experiments do.
-
-    Raises:
-        BadInput: a setting that JSON does not have, so that no run could be told from it.
-    """
-    try:
-        text = json.dumps(_compared(settings), sort_keys=True)
-    except TypeError as error:
-        name = next((name for name, value in settings.items() if not _is_json(value)), "a setting")
-        raise BadInput(
-            f"found {name}={short(settings.get(name))}, which cannot be written down ({error}). "
-            "Give texts, numbers, True or False."
-        ) from error
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
+@dataclass
 class Journal:
-    """Results by key; on disk as well where a file was given."""
+    """Results by key; on disk as well where there is a file."""
 
-    def __init__(self, done: dict[str, Any], file: IO[str] | None) -> None:
-        """Start from what is done; use `open_journal`."""
-        self._done = done
-        self._file = file
-
-    def __contains__(self, key: str) -> bool:
-        """Tell whether a unit is done."""
-        return key in self._done
-
-    def __len__(self) -> int:
-        """Give the number of units done."""
-        return len(self._done)
+    done: dict[str, Any]
+    file: IO[str] | None = None
 
     def unit(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Give the result of a unit, computing it if it is not there yet.
-
-        Args:
-            key: Names the unit within the experiment.
-            compute: Gives its result, as JSON has it: dicts, lists, texts, numbers.
-
-        Raises:
-            BadInput: the result cannot be written, as on a full disk. Those of before are kept.
-        """
-        if key not in self._done:
+        """Give the result of a unit; `compute` it, as JSON has it, where it is not there yet."""
+        if key not in self.done:
             result = compute()
-            if self._file is not None:
+            if self.file is not None:
                 line = json.dumps({"key": key, "result": result})
                 # Through JSON also when it is fresh, so that a resumed run cannot differ.
                 result = json.loads(line)["result"]
-                _append(self._file, line)
-            self._done[key] = result
-        return self._done[key]
+                _append(self.file, line)
+            self.done[key] = result
+        return self.done[key]
 
 
 @contextmanager
 def open_journal(
-    out: str | Path | None, settings: dict[str, Any]
+    out: str | Path | None, settings: Mapping[str, Any]
 ) -> Generator[Journal, None, None]:
     """Open the journal of an output file, or one in memory where there is no output file.
 
     When the context is left without an exception, the journal on disk is removed: write the output
     file before.
-
-    Args:
-        out: Where the results will be written; None: nowhere.
-        settings: Everything that the results depend on, as JSON has it.
-
-    Raises:
-        BadInput: `out` or its journal cannot be written, or the journal belongs to other settings.
-        BadFile: the journal is not one, or cannot be read.
     """
     if out is None:
-        yield Journal({}, None)
+        yield Journal({})
         return
     check_output(out)
     path = journal_path(out)
@@ -186,27 +150,27 @@ def open_journal(
             f"cannot write {path}, which keeps what is done: {reason(error)}. Give another output "
             "file."
         ) from error
-    journal: Journal | None = None
+    done: dict[str, Any] | None = None
     finished = False
     try:
         _lock(file, path)
-        journal = Journal(_read(path, settings), file)
+        done = _read(path, settings)
         if os.fstat(file.fileno()).st_size == 0:
             _append(file, json.dumps({"ra_lens_journal": _FORMAT, "settings": settings}))
-        yield journal
+        yield Journal(done, file)
         finished = True
     except BadInput as error:  # a disk that is full, say
-        if journal:
-            raise BadInput(
-                f"{error} What is done is kept: the same call with the same output file goes on "
-                "from there."
-            ) from error
-        raise
+        if not done:
+            raise
+        raise BadInput(
+            f"{error} What is done is kept: the same call with the same output file goes on from "
+            "there."
+        ) from error
     finally:
         with suppress(OSError):  # what could not be written was told; the rest of it goes
             file.close()
         # Without a unit there is nothing to go on from, and the settings were perhaps a slip.
-        if finished or (journal is not None and not journal):
+        if finished or done == {}:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -237,15 +201,12 @@ def _lock(file: IO[str], path: Path) -> None:
         return
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
-
-
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what is done, after taking away half a line that a killed run left."""
     try:
         data = path.read_bytes()
         end = data.rfind(b"\n") + 1
-        if end < len(data):  # the run was killed in the middle of a line
+        if end < len(data):
             with path.open("r+b") as file:
                 file.truncate(end)
     except OSError as error:
@@ -278,9 +239,66 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return done
 
 
-def _is_json(value: object) -> bool:
+# ---- finished -----------------------------------------------------------------------------------
+
+
+def finished_results(out: str | Path | None, settings: Mapping[str, Any]) -> pd.DataFrame | None:
+    """Give the results that an earlier run with the same settings has written to `out`, if any."""
+    wanted = settings_hash(settings)
+    if out is None or not check_output(out, TABLE).exists():
+        return None
     try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+        frame = read_results(out, measures=MEASURES)
+    except BadFile as error:
+        raise BadInput(f"{out} exists and is something else: {error} Give another name.") from error
+    if "settings_hash" not in frame or set(frame["settings_hash"]) != {wanted}:
+        raise BadInput(
+            f"{out} holds the results of a run with other settings ("
+            f"{_differences_shown(frame, settings)}). Give another name, or delete it first."
+        )
+    journal_path(out).unlink(missing_ok=True)  # of a run killed just after it had written
+    return frame
+
+
+# Columns of a table that show settings which are lists, and what a task is.
+_COLUMNS = {
+    "shots": "n_shots", "methods": "method", "directions": "direction", "kinds": "map",
+    "scales": "scale",
+}  # fmt: skip
+_OF_TASKS = {"task": "name", "source": "source", "format": "format", "pairs_hash": "pairs_hash"}
+
+
+def _differences_shown(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    """Say which settings differ from those that a table shows, or what it does not show."""
+    there: dict[str, Any] = {}
+    here: dict[str, Any] = {}
+    unseen: list[str] = []
+    for name, value in _compared(settings).items():
+        shown = _values(frame, _COLUMNS.get(name, name))
+        if name == "tasks" and set(_OF_TASKS) <= set(frame):
+            rows: Any = frame[list(_OF_TASKS)].drop_duplicates()
+            there[name] = rows.set_axis(_OF_TASKS.values(), axis=1).to_dict("records")
+            here[name] = [{fact: task[fact] for fact in _OF_TASKS.values()} for task in value]
+            unseen.append("how the model's tokenizer reads the tasks")
+        elif name == "methods" and "method" in frame:
+            there[name], here[name] = shown, [method["name"] for method in value]
+            unseen.append("what the methods do")
+        elif name in _COLUMNS and shown:
+            there[name], here[name] = shown, value
+        elif name not in frame:
+            unseen.append(f"{name}, here {value}")
+        elif name != "n_test":
+            there[name], here[name] = next(iter(shown), None), value
+        elif value is not None and max(shown) > value:  # shown is the number asked, not the limit
+            there[name], here[name] = int(max(shown)), value
+        else:
+            unseen.append(f"n_test, here {value}, there at least {int(max(shown))}")
+    return differences(there, here) or f"in what the table does not show: {'; '.join(unseen)}"
+
+
+def _values(frame: pd.DataFrame, column: str) -> list[Any]:
+    """The values of a column, in order, without those that say that there is none."""
+    if column not in frame:
+        return []
+    values: Any = frame[column].dropna()
+    return [value for value in dict.fromkeys(values.tolist()) if value != "none"]

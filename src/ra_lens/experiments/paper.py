@@ -31,8 +31,9 @@ from typing import Any
 import pandas as pd
 
 from ra_lens.errors import BadFile, BadInput, RALensWarning
-from ra_lens.experiments.perturbation import Measure, Rule, area_under_curve
+from ra_lens.experiments.perturbation import Rule, area_under_curve
 from ra_lens.files import check_input, user_path
+from ra_lens.questions import Metric
 from ra_lens.tables import problem_of
 
 _KEY = ["model", "task", "kind", "n_shots", "method", "direction", "scale", "metric"]
@@ -53,18 +54,9 @@ _MODELS = {
     "llama27bhf": "Llama2-7B",
 }
 _METHODS = {
-    ("ra", "forward"): ("RA", "forward"),
-    ("ra", "reversed"): ("RA", "reversed"),
-    ("fa", "forward"): ("FA", "forward"),
-    ("fa", "reversed"): ("FA", "reversed"),
-    ("cm1", "forward"): ("CM1", "reversed"),
-    ("cm1", "reversed"): ("CM1", "forward"),
-    ("cm2", "forward"): ("CM2", "forward"),
-    ("cm2", "reversed"): ("CM2", "reversed"),
-    ("index", "forward"): ("Index", "reversed"),
-    ("index", "reversed"): ("Index", "forward"),
-    ("random", "none"): ("Random", "none"),
-}
+    "ra": "RA", "fa": "FA", "cm1": "CM1", "cm2": "CM2", "index": "Index", "random": "Random",
+}  # fmt: skip
+_TURNED = {"forward": "reversed", "reversed": "forward"}  # directions of cm1 and index
 _MAPS = {"none": "original", "ra": "RA", "pattern": "FA"}
 _LENGTH = re.compile(r"_len_\d+_\d+\w*$")
 
@@ -88,11 +80,7 @@ def read_paper(folder: str | Path) -> pd.DataFrame:
 
 
 def paper_tables(folder: str | Path) -> list[Path]:
-    """The files of the published numbers, in order.
-
-    Raises:
-        BadFile: there is no such folder, or no table in it.
-    """
+    """Give the files of the published numbers, in order."""
     root = user_path(folder)
     check_input(root, "Give the one with the paper's table*.csv.", folder=True)
     paths = sorted(root.glob("table*.csv"), key=lambda path: (len(path.name), path.name))
@@ -114,7 +102,7 @@ def compare_with_paper(
     folder: str | Path,
     *,
     as_model: str | None = None,
-    metric: Measure = "top1",
+    metric: Metric = "top1",
     rule: Rule = "trapezoid",
 ) -> pd.DataFrame:
     """Lay results next to the published numbers.
@@ -141,10 +129,8 @@ def compare_with_paper(
     """
     paper = read_paper(folder)
     frames = [results] if isinstance(results, pd.DataFrame) else list(results)
-    _warn_of_other_data(frames)
-    _warn_of_other_accuracy(frames)
-    forced = _forced_model(as_model, paper)
-    ours = _our_cells(frames, forced, metric, rule)
+    _warn_of_other_protocol(frames)
+    ours = _our_cells(frames, _forced_model(as_model, paper), metric, rule)
     of_models: Any = paper[paper["model"].isin(list(set(ours["model"])))]
     published = of_models.assign(printed=of_models["method"], place=range(len(of_models)))
     published["method"] = published["method"].replace(_SAME)
@@ -163,8 +149,8 @@ def compare_with_paper(
     return ordered[_OUT].reset_index(drop=True)
 
 
-def _warn_of_other_data(frames: Sequence[pd.DataFrame]) -> None:
-    """Say so where tasks share only their names with the published ones."""
+def _warn_of_other_protocol(frames: Sequence[pd.DataFrame]) -> None:
+    """Warn where tasks share their names alone with the published ones, or marks are others."""
     own: list[str] = []
     for frame in frames:
         if "source" in frame:
@@ -177,10 +163,6 @@ def _warn_of_other_data(frames: Sequence[pd.DataFrame]) -> None:
             RALensWarning,
             stacklevel=3,
         )
-
-
-def _warn_of_other_accuracy(frames: Sequence[pd.DataFrame]) -> None:
-    """Say so where whole answers were marked, and the published numbers are of first tokens."""
     if any("accuracy" in frame and "answer" in set(frame["accuracy"]) for frame in frames):
         warnings.warn(
             "some results were marked by the whole answer (accuracy='answer'); the published "
@@ -199,7 +181,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     try:
         frame: Any = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise BadFile(f"{path} cannot be read as a table: {_one_line(error)}") from error
+        problem = " ".join(str(error).split())[:200]
+        raise BadFile(f"{path} cannot be read as a table: {problem}") from error
     metrics = [name for name in ("auc", "accuracy") if name in frame]
     missing = [name for name in _NEEDED if name not in frame]
     if missing or len(metrics) != 1 or ("accuracy" in metrics and "scale" not in frame):
@@ -208,16 +191,11 @@ def _read_table(path: Path) -> pd.DataFrame:
     out = frame[_NEEDED].copy()
     out["kind"] = out["kind"].str.replace("icl_same_length", "icl")
     out["metric"] = metrics[0]
-    for name, source in (
-        ("table", "table"),
-        ("n_shots", "n_shots"),
-        ("paper", metrics[0]),
-        ("scale", "scale"),
-    ):
+    for name in ("table", "n_shots", "paper", "scale"):
+        source = metrics[0] if name == "paper" else name
         texts = frame[source] if source in frame else pd.Series("", index=frame.index)
         out[name] = _numbers(texts, path, source, optional=name == "scale")
-    for name in ("table", "n_shots"):
-        if bool((out[name] % 1 != 0).any()):
+        if name in ("table", "n_shots") and bool((out[name] % 1 != 0).any()):
             raise BadFile(f"{path}: found a fraction as {name}; it must be a whole number.")
     return out.astype({"table": int, "n_shots": int})
 
@@ -245,7 +223,7 @@ def _forced_model(as_model: str | None, paper: pd.DataFrame) -> str | None:
 
 
 def _our_cells(
-    frames: Sequence[pd.DataFrame], forced: str | None, metric: Measure, rule: Rule
+    frames: Sequence[pd.DataFrame], forced: str | None, metric: Metric, rule: Rule
 ) -> pd.DataFrame:
     """Put our numbers under the paper's names, one row per cell."""
     parts: list[Any] = []
@@ -267,16 +245,12 @@ def _our_cells(
     ours: Any = pd.concat(parts, ignore_index=True)
     ours["our_model"], ours["our_task"] = ours["model"], ours["task"]
     ours["model"] = [forced or paper_model(name) or name for name in ours["our_model"]]
-    ours["task"] = [_paper_task(name) for name in ours["our_task"]]
+    ours["task"] = [_LENGTH.sub("", name.rpartition("/")[2]) for name in ours["our_task"]]
     ours["order"] = range(len(ours))
     twice: Any = ours[ours.duplicated(_KEY, keep=False)]
     if not twice.empty:
-        one = twice.iloc[0]
-        of: Any = twice[
-            (twice[["task", "n_shots", "our_cell"]] == one[["task", "n_shots", "our_cell"]]).all(
-                axis=1
-            )
-        ]
+        one, cell = twice.iloc[0], ["task", "n_shots", "our_cell"]
+        of: Any = twice[(twice[cell] == one[cell]).all(axis=1)]
         raise BadInput(
             f"found {len(of)} results for {one['task']}, {one['n_shots']} shots, {one['our_cell']} "
             f"(of {', '.join(sorted(set(of['our_model'] + ', ' + of['our_task'])))}); give one."
@@ -284,27 +258,20 @@ def _our_cells(
     return ours
 
 
-def _auc_cells(frame: Any, metric: Measure, rule: Rule) -> Any:
+def _auc_cells(frame: Any, metric: Metric, rule: Rule) -> Any:
     areas: Any = area_under_curve(frame, metric=metric, rule=rule)
-    named = [
-        _METHODS.get((m, d), (m, d))
-        for m, d in zip(areas["method"], areas["direction"], strict=True)
-    ]
-    cell = [
-        method if direction == "none" else f"{method} {direction}"
-        for method, direction in zip(areas["method"], areas["direction"], strict=True)
-    ]
+    ordered = list(zip(areas["method"], areas["direction"], strict=True))
     return areas[["model", "task", "kind", "n_shots"]].assign(
-        method=[method for method, _ in named],
-        direction=[direction for _, direction in named],
+        method=[_METHODS.get(method, method) for method, _ in ordered],
+        direction=[_TURNED.get(d, d) if m in ("cm1", "index") else d for m, d in ordered],
         scale=float("nan"),
         metric="auc",
         ours=areas["auc"],
-        our_cell=cell,
+        our_cell=[m if d == "none" else f"{m} {d}" for m, d in ordered],
     )
 
 
-def _patching_cells(frame: Any, metric: Measure, _rule: Rule) -> Any:
+def _patching_cells(frame: Any, metric: Metric, _rule: Rule) -> Any:
     problem = problem_of(frame, ["model", "task", "kind", "n_shots", "map", "scale", metric])
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of patching_sweep().")
@@ -320,10 +287,6 @@ def _patching_cells(frame: Any, metric: Measure, _rule: Rule) -> Any:
             for name, scale in zip(frame["map"], scales, strict=True)
         ],
     )
-
-
-def _paper_task(name: str) -> str:
-    return _LENGTH.sub("", name.rpartition("/")[2])
 
 
 def _nothing_in_common(
@@ -347,7 +310,3 @@ def _nothing_in_common(
         )
 
     return f"nothing to compare: the results have {said(ours)}. Published: {said(known)}."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

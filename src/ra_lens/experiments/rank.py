@@ -7,85 +7,33 @@ of the validation part; demonstrations come from the training part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from ra_lens.errors import BadInput
-from ra_lens.experiments.journal import open_journal, settings_hash
-from ra_lens.experiments.protocol import (
+from ra_lens.experiments.runner import (
+    METHODS,
     SHOTS,
+    Cell,
+    Protocol,
+    Row,
     Tasks,
-    learned,
-    read_shots,
-    read_tasks,
-    refuse_hooks,
-    task_facts,
-    task_settings,
-    warn_of_first_tokens,
-)
-from ra_lens.experiments.results import (
-    as_frame,
-    finished_results,
-    model_facts,
+    experiment,
     prompts_hash,
-    write_results,
+    read_methods,
+    read_tasks,
 )
-from ra_lens.heads import HeadScores, RankingMethod, rank_heads
+from ra_lens.heads import HeadScores
 from ra_lens.heads.ranking import find_method
 from ra_lens.model import as_lens
 from ra_lens.numbers import Whole, Wholes, whole
-from ra_lens.questions import read_questions
-from ra_lens.tasks import Prompt, SplitRule, Task
+from ra_lens.tasks import SplitRule
 
-METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
-"""The paper's methods."""
-
-
-def ranking_prompts(
-    task: Task, method: str, *, shots: int, n: int, split: SplitRule, seed: int
-) -> list[Prompt]:
-    """Prompts that a method ranks heads with."""
-    part = find_method(method).split
-    return learned(task.split(split), part, shots=shots, n=n, seed=seed, count="n_rank")
-
-
-def method_facts(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Which methods these are: a user's own by its code, as its name may be given to another."""
-    return [_facts(find_method(name)) for name in names]
-
-
-def _facts(method: RankingMethod) -> dict[str, Any]:
-    function: Any = method.function
-    facts = {"name": method.name, "split": method.split, "random": method.random}
-    if not str(function.__module__).startswith("ra_lens."):
-        code = getattr(function, "__code__", None)
-        parts = [getattr(code, name, None) for name in ("co_code", "co_consts", "co_names")]
-        facts["code"] = settings_hash({"code": [repr(part) for part in parts]})
-    return facts
-
-
-def read_methods(methods: str | Sequence[str]) -> list[str]:
-    """Read names of ranking methods.
-
-    Raises:
-        BadInput: none, one twice, or an unknown one.
-    """
-    given = [methods] if isinstance(methods, str) else list(methods)
-    if not given or len(set(given)) < len(given):
-        raise BadInput(f"found methods={methods!r}; give at least one, each once.")
-    return [find_method(name).name for name in given]
-
-
-def by_first_token(methods: Sequence[str], *, answer_in_input: bool) -> list[str]:
-    """Give the methods that go by the probability of the answer's first token alone."""
-    always = ("cm1", "cm1_last", "cm2")
-    return [name for name in methods if name in always or (name, answer_in_input) == ("ra", False)]
+_COLUMNS = ["method", "draw", "layer", "head", "label", "score", "rank"]
 
 
 def rank_tasks(
@@ -128,75 +76,36 @@ def rank_tasks(
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read.
     """
-    tasks, counts, names = read_tasks(task), read_shots(shots), read_methods(methods)
-    n_rank, seed = whole("n_rank", n_rank, least=1), whole("seed", seed)
-    batch_size = whole("batch_size", batch_size, least=1)
-    lens = as_lens(model)
-    lens.refuse_dropout()
-    refuse_hooks(lens, out)
-    settings: dict[str, Any] = {
-        "experiment": "ranking",
-        **model_facts(lens),
-        "tasks": [task_settings(lens, one, prepend_bos) for one in tasks],
-        "methods": method_facts(names),
-        "shots": counts,
-        "n_rank": n_rank,
-        "split": split,
-        "answer_in_input": answer_in_input,
-        "seed": seed,
-        "prepend_bos": prepend_bos,
-        "batch_size": batch_size,
-    }
-    if (finished := finished_results(out, settings)) is not None:
-        return finished
-    cells = [
-        (one, n, name, ranking_prompts(one, name, shots=n, n=n_rank, split=split, seed=seed))
-        for one in tasks
-        for n in counts
-        for name in names
-    ]
-    by_first = by_first_token(names, answer_in_input=answer_in_input)
-    read = (
-        (one, read_questions(lens, prompts, prepend_bos=prepend_bos))
-        for one, _, name, prompts in cells
-        if name in by_first
-    )
-    warn_of_first_tokens(lens, read, accuracy=None, by_first=by_first)
-    rows: list[dict[str, Any]] = []
-    with open_journal(out, settings) as journal:
-        bar = tqdm(cells, desc="Ranking heads", unit="ranking", disable=not progress)
-        for one, n, name, prompts in bar:
+    tasks, names = read_tasks(task), read_methods(methods)
+    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    n_rank = whole("n_rank", n_rank, least=1)
+    with experiment(
+        "ranking",
+        as_lens(model),
+        tasks,
+        protocol,
+        methods=names,
+        answer_in_input=answer_in_input,
+        n_rank=n_rank,
+    ) as run:
+        if run.finished is not None:
+            return run.finished
+        return run.frame("Ranking heads", run.cells("n_rank"), _rows, steps=len(names))
 
-            def scores(prompts: list[Prompt] = prompts, name: str = name) -> list[list[float]]:
-                return rank_heads(
-                    model,
-                    prompts,
-                    method=name,
-                    seed=seed,
-                    answer_in_input=answer_in_input,
-                    prepend_bos=prepend_bos,
-                    batch_size=batch_size,
-                    progress=progress,
-                ).scores.tolist()
 
-            ranked = HeadScores(
-                method=name,
-                title=find_method(name).title,
-                scores=torch.tensor(
-                    journal.unit(f"{one.name}|{n}|{name}", scores), dtype=torch.float64
-                ),
-                layers=tuple(lens.sites),
-                heads=lens.sites.n_heads,
-                n_examples=len(prompts),
-                model_name=lens.name,
-            )
-            about = {"task": one.name, "kind": one.kind, "n_shots": n}
-            made = {**task_facts(one), "prompts_hash": prompts_hash(prompts)}
-            columns = ["method", "draw", "layer", "head", "label", "score", "rank"]
-            table = ranked.to_dataframe()[columns]
-            for values in table.itertuples(index=False, name=None):
-                rows.append({**about, **dict(zip(columns, values, strict=True)), **made})
-        frame = as_frame("ranking", rows, settings)
-        if out is not None:
-            write_results(frame, out)
-    return frame
+def _rows(cell: Cell) -> Iterator[list[Row]]:
+    """Give the rows of each method, one for each head, the most important first."""
+    lens = cell.run.lens
+    for name in cell.run.methods:
+        scores = cell.unit(name, lambda name=name: cell.ranked(name).scores.tolist())
+        ranked = HeadScores(
+            method=name,
+            title=find_method(name).title,
+            scores=torch.tensor(scores, dtype=torch.float64),
+            layers=tuple(lens.sites),
+            heads=lens.sites.n_heads,
+            n_examples=len(cell.given(name)),
+            model_name=lens.name,
+        )
+        table: Any = ranked.to_dataframe()[_COLUMNS]
+        yield cell.rows(table.to_dict("records"), prompts_hash=prompts_hash(cell.given(name)))

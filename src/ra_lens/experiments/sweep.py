@@ -16,48 +16,38 @@ which reads them with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 from torch import nn
-from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput
-from ra_lens.experiments.journal import Journal, open_journal
-from ra_lens.experiments.protocol import (
+from ra_lens.experiments.runner import (
     SHOTS,
+    Cell,
+    Protocol,
+    Row,
+    Run,
     Tasks,
-    accuracy_settings,
-    answer_facts,
-    asked,
-    learned,
-    read_shots,
-    read_tasks,
-    refuse_hooks,
-    task_facts,
-    task_settings,
-    warn_of_first_tokens,
-)
-from ra_lens.experiments.results import (
-    as_frame,
-    finished_results,
-    model_facts,
+    experiment,
     prompts_hash,
-    write_results,
+    read_accuracy,
+    read_some,
+    read_tasks,
 )
 from ra_lens.model import Lens, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching.hooks import Where, check_variant
 from ra_lens.patching.mean import MeanMaps
-from ra_lens.questions import Accuracy, FwdHooks, ask, marked, read_questions
+from ra_lens.questions import Accuracy, FwdHooks, marked
 from ra_lens.run import run_with_ra
 from ra_lens.targets import sequence_nll
-from ra_lens.tasks import Prompt, SplitRule, Task, same_length_sets
+from ra_lens.tasks import SplitRule, Task, same_length_sets
 
 MapName = Literal["ra", "pattern"]
-Row = dict[str, Any]
 
 PAPER_SCALES = (
     3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
@@ -121,175 +111,95 @@ def patching_sweep(
     Returns:
         One row per task, number of demonstrations, map and scale, with accuracy `top1`, `top2`,
         `top3`, `logit_diff`, `accuracy` and `n_first_tokens` as in `perturbation_test`; map
-        `"none"` is the unpatched model,
-        whose rows with demonstrations are the n-shot accuracy; `n_tokens` of the questions as
-        read, without their answer (the name of a set counts it); then what is needed to repeat it.
+        `"none"` is the unpatched model, whose rows with demonstrations are the n-shot accuracy;
+        `n_tokens` of the questions as read, without their answer (the name of a set counts it);
+        then what is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
     """
-    tasks, counts = read_tasks(task), read_shots(shots)
-    n_mean, n_test = whole("n_mean", n_mean, least=1), whole_or_none("n_test", n_test, least=1)
-    length, at_least = whole_or_none("length", length), whole_or_none("at_least", at_least, least=1)
-    seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
-    answer_tokens = whole("answer_tokens", answer_tokens, least=1)
-    scales, kinds = _read_scales(scales), _read_maps(kinds)
-    check_variant(at, renormalise=renormalise)
-    lens = as_lens(model)
-    lens.refuse_dropout()
-    refuse_hooks(lens, out)
-    sets = [_one_length(lens, one, length, at_least, answer_tokens, prepend_bos) for one in tasks]
-    settings = {
-        "experiment": "patching",
-        **model_facts(lens),
-        "tasks": [task_settings(lens, one, prepend_bos) for one in sets],
-        "kinds": kinds,
-        "scales": scales,
-        "shots": counts,
-        "n_mean": n_mean,
-        "n_test": n_test,
+    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    settings: dict[str, Any] = {
+        "kinds": read_some("kinds", kinds, ("ra", "pattern")),
+        "scales": _read_scales(scales),
+        "n_mean": whole("n_mean", n_mean, least=1),
+        "n_test": whole_or_none("n_test", n_test, least=1),
         "renormalise": renormalise,
         "at": at,
-        "split": split,
-        "seed": seed,
-        "prepend_bos": prepend_bos,
-        "batch_size": batch_size,
-        **accuracy_settings(accuracy),
-        **({} if answer_tokens == 1 else {"answer_tokens": answer_tokens}),
     }
-    if (finished := finished_results(out, settings)) is not None:
-        return finished
-    # All prompts are made before anything runs, so that a mistake in the last task shows at once.
-    variant = {"renormalise": renormalise, "at": at}
-    cells: list[_Cell] = []
-    for one in sets:
-        parts = one.split(split)
-        for n in counts:
-            train = learned(parts, "train", shots=n, n=n_mean, seed=seed, count="n_mean")
-            test = asked(parts, shots=n, n=n_test, seed=seed)
-            cells.append(
-                _Cell(
-                    lens,
-                    one,
-                    n,
-                    train,
-                    test,
-                    prepend_bos=prepend_bos,
-                    accuracy=accuracy,
-                    batch_size=batch_size,
-                    variant=variant,
-                )
-            )
-    read = [(cell.task, cell.questions) for cell in cells]
-    warn_of_first_tokens(lens, read, accuracy=accuracy)
-    steps = [("none", None), *((kind, scale) for kind in kinds for scale in scales)]
-    rows: list[Row] = []
-    with open_journal(out, settings) as journal:
-        total = len(cells) * len(steps)
-        with tqdm(total=total, desc="Patching", disable=not progress) as bar:
-            for cell in cells:
-                bar.set_postfix_str(cell.name)
-                for kind, scale in steps:
-                    rows.append(cell.row(journal, kind, scale))
-                    bar.update()
-                cell.forget()
-        frame = as_frame("patching", rows, settings).astype({"scale": float})
-        if out is not None:
-            write_results(frame, out)
-    return frame
+    length, at_least = whole_or_none("length", length), whole_or_none("at_least", at_least, least=1)
+    answer_tokens = whole("answer_tokens", answer_tokens, least=1)
+    if answer_tokens > 1:  # it came later: without it the results of before are found
+        settings["answer_tokens"] = answer_tokens
+    check_variant(at, renormalise=renormalise)
+    lens = as_lens(model)
+    sets = [
+        _one_length(lens, one, length, at_least, answer_tokens, prepend_bos)
+        for one in read_tasks(task)
+    ]
+    with experiment(
+        "patching", lens, sets, protocol, accuracy=read_accuracy(accuracy), **settings
+    ) as run:
+        if run.finished is not None:
+            return run.finished
+        cells = run.cells("n_mean")
+        for cell in cells:
+            _need_one_length(cell)
+        return run.frame("Patching", cells, _rows, steps=len(list(_steps(run))))
 
 
-class _Cell:
-    """One set of questions of one length with one number of demonstrations."""
+def _steps(run: Run) -> Iterator[tuple[str, float | None]]:
+    """Give the maps with their scales, after the unpatched model."""
+    yield "none", None
+    yield from ((kind, x) for kind in run.settings["kinds"] for x in run.settings["scales"])
 
-    def __init__(
-        self,
-        lens: Lens,
-        task: Task,
-        shots: int,
-        learned: list[Prompt],
-        asked: list[Prompt],
-        *,
-        prepend_bos: bool | None,
-        accuracy: Accuracy,
-        batch_size: int,
-        variant: dict[str, Any],
-    ) -> None:
-        self._lens, self.task, self._shots = lens, task, shots
-        self._learned, self._asked = learned, asked
-        self._prepend_bos, self._batch_size, self._variant = prepend_bos, batch_size, variant
-        self._accuracy: Accuracy = accuracy
-        self._mean: MeanMaps | None = None
-        self.questions = read_questions(lens, asked, prepend_bos=prepend_bos)
-        self._need_one_length()
 
-    @property
-    def name(self) -> str:
-        """What the progress bar says."""
-        return f"{self.task.name}, shots: {self._shots}"
+def _rows(cell: Cell) -> Iterator[list[Row]]:
+    """Give the row of each map and scale."""
+    settings, protocol, learned = cell.run.settings, cell.run.protocol, cell.learned["train"]
 
-    def row(self, journal: Journal, kind: str, scale: float | None) -> Row:
-        """The row of one map and scale; the unpatched model where there is no scale."""
-        about = {
-            "task": self.task.name,
-            "kind": self.task.kind,
-            "n_shots": self._shots,
-            "map": kind,
-            "scale": scale,
-        }
-        key = f"{self.task.name}|{self._shots}|{kind}|{scale}"
-        found = journal.unit(key, lambda: self._evaluate(kind, scale))
-        made = {**answer_facts(self.questions, self._accuracy), **task_facts(self.task)}
-        return {**about, **found, **made}
-
-    def forget(self) -> None:
-        """Let the maps go."""
-        self._mean = None
-
-    def _evaluate(self, kind: str, scale: float | None) -> Row:
-        questions = self.questions
-        hooks: FwdHooks = ()
-        if scale is not None:
-            if self._mean is None:
-                self._mean = self._mean_maps()
-            hooks = self._mean.patch_hooks(scale=scale, kind=kind, align="left", **self._variant)
-        marks = ask(
-            self._lens,
-            questions,
-            lambda _part: hooks,
-            accuracy=self._accuracy,
-            batch_size=self._batch_size,
-        )
-        return {
-            **marked(marks),
-            "n_tokens": questions.prompts.lengths[0],
-            "n_test": len(questions),
-            "prompts_hash": prompts_hash(self._learned, self._asked),
-        }
-
-    def _mean_maps(self) -> MeanMaps:
+    @cache
+    def mean() -> MeanMaps:
         _, ra = run_with_ra(
-            self._lens.module,
-            [prompt.text for prompt in self._learned],
-            target=sequence_nll([prompt.answer for prompt in self._learned]),
+            cell.run.lens.module,
+            [prompt.text for prompt in learned],
+            target=sequence_nll([prompt.answer for prompt in learned]),
             store="mean",
-            prepend_bos=self._prepend_bos,
-            batch_size=self._batch_size,
+            prepend_bos=protocol.prepend_bos,
+            batch_size=protocol.batch_size,
             progress=False,
         )
         return ra.mean()
 
-    def _need_one_length(self) -> None:
-        lengths = self.questions.prompts.lengths
-        if len(set(lengths)) > 1:
-            raise BadInput(
-                f"the questions of {self.task.name} with {self._shots} demonstrations have "
-                f"{min(lengths)} to {max(lengths)} tokens, though they have one length without: "
-                "this tokenizer joins tokens across demonstrations. Patch without demonstrations "
-                "(shots=0), or another task."
-            )
+    def evaluate(kind: str, scale: float | None) -> Row:
+        hooks: FwdHooks = ()
+        if scale is not None:
+            edit = {name: settings[name] for name in ("renormalise", "at")}
+            hooks = mean().patch_hooks(scale=scale, kind=kind, align="left", **edit)
+        return {
+            **marked(cell.marked(cell.questions, lambda _part: hooks)),
+            "n_tokens": cell.questions.prompts.lengths[0],
+            "n_test": len(cell.asked),
+            "prompts_hash": prompts_hash(learned, cell.asked),
+        }
+
+    for kind, scale in _steps(cell.run):
+        found = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
+        at = float("nan") if scale is None else scale
+        yield cell.rows([{"map": kind, "scale": at, **found}])
+
+
+def _need_one_length(cell: Cell) -> None:
+    lengths = cell.questions.prompts.lengths
+    if len(set(lengths)) > 1:
+        raise BadInput(
+            f"the questions of {cell.task.name} with {cell.shots} demonstrations have "
+            f"{min(lengths)} to {max(lengths)} tokens, though they have one length without: "
+            "this tokenizer joins tokens across demonstrations. Patch without demonstrations "
+            "(shots=0), or another task."
+        )
 
 
 def _one_length(
@@ -327,11 +237,4 @@ def _read_scales(scales: Reals) -> list[float]:
     given = reals("scales", scales)
     if len(set(given)) < len(given):
         raise BadInput(f"found scales={given}; give each once.")
-    return given
-
-
-def _read_maps(kinds: Iterable[MapName]) -> list[MapName]:
-    given = list(kinds)
-    if not given or len(set(given)) < len(given) or set(given) - {"ra", "pattern"}:
-        raise BadInput(f"found kinds={kinds!r}; give 'ra', 'pattern' or both.")
     return given

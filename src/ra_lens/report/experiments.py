@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from ra_lens.experiments.perturbation import Measure
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
 from ra_lens.figures.style import metric_name
 from ra_lens.files import PAGE, check_output, write_whole
 from ra_lens.html import facts
+from ra_lens.questions import Metric
 from ra_lens.report.sections import Section, page
 
 # Constant columns that say how results were made, with their names on the page.
@@ -38,7 +38,7 @@ _NO_GREY = ".js-plotly-plot .bglayer rect.bg { fill: none !important; }"
 
 
 def write_perturbation_page(
-    frame: pd.DataFrame, areas: pd.DataFrame, path: str | Path, *, metric: Measure
+    frame: pd.DataFrame, areas: pd.DataFrame, path: str | Path, *, metric: Metric
 ) -> Path:
     """Write the curves of a perturbation test and the table of their areas."""
     curves = Section(
@@ -59,7 +59,7 @@ def write_perturbation_page(
     return _write("Perturbation test", frame, [curves, table], path)
 
 
-def write_sweep_page(frame: pd.DataFrame, path: str | Path, *, metric: Measure) -> Path:
+def write_sweep_page(frame: pd.DataFrame, path: str | Path, *, metric: Metric) -> Path:
     """Write the curves of a patching sweep."""
     curves = Section(
         "Accuracy by scale",

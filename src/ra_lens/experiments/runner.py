@@ -1,0 +1,448 @@
+"""Running an experiment: which prompts it reads, how it goes on after a kill, and its table.
+
+    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    with experiment("patching", lens, tasks, protocol, accuracy=accuracy, n_mean=25) as run:
+        if run.finished is not None:  # an earlier call has written it
+            return run.finished
+        return run.frame("Patching", run.cells("n_mean"), rows, steps=len(steps))
+
+A cell is one task with one number of demonstrations. `rows` gives the rows of a cell, one list per
+step of the progress bar; what it computes with `cell.unit` is kept on disk (`journal`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
+from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads.ranking import Part, find_method
+from ra_lens.model import Lens
+from ra_lens.numbers import Whole, Wholes, whole, wholes
+from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, read_questions
+from ra_lens.tables import write_results
+from ra_lens.tasks import Prompt, Split, SplitRule, Task, load_task, task_names
+
+Tasks = str | Task | Iterable[str | Task]
+Row = dict[str, Any]
+Choice = TypeVar("Choice", bound=str)
+
+SHOTS = (0, 1, 5, 10)
+"""Numbers of demonstrations of the paper's tables."""
+
+METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
+"""The paper's methods."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Arguments that the experiments share, read; `vars` of it are such arguments again."""
+
+    shots: list[int]
+    split: SplitRule
+    seed: int
+    prepend_bos: bool | None
+    batch_size: int
+    out: str | Path | None
+    progress: bool
+
+    @classmethod
+    def read(
+        cls,
+        shots: Wholes = SHOTS,
+        split: SplitRule = "code",
+        seed: Whole = 0,
+        prepend_bos: bool | None = None,
+        batch_size: Whole = 64,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> Protocol:
+        """Read the arguments, or raise where they are no whole numbers or too small."""
+        counts = wholes("shots", shots)
+        if min(counts) < 0 or len(set(counts)) < len(counts):
+            raise BadInput(
+                f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
+            )
+        seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
+        return cls(counts, split, seed, prepend_bos, batch_size, out, progress)
+
+
+def read_tasks(task: Tasks) -> list[Task]:
+    """Read tasks, names of built-in ones, or `all`, `icl`, `natural` for all of that kind."""
+    if isinstance(task, bytes | Mapping | Set) or not isinstance(task, Task | Iterable):
+        raise BadInput(
+            f"found a {type(task).__name__} as task. Give a Task, the name of one, or a list of "
+            "these; of the sets of same_length_sets list(sets.values())."
+        )
+    tasks: list[Task] = []
+    for one in [task] if isinstance(task, str | Task) else task:
+        if isinstance(one, Task):
+            tasks.append(one)
+        elif not isinstance(one, str):
+            raise BadInput(
+                f"found a {type(one).__name__} among the tasks. Give Tasks, or names of tasks."
+            )
+        elif one in ("all", "icl", "natural"):
+            names = task_names() if one == "all" else task_names(one)
+            tasks += map(load_task, names)
+        else:
+            tasks.append(load_task(one))
+    names = [one.name for one in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not tasks or twice:
+        found = f"task {twice[0]!r} twice" if twice else "no task"
+        raise BadInput(f"found {found}; give each task once, or 'all'.")
+    return tasks
+
+
+def read_methods(methods: str | Sequence[str]) -> list[str]:
+    """Read names of ranking methods."""
+    given = [methods] if isinstance(methods, str) else list(methods)
+    if not given or len(set(given)) < len(given):
+        raise BadInput(f"found methods={methods!r}; give at least one, each once.")
+    return [find_method(name).name for name in given]
+
+
+def read_some(name: str, given: Iterable[Choice], both: tuple[Choice, Choice]) -> list[Choice]:
+    """Read one or both of two choices."""
+    some = list(given)
+    if not some or len(set(some)) < len(some) or set(some) - set(both):
+        raise BadInput(f"found {name}={given!r}; give {both[0]!r}, {both[1]!r} or both.")
+    return some
+
+
+def read_accuracy(accuracy: Accuracy) -> Accuracy:
+    """Read what counts as right."""
+    if accuracy not in get_args(Accuracy):
+        raise BadInput(f"found accuracy={accuracy!r}; give 'first token' or 'answer'.")
+    return accuracy
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An experiment that has begun; `finished` is its table, where an earlier call wrote it."""
+
+    lens: Lens
+    tasks: Sequence[Task]
+    protocol: Protocol
+    methods: Sequence[str]
+    answer_in_input: bool
+    accuracy: Accuracy | None
+    settings: Mapping[str, Any]
+    journal: Journal
+    finished: pd.DataFrame | None
+
+    def cells(self, count: str) -> list[Cell]:
+        """Make all prompts before anything is computed, so that every mistake shows at once.
+
+        The setting called `count` says how many prompts heads are ranked with, or maps taken of;
+        they have `rank_shots` demonstrations, if that is set, or as many as the cell. Test prompts
+        are read if answers are marked, `n_test` of them if that is set.
+        """
+        cells: list[Cell] = []
+        parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
+        for task in self.tasks:
+            split = task.split(self.protocol.split)
+            for k in self.protocol.shots:
+                asked: list[Prompt] = []
+                if self.accuracy is not None:
+                    n = self.settings["n_test"]
+                    n = None if n is None else min(n, len(split.test))
+                    asked = split.prompts("test", shots=k, n=n, seed=self.protocol.seed)
+                shots = self.settings.get("rank_shots")
+                learned: dict[Part, list[Prompt]] = {
+                    part: self._learned(split, part, k if shots is None else shots, count)
+                    for part in dict.fromkeys(parts)
+                }
+                cells.append(Cell(self, task, k, learned, asked))
+        self._warn_of_first_tokens(cells)
+        return cells
+
+    def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
+        """The first training pairs, or some drawn from the validation part with replacement."""
+        n = self.settings[count]
+        if part == "train" and n > len(split.train):
+            raise BadInput(
+                f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
+                f"pairs. Give {count}={len(split.train)} or less."
+            )
+        seed, drawn = self.protocol.seed, part == "valid"
+        return split.prompts(part, shots=shots, n=n, seed=seed, with_replacement=drawn)
+
+    def read(self, prompts: Sequence[Prompt]) -> Questions:
+        """Tokenise prompts and their answers."""
+        return read_questions(self.lens, prompts, prepend_bos=self.protocol.prepend_bos)
+
+    def _warn_of_first_tokens(self, cells: Iterable[Cell]) -> None:
+        """Warn of tasks whose answers begin with one token, where that token alone is measured."""
+        which = {"cm1", "cm1_last", "cm2", *([] if self.answer_in_input else ["ra"])}
+        by_first = [name for name in self.methods if name in which]
+        read = (
+            [(cell.task, cell.questions) for cell in cells]
+            if self.accuracy
+            else [(cell.task, self.read(cell.given(m))) for cell in cells for m in by_first]
+        )
+        warned: set[str] = set()
+        for task, questions in read:
+            firsts = {answer[0] for answer in questions.answers}
+            if len(firsts) > 1 or len(set(questions.prompts.ids)) < 2 or task.name in warned:
+                continue
+            so: list[str] = []
+            if len(set(questions.answers)) == 1:
+                so.append("they are all the same; take a task with several answers")
+            elif self.accuracy == "first token":
+                so.append(
+                    "accuracy by the first token is 1.0 for a model that begins so and guesses the "
+                    "rest; give accuracy='answer' (--accuracy answer), which takes whole answers"
+                )
+            if by_first:
+                methods = " and ".join(by_first)
+                so.append(f"{methods} rank heads by the probability of that token alone")
+            if so:
+                warned.add(task.name)
+                token = self.lens.decode(*firsts)
+                warnings.warn(
+                    f"all {len(questions)} answers asked for in task {task.name!r} begin with the "
+                    f"token {token!r} of {self.lens.name}: {', and '.join(so)}.",
+                    RALensWarning,
+                    stacklevel=4,
+                )
+
+    def frame(
+        self,
+        title: str,
+        cells: Sequence[Cell],
+        rows: Callable[[Cell], Iterator[list[Row]]],
+        *,
+        steps: int,
+    ) -> pd.DataFrame:
+        """Compute the rows of every cell, which come in some steps, and write the table of them."""
+        found: list[Row] = []
+        total = len(cells) * steps
+        with tqdm(total=total, desc=title, disable=not self.protocol.progress) as bar:
+            for cell in cells:
+                bar.set_postfix_str(f"{cell.task.name}, shots: {cell.shots}")
+                for some in rows(cell):
+                    found += some
+                    bar.update()
+        frame = as_frame(found, self.settings)
+        if self.protocol.out is not None:
+            write_results(frame, self.protocol.out)
+        return frame
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One task with one number of demonstrations.
+
+    Heads are ranked with the prompts `learned`, or maps taken of them; the others are asked.
+    """
+
+    run: Run
+    task: Task
+    shots: int
+    learned: dict[Part, list[Prompt]]
+    asked: list[Prompt]
+
+    @cached_property
+    def questions(self) -> Questions:
+        """The prompts asked, as tokens."""
+        return self.run.read(self.asked)
+
+    def unit(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Give a result that is in the journal, or is computed and goes there."""
+        return self.run.journal.unit(f"{self.task.name}|{self.shots}|{key}", compute)
+
+    def given(self, method: str) -> list[Prompt]:
+        """Give the prompts that a method ranks heads with."""
+        return self.learned[find_method(method).split]
+
+    def ranked(self, method: str, draw: int = 0) -> HeadScores:
+        """Rank the heads by a method."""
+        protocol = self.run.protocol
+        return rank_heads(
+            self.run.lens.module,
+            self.given(method),
+            method=method,
+            seed=protocol.seed,
+            draw=draw,
+            answer_in_input=self.run.answer_in_input,
+            prepend_bos=protocol.prepend_bos,
+            batch_size=protocol.batch_size,
+            progress=protocol.progress,
+        )
+
+    def marked(self, questions: Questions, hooks_of: Callable[[list[int]], FwdHooks]) -> Marks:
+        """Ask questions, with the hooks of each batch, and mark the answers."""
+        return ask(
+            self.run.lens,
+            questions,
+            hooks_of,
+            accuracy=self.run.accuracy or "first token",
+            batch_size=self.run.protocol.batch_size,
+        )
+
+    def rows(self, values: Iterable[Row], **made: Any) -> list[Row]:
+        """Make rows of a table: of which cell, the values, what is marked, how they were made."""
+        cell = {"task": self.task.name, "kind": self.task.kind, "n_shots": self.shots}
+        facts = {**_task_facts(self.task), **made}
+        if self.run.accuracy is not None:
+            # Where all answers begin with one token, its accuracy tells nothing.
+            n_first_tokens = len({answer[0] for answer in self.questions.answers})
+            facts = {"accuracy": self.run.accuracy, "n_first_tokens": n_first_tokens, **facts}
+        return [{**cell, **row, **facts} for row in values]
+
+
+@contextmanager
+def experiment(
+    name: str,
+    lens: Lens,
+    tasks: Sequence[Task],
+    protocol: Protocol,
+    *,
+    methods: Sequence[str] = (),
+    answer_in_input: bool = True,
+    accuracy: Accuracy | None = None,
+    **settings: Any,
+) -> Generator[Run, None, None]:
+    """Begin an experiment, or go on with it; its journal goes when nothing was raised in it.
+
+    What is refused: hooks on the model where there is an output file, dropout, an output file or
+    journal that cannot be written or holds something else.
+    """
+    lens.refuse_dropout()
+    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
+    if hooked and protocol.out is not None:
+        raise BadInput(
+            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
+            "out=: what they do is not among the settings that results are found again by. Leave "
+            "out= away and write the table with write_results, or remove the hooks."
+        )
+    settings = {
+        "experiment": name,
+        **model_facts(lens),
+        **({"methods": list(map(_method_facts, methods))} if methods else {}),
+        **settings,
+        "split": protocol.split,
+        **({"answer_in_input": answer_in_input} if methods else {}),
+        "seed": protocol.seed,
+        "prepend_bos": protocol.prepend_bos,
+        "batch_size": protocol.batch_size,
+        # It came later: without it the results of before are found.
+        **({"accuracy": accuracy} if accuracy == "answer" else {}),
+        "tasks": [_task_settings(lens, task, protocol.prepend_bos) for task in tasks],
+        "shots": protocol.shots,
+    }
+    finished = finished_results(protocol.out, settings)
+    with open_journal(protocol.out if finished is None else None, settings) as journal:
+        yield Run(
+            lens, tasks, protocol, methods, answer_in_input, accuracy, settings, journal, finished
+        )
+
+
+def as_frame(rows: Iterable[Row], settings: Mapping[str, Any]) -> pd.DataFrame:
+    """Make the table of an experiment: what it is and of which model, the rows, how it was made."""
+    made = {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
+    first = {name: made.pop(name) for name in ("experiment", "model")}
+    made["settings_hash"] = settings_hash(settings)
+    # What a row says of itself counts: a setting may be an upper limit only (`n_test`).
+    return pd.DataFrame(
+        [{**first, **row, **{k: v for k, v in made.items() if k not in row}} for row in rows]
+    )
+
+
+# ---- settings, and facts for the rows -----------------------------------------------------------
+
+
+def model_facts(lens: Lens) -> dict[str, Any]:
+    """Tell which model, in which class and precision, with which versions of what runs it."""
+    some = next(lens.module.parameters())
+    packages = ("ra-lens", "transformer-lens", "transformers", "torch")
+    return {
+        "model": lens.name,
+        "model_class": lens.kind,
+        "dtype": str(some.dtype).removeprefix("torch."),
+        "device": some.device.type,
+        "weights_hash": weights_hash(lens.module),
+        "value_biases_folded": lens.value_biases_folded,
+        **{name.replace("-", "_"): version(name) for name in packages},
+    }
+
+
+def _task_facts(task: Task) -> dict[str, str]:
+    """Tell what a task is: another list or format is another task, whatever its name."""
+    form = [task.opening, task.before_subject, task.after_subject, task.separator]
+    return {
+        "source": task.source,
+        "format": json.dumps(form, ensure_ascii=False),
+        "pairs_hash": prompts_hash([Prompt(pair.input, pair.output) for pair in task.pairs]),
+    }
+
+
+def _task_settings(lens: Lens, task: Task, prepend_bos: bool | None) -> dict[str, Any]:
+    """Tell what a task is to a model: the tokens read are among it."""
+    first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
+    tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
+    return {"name": task.name, **_task_facts(task), "tokens": settings_hash({"ids": tokens})}
+
+
+def _method_facts(name: str) -> dict[str, Any]:
+    """Tell which method this is: a user's own by its code, as its name may be another's."""
+    method = find_method(name)
+    function: Any = method.function
+    facts = {"name": method.name, "split": method.split, "random": method.random}
+    if not str(function.__module__).startswith("ra_lens."):
+        code = getattr(function, "__code__", None)
+        parts = [getattr(code, part, None) for part in ("co_code", "co_consts", "co_names")]
+        facts["code"] = settings_hash({"code": list(map(repr, parts))})
+    return facts
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Give a short text that tells the weights of two models apart.
+
+    Of each parameter: some numbers, and the sum of all absolute values, so that every change of
+    more than about a part in ten million shows.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        n = values.numel()
+        if n == 0:
+            continue
+        count = min(64, n)
+        picked = [i * (n - 1) // max(count - 1, 1) for i in range(count)]
+        numbers = values[torch.tensor(picked, device=values.device)].float().tolist()
+        # Few digits: sums differ in the last ones with the number of threads.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        total = float(values.abs().sum(dtype=wide))
+        digest.update(f"{name}{tuple(parameter.shape)}{numbers}{total:.6e}".encode())
+    return digest.hexdigest()
+
+
+def prompts_hash(*groups: Sequence[Prompt]) -> str:
+    """Give a short text that tells prompts apart, by what a model reads and has to answer."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompts in groups:
+        for prompt in prompts:
+            digest.update(f"{prompt.text}\x1f{prompt.answer}\x1e".encode())
+        digest.update(b"\x1d")
+    return digest.hexdigest()
