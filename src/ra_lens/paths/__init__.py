@@ -4,13 +4,10 @@
 `trace_many` and `trace_layers_many` take several prompts. `docs/paths.md` has the formulas.
 """
 
-from ra_lens.paths.result import Sankey, SankeyLink, SankeyNode, Step, TracedPath, TraceResult
+from ra_lens.paths.result import Step, TracedPath, TraceResult
 from ra_lens.paths.trace import trace_layers, trace_layers_many, trace_many, trace_paths
 
 __all__ = [
-    "Sankey",
-    "SankeyLink",
-    "SankeyNode",
     "Step",
     "TraceResult",
     "TracedPath",

@@ -23,8 +23,8 @@ from ra_lens.model import Layers, Lens, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
 from ra_lens.numbers import wholes
 from ra_lens.padding import batches, watched
-from ra_lens.paths.result import Follow
-from ra_lens.paths.weights import GRADIENT, LayerMaps
+from ra_lens.paths.result import GRADIENT, Follow
+from ra_lens.paths.weights import LayerMaps
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.run import run_with_ra
 from ra_lens.targets import as_objective, bind

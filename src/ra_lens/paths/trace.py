@@ -24,7 +24,7 @@ from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.model import Layers
 from ra_lens.numbers import Real, Whole, as_whole, real, real_or_none, whole, whole_or_none, wholes
 from ra_lens.paths.read import Example, Request, Source, read_source
-from ra_lens.paths.result import Follow, Step, TracedPath, TraceResult
+from ra_lens.paths.result import GRADIENT, Follow, Step, TracedPath, TraceResult
 from ra_lens.paths.search import (
     Edge,
     Found,
@@ -36,7 +36,7 @@ from ra_lens.paths.search import (
     normalised,
     read_norm,
 )
-from ra_lens.paths.weights import GRADIENT, Aggregated, LayerWeights, across_layers, aggregate
+from ra_lens.paths.weights import Aggregated, LayerWeights, across_layers, aggregate
 from ra_lens.prompts import PromptInput, Prompts
 
 Search = Literal["exact", "beam"]

@@ -28,9 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ra_lens.errors import BadInput
-from ra_lens.paths.result import Follow
-
-GRADIENT = ("more", "less", "abs")
+from ra_lens.paths.result import GRADIENT, Follow
 
 
 def part(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:

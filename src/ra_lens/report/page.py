@@ -176,8 +176,9 @@ def section(part: Section) -> str:
         lines.append(f'<div class="card figures">{inner}</div>')
     if part.traces:
         from ra_lens.paths.page import paths_fragment
+        from ra_lens.paths.result import page_data
 
-        lines.append(paths_fragment(part.traces))
+        lines.append(paths_fragment([page_data(trace) for trace in part.traces]))
     lines += map(note, part.notes)
     return "\n".join([*lines, "</section>"])
 
