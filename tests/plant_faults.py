@@ -351,8 +351,8 @@ FAULTS = (
     Fault(
         "demonstrations hold the answer",
         "experiments",
-        "[pair for pair in split.train if pair.input != query.input]",
-        "list(split.train)",
+        "[pair for pair in pairs if pair.input != query.input]",
+        "list(pairs)",
     ),
     Fault(
         "best rest of a path is its next step",
