@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,23 @@ class Seen:
 
     def close(self) -> None:
         self._context.close()
+
+
+@contextmanager
+def opening(
+    running: Any, kind: type[Seen] = Seen, *, quiet: bool = True
+) -> Generator[Callable[..., Any], None, None]:
+    """Gives what opens pages, which are closed at the end; with `quiet` none may have complained,
+    nor asked for anything but its own file."""
+    opened: list[Seen] = []
+
+    def get(path: Path, **context: Any) -> Seen:
+        opened.append(kind(running, path, **context))
+        return opened[-1]
+
+    yield get
+    for seen in opened:
+        if quiet:
+            assert seen.errors == []
+            assert len(seen.requests) == 1, seen.requests
+        seen.close()

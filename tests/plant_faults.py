@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("src", "ra_lens")
 DEFAULT_RUN: tuple[str, ...] = ()
 CI_RUNS = (
-    ("tests/conformance", "--every-model"),
+    ("-mevery_model", "--every-model"),
     ("--check-shapes",),
 )
 """What CI runs beside the default run, as arguments of pytest."""
@@ -112,8 +112,8 @@ FAULTS = (
     Fault(
         "grouped heads in another order",
         "heads",
-        "values.to(wide).repeat_interleave(groups, dim=2)",
-        "values.to(wide).repeat(1, 1, groups, 1)",
+        '-> batch key (kv_head share) d_head"',
+        '-> batch key (share kv_head) d_head"',
     ),
     Fault(
         "table by head, then layer",
@@ -124,8 +124,8 @@ FAULTS = (
     Fault(
         "negative layers count from the last one collected",
         "heads",
-        "layer + n_layers if layer < 0 else layer\n    return sites",
-        "layer + len(sites) if layer < 0 else layer\n    return sites",
+        "return layer + self.n_layers if layer < 0",
+        "return layer + len(self) if layer < 0",
     ),
     Fault(
         "keys of cross-attention are the decoder's",
@@ -205,8 +205,8 @@ FAULTS = (
     Fault(
         "no gate in the addition through z",
         "masks",
-        "product if gate is None else product * gate.reshape(*product.shape[:3], -1)",
-        "product",
+        "return z * rearrange(gate",
+        "return z + 0 * rearrange(gate",
     ),
     # ---- padding and positions ------------------------------------------------------------------
     Fault(

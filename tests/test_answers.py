@@ -11,7 +11,7 @@ from ra_lens.heads import rank_heads
 from ra_lens.model import as_lens
 from ra_lens.questions import ask, by_length, read_questions
 from ra_lens.tasks import Pair, Prompt, Task
-from tiny_models import KINDS
+from tiny_models import ANY_KIND, KINDS
 
 LENGTHS = (5, 2, 6, 2, 5, 3)
 QUESTIONS = [
@@ -20,7 +20,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_marks_are_in_the_order_of_the_questions_whatever_the_batches(kind, shared):
     lens = as_lens(shared("llama", kind))
     questions = read_questions(lens, QUESTIONS, prepend_bos=False)
@@ -34,7 +34,7 @@ def test_marks_are_in_the_order_of_the_questions_whatever_the_batches(kind, shar
             assert int(marks.tied[i]) == int(wanted.tied)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_questions_of_like_length_share_a_batch_and_hooks_know_which(kind, shared):
     lens = as_lens(shared("llama", kind))
     questions = read_questions(lens, QUESTIONS, prepend_bos=False)
@@ -56,7 +56,7 @@ STRANGE = Task(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_words_of_a_task_that_the_model_does_not_know_are_named_with_it(kind, shared):
     model = shared("llama", kind)
     told = r"task 'capital': llama\w* does not know 'Peru', 'Quito', 'ask'; .* reads them as <pad>"
@@ -141,7 +141,7 @@ def test_answers_of_one_token_are_marked_as_by_their_first(shared):
     assert torch.equal(whole.logit_diff, first.logit_diff)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_ties_of_whole_answers_count_by_their_chance(kind, shared):
     # Where nothing is left all 34 logits are equal: each token of an answer is a guess.
     lens = as_lens(shared("llama", kind))

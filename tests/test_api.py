@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import ra_lens
+from other_process import printed_by
 from ra_lens import errors
 
 HEAVY = ["torch", "plotly", "pandas", "typer", "transformer_lens", "transformers", "numpy"]
@@ -28,17 +27,16 @@ def test_unknown_names_are_attribute_errors():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, ra_lens; print([m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"
 
 
+@pytest.mark.every_model
 def test_computing_imports_no_figures_and_no_tables():
     code = (
         "import sys; from ra_lens import run_with_ra, RACache, get_ra_caching_hooks, patch_hooks; "
         "print([m for m in ('plotly', 'typer') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"
 
 
 def test_every_module_has_a_docstring():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import arch_models
-from arch_models import D_VOCAB, MASK, PAD, OpenModel
+from arch_models import D_VOCAB, MASK, PAD, open_model
+from conformance.pieces import D_HEAD
 from ra_lens import RACache, get_ra_caching_hooks, patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.model import as_lens, load_folder
@@ -55,7 +56,7 @@ def both(written):
     def get(arch):
         if arch not in loaded:
             model = load_folder(written(arch), kind=BRIDGE, device="cpu")
-            reference = OpenModel(arch, written(arch))
+            reference = open_model(arch, written(arch))
             loaded[arch] = model, reference
         model, reference = loaded[arch]
         if arch == "t5":
@@ -95,9 +96,8 @@ def test_maps_are_the_gradients_of_hugging_faces_scores(arch, both):
         assert len(ra.layers) == len(gradients)
         for layer, gradient, pattern in zip(ra.layers, gradients, patterns, strict=True):
             found = ra["ra", layer] / ra.scale[layer]
-            keys = found.shape[-1]  # Hugging Face's gpt_oss has one more: the sink
-            assert relative(found, gradient[..., :keys]) < 1e-5
-            assert relative(ra["pattern", layer], pattern[..., :keys]) < 1e-5
+            assert relative(found, gradient) < 1e-5
+            assert relative(ra["pattern", layer], pattern) < 1e-5
 
 
 @pytest.mark.parametrize("arch", [*EXACT, "jetmoe"])
@@ -145,7 +145,7 @@ def test_a_map_added_is_added_to_hugging_faces_pattern(arch, kind, both):
         value[:, 1::2] *= -0.5
     deltas = dict(enumerate(maps.values()))
     plain = reference.logits(IDS, **hf_inputs_of(arch)).log_softmax(-1)
-    wanted = reference.logits(IDS, deltas, **hf_inputs_of(arch)).log_softmax(-1)
+    wanted = reference.logits(IDS, pattern_deltas=deltas, **hf_inputs_of(arch)).log_softmax(-1)
     hooks = patch_hooks(maps, ra.sites, scale=1.0)
     with torch.no_grad():
         found = model.run_with_hooks(IDS, fwd_hooks=hooks, **inputs_of(arch)).log_softmax(-1)
@@ -154,7 +154,7 @@ def test_a_map_added_is_added_to_hugging_faces_pattern(arch, kind, both):
 
 
 @pytest.mark.parametrize(
-    ("arch", "scale"), [("bert", 6**-0.5), ("gpt_neo", 1.0), ("openai_gpt", 6**-0.5)]
+    ("arch", "scale"), [("bert", D_HEAD**-0.5), ("gpt_neo", 1.0), ("openai_gpt", D_HEAD**-0.5)]
 )
 def test_scale_is_the_factor_between_products_and_scores(arch, scale, both):
     model, _ = both(arch)
@@ -165,7 +165,7 @@ def test_scale_is_the_factor_between_products_and_scores(arch, scale, both):
             IDS, fwd_hooks=[(n, lambda x, hook, n=n: seen.update({n: x.detach()})) for n in names]
         )
     q, k, pattern = (seen[name] for name in names)
-    q, k = (t.reshape(2, POS, 4, 6) for t in (q, k))
+    q, k = (t.reshape(2, POS, 4, D_HEAD) for t in (q, k))
     products = torch.einsum("bqhd,bkhd->bhqk", q, k)
     # log A = S − log Z(row): within a row, against its own first entry that is not masked.
     inside = torch.ones(POS, POS).tril().bool() & ~torch.ones(POS, POS).tril(-4).bool()
@@ -326,16 +326,17 @@ def test_layers_run_in_a_loop_give_the_maps_of_their_last_time(both):
         assert labels == ["L 0", "L 1", "H 0", "H 1"]
         assert all(site.repeated for site in ra.sites.values())
         # The last round runs the low blocks and then the high ones.
-        gradients, patterns = reference.last_score_gradients(IDS, last_nll, n_sites)
+        gradients, patterns = reference.score_gradients(IDS, last_nll)
         for layer in range(n_sites):
             assert relative(ra["ra", layer] / ra.scale[layer], gradients[layer]) < 1e-5
             assert relative(ra["pattern", layer], patterns[layer]) < 1e-5
     # It is the whole derivative with respect to these scores: finite differences say so too.
+    last = len(reference.sites_called(IDS)) - n_sites
     direction = torch.randn(2, 4, POS, POS, generator=torch.Generator().manual_seed(3)).tril()
     for layer in range(n_sites):
         with torch.no_grad():
             up, down = (
-                float(last_nll(reference.moved_last(IDS, n_sites, layer, sign * direction)))
+                float(last_nll(reference.logits(IDS, {last + layer: sign * direction})))
                 for sign in (1e-2, -1e-2)
             )
         predicted = float((ra["ra", layer] / ra.scale[layer] * direction).sum())
@@ -346,10 +347,9 @@ def test_a_patch_is_added_each_time_a_layer_runs(both):
     model, reference = both("hrm_text")
     _, ra = run_with_ra(model, IDS, target=TARGETS)
     value = 0.5 * ra["ra", 2] / ra["ra", 2].abs().max()
-    order = reference.order_of_calls(IDS)  # L 0, L 1, … as the model calls them
-    deltas = {i: value for i, label in enumerate(order) if label == "H_module.layers.0"}
-    assert len(deltas) > 1
-    plain, wanted = reference.logits(IDS), reference.logits(IDS, deltas)
+    assert ra.sites[2].label == "H 0"
+    assert reference.sites_called(IDS).count(2) > 1
+    plain, wanted = reference.logits(IDS), reference.logits(IDS, pattern_deltas={2: value})
     with torch.no_grad():
         found = model.run_with_hooks(IDS, fwd_hooks=patch_hooks({2: value}, ra.sites, scale=1.0))
     assert relative(found - plain, wanted - plain) < 1e-3
@@ -374,7 +374,7 @@ def test_masking_a_head_is_zeroing_its_part_of_w_o(arch, layer, output, both, wr
     keep[layer, 2] = False
     with torch.no_grad():
         found = model.run_with_hooks(IDS, fwd_hooks=mask_hooks(sites, keep), **inputs_of(arch))
-    without = OpenModel(arch, written(arch))
+    without = open_model(arch, written(arch))
     plain = without.logits(IDS, **hf_inputs_of(arch))
     weight = without.model.get_submodule(output).weight.data
     weight.reshape(len(weight), 4, -1)[:, 2] = 0

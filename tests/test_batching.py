@@ -7,9 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from padded_rows import padded, part
 from ra_lens import run_with_ra
 from ra_lens.errors import RALensWarning
-from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids, relative, text
+from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, random_ids, relative, text
 
 LENGTHS = (5, 9, 7)
 IDS = [random_ids(n, seed=n) for n in LENGTHS]
@@ -17,33 +18,11 @@ TARGETS = [5, 8, 11]
 KIND_OF_MAP = ("ra", "pattern", "pattern_grad")
 
 
-def padded(side: str, pad: int, rows=IDS):
-    """Token tensor and mask of the rows, padded on one side."""
-    width = max(map(len, rows))
-    tokens = torch.full((len(rows), width), pad)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[i, at], mask[i, at] = row, 1
-    return tokens, mask
-
-
-def part(value: torch.Tensor, i: int, side: str, length: int) -> torch.Tensor:
-    """The map of example i without padding; checks that the padding is exactly 0."""
-    width = value.shape[-1]
-    real = slice(width - length, width) if side == "left" else slice(0, length)
-    own = value[i, :, real, real]
-    rest = value[i].clone()
-    rest[:, real, real] = 0
-    assert rest.abs().max() == 0
-    return own
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_an_example_has_the_same_maps_alone_and_in_a_padded_batch(arch, kind, side, shared):
     model = shared(arch, kind)
-    tokens, mask = padded(side, pad=3)
+    tokens, mask = padded(side, 3, IDS)
     logits, ra = run_with_ra(model, tokens, attention_mask=mask, target=TARGETS)
     for i, row in enumerate(IDS):
         own_logits, alone = run_with_ra(model, row, target=TARGETS[i])
@@ -86,7 +65,7 @@ def test_neighbours_and_batch_size_change_nothing(arch, kind, shared):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_batches_of_different_widths_join_to_the_single_batch(kind, side, shared):
     model = shared("gpt2", kind)
     prompts = [text(row) for row in IDS]
@@ -122,7 +101,7 @@ def test_padding_of_a_token_tensor_without_mask_is_found(arch, kind, side, share
     assert relative(found.stack(), given.stack()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_an_end_of_text_token_inside_or_alone_is_read_not_taken_for_padding(kind, shared):
     model = shared("gpt2", kind)  # its pad token is its end-of-text token
     inside = random_ids(2, 6)
@@ -134,7 +113,7 @@ def test_an_end_of_text_token_inside_or_alone_is_read_not_taken_for_padding(kind
         assert [len(row) for row in ra.info.str_tokens] == [6] * ra.batch_size
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_text_and_ids_of_the_same_prompt_give_the_same(kind, shared):
     model = shared("llama", kind)
     ids = random_ids(6)
@@ -149,7 +128,7 @@ def test_text_and_ids_of_the_same_prompt_give_the_same(kind, shared):
     assert relative(from_text.stack(), from_ids.stack()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_bos_written_in_the_prompt_is_told_from_one_prepended(kind, shared):
     model = shared("gpt2", kind)
     _, written = run_with_ra(model, "<|endoftext|> w4 w5", target=9, prepend_bos=False)
@@ -160,7 +139,7 @@ def test_a_bos_written_in_the_prompt_is_told_from_one_prepended(kind, shared):
     assert both.info.bos_prepended is True
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_progress_bar_is_shown_for_several_batches_only(kind, shared, capfd):
     model, tokens = shared("gpt2", kind), random_ids(4, 5)
     run_with_ra(model, tokens, target=5)

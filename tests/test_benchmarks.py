@@ -54,6 +54,7 @@ def test_every_route_gives_the_same_maps(kind):
         assert relative(other, ours) < 1e-5
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("route", list(memory.ROUTES))
 def test_memory_of_every_route_is_measured(route):
     found = memory.one(KINDS[0], 16, route, {**SHAPE, "batch": 2})
@@ -61,6 +62,7 @@ def test_memory_of_every_route_is_measured(route):
     assert (found["estimate"] > 0) == (route in memory.OPTIONS)
 
 
+@pytest.mark.every_model
 def test_a_peak_is_that_of_what_is_allocated():
     peak, seconds = memory._peak(lambda: torch.ones(50_000_000).sum())
     assert 1.9e8 < peak < 3e8
@@ -90,6 +92,7 @@ def test_one_round_has_no_spread():
     assert timing.low_high(None) is None
 
 
+@pytest.mark.every_model
 def test_overhead_runs():
     table = overhead.measure(rounds=2, quick=True)
     assert [row[0] for row in table["rows"]] == list(KINDS)
@@ -103,6 +106,7 @@ def spreads(table, column="spread"):
     return [timing.low_high(row[table["columns"].index(column)]) for row in table["rows"]]
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize(
     ("module", "over", "base"),
     [
@@ -124,6 +128,7 @@ def test_ratios_have_the_spread_of_their_rounds(module, over, base, monkeypatch)
             assert low - 0.006 < row[ratio] < high + 0.006
 
 
+@pytest.mark.every_model
 def test_what_recomputing_costs_has_the_spread_of_its_rounds(monkeypatch):
     narrow = partial(models.gpt2_small, width=24, n_head=4)
     monkeypatch.setattr(recompute, "gpt2_small", narrow)

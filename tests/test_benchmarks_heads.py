@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from benchmarks import mediation, perturbation
 from benchmarks.timing import low_high
 from ra_lens.model import load_folder
-from tiny_models import randomise
+from saved_models import randomise
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,14 @@ import torch
 
 from ra_lens import RACache, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import BadInput, NotStored
-from tiny_models import CASES, KINDS, N_HEADS, N_KV, N_LAYERS, random_ids, relative, text
+from tiny_models import ANY_KIND, CASES, KINDS, N_HEADS, N_KV, N_LAYERS, random_ids, relative, text
 
 POS, TARGET = 6, [8, 9, 10]
 IDS = random_ids(3, POS)
 KIND_OF_MAP = ("ra", "pattern", "pattern_grad")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=ANY_KIND)
 def ra(request, shared):
     return run_with_ra(shared("gpt2", request.param), IDS, target=TARGET)[1]
 
@@ -266,7 +266,7 @@ def own_pass(model, ids, **options):
     return ra
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_cache_that_was_given_no_loss_does_what_others_do(kind, shared, ra, tmp_path):
     cache = own_pass(shared("gpt2", kind), IDS)
     assert cache.loss.shape == (3,)

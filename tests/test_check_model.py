@@ -5,26 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-import arch_models
+from arch_models import BRIDGE, load_bridge
+from left_behind import changes, snapshot
 from ra_lens import check, check_model, run_with_ra
 from ra_lens.errors import UnsupportedModel
-from ra_lens.model import load_folder
-from test_leaves_nothing import changes, snapshot
 from tiny_models import CASES, D_HEAD, KINDS, N_LAYERS, OBSERVE_ONLY, random_ids
-
-BRIDGE = "TransformerBridge"
-needs_bridge = pytest.mark.skipif(BRIDGE not in KINDS, reason="no TransformerBridge here")
 
 
 @pytest.fixture
 def load(tmp_path):
-    def get(arch, dtype=torch.float32):
-        if not arch_models.has(arch):
-            pytest.skip(f"this transformers has no {arch}")
-        folder = arch_models.write(arch, tmp_path / arch)
-        return load_folder(folder, kind=BRIDGE, device="cpu", dtype=dtype)
-
-    return get
+    return lambda arch: load_bridge(arch, tmp_path)
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
@@ -68,7 +58,6 @@ def test_the_report_reads_as_a_table(arch, kind, shared):
     assert set(frame["patches"]) == {"pattern"}
 
 
-@needs_bridge
 @pytest.mark.parametrize(
     ("arch", "patches", "notes"),
     [
@@ -89,7 +78,6 @@ def test_what_is_unusual_is_noted(arch, patches, notes, load):
         assert "no hook point shows the values" in str(report)
 
 
-@needs_bridge
 def test_encoder_decoders_have_a_row_for_each_attention(load):
     report = check_model(load("bart"))
     assert report.ok
@@ -98,7 +86,6 @@ def test_encoder_decoders_have_a_row_for_each_attention(load):
     assert "decoder_blocks.0.cross_attn.hook_pattern" in str(report)
 
 
-@needs_bridge
 def test_logits_that_are_not_hugging_faces_are_a_problem(load):
     # TransformerLens scales the scores of this model although its configuration says not to.
     report = check_model(load("gpt2_unscaled"))
@@ -107,7 +94,6 @@ def test_logits_that_are_not_hugging_faces_are_a_problem(load):
     assert "PROBLEM: the logits differ from those of the Hugging Face model by" in str(report)
 
 
-@needs_bridge
 @pytest.mark.filterwarnings("ignore:BitNetArchitectureAdapter does not support")
 @pytest.mark.parametrize(
     ("arch", "said", "way_out"),
@@ -135,7 +121,6 @@ def test_processing_that_breaks_a_model_is_a_problem(arch, said, way_out, load):
     assert check_model(model).ok
 
 
-@needs_bridge
 @pytest.mark.parametrize(("arch", "ok"), [("opt", False), ("gpt_oss", True)])
 def test_an_edit_that_does_not_do_what_the_maps_say_is_told(arch, ok, load, monkeypatch):
     model = load(arch)
@@ -166,6 +151,7 @@ def test_a_forward_pass_that_fails_is_told_as_such(kind, fresh):
     assert check_model(model).ok
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_no_problem(kind, dtype, fresh):

@@ -11,23 +11,27 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import typer
 from rich.console import Console
-from typer.testing import CliRunner
 
+from command_line import HEAVY, call, done_without, refused_line
+from made_caches import make
 from ra_lens import run_with_ra
-from ra_lens.cli import app, main, show
-from ra_lens.cli.options import reported
-from ra_lens.cli.reading import hints, read_layers, read_text
+from ra_lens.cli import main, options, show
+from ra_lens.cli.command import reported
+from ra_lens.cli.session import hints, read_layers, read_text
 from ra_lens.errors import BadInput
+from ra_lens.experiments.perturbation import Measure, Rule
 from ra_lens.head_maps import head_of_example
-from ra_lens.model import as_lens
-from test_figures import make
-from tiny_models import KINDS, N_HEADS, N_LAYERS
+from ra_lens.model import ModelKind, as_lens
+from ra_lens.patching import Where
+from ra_lens.paths.result import Follow
+from ra_lens.tasks import SplitRule
+from tiny_models import KINDS, N_HEADS, N_LAYERS, every_model
 
 PROMPT = "w5 w7 w9 w4 w6"
 
@@ -35,15 +39,6 @@ PROMPT = "w5 w7 w9 w4 w6"
 @pytest.fixture(scope="module")
 def tiny(folder: Callable[..., Path]) -> str:
     return str(folder("gpt2"))
-
-
-def call(*arguments: str, text: str | bytes | None = None) -> Any:
-    return CliRunner().invoke(app, list(arguments), input=text)
-
-
-def shell(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ra_lens.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -79,21 +74,21 @@ def test_without_a_target_it_says_whose_the_target_is(tiny: str) -> None:
     assert "(the model's own top prediction; no target was given)" in flat
 
 
-WITHOUT_PLOTLY = (
-    "import sys\n"
-    "from ra_lens.cli import main\n"
-    "try:\n    main()\n"
-    "except SystemExit as done:\n    assert not done.code\n"
-    "assert 'plotly' not in sys.modules\n"
-)
+def in_another_process(*words: str) -> tuple[int, str, str]:
+    done = done_without(("plotly",), *words)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_json_is_all_that_is_on_standard_output(tiny: str, shared: Any) -> None:
-    words = ["run", "-m", tiny, "-p", PROMPT, "-t", " w8", "--json", "--top", "4"]
-    command = [sys.executable, "-c", WITHOUT_PLOTLY, *words]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
-    found = json.loads(result.stdout)
+def in_this_process(*words: str) -> tuple[int, str, str]:
+    done = call(*words)
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("run", [in_this_process, *every_model(in_another_process)])
+def test_json_is_all_that_is_on_standard_output(run: Any, tiny: str, shared: Any) -> None:
+    code, out, told = run("run", "-m", tiny, "-p", PROMPT, "-t", " w8", "--json", "--top", "4")
+    assert (code, told) == (0, "")
+    found = json.loads(out)
     model = shared("gpt2", KINDS[0])
     _, ra = run_with_ra(model, PROMPT, target=" w8")
     assert found["ra_lens"] == version("ra-lens")
@@ -190,10 +185,8 @@ NO_UTF8 = [
 @pytest.mark.parametrize(("raw", "told"), NO_UTF8)
 def test_standard_input_that_is_no_utf8_is_told(raw: bytes, told: str) -> None:
     for command in (["run", "-t", "w5"], ["trace"]):
-        result = call(*command, "-p", "-", text=raw)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr.startswith(f"error: standard input: found {told}")
-        assert result.stderr.count("\n") == 1
+        said = refused_line(*command, "-p", "-", text=raw)
+        assert said.startswith(f"error: standard input: found {told}")
 
 
 def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +211,10 @@ def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_words_whose_bytes_are_no_utf8_are_told(
     arguments: list[str], option: str, place: int
 ) -> None:
-    result = call(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
+    said = refused_line(*arguments)
     told = f"error: found text that is not UTF-8 as {option} (byte 0xe9 at place {place} of "
-    assert result.stderr.startswith(told)
-    assert result.stderr.endswith("Give it in UTF-8.\n")
-    assert result.stderr.count("\n") == 1
+    assert said.startswith(told)
+    assert said.endswith("Give it in UTF-8.\n")
 
 
 def test_half_a_character_of_an_option_is_told() -> None:
@@ -233,9 +224,8 @@ def test_half_a_character_of_an_option_is_told() -> None:
     assert told.stderr.startswith(
         b"error: found text that is not UTF-8 as -p (byte 0xe9 at place 3"
     )
-    result = call("run", "-p", "w5 \ud83d")
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "as -p (half a character at place 3 of 'w5 \\ud83d')" in result.stderr
+    told = "as -p (half a character at place 3 of 'w5 \\ud83d')"
+    assert told in refused_line("run", "-p", "w5 \ud83d")
 
 
 def test_a_second_bos_is_told_once_in_all_that_a_command_does(tiny: str, tmp_path: Path) -> None:
@@ -369,14 +359,9 @@ def test_a_gradient_of_zero_is_said(shared: Any, monkeypatch: pytest.MonkeyPatch
 )
 def test_mistakes_are_one_line_and_exit_2(tiny: str, arguments: list[str], message: str) -> None:
     model = [] if "-m" in arguments else ["-m", tiny]
-    result = call("run", *model, *arguments, "--json")
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
-    assert len(lines[0]) < 1000
+    said = refused_line("run", *model, *arguments, "--json")
+    assert message in said
+    assert len(said) < 1000
 
 
 def test_a_long_error_keeps_its_beginning_and_its_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,9 +397,8 @@ def test_a_page_of_something_else_is_not_overwritten(tiny: str, tmp_path: Path) 
     path.write_bytes(b"PAR1 and more")
     for command in (["run", "-p", PROMPT], ["demo"], ["trace", "-p", PROMPT]):
         model = [] if command[0] == "demo" else ["-m", tiny]
-        result = call(*command, *model, "-o", str(path))
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert re.search(r"the file there is not a (report|page)\. Give another", result.stderr)
+        said = refused_line(*command, *model, "-o", str(path))
+        assert re.search(r"the file there is not a (report|page)\. Give another", said)
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"PAR1 and more", ["results.html"])
 
 
@@ -430,25 +414,22 @@ def test_a_damaged_model_folder_is_one_error(tiny: str, tmp_path: Path, damage: 
     for content in (b"", b"{}", b"\xff\xfe\x00", (tmp_path / damage).read_bytes()[:500]):
         (tmp_path / damage).write_bytes(content)
         for kind in KINDS:
-            result = call("run", "-m", str(tmp_path), "-p", PROMPT, "--kind", kind)
-            assert (result.exit_code, result.stdout) == (2, ""), result.stderr
-            assert len(result.stderr.splitlines()) == 1
-            assert str(tmp_path) in result.stderr
+            said = refused_line("run", "-m", str(tmp_path), "-p", PROMPT, "--kind", kind)
+            assert str(tmp_path) in said
 
 
 def test_a_path_that_cannot_be_written_is_found_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ra_lens.cli.commands.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: pytest.fail("loaded"))
     for command in (["run", "-p", PROMPT], ["demo"]):
-        result = call(*command, "-o", str(tmp_path))
-        assert (result.exit_code, "is a folder" in result.stderr) == (2, True)
+        assert "is a folder" in refused_line(*command, "-o", str(tmp_path))
 
 
 def test_a_run_that_fails_leaves_the_report_of_before(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "out.html"
     path.write_text("<p>old")
-    assert call("run", "-m", tiny, "-p", PROMPT, "-t", " nope", "-o", str(path)).exit_code == 2
+    refused_line("run", "-m", tiny, "-p", PROMPT, "-t", " nope", "-o", str(path))
     assert (path.read_text(), os.listdir(tmp_path)) == ("<p>old", ["out.html"])
 
 
@@ -458,7 +439,7 @@ def test_the_unexpected_exits_1_and_shows_where_on_demand(
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("ra_lens.cli.commands.load", broken)
+    monkeypatch.setattr("ra_lens.cli.session.load", broken)
     result = call("run", "-m", tiny, "-p", PROMPT)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
@@ -524,19 +505,16 @@ def test_slips_of_the_shell_are_pointed_out() -> None:
     "arguments", [["--help"], ["run", "--help"], ["demo", "-h"], ["--version"]]
 )
 def test_help_is_fast(arguments: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from ra_lens.cli import main\n"
-        "try:\n    main()\n"
-        "except SystemExit as done:\n    assert not done.code\n"
-        "heavy = {'torch', 'transformers', 'transformer_lens', 'plotly', 'pandas', 'numpy'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "ra-lens" in done.stdout
+    assert "ra-lens" in done_without(HEAVY, *arguments).stdout
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert get_args(options.Kind) == get_args(ModelKind)
+    assert get_args(options.Metric) == get_args(Measure)
+    assert get_args(options.AucRule) == get_args(Rule)
+    assert get_args(options.Split) == get_args(SplitRule)
+    assert get_args(options.Where) == get_args(Where)
+    assert set(get_args(options.Follow)) == set(get_args(Follow))
 
 
 def test_version_is_that_of_the_package() -> None:
@@ -544,7 +522,7 @@ def test_version_is_that_of_the_package() -> None:
 
 
 def test_every_option_is_in_the_help() -> None:
-    text = shell("run", "--help", env={**os.environ, "COLUMNS": "140"}).stdout
+    text = done_without(HEAVY, "run", "--help", env={**os.environ, "COLUMNS": "140"}).stdout
     for option in ("--model", "--prompt", "--target", "--top", "--layers", "--kind", "--device",
                    "--json", "--output", "--debug", "--escapes"):  # fmt: skip
         assert option in text
@@ -558,14 +536,10 @@ def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
         "import socket, sys\n"
         "def refuse(*args, **kwargs): raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "sys.argv = ['ra-lens', 'demo']\n"
-    ) + WITHOUT_PLOTLY  # its report needs none either
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    # Its report needs no plotly either.
+    done = done_without(("plotly",), "demo", before=block, cwd=tmp_path, env=env, timeout=120)
     assert os.listdir(tmp_path) == ["ra_report.html"]
     assert f"Report: {tmp_path / 'ra_report.html'}" in done.stdout
     assert "A patched prediction" in done.stdout

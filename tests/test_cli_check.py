@@ -6,25 +6,22 @@ import json
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from command_line import call, refused_line
 from ra_lens import check_model
-from ra_lens.cli import app
 from tiny_models import KINDS, N_LAYERS, OBSERVE_ONLY
-
-
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["check", *arguments])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_report_is_that_of_check_model(kind: Any, folder: Any, fresh: Any) -> None:
-    result = call("--model", str(folder("opt")), "--kind", kind)
+    result = call("check", "--model", str(folder("opt")), "--kind", kind)
     assert (result.exit_code, result.stderr) == (0, "")
     model = fresh("opt", kind)
     model.cfg.model_name = folder("opt").name
     assert result.stdout == f"{check_model(model)}\n"
-    found = json.loads(call("--model", str(folder("opt")), "--kind", kind, "--json").stdout)
+    found = json.loads(
+        call("check", "--model", str(folder("opt")), "--kind", kind, "--json").stdout
+    )
     route = "z" if ("opt", kind) in OBSERVE_ONLY else "pattern"
     assert [site["patches"] for site in found["sites"]] == [route] * N_LAYERS
     assert found["ok"] is True
@@ -35,12 +32,11 @@ def test_a_model_that_computes_something_else_is_told_by_the_exit_code(folder: A
     if "TransformerBridge" not in KINDS:
         pytest.skip("a model whose logits differ from Hugging Face's is one of the bridge's")
     where = str(folder("gpt2", scale_attn_weights=False))
-    result = call("--model", where, "--kind", "TransformerBridge")
+    result = call("check", "--model", where, "--kind", "TransformerBridge")
     assert result.exit_code == 3
     assert "PROBLEM:" in result.stdout
 
 
 def test_what_is_no_model_is_one_line() -> None:
-    result = call("--model", "/nowhere/model")
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: there is no folder")
+    said = refused_line("check", "--model", "/nowhere/model")
+    assert said.startswith("error: there is no folder")

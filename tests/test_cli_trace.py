@@ -6,14 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from typer.testing import CliRunner
 
-from ra_lens import trace_paths
-from ra_lens.cli import app
+from command_line import call, refused_line
+from ra_lens import run_with_ra, trace_paths
+from ra_lens.errors import BadInput
+from ra_lens.model import as_lens
 from ra_lens.paths import trace_layers
 from ra_lens.paths.page import MOST_PATHS
+from ra_lens.prompts import read_prompts
+from ra_lens.report.write import traces_of_run
 from tiny_models import KINDS
 
 PROMPT = "w5 w7 w9 w4 w6"
@@ -24,12 +28,8 @@ def tiny(folder: Callable[..., Path]) -> str:
     return str(folder("gpt2"))
 
 
-def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["trace", *arguments])
-
-
 def test_it_prints_the_paths_in_words(tiny: str, shared: Any) -> None:
-    result = call("-m", tiny, "-p", PROMPT, "--top", "3")
+    result = call("trace", "-m", tiny, "-p", PROMPT, "--top", "3")
     assert (result.exit_code, result.stderr) == (0, "")
     wanted = trace_layers(shared("gpt2", KINDS[0]), PROMPT, top_beam=3)
     flat = " ".join(result.stdout.split())
@@ -41,8 +41,8 @@ def test_it_prints_the_paths_in_words(tiny: str, shared: Any) -> None:
 
 def test_options_reach_the_trace(tiny: str, shared: Any) -> None:
     result = call(
-        "-m", tiny, "-p", PROMPT, "--layer", "1", "--target-pos", "4", "--follow", "more", "-t",
-        " w8", "--search", "beam", "--top-k", "3", "--min-attn", "0.01", "--agg-heads", "max",
+        "trace", "-m", tiny, "-p", PROMPT, "--layer", "1", "--target-pos", "4", "--follow", "more",
+        "-t", " w8", "--search", "beam", "--top-k", "3", "--min-attn", "0.01", "--agg-heads", "max",
         "--length-norm", "sqrt", "--json",
     )  # fmt: skip
     wanted = trace_paths(
@@ -55,7 +55,9 @@ def test_options_reach_the_trace(tiny: str, shared: Any) -> None:
 
 
 def test_a_head_is_taken_as_it_is_printed(tiny: str, shared: Any) -> None:
-    result = call("-m", tiny, "-p", PROMPT, "--layer", "1", "--agg-heads", "L1H3", "--json")
+    result = call(
+        "trace", "-m", tiny, "-p", PROMPT, "--layer", "1", "--agg-heads", "L1H3", "--json"
+    )
     wanted = trace_paths(shared("gpt2", KINDS[0]), PROMPT, layer=1, agg_heads=3)
     found = json.loads(result.stdout)
     assert [b["positions"] for b in found["beams"]] == [list(b.positions) for b in wanted.beams]
@@ -64,7 +66,7 @@ def test_a_head_is_taken_as_it_is_printed(tiny: str, shared: Any) -> None:
 
 def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "paths.html"
-    result = call("-m", tiny, "-p", PROMPT, "--layer=-1", "-o", str(path))
+    result = call("trace", "-m", tiny, "-p", PROMPT, "--layer=-1", "-o", str(path))
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == f"Paths: {path}"
     assert '<div class="ra-paths">' in path.read_text(encoding="utf-8")
@@ -73,7 +75,7 @@ def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
 def test_more_paths_than_a_page_can_show_are_not_looked_for(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "paths.html"
     arguments = ["-m", tiny, "-p", PROMPT, "--json"]
-    result = call(*arguments, "--top", "100000", "-o", str(path))
+    result = call("trace", *arguments, "--top", "100000", "-o", str(path))
     assert result.exit_code == 0
     assert result.stderr == (
         f"note: found --top 100000; these are the {MOST_PATHS} best paths, as many as a page can "
@@ -82,18 +84,33 @@ def test_more_paths_than_a_page_can_show_are_not_looked_for(tiny: str, tmp_path:
     found = json.loads(result.stdout)
     assert len(found["beams"]) == found["metadata"]["top_beam"] == MOST_PATHS == 500
     assert path.stat().st_size < 2e6
-    few = call(*arguments, "--top", str(MOST_PATHS))
+    few = call("trace", *arguments, "--top", str(MOST_PATHS))
     assert few.stderr == ""
     assert json.loads(few.stdout)["beams"] == found["beams"]
 
 
 def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    arguments = ["run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path)]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert call("run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path)).exit_code == 0
     text = path.read_text(encoding="utf-8")
     assert "Paths to the last token" in text
     assert text.count('"title": "All layers: ') == 2
+
+
+def test_a_report_without_paths_is_written_and_says_why(
+    tiny: str, shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shared("gpt2", KINDS[0])
+    prompt = read_prompts(as_lens(model), "w5", prepend_bos=False)
+    _, ra = run_with_ra(model, prompt, target=" w8", progress=False)
+    with pytest.raises(BadInput, match="found nothing to follow") as refused:  # one token
+        traces_of_run(ra, model, prompt)
+    monkeypatch.setattr("ra_lens.report.write.traces_of_run", Mock(side_effect=refused.value))
+    path = tmp_path / "report.html"
+    result = call("run", "-m", tiny, "-p", PROMPT, "-o", str(path))
+    assert result.exit_code == 0
+    assert result.stderr == f"note: the report shows no paths: {refused.value}\n"
+    assert "Paths to the last token" not in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +132,4 @@ def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(tiny: str, arguments: list[str], message: str) -> None:
-    result = call("-m", tiny, "-p", PROMPT, *arguments)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    assert message in refused_line("trace", "-m", tiny, "-p", PROMPT, *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from patches import pattern_of
 from ra_lens import RACache, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import NotStored, UnsupportedModel
 from tiny_models import (
@@ -81,10 +82,6 @@ def shift_scores(scores, hook):
     return scores + 0.7 * torch.arange(scores.shape[-1]).to(scores.dtype)
 
 
-def pattern_of(layer):
-    return f"blocks.{layer}.attn.hook_pattern"
-
-
 # (what the run gets, the same without in-place edits, which plain autograd does not allow)
 PATTERN_EDITS = {
     "head zeroed in place": (zero_head_in_place, zero_head),
@@ -114,26 +111,15 @@ def test_an_edit_of_the_pattern_is_part_of_the_model(arch, kind, edit, shared):
     assert relative(logits[:, -1], own[:, -1]) < 1e-5
     # The pattern kept is the softmax's, before the edit.
     assert relative(ra["pattern", 1], plain["pattern", 1]) < 1e-6
-
-
-@pytest.mark.parametrize("edit", PATTERN_EDITS)
-@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
-def test_an_edit_by_a_hook_of_torch_is_part_of_the_model_too(arch, kind, edit, shared):
-    """Before the hooks of TransformerLens, where the pattern is taken: it is taken first."""
-    model, (given, functional) = shared(arch, kind), PATTERN_EDITS[edit]
-    _, plain = run_with_ra(model, IDS, target=TARGET)
-    wanted = by_autograd(model, [(pattern_of(1), functional)], plain.scale[0])
+    # A hook of torch comes before those of TransformerLens, where the pattern is taken.
 
     def before_the_point(_module, args):
         edited = given(args[0], None)
         return args if edited is None else (edited,)
 
     point = model.hook_dict[pattern_of(1)]
-    handle = point.register_forward_pre_hook(before_the_point)
-    try:
+    with point.register_forward_pre_hook(before_the_point):
         _, ra = run_with_ra(model, IDS, target=TARGET)
-    finally:
-        handle.remove()
     check(ra, wanted)
     assert relative(ra["pattern", 1], plain["pattern", 1]) < 1e-6
 

@@ -11,74 +11,19 @@ import pandas as pd
 import plotly.io as pio
 import pytest
 
-from ra_lens.errors import BadInput
+from made_frames import METHODS, SCALES, TASKS, areas, curves, sweep
 from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
 from ra_lens.figures.style import method_styles
 from ra_lens.figures.sweep import position, spread, tick_scales
 from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import scale_name, short
-
-SCALES = (
-    3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
-    -25.0, -30.0, -35.0, -40.0, -60.0, -80.0, -100.0, -120.0,
-)  # fmt: skip
-METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
-TASKS = ("antonym", "next_item", "company-hq")
-
-
-def curves(
-    tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5), draws: int = 4
-) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    rows = [
-        {
-            "experiment": "perturbation", "model": "tiny", "task": task,
-            "kind": "natural" if task == "company-hq" else "icl", "n_shots": n, "method": method,
-            "direction": direction, "draw": draw, "share": share, "heads_kept": int(share * 20),
-            "top1": rng.random(), "top2": rng.random(), "top3": rng.random(),
-            "logit_diff": rng.normal(), "n_test": 40 + len(task),
-        }
-        for task in tasks
-        for n in shots
-        for method in METHODS
-        for direction in (("none",) if method == "random" else ("forward", "reversed"))
-        for draw in range(draws if method == "random" else 1)
-        for share in (0.0, 0.5, 1.0)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def sweep(tasks: tuple[str, ...] = ("antonym",), shots: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
-    rng = np.random.default_rng(1)
-    rows = [
-        {
-            "experiment": "patching", "model": "tiny", "task": task, "kind": "icl", "n_shots": n,
-            "map": kind, "scale": scale, "top1": rng.random(), "logit_diff": rng.normal(),
-            "n_test": 70,
-        }
-        for task in tasks
-        for n in shots
-        for kind in ("none", "ra", "pattern")
-        for scale in ((math.nan,) if kind == "none" else SCALES)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def areas(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5)) -> pd.DataFrame:
-    cell = ["model", "task", "kind", "n_shots", "method", "direction"]
-    grouped = curves(tasks, shots).groupby(cell, sort=False)["top1"]
-    return grouped.agg(auc="mean", auc_low="min", auc_high="max", draws="size").reset_index()
+from tiny_models import every_model
 
 
 def lines(figure: Any, panel: int = 1) -> dict[str, Any]:
     axis = "x" if panel == 1 else f"x{panel}"
     found = [t for t in figure.data if t.mode is not None and (t.xaxis or "x") == axis]
     return {trace.name.partition("<br>")[0]: trace for trace in found}
-
-
-def unchecked(function: Any) -> Any:
-    """The function without the type check of the tests, as a notebook calls it."""
-    return getattr(function, "__wrapped__", function)
 
 
 # ---- perturbation curves ------------------------------------------------------------------------
@@ -178,7 +123,7 @@ def test_methods_of_the_users_own_are_told_apart() -> None:
     assert styles == {**method_styles(["alpha", "zeta", "<b>", "ra"])}
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 21])
+@pytest.mark.parametrize("n", [1, 2, 4, *every_model(21)])
 def test_any_number_of_tasks_has_its_panels(n: int) -> None:
     tasks = tuple(f"task-{i}" for i in range(n))
     figure = perturbation_curves(curves(tasks, (0,), draws=2), facet="task")
@@ -338,45 +283,3 @@ def test_size_title_and_template_are_as_asked_and_nothing_changes() -> None:
         pd.testing.assert_frame_equal(frame, copy)
     assert pio.templates.default == before
     assert perturbation_curves(curves()).layout.width is None
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: unchecked(perturbation_curves)(curves(), metric="top9"),
-            "metric='top9'; give one of",
-        ),
-        (lambda: unchecked(perturbation_curves)(curves(), facet="x"), "found facet='x'"),
-        (lambda: unchecked(patching_sweep_curve)(sweep(), metric="x"), "found metric='x'"),
-        (lambda: perturbation_curves(sweep()), "without 'method'.*perturbation_test"),
-        (lambda: patching_sweep_curve(curves()), "without 'map', 'scale'.*patching_sweep"),
-        (lambda: auc_table(curves()), "without 'auc'.*area_under_curve"),
-        (lambda: perturbation_curves(curves().iloc[:0]), "without rows"),
-        (lambda: perturbation_curves(curves().assign(top1=math.nan)), "in which 'top1' is empty"),
-        (
-            lambda: perturbation_curves(curves().assign(share="x")),
-            "the text 'x' for share in row 1",
-        ),
-        (
-            lambda: patching_sweep_curve(sweep().assign(scale=math.nan)),
-            r"without a value for scale|'scale' is empty.*patching_sweep\(\)",
-        ),
-        (lambda: patching_sweep_curve(sweep().assign(n_shots="5")), "the text '5' for n_shots"),
-        (lambda: patching_sweep_curve(sweep().assign(top1=math.nan)), "in which 'top1' is empty"),
-        (lambda: auc_table(areas().assign(auc="big")), "the text 'big' for auc in row 1"),
-        (lambda: auc_table(areas().assign(auc=math.nan)), "in which 'auc' is empty"),
-        (lambda: auc_table(areas().assign(task=None)), "in which 'task' is empty"),
-        (
-            lambda: perturbation_curves(pd.concat([curves(), curves().assign(model="big")])),
-            r"2 models \(tiny, big\).*frame\[frame.model == 'tiny'\]",
-        ),
-        (
-            lambda: patching_sweep_curve(pd.concat([sweep(), sweep().assign(n_test=9)])),
-            "several rows for task=antonym, n_shots=0, map=none, scale=nan; they differ in n_test",
-        ),
-    ],
-)
-def test_mistakes_are_named(call: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        call()

@@ -59,6 +59,7 @@ def test_maps_of_a_padded_batch_are_those_of_each_prompt_alone(models):
                 assert relative(cut, alone.stack()[:, 0]) < 1e-5
 
 
+@pytest.mark.every_model
 def test_loading_shows_no_progress_bar_and_leaves_those_of_others():
     code = (
         "from transformers.utils import logging as bars; before = bars.is_progress_bar_enabled()\n"

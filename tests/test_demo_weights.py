@@ -167,6 +167,7 @@ def test_five_demonstrations_are_enough_on_prompts_it_never_saw(
     assert accuracy(model, tokenizer, held_out_prompts(load_task(name), 50, shots=5)) >= 0.85
 
 
+@pytest.mark.every_model
 def test_demonstrations_are_needed(model: GPT2LMHeadModel, tokenizer) -> None:
     def average(kind: str, shots: int) -> float:
         tasks = [load_task(name) for name in task_names() if kind in ("all", load_task(name).kind)]
@@ -179,6 +180,7 @@ def test_demonstrations_are_needed(model: GPT2LMHeadModel, tokenizer) -> None:
     assert average("all", 5) >= 0.95
 
 
+@pytest.mark.every_model
 def test_the_accuracies_told_are_those_measured(model: GPT2LMHeadModel, tokenizer) -> None:
     told = json.loads((FOLDER / "accuracy.json").read_text())["accuracy"]
     assert set(task_names()) < set(told)
@@ -199,6 +201,7 @@ def test_a_sentence_is_understood_without_demonstrations(model: GPT2LMHeadModel,
         assert tokenizer.decode([logits[0, -1].argmax().item()]) == answer
 
 
+@pytest.mark.every_model
 def test_the_script_makes_the_same_tokenizer(script: ModuleType, tokenizer) -> None:
     made = script.build_tokenizer([load_task(name) for name in task_names()])
     assert made.get_vocab() == tokenizer.get_vocab()
@@ -206,6 +209,7 @@ def test_the_script_makes_the_same_tokenizer(script: ModuleType, tokenizer) -> N
     assert made(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("name", ["antonym", "natural/present-past", "choose_middle_of_3"])
 def test_training_sequences_contain_nothing_held_out(
     script: ModuleType, tokenizer, monkeypatch: pytest.MonkeyPatch, name: str
@@ -230,6 +234,7 @@ def test_training_sequences_contain_nothing_held_out(
         assert said == [f" {pair.output}" for pair in pairs]
 
 
+@pytest.mark.every_model
 def test_a_task_that_does_badly_gets_more_sequences(
     script: ModuleType, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +259,7 @@ def test_a_task_that_does_badly_gets_more_sequences(
     assert 6 < counts["next_item"] / counts["prev_item"] < 12
 
 
+@pytest.mark.every_model
 def test_saving_replaces_the_folder_as_a_whole(
     script: ModuleType, model: GPT2LMHeadModel, tokenizer, tmp_path: Path
 ) -> None:

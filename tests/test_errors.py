@@ -13,7 +13,7 @@ from ra_lens import check_model, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensError, UnsupportedModel
 from ra_lens.questions import mark
 from ra_lens.targets import answer_nll, logit_diff, sequence_nll
-from tiny_models import CASES, D_VOCAB, KINDS, N_CTX, random_ids
+from tiny_models import ANY_KIND, CASES, D_VOCAB, KINDS, N_CTX, load, random_ids
 
 IDS = random_ids(2, 5)
 ONE = random_ids(1, 5)
@@ -148,7 +148,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_bad_input_is_refused_with_what_was_found_and_what_to_do(kind, case, shared):
     given, options, text = BAD_INPUT[case]
     if "target" not in options and "metric" not in options:
@@ -158,7 +158,7 @@ def test_bad_input_is_refused_with_what_was_found_and_what_to_do(kind, case, sha
     assert isinstance(caught.value, ValueError | RALensError)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_prompt_that_is_a_number_is_refused(kind, shared):
     with pytest.raises((BadInput, TypeCheckError)):
         run_with_ra(shared("gpt2", kind), ["w4", 5], target=4)
@@ -179,7 +179,7 @@ def test_train_mode_with_dropout_is_refused(kind, fresh):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inference_mode_is_refused(kind, shared, fresh):
+def test_inference_mode_is_refused(kind, shared, folder):
     model = shared("gpt2", kind)  # which other tests use: not loaded in there
     with (
         torch.inference_mode(),
@@ -187,7 +187,7 @@ def test_inference_mode_is_refused(kind, shared, fresh):
     ):
         run_with_ra(model, IDS, target=4)
     with torch.inference_mode():
-        made_there = fresh("gpt2", kind)
+        made_there = load(folder("gpt2"), kind)
     if not any(p.is_inference() for p in torch.nn.Module.parameters(made_there)):
         _, wanted = run_with_ra(shared("gpt2", kind), IDS, target=4)
         _, ra = run_with_ra(made_there, IDS, target=4)
@@ -197,7 +197,7 @@ def test_inference_mode_is_refused(kind, shared, fresh):
         run_with_ra(made_there, IDS, target=4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_nan_weights_are_refused(kind, fresh):
     model = fresh("gpt2", kind)
     with torch.no_grad():

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from hf_reference import nll
+from oracle import nll
 from ra_lens import run_with_ra
-from tiny_models import CASES, D_HEAD, KINDS, N_HEADS, N_LAYERS, random_ids, relative
+from tiny_models import CASES, D_HEAD, KINDS, N_HEADS, N_LAYERS, every_model, random_ids, relative
 
 SCALE = 1 / math.sqrt(D_HEAD)
 POS = 7
@@ -30,7 +30,7 @@ def test_float32_maps_equal_float64_autograd_at_the_softmax_input(arch, kind, fr
             assert ra.scale[layer] == pytest.approx(SCALE, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, *every_model(torch.float64)])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_a_model_read_for_the_first_time_gives_the_same_maps_to_the_bit(arch, kind, dtype, fresh):
     model = fresh(arch, kind, dtype)
@@ -55,7 +55,7 @@ def test_pattern_gradients_give_the_change_of_loss_when_the_pattern_moves(
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
-@pytest.mark.parametrize("layer", range(N_LAYERS))
+@pytest.mark.parametrize("layer", [0, *every_model(*range(1, N_LAYERS))])
 def test_float64_maps_equal_central_differences_of_the_loss(arch, kind, layer, shared, reference):
     pos, target = 5, 8
     ids = random_ids(1, pos, seed=3)
@@ -115,6 +115,7 @@ def test_scale_is_the_factor_between_products_and_scores(arch, kind, shared):
         assert relative(ours[:, lower], theirs[:, lower]) < 1e-4
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_bfloat16_model_gives_float32_maps_close_to_those_of_float32(arch, kind, shared, fresh):
     ids, target = random_ids(2, POS), [5, 11]

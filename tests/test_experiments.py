@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from folded import fold
 from ra_lens import load_demo_model, load_task, run_with_ra
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
@@ -36,7 +38,8 @@ from ra_lens.model.loading import demo_model_folder
 from ra_lens.questions import mark
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
-from tiny_models import KINDS
+from refused import refused
+from tiny_models import ANY_KIND, KINDS
 from toys import knowing_task, load_toy
 
 QUIET = {"progress": False}
@@ -47,7 +50,7 @@ def demo():
     return load_demo_model(device="cpu")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ANY_KIND)
 def toy(request, tmp_path_factory):
     return load_toy(tmp_path_factory.mktemp("toy"), request.param)
 
@@ -82,14 +85,7 @@ def test_the_curve_of_the_toy_by_hand(toy):
     areas = area_under_curve(frame).set_index(["method", "direction"])["auc"]
     assert areas["ra", "forward"] == pytest.approx(0.75)
     assert areas["ra", "reversed"] == pytest.approx(0.25)
-    right = [
-        curves.loc[
-            "random",
-            "none",
-            draw,
-        ][0.5]
-        for draw in range(4)
-    ]
+    right = [curves.loc["random", "none", draw][0.5] for draw in range(4)]
     assert areas["random", "none"] == pytest.approx(0.25 + 0.5 * sum(right) / 4)
     # With one head the right word and every other differ by what the head alone writes: with head
     # 1 kept the answer has the logit of the words not written, and the wrong word's is above it.
@@ -293,17 +289,7 @@ def test_a_method_of_ones_own_is_tested_like_the_others(demo):
 
 
 def test_a_folded_model_is_warned_about_and_recorded(fresh):
-    model = fresh("gpt2", KINDS[0])
-    if hasattr(model, "enable_compatibility_mode"):
-        model.enable_compatibility_mode(disable_warnings=True)
-    else:
-        model.load_and_process_state_dict(
-            model.state_dict(),
-            fold_ln=False,
-            center_writing_weights=False,
-            center_unembed=False,
-            fold_value_biases=True,
-        )
+    model = fold(fresh("gpt2", KINDS[0]), KINDS[0])
     with pytest.warns(RALensWarning, match="folded into its output biases"):
         frame = perturbation_test(
             model, knowing_task(), methods="index", shots=0, n_rank=2, n_test=2, step=0.5, **QUIET
@@ -363,7 +349,10 @@ def interrupt(out, demo):
 
 @pytest.mark.parametrize(
     ("function", "ending", "stop"),
-    [(perturbation_test, "csv", kill), (patching_sweep, "parquet", interrupt)],
+    [
+        pytest.param(perturbation_test, "csv", kill, marks=pytest.mark.every_model),
+        (patching_sweep, "parquet", interrupt),
+    ],
 )
 def test_a_run_that_was_stopped_gives_the_identical_result(tmp_path, demo, function, ending, stop):
     options, tasks = RUNS[function.__name__], ["antonym", "capitalize"]
@@ -561,21 +550,18 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
         ({"shots": 500}, r"shots=500"),
         ({"out": tmp_path / "x.json"}, r"must end in \.parquet or \.csv"),
     ]
+    perturbed = partial(perturbation_test, demo, n_test=2, **QUIET)
     for options, message in cases:
-        with pytest.raises(BadInput, match=message):
-            perturbation_test(demo, "antonym", **{"n_test": 2, **QUIET, **options})
-    with pytest.raises(BadInput, match="task 'antonym' twice"):
-        perturbation_test(demo, ["antonym", "all"], **QUIET)
-    with pytest.raises(BadInput, match="found no task"):
-        perturbation_test(demo, [], **QUIET)
+        refused(perturbed, {"task": "antonym", **options}, message)
+    refused(perturbed, {"task": ["antonym", "all"]}, "task 'antonym' twice")
+    refused(perturbed, {"task": []}, "found no task")
     for options, message in [
         ({"kinds": []}, r"give 'ra', 'pattern' or both"),
         ({"scales": []}, r"found scales without a number in it; give at least one"),
         ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
         ({"at_least": 5000}, r"has no 5000 pairs"),
     ]:
-        with pytest.raises(BadInput, match=message):
-            patching_sweep(demo, "capitalize", **{**QUIET, **options})
+        refused(partial(patching_sweep, demo, "capitalize", **QUIET), options, message)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,68 +9,22 @@ import plotly.io as pio
 import pytest
 import torch
 
+from made_caches import LAYERS, ROWS, lower, make, sites, z
 from ra_lens import run_with_ra
 from ra_lens.cache import RACache
-from ra_lens.errors import BadInput, NotStored
+from ra_lens.errors import NotStored
 from ra_lens.figures import head_grid, head_map, head_maps
 from ra_lens.figures.maps import largest
 from ra_lens.figures.style import distinct, plotly_text, thinned
 from ra_lens.head_maps import head_of_example
-from ra_lens.head_names import HeadScore
-from ra_lens.model import Site
 from ra_lens.run_info import RunInfo
 from ra_lens.text import shorten, visible
 from tiny_models import KINDS
-
-LAYERS, HEADS = (0, 2), 3
-ROWS = (("<|end|>", " Paris", "\n", " Paris", "<b>&$x$"), ("<|end|>", " a", " b"))
-
-
-def sites() -> dict[int, Site]:
-    return {i: Site(i, f"blocks.{i}.attn", HEADS, HEADS, 0.5) for i in LAYERS}
-
-
-def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:
-    """A cache with random lower-triangular maps, zero in padding, as a run gives it."""
-    width = max(map(len, rows))
-    starts = [width - len(row) if side == "left" else 0 for row in rows]
-    generator = torch.Generator().manual_seed(0)
-    info = RunInfo(
-        model_name="toy",
-        objective="answer_nll",
-        targets=tuple(" t" for _ in rows),
-        str_tokens=tuple(rows),
-        starts=tuple(starts),
-        bos_prepended=True,
-    )
-    ra = RACache(sites=sites(), loss=torch.arange(1.0, 1 + len(rows)), info=info)
-    for layer in LAYERS:
-        r = torch.randn(len(rows), HEADS, width, width, generator=generator).tril() * scale
-        a = torch.rand(len(rows), HEADS, width, width, generator=generator).tril()
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            real = torch.zeros(width, dtype=torch.bool)
-            real[start : start + len(row)] = True
-            square = real[:, None] & real[None, :]
-            r[i], a[i] = r[i] * square, a[i] * square
-        ra.put(layer, "ra", r)
-        ra.put(layer, "pattern", a)
-    return ra
 
 
 @pytest.fixture
 def ra() -> RACache:
     return make()
-
-
-def z(figure: Any, i: int = 0) -> np.ndarray:
-    return np.asarray(figure.data[i].z, dtype=float)
-
-
-def lower(values: torch.Tensor) -> np.ndarray:
-    """As shown: nothing above the diagonal."""
-    shown = values.double().numpy().copy()
-    shown[np.triu_indices(len(shown), k=1)] = np.nan
-    return shown
 
 
 # ---- grid ---------------------------------------------------------------------------------------
@@ -259,21 +213,6 @@ def test_grey_shows_where_a_query_cannot_look(ra: RACache) -> None:
     colours = {pair[1] for trace in figure.data for pair in trace.colorscale}
     assert figure.layout.plot_bgcolor not in colours
     assert not any(trace.hoverongaps for trace in figure.data)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda ra: head_maps(ra, []), r"no heads .* ra\.top_heads"),
-        (lambda ra: head_maps(ra, [(1, 0)]), r"layer=1, head=0.*layers \[0, 2\]"),
-        (lambda ra: head_map(ra, HeadScore(0, 3, 1.0)), r"head=3.*heads 0 to 2"),
-        (lambda ra: head_map(ra, (0, 0), example=2), "example=2.*examples 0 to 1"),
-        (lambda ra: head_of_example(ra, (0, 0), example=-1), "example=-1"),
-    ],
-)
-def test_mistakes_are_named(ra: RACache, call: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        call(ra)
 
 
 def test_maps_that_were_not_kept_are_missed(ra: RACache) -> None:

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from made_caches import LAYERS, lower, make, z
 from ra_lens.cache import RACache
-from ra_lens.errors import BadInput
-from ra_lens.figures import head_grid, head_map, head_maps, token_row
+from ra_lens.figures import head_grid, head_map, head_maps
 from ra_lens.head_maps import head_of_example
 from ra_lens.heads import HeadScores
-from ra_lens.model import Site
-from ra_lens.report import write_report
+from ra_lens.model import Site, Sites
 from ra_lens.run_info import RunInfo
-from test_curves import unchecked
-from test_figures import LAYERS, lower, make, z
 
 SCORES = torch.tensor([[0.5, -2.0, 0.25], [1.5, -torch.inf, 0.5]])
 
@@ -90,18 +87,6 @@ def test_grids_stand_side_by_side_with_their_own_or_a_shared_scale() -> None:
     assert mixed.data[1].colorbar.title.text == "score"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"titles": ["a", "b"]}, "2 titles for 1 grids"),
-        ({"kind": []}, "nothing to show"),
-    ],
-)
-def test_mistakes_are_named(options: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        head_grid(make(), **options)
-
-
 # ---- maps ---------------------------------------------------------------------------------------
 
 
@@ -150,40 +135,12 @@ def test_long_maps_tell_less_in_a_smaller_file() -> None:
     assert len(long.to_json()) < 7 * 600**2 + 60_000
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kinds": []}, "at least one kind"),
-        ({"columns": 0}, "columns=0"),
-    ],
-)
-def test_mistakes_of_maps_are_named(options: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        head_maps(make(), [(0, 0)], **options)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda ra: unchecked(head_grid)(ra, order="size"), "order='size'; give 'index'"),
-        (lambda ra: unchecked(head_maps)(ra, [(0, 0)], kinds=["grad"]), "kind='grad'"),
-        (lambda ra: unchecked(head_maps)(ra, [(0, 0)], sign="up"), "sign='up'"),
-        (lambda ra: unchecked(token_row)(ra, (0, 0), kind="grad"), "kind='grad'"),
-        (lambda ra: unchecked(write_report)(ra, "r.html", sign="up"), "sign='up'"),
-    ],
-)
-def test_choices_that_are_none_are_named(call: Any, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
-        call(make())
-
-
 def test_a_map_with_other_keys_than_queries_has_labels_for_both() -> None:
     info = RunInfo(
         str_tokens=(("a", "b"), ("a", "b", "c", "d", "e")), decoder_tokens=(("x",), ("x", "y", "z"))
     )
-    ra = RACache(
-        sites={0: Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)}, info=info
-    )
+    site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
+    ra = RACache(sites=Sites({0: site}), info=info)
     r = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     ra.put(0, "ra", r)
     ra.put(0, "pattern", r.abs())

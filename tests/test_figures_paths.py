@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from ra_lens import load_demo_model, trace_paths
-from ra_lens.errors import BadInput
 from ra_lens.figures import path_diagram
 from ra_lens.paths import trace_layers
+from refused import refused
 
 PROMPT = "Q: France\nA: Paris\n\nQ: Italy\nA:"
 
@@ -58,7 +58,5 @@ def test_through_one_layer_rows_are_steps_back(model):
 
 def test_what_cannot_be_drawn_is_refused(model):
     trace = trace_layers(model, PROMPT)
-    with pytest.raises(BadInput, match="found n_paths=0"):
-        path_diagram(trace, n_paths=0)
-    with pytest.raises(BadInput, match="a trace without paths"):
-        path_diagram(replace(trace, beams=()))
+    refused(path_diagram, {"trace": trace, "n_paths": 0}, "found n_paths=0")
+    refused(path_diagram, {"trace": replace(trace, beams=())}, "a trace without paths")

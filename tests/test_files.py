@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from disks import disk_of, folder_of_others
+from made_caches import make
 from ra_lens import RACache, load_task, trace_paths
 from ra_lens.errors import BadFile, BadInput, RALensError
 from ra_lens.experiments import read_results, write_results
@@ -27,7 +26,6 @@ from ra_lens.model import load_model
 from ra_lens.report import write_report
 from ra_lens.report.experiments import write_sweep_page
 from ra_lens.tasks.download import cache_folder, fetch
-from test_figures import make
 
 RA = make()
 TRACE = trace_paths(torch.tensor([[1.0, 0.0], [0.3, 0.7]]))
@@ -178,33 +176,6 @@ def test_home_is_written_out_where_something_is_read(
 # ---- what cannot be written ---------------------------------------------------------------------
 
 
-@contextmanager
-def disk_of(n_bytes: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes: the system says so as it does of a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextmanager
-def folder_of_others(mode: int = 0o555) -> Iterator[Path]:
-    """A folder, with a file in it, as a user meets it who may not do what `mode` does not say."""
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "file").write_text("theirs")
-        os.chmod(name, mode)
-        if user == 0:  # who may do everything
-            os.seteuid(65534)
-        try:
-            yield Path(name)
-        finally:
-            os.seteuid(user)
-            os.chmod(name, 0o755)
-
-
 @each_writer
 def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path) -> None:
     ending, write = WRITERS[name]
@@ -249,7 +220,7 @@ def test_other_paths_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_download_that_finds_the_disk_full_is_one_error(tmp_path: Path) -> None:
-    from test_task_download import CONTENT, SHA256, Site, serving
+    from web_site import CONTENT, SHA256, Site, serving
 
     with serving(Site({"/x.json": CONTENT})) as site:
         kept = tmp_path / "tasks" / "x.json"

@@ -21,14 +21,14 @@ from ra_lens.model import as_lens
 from ra_lens.patching.masking import mask_hooks
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Task, same_length_sets
-from tiny_models import KINDS, load
+from tiny_models import ANY_KIND, load
 from toys import GUESS, digits_task, write_digits
 
 QUIET = {"progress": False}
 FIRST = {"n_rank": 2, "step": 0.5, "methods": "index", "directions": ["forward"], **QUIET}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ANY_KIND)
 def guesser(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Writes a space and a 3, whatever it is asked."""
     return load(write_digits(tmp_path_factory.mktemp("digits")), request.param)
@@ -124,7 +124,7 @@ def words_task() -> Task:
     return Task("two-words", "icl", pairs, "w4 ", " w5", separator=" ")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_masked_heads_decode_as_the_table_says(kind: Any, shared: Any) -> None:
     model, task = shared("gpt2", kind), words_task()
     lens = as_lens(model)
@@ -154,7 +154,7 @@ def test_masked_heads_decode_as_the_table_says(kind: Any, shared: Any) -> None:
         assert found[kept] == pytest.approx(sum(hits) / len(hits))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_patched_models_decode_as_the_table_says(kind: Any, shared: Any) -> None:
     model, task = shared("gpt2", kind), words_task()
     lens = as_lens(model)

@@ -7,7 +7,7 @@ import torch
 
 from ra_lens import load_demo_model, run_with_ra
 from ra_lens.errors import NothingToDifferentiate
-from tiny_models import CASES, EDITABLE, KINDS, N_LAYERS, random_ids, relative
+from tiny_models import CASES, EDITABLE, KINDS, N_LAYERS, every_model, random_ids, relative
 
 POS, TARGETS = 7, [5, 11]
 IDS = random_ids(2, POS)
@@ -24,7 +24,9 @@ def times(factor):
     return metric
 
 
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"store": "norms"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *every_model({"recompute": True}, {"store": "norms"})], ids=str
+)
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_a_loss_of_any_size_gives_maps_of_that_size(arch, kind, options, shared):
     """A backward pass is linear: the loss times a power of two gives the maps times it, exactly."""
@@ -40,6 +42,7 @@ def test_a_loss_of_any_size_gives_maps_of_that_size(arch, kind, options, shared)
         assert float(ra.norms().min()) > 0
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_maps_are_close_to_those_of_the_same_weights_in_float64(arch, kind, fresh, shared):
     model = fresh(arch, kind, HALF)
@@ -58,7 +61,7 @@ def test_maps_are_close_to_those_of_the_same_weights_in_float64(arch, kind, fres
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *every_model(torch.float32, torch.float64)])
 @pytest.mark.parametrize(("arch", "kind"), EDITABLE)
 def test_other_dtypes_are_differentiated_as_they_are(arch, kind, dtype, shared):
     """At the pattern, where a hook of the user's sees the gradient that the model computes."""
@@ -117,7 +120,7 @@ def strain(x, hook):
     return x
 
 
-@pytest.mark.parametrize("store", ["maps", "mean"])
+@pytest.mark.parametrize("store", ["maps", *every_model("mean")])
 @pytest.mark.parametrize(("arch", "kind"), EDITABLE)
 def test_what_would_overflow_is_run_again_with_less(arch, kind, store, shared):
     model, calls = shared(arch, kind, HALF), []

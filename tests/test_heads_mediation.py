@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import transformers
 
-from hf_heads import HFHeads
+from folded import fold
+from oracle import HFHeads
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.heads import rank_heads
 from ra_lens.heads.mediation import shuffle_labels
 from ra_lens.model import load_folder
 from ra_lens.tasks import Pair, Prompt, Task
-from test_heads import PROMPTS, TASK, WORDS
-from test_masking import fold
-from tiny_models import BOS, CASES, D_HEAD, KINDS, N_HEADS, N_LAYERS, relative, tokenizer
+from saved_models import silence
+from tiny_models import BOS, CASES, KINDS, N_HEADS, N_LAYERS, relative, tokenizer
+from tiny_questions import PROMPTS, TASK, WORDS
 
 EVERY = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
 OPTIONS = {"prepend_bos": True, "progress": False}
+
+
+def asked(arch):
+    return [([BOS[arch], *ids], answer[0]) for ids, answer in WORDS]
 
 
 def one_at_a_time(effect):
@@ -30,37 +36,16 @@ def one_at_a_time(effect):
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_cm1_is_what_zeroed_rows_of_w_o_cost_the_answer(arch, kind, shared, folder):
-    reference = HFHeads(folder(arch))
-
-    def lost(layer, head):
-        total = 0.0
-        for ids, answer in WORDS:
-            read = [BOS[arch], *ids]
-            clean = reference.probability(read, answer[0])
-            with reference.zeroed([(layer, head)]):
-                total += clean - reference.probability(read, answer[0])
-        return total / len(WORDS)
-
     found = rank_heads(shared(arch, kind), PROMPTS, method="cm1", batch_size=7, **OPTIONS)
-    wanted = one_at_a_time(lost)
+    wanted = one_at_a_time(partial(HFHeads(folder(arch)).lost, asked(arch)))
     assert wanted.min() < 0 < wanted.max()
     assert relative(found.scores, wanted) < 1e-4
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_cm1_last_zeroes_the_last_token_only(arch, kind, shared, folder):
-    reference = HFHeads(folder(arch))
-
-    def lost(layer, head):
-        total = 0.0
-        for ids, answer in WORDS:
-            read = [BOS[arch], *ids]
-            clean = reference.probability(read, answer[0])
-            with reference.replaced(layer, head, len(ids), torch.zeros(D_HEAD)):
-                total += clean - reference.probability(read, answer[0])
-        return total / len(WORDS)
-
-    model, wanted = shared(arch, kind), one_at_a_time(lost)
+    model, reference = shared(arch, kind), HFHeads(folder(arch))
+    wanted = one_at_a_time(partial(reference.lost_at_the_end, asked(arch)))
     found = rank_heads(model, PROMPTS, method="cm1_last", batch_size=7, **OPTIONS)
     assert relative(found.scores, wanted) < 1e-4
     everywhere = rank_heads(model, PROMPTS, method="cm1", **OPTIONS)
@@ -84,19 +69,8 @@ def test_cm2_puts_mean_heads_into_shuffled_labels(arch, kind, shared, folder):
             ids[4], ids[8] = ids[8], ids[4]
         return ids
 
-    last = [reference.z(torch.tensor([ids_of(prompt)])) for prompt in prompts]
-
-    def gained(layer, head):
-        total, (_, rows) = 0.0, reference.rows(layer, head)
-        for i, prompt in enumerate(prompts):
-            ids, token = swapped(prompt), int(prompt.answer[2:])
-            before = reference.probability(ids, token)
-            others = [z[layer][0, -1].double() for j, z in enumerate(last) if j != i]
-            mean = torch.stack(others).mean(0)
-            with reference.replaced(layer, head, len(ids) - 1, mean[rows]):
-                total += reference.probability(ids, token) - before
-        return total / len(prompts)
-
+    shuffled = [(swapped(prompt), int(prompt.answer[2:])) for prompt in prompts]
+    gained = partial(reference.gained, shuffled, [ids_of(prompt) for prompt in prompts])
     found = rank_heads(shared(arch, kind), prompts, method="cm2", batch_size=7, **OPTIONS)
     assert relative(found.scores, one_at_a_time(gained)) < 1e-4
 
@@ -185,10 +159,9 @@ def toy_folder(tmp_path_factory):
         eos_token_id=0,
     )
     model = transformers.AutoModelForCausalLM.from_config(cfg)
+    silence(model)
     block, root5 = model.transformer.h[0], math.sqrt(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
 
         def pair(row, which, value=1.0):
             row[2 * which], row[2 * which + 1] = value, -value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from left_behind import changes, snapshot
 from ra_lens import load_demo_model, load_task
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.heads import (
@@ -16,16 +17,11 @@ from ra_lens.heads import (
     ranking_methods,
 )
 from ra_lens.tasks import Prompt
-from test_leaves_nothing import changes, snapshot
+from refused import unchecked
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
 PROMPTS = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8", " w9")]
 BUILT_IN = ["ra", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"]
-
-
-def unchecked(function):
-    """The function without the type checker of these tests, which users do not have."""
-    return getattr(function, "__wrapped__", function)
 
 
 @pytest.fixture

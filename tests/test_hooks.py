@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from hf_reference import nll
+from held import Held, counted
+from oracle import nll
 from ra_lens import get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
 from tiny_models import (
@@ -113,33 +114,13 @@ def maps_alive():
     return sum(isinstance(x, torch.Tensor) and x.shape == shape for x in gc.get_objects())
 
 
-class Held:
-    """A map that a graph keeps, counted while it is kept."""
-
-    alive = 0
-
-    def __init__(self, x):
-        self.x = x
-        Held.alive += 1
-
-    def __del__(self):
-        Held.alive -= 1
-
-
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_no_pattern_outlives_the_graph_it_belongs_to(arch, kind, fresh):
     model = fresh(arch, kind)
     run_with_ra(model, IDS, target=4)
-    before, Held.alive = maps_alive(), 0
+    before = maps_alive()
     ra, fwd_hooks, _ = get_ra_caching_hooks(model, store="norms")
-
-    def pack(x):
-        return Held(x.detach()) if x.shape == (2, N_HEADS, POS, POS) else x
-
-    def unpack(kept):
-        return kept.x if isinstance(kept, Held) else kept
-
-    packing = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    packing = counted(lambda x: x.shape == (2, N_HEADS, POS, POS))
     with packing, model.hooks(fwd_hooks=fwd_hooks):
         loss = loss_of(model(IDS), CLASSES[0])
         loss.backward(retain_graph=True)

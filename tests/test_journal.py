@@ -9,11 +9,11 @@ import re
 import pandas as pd
 import pytest
 
+from disks import disk_of, folder_of_others
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
 from ra_lens.experiments.journal import differences, journal_path, open_journal, settings_hash
 from ra_lens.experiments.results import as_frame, finished_results
-from test_files import disk_of, folder_of_others
 
 SETTINGS = {"model": "toy", "seed": 1, "shots": [0, 1]}
 
@@ -37,11 +37,17 @@ def run(out, upto, settings=SETTINGS):
     return results, computed
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+def stopped(tmp_path, upto=2):
+    """Where a run that was stopped before number `upto` would have written."""
     out = tmp_path / "results.csv"
-    whole, _ = run(tmp_path / "other.csv", upto=None)
     with pytest.raises(Killed):
-        run(out, upto=2)
+        run(out, upto=upto)
+    return out
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    whole, _ = run(tmp_path / "other.csv", upto=None)
+    out = stopped(tmp_path)
     assert journal_path(out).exists()
     results, computed = run(out, upto=None)
     assert computed == [2]
@@ -51,9 +57,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_line_cut_in_the_middle_is_computed_again(tmp_path, cut):
-    out = tmp_path / "results.csv"
-    with pytest.raises(Killed):
-        run(out, upto=2)
+    out = stopped(tmp_path)
     path = journal_path(out)
     path.write_bytes(path.read_bytes()[:-cut])
     results, computed = run(out, upto=None)
@@ -62,18 +66,14 @@ def test_a_line_cut_in_the_middle_is_computed_again(tmp_path, cut):
 
 
 def test_a_journal_cut_in_its_first_line_starts_afresh(tmp_path):
-    out = tmp_path / "results.csv"
-    with pytest.raises(Killed):
-        run(out, upto=2)
+    out = stopped(tmp_path)
     path = journal_path(out)
     path.write_bytes(path.read_bytes()[:10])
     assert run(out, upto=None)[1] == [0, 1, 2]
 
 
 def test_a_journal_of_other_settings_is_refused_and_kept(tmp_path):
-    out = tmp_path / "results.csv"
-    with pytest.raises(Killed):
-        run(out, upto=1)
+    out = stopped(tmp_path, upto=1)
     before = journal_path(out).read_bytes()
     differing = r"\(seed: there 1, here 2; extra: there nothing, here x\)"
     with pytest.raises(BadInput, match=rf"other settings {differing}\. Repeat that run to finish"):
@@ -112,9 +112,7 @@ def test_a_journal_of_another_format_says_so(tmp_path):
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path):
-    out = tmp_path / "results.csv"
-    with pytest.raises(Killed):
-        run(out, upto=2)
+    out = stopped(tmp_path)
     size = journal_path(out).stat().st_size
     journal_path(out).unlink()
     with disk_of(size + 5), pytest.raises(BadInput) as info:  # the third unit does not fit

@@ -4,60 +4,16 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
+from left_behind import Oops, changes, graphs, raises, snapshot
 from ra_lens import get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import BadInput, NothingToDifferentiate
 from tiny_models import CASES, KINDS, OBSERVE_ONLY, random_ids, relative
 
 POS, TARGET = 6, 8
 IDS = random_ids(2, POS)
-HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Oops(Exception):
-    pass
-
-
-def every_module(model):
-    """Those of the Hugging Face model inside a bridge too."""
-    roots = [model, getattr(model, "original_model", None)]
-    found = (m for root in roots if root is not None for m in torch.nn.Module.modules(root))
-    return list({id(m): m for m in found}.values())
-
-
-def snapshot(model):
-    """Everything a run could leave behind, by where it is."""
-    state = {}
-    for name, module in model.named_modules():
-        state[name, "training"] = module.training
-        state[name, "forward"] = vars(module).get("forward")
-        for where in HOOK_DICTS:
-            state[name, where] = tuple(map(id, getattr(module, where).values()))
-        for where in ("fwd_hooks", "bwd_hooks"):
-            state[name, where] = len(getattr(module, where, None) or ())
-        state[name, "ctx"] = dict(getattr(module, "ctx", None) or {})
-    for i, module in enumerate(every_module(model)):
-        kept = {n: id(v) for n, v in vars(module).items() if isinstance(v, torch.Tensor)}
-        state[type(module).__name__, i, "tensors"] = kept
-    for name, p in torch.nn.Module.named_parameters(model):
-        state[name, "parameter"] = (p.requires_grad, p.data_ptr(), p._version, p.dtype)
-        g = p.grad
-        state[name, "grad"] = None if g is None else (g.data_ptr(), g._version, float(g.sum()))
-    every = torch.nn.modules.module
-    state["flags"] = (getattr(model, "is_caching", None), getattr(model, "context_level", None))
-    state["grad enabled"] = torch.is_grad_enabled()
-    # Not Python's own generator: beartype, which --check-shapes has check types, draws from it.
-    state["rng"] = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
-    state["global hooks"] = (len(every._global_forward_hooks), len(every._global_forward_pre_hooks))
-    return state
-
-
-def changes(before, after):
-    keys = before.keys() | after.keys()
-    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 
 
 def used(model):
@@ -65,13 +21,6 @@ def used(model):
     with torch.no_grad():
         model(IDS)
     return model
-
-
-def raises(error):
-    def hook(value, hook=None):
-        raise error
-
-    return hook
 
 
 def nan(value, hook):
@@ -247,16 +196,6 @@ def test_hooks_for_ones_own_backward_pass_leave_with_their_context(arch, kind, f
         raise Oops
     # Tensors of a pass without a backward are those that the model keeps by itself.
     assert [key for key in changes(before, snapshot(model)) if key[-1] != "tensors"] == []
-
-
-def graphs(model):
-    """Attributes in which modules keep a tensor with a graph."""
-    return [
-        (type(module).__name__, name)
-        for module in every_module(model)
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and value.grad_fn is not None
-    ]
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)

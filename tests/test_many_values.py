@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ra_lens.cli.many_values import numbers, repeat_options, split_values, whole_numbers
+from ra_lens.cli.command import numbers, repeat_options, split_values, whole_numbers
 from ra_lens.errors import BadInput
 
 
@@ -52,7 +52,6 @@ def test_values_may_have_commas_between() -> None:
     assert split_values(["0,1", " 5", "10,"], "--x") == ["0", "1", "5", "10"]
     assert whole_numbers(["0,1", "5"], "--shots") == [0, 1, 5]
     assert numbers(["-30,1e0"], "--scales") == [-30.0, 1.0]
-    assert whole_numbers(None, "--shots") is None
     for read, values in ((whole_numbers, ["0.5"]), (whole_numbers, ["x"]), (numbers, ["1", "y"])):
         with pytest.raises(BadInput, match=f"found --x {' '.join(values)}; give"):
             read(values, "--x")

@@ -6,18 +6,19 @@ import pytest
 import torch
 import transformers
 
-from hf_heads import HFHeads
+from folded import fold
+from oracle import HFHeads
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.model import as_lens, load_folder
 from ra_lens.model.attention import value_biases_folded
 from ra_lens.patching.masking import mask_heads, mask_hooks, need_heads
+from saved_models import save_random
 from tiny_models import (
     CASES,
     KINDS,
     N_HEADS,
     N_LAYERS,
     random_ids,
-    randomise,
     relative,
     tokenizer,
 )
@@ -41,28 +42,6 @@ def logits_with(model, keep, ids=IDS, more=()):
     hooks = mask_hooks(as_lens(model).sites, keep)
     with torch.no_grad():
         return model.run_with_hooks(ids, fwd_hooks=[*hooks, *more])
-
-
-def fold(model, kind, **options):
-    """Fold as the two classes do; by default nothing but value biases."""
-    only = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, **options}
-    only = {"fold_value_biases": True, **only}
-    if kind == "TransformerBridge":
-        model.enable_compatibility_mode(disable_warnings=True, **only)
-    else:
-        model.load_and_process_state_dict(model.state_dict(), **only)
-        if only["fold_ln"]:  # TransformerLens 2 leaves what it has folded in the norms
-            for norm in (m for b in model.blocks for m in (b.ln1, b.ln2)):
-                reset_norm(norm)
-            reset_norm(model.ln_final)
-    return model
-
-
-def reset_norm(norm):
-    with torch.no_grad():
-        for name, value in (("w", 1.0), ("b", 0.0)):
-            if hasattr(norm, name):
-                getattr(norm, name).fill_(value)
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
@@ -148,11 +127,7 @@ def test_the_usual_processing_folds_the_shift_of_layer_norms_too(arch, kind, fre
 
 
 def saved(cfg, where):
-    model = transformers.AutoModelForCausalLM.from_config(cfg)
-    randomise(model, seed=1)
-    model.save_pretrained(str(where))
-    tokenizer("gpt2").save_pretrained(str(where))
-    return where
+    return save_random(cfg, tokenizer("gpt2"), where, seed=1)
 
 
 SIZES = {"vocab_size": 34, "hidden_size": 24, "bos_token_id": 0, "eos_token_id": 0}

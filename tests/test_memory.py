@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ra_lens.memory
 from ra_lens import run_with_ra
 from ra_lens.errors import NotEnoughMemory
-from tiny_models import D_MODEL, KINDS, N_HEADS, N_LAYERS, random_ids
+from tiny_models import ANY_KIND, D_MODEL, KINDS, N_HEADS, N_LAYERS, random_ids
 
 IDS, TARGET = random_ids(2, 7), 8
 MAP = 2 * N_HEADS * 7 * 7 * 4
@@ -24,7 +24,7 @@ def needed(error):
     return float(found[1]) * 1e6, float(found[2]) * 1e6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 @pytest.mark.parametrize(
     ("options", "maps", "graph"),
     [
@@ -54,7 +54,7 @@ def test_what_a_run_needs_is_counted(options, maps, graph, kind, shared, monkeyp
     assert ran == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_advice_names_what_fits_and_it_then_runs(kind, shared, monkeypatch):
     model = shared("gpt2", kind)
     for free, wanted in (
@@ -96,7 +96,7 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_norms_on_another_device_move_no_map(kind, shared):
     model = shared("gpt2", kind)
     with Copies() as copies:
@@ -107,7 +107,7 @@ def test_norms_on_another_device_move_no_map(kind, shared):
     assert copies.sizes.count(2 * N_HEADS) == 3 * N_LAYERS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_joining_batches_lets_go_of_the_parts(kind, shared):
     model = shared("gpt2", kind)
     whole = run_with_ra(model, IDS, target=TARGET)[1]

@@ -37,6 +37,7 @@ from ra_lens.patching.mean import MeanMaps
 from ra_lens.paths import TraceResult, read_maps, trace_layers
 from ra_lens.report import patched_predictions, write_report
 from ra_lens.tasks import Split, Task, held_out_prompts, load_task, same_length_sets
+from refused import unchecked
 from tiny_models import KINDS, N_HEADS, N_LAYERS, random_ids, text
 from toys import knowing_task, load_toy
 
@@ -45,11 +46,6 @@ IDS = random_ids(3, 7)
 
 def numpy_scalar(value: Any) -> Any:
     return np.float64(value) if isinstance(value, float) else np.int64(value)
-
-
-def unchecked(function: Any) -> Any:
-    """The function without the type check of the tests, as a notebook calls it."""
-    return getattr(function, "__wrapped__", function)
 
 
 def generator(values: Any) -> Any:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import arch_models
+from padded_rows import padded, part
 from ra_lens import check_model, rank_heads, run_with_ra
 from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
 from ra_lens.experiments import perturbation_test
@@ -24,7 +25,6 @@ from ra_lens.prompts import Prompts
 from ra_lens.questions import ask, read_questions
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Prompt, Task
-from test_batching import padded, part
 from tiny_models import KINDS, relative
 
 BRIDGE, HOOKED = "TransformerBridge", "HookedTransformer"
@@ -335,13 +335,12 @@ def test_hooks_that_show_padding_to_the_model_are_found_too(kind, fresh):
             read_maps(model, texts, layers=0, prepend_bos=False)
 
 
+@pytest.mark.every_model
 @needs_bridge
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("arch", ["gpt_oss", "bert", "t5"])
 def test_rounding_is_not_taken_for_padding(arch, dtype, tmp_path):
-    if not arch_models.has(arch):
-        pytest.skip(f"this transformers has no {arch}")
-    model = load_folder(arch_models.write(arch, tmp_path), kind=BRIDGE, device="cpu", dtype=dtype)
+    model = arch_models.load_bridge(arch, tmp_path, dtype)
     try:
         report = check_model(model)
     except UnsupportedModel as error:
@@ -467,8 +466,8 @@ def test_the_check_runs_a_padded_pair_and_says_how(fault, kind, sides, loaded):
 
 @pytest.mark.parametrize(("fault", "kind", "sides"), FAULTY)
 def test_the_check_finds_maps_that_padding_changes(fault, kind, sides, loaded, monkeypatch):
-    monkeypatch.setattr("ra_lens.padding.padding_is_hidden", lambda *_: True)
-    monkeypatch.setattr("ra_lens.padding.watched", lambda *_: nullcontext())
+    monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
+    monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
     report = check_model(loaded(fault, kind, fresh=True))
     assert not report.ok
     for side, problem in zip(sides, report.problems, strict=True):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from patches import IDS, POS, TARGET, adding, keeping, logits_with, pattern_of
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.model import Site
@@ -17,47 +18,10 @@ from tiny_models import (
     N_HEADS,
     N_LAYERS,
     OBSERVE_ONLY,
-    random_ids,
     relative,
 )
 
-POS, TARGET = 6, 8
-IDS = random_ids(3, POS)
 IDS_TOY = torch.tensor([[0, 1]])
-
-
-def pattern_of(layer):
-    return f"blocks.{layer}.attn.hook_pattern"
-
-
-def adding(value):
-    def hook(pattern, hook):
-        return pattern + value
-
-    return hook
-
-
-def logits_with(model, fwd_hooks, ids=IDS):
-    with torch.no_grad():
-        return model.run_with_hooks(ids, fwd_hooks=fwd_hooks)
-
-
-@pytest.mark.parametrize(("what", "scale"), [("ra", -30.0), ("pattern", 1.0), ("ra", 0.5)])
-@pytest.mark.parametrize(("arch", "kind"), EDITABLE)
-def test_patching_adds_scale_times_the_mean_map(arch, kind, what, scale, shared):
-    model = shared(arch, kind)
-    _, ra = run_with_ra(model, IDS, target=TARGET)
-    by_hand = [
-        (pattern_of(i), adding(scale * ra[what, i].double().mean(0).float()))
-        for i in range(N_LAYERS)
-    ]
-    wanted = logits_with(model, by_hand)
-    assert relative(logits_with(model, []), wanted) > 1e-3
-    hooks = ra.mean().patch_hooks(scale=scale, kind=what)
-    assert relative(logits_with(model, hooks), wanted) < 1e-5
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        assert relative(model(IDS), wanted) < 1e-5
-    assert relative(logits_with(model, []), wanted) > 1e-3
 
 
 @pytest.mark.parametrize(("arch", "kind"), EDITABLE)
@@ -66,12 +30,10 @@ def test_rows_stay_sums_of_one_with_ra_and_become_two_with_the_pattern(arch, kin
     _, ra = run_with_ra(model, IDS, target=TARGET)
     for what, scale, total in (("ra", -30.0, 1.0), ("pattern", 1.0, 2.0)):
         seen = {}
-        look = [
-            (pattern_of(i), lambda p, hook, i=i, seen=seen: seen.update({i: p.sum(-1)}))
-            for i in range(3)
-        ]
+        look = [keeping(pattern_of(i), seen) for i in range(N_LAYERS)]
         logits_with(model, [*ra.mean().patch_hooks(scale=scale, kind=what), *look])
-        for sums in seen.values():
+        assert len(seen) == N_LAYERS
+        for sums in (pattern.sum(-1) for pattern in seen.values()):
             torch.testing.assert_close(sums, torch.full_like(sums, total), rtol=1e-5, atol=1e-4)
 
 
@@ -115,33 +77,6 @@ def test_patches_compose_with_other_hooks_in_their_order(kind, shared):
     assert relative(twice.stack(), wanted.stack()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_patches_compose_with_transformer_lens_activation_patching(kind, shared):
-    patching = pytest.importorskip("transformer_lens.patching")
-    model, corrupted = shared("llama", kind), random_ids(1, POS, seed=9)
-    _, ra = run_with_ra(model, IDS, target=TARGET)
-    hooks = ra.mean().patch_hooks(scale=-20.0)
-    with torch.no_grad():
-        _, clean = model.run_with_cache(IDS[:1])
-
-    def metric(logits):
-        return logits[0, -1, TARGET]
-
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
-        table = patching.get_act_patch_resid_pre(model, corrupted, clean, metric)
-
-    def put_back(layer, position):
-        def hook(resid, hook):
-            resid[:, position] = clean["resid_pre", layer][:, position]
-            return resid
-
-        return [(f"blocks.{layer}.hook_resid_pre", hook)]
-
-    for layer, position in ((0, 1), (1, POS - 1), (2, 3)):
-        wanted = metric(logits_with(model, [*put_back(layer, position), *hooks], corrupted))
-        assert float(table[layer, position]) == pytest.approx(float(wanted), rel=1e-4, abs=1e-4)
-
-
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_a_patched_model_does_not_look_ahead(arch, kind, shared):
     """Maps with numbers above the diagonal, as no run makes them."""
@@ -182,18 +117,22 @@ def test_a_prompt_of_another_length_is_refused(arch, kind, shared):
     assert relative(logits_with(model, []), model(IDS).detach()) < 1e-6
 
 
-@pytest.mark.parametrize("what", ["ra", "pattern"])
+@pytest.mark.parametrize(("what", "scale"), [("ra", -30.0), ("pattern", 1.0), ("ra", 0.5)])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
-def test_patching_is_adding_to_the_softmax_output_in_hugging_face(
-    arch, kind, what, shared, reference
+def test_patching_is_adding_scale_times_the_mean_map_to_hugging_faces_softmax_output(
+    arch, kind, what, scale, shared, reference
 ):
-    model, scale = shared(arch, kind), {"ra": -30.0, "pattern": 1.0}[what]
+    model = shared(arch, kind)
     _, ra = run_with_ra(model, IDS, target=TARGET)
     deltas = {i: scale * ra[what, i].double().mean(0) for i in range(N_LAYERS)}
     wanted = reference(arch).logits(IDS, pattern_deltas=deltas)
-    assert relative(logits_with(model, []), wanted) > 1e-2
-    found = logits_with(model, ra.mean().patch_hooks(scale=scale, kind=what))
-    assert relative(found, wanted) < 1e-4
+    plain = logits_with(model, [])
+    assert relative(plain, wanted) > 1e-3
+    hooks = ra.mean().patch_hooks(scale=scale, kind=what)
+    assert relative(logits_with(model, hooks), wanted) < 1e-5
+    with torch.no_grad():
+        assert relative(model.run_with_hooks(IDS, fwd_hooks=hooks), wanted) < 1e-5
+    assert torch.equal(logits_with(model, []), plain)
 
 
 @pytest.mark.parametrize(("arch", "kind"), EDITABLE)
@@ -211,6 +150,7 @@ def test_adding_to_the_scores_is_adding_to_the_softmax_input_in_hugging_face(
         assert relative(logits_with(model, []), wanted) > 1e-2
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("options", [{}, {"renormalise": True}, {"at": "scores"}])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_bfloat16_models_are_patched(arch, kind, options, shared):

@@ -7,12 +7,12 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from patches import IDS, POS, TARGET
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, OBSERVE_ONLY, random_ids, text
 
-POS, NEW, TARGET, SCALE = 6, 5, 8, -40.0
-IDS = random_ids(3, POS)
+NEW, SCALE = 5, -40.0
 EXTRA = random_ids(3, POS + 2, seed=4)
 
 
@@ -21,18 +21,6 @@ def sound(arch, kind, shared, reference):
     """Whether generate gives the model's own continuation without a patch."""
     plain = generate(shared(arch, kind), IDS, [])
     need_sound_generate(torch.equal(plain, oracle(reference(arch), IDS, lambda n: {})))
-
-
-@pytest.fixture(scope="module")
-def mean(shared):
-    made = {}
-
-    def get(arch, kind):
-        if (arch, kind) not in made:
-            made[arch, kind] = run_with_ra(shared(arch, kind), IDS, target=TARGET)[1].mean()
-        return made[arch, kind]
-
-    return get
 
 
 def generate(model, ids, fwd_hooks, **options):
@@ -156,6 +144,7 @@ def test_a_cache_hides_values_that_an_observed_pattern_needs(arch, kind, shared,
     assert torch.equal(generate(model, IDS, later), free)
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("align", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,7 +183,8 @@ def test_a_cache_that_forgets_is_refused(tmp_path):
     import transformers
 
     from ra_lens.model import load_folder
-    from tiny_models import D_MODEL, D_VOCAB, randomise, tokenizer
+    from saved_models import save_random
+    from tiny_models import D_MODEL, D_VOCAB, tokenizer
 
     cfg = transformers.MistralConfig(
         vocab_size=D_VOCAB,
@@ -209,10 +199,7 @@ def test_a_cache_that_forgets_is_refused(tmp_path):
         eos_token_id=1,
         pad_token_id=2,
     )
-    hf_model = transformers.AutoModelForCausalLM.from_config(cfg)
-    randomise(hf_model, seed=1)
-    hf_model.save_pretrained(str(tmp_path))
-    tokenizer("llama").save_pretrained(str(tmp_path))
+    save_random(cfg, tokenizer("llama"), tmp_path, seed=1)
     model = load_folder(tmp_path, kind="TransformerBridge", device="cpu")
     _, ra = run_with_ra(model, IDS, target=TARGET)
     assert ra.sites[0].window == 8

@@ -7,23 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_reference import nll
+from oracle import nll
+from patches import IDS, POS, TARGET, keeping, logits_with, pattern_of
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
 from ra_lens.patching.masking import mask_hooks
-from tiny_models import CASES, N_HEADS, N_LAYERS, OBSERVE_ONLY, random_ids, relative
+from tiny_models import CASES, N_HEADS, N_LAYERS, OBSERVE_ONLY, relative
 
-POS, TARGET, SCALE = 6, 8, -30.0
-IDS = random_ids(3, POS)
+SCALE = -30.0
 OBSERVED = sorted(OBSERVE_ONLY & set(CASES))
 pytestmark = pytest.mark.skipif(not OBSERVED, reason="no TransformerBridge here")
 
 V, Z = "blocks.1.attn.hook_v", "blocks.1.attn.hook_z"
-
-
-def logits_with(model, fwd_hooks, ids=IDS):
-    with torch.no_grad():
-        return model.run_with_hooks(ids, fwd_hooks=fwd_hooks)
 
 
 def patch_of(model):
@@ -33,11 +28,25 @@ def patch_of(model):
     return maps.patch_hooks(scale=SCALE), deltas, ra
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_the_gradient_of_the_patched_model_is_hugging_faces(arch, kind, shared, reference):
-    model = shared(arch, kind)
+@pytest.fixture(params=OBSERVED, ids="-".join)
+def case(request):
+    """Architecture and class."""
+    return request.param
+
+
+@pytest.fixture
+def model(case, shared):
+    return shared(*case)
+
+
+@pytest.fixture
+def oracle(case, reference):
+    return reference(case[0])
+
+
+def test_the_gradient_of_the_patched_model_is_hugging_faces(model, oracle):
     hooks, deltas, ra = patch_of(model)
-    gradients, _ = reference(arch).score_gradients(IDS, nll(*[TARGET] * 3), deltas)
+    gradients, _ = oracle.score_gradients(IDS, nll(*[TARGET] * 3), deltas)
     _, patched = run_with_ra(model, IDS, target=TARGET, fwd_hooks=hooks)
     for layer in range(N_LAYERS):
         wanted = ra.scale[layer] * gradients[layer]
@@ -45,32 +54,25 @@ def test_the_gradient_of_the_patched_model_is_hugging_faces(arch, kind, shared, 
         assert relative(ra["ra", layer], wanted) > 1e-2
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_two_patches_add_up(arch, kind, shared, reference):
-    model = shared(arch, kind)
+def test_two_patches_add_up(model, oracle):
     hooks, deltas, ra = patch_of(model)
     more = ra.mean().patch_hooks(scale=0.7, kind="pattern", heads=[(1, 2), (2, 0)])
     for layer, head in ((1, 2), (2, 0)):
         deltas[layer][head] += 0.7 * ra.mean()["pattern", layer][head]
-    wanted = reference(arch).logits(IDS, pattern_deltas=deltas)
+    wanted = oracle.logits(IDS, pattern_deltas=deltas)
     for both in ([*hooks, *more], [*more, *hooks]):
         assert relative(logits_with(model, both), wanted) < 1e-4
     with model.hooks(fwd_hooks=hooks):
         assert relative(logits_with(model, more), wanted) < 1e-4
     # The same hooks twice are two patches as well.
     twice = {i: 2 * delta for i, delta in patch_of(model)[1].items()}
-    wanted = reference(arch).logits(IDS, pattern_deltas=twice)
+    wanted = oracle.logits(IDS, pattern_deltas=twice)
     assert relative(logits_with(model, [*hooks, *hooks]), wanted) < 1e-4
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_hooks_on_z_that_come_after_see_the_patched_z(arch, kind, shared, reference):
-    model = shared(arch, kind)
+def test_hooks_on_z_that_come_after_see_the_patched_z(model, reference):
     hooks, deltas, ra = patch_of(model)
     seen = {}
-
-    def look(z, hook):
-        seen["z"] = z.clone()
 
     def halve(z, hook):
         return 0.5 * z
@@ -78,18 +80,18 @@ def test_hooks_on_z_that_come_after_see_the_patched_z(arch, kind, shared, refere
     def halve_in_place(z, hook):
         z.mul_(0.5)
 
-    logits_with(model, [(Z, look)])
-    plain = seen["z"]
-    wanted = logits_with(model, [*hooks, (Z, look), (Z, halve)])
+    look = keeping(Z, seen)
+    logits_with(model, [look])
+    plain = seen[Z]
+    wanted = logits_with(model, [*hooks, look, (Z, halve)])
     again = logits_with(model, [*hooks, (Z, halve_in_place)])
     assert relative(again, wanted) < 1e-6
     # By hand, with the rest of the model unpatched: z + D V.
     one = patch_hooks({1: ra.mean()["ra", 1]}, ra.sites, scale=SCALE)
-    values = {}
-    logits_with(model, [(V, lambda v, hook: values.update(v=v.clone())), *one, (Z, look)])
+    logits_with(model, [keeping(V, seen), *one, look])
     for head in range(N_HEADS):
-        by_hand = plain[:, :, head] + deltas[1][head].float() @ values["v"][:, :, head]
-        assert relative(seen["z"][:, :, head], by_hand) < 1e-5
+        by_hand = plain[:, :, head] + deltas[1][head].float() @ seen[V][:, :, head]
+        assert relative(seen[Z][:, :, head], by_hand) < 1e-5
     # Masked after the patch, the heads say nothing.
     keep = torch.ones(N_LAYERS, N_HEADS, dtype=torch.bool)
     keep[1] = False
@@ -97,9 +99,7 @@ def test_hooks_on_z_that_come_after_see_the_patched_z(arch, kind, shared, refere
     assert torch.equal(logits_with(model, [*one, *masked]), logits_with(model, masked))
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_values_edited_before_the_patch_or_in_place_are_the_values(arch, kind, shared):
-    model = shared(arch, kind)
+def test_values_edited_before_the_patch_or_in_place_are_the_values(model):
     hooks, _, ra = patch_of(model)
 
     def shift(v, hook):
@@ -117,16 +117,15 @@ def test_values_edited_before_the_patch_or_in_place_are_the_values(arch, kind, s
 
     one = patch_hooks({1: ra.mean()["ra", 1]}, ra.sites, scale=SCALE)
     seen = {}
-    look = (Z, lambda z, hook: seen.update(z=z.clone()))
+    look = keeping(Z, seen)
     logits_with(model, [(V, first_only), look])
-    before = seen["z"]
+    before = seen[Z]
     logits_with(model, [(V, first_only), *one, look])
-    values = {}
-    logits_with(model, [(V, lambda v, hook: values.update(v=v.clone()))])
+    logits_with(model, [keeping(V, seen)])
     for head in range(N_HEADS):
         column = SCALE * ra.mean()["ra", 1][head][:, 0]
-        by_hand = before[:, :, head] + column[None, :, None] * values["v"][:, :1, head]
-        assert relative(seen["z"][:, :, head], by_hand) < 1e-5
+        by_hand = before[:, :, head] + column[None, :, None] * seen[V][:, :1, head]
+        assert relative(seen[Z][:, :, head], by_hand) < 1e-5
 
 
 def gate(z, hook):
@@ -141,9 +140,7 @@ def gate(z, hook):
         pytest.param(lambda hooks: [(Z, lambda z, hook: z * float("nan")), *hooks], id="nan"),
     ],
 )
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_z_that_is_not_pattern_times_values_is_refused(arch, kind, before, shared):
-    model = shared(arch, kind)
+def test_z_that_is_not_pattern_times_values_is_refused(model, before):
     hooks, _, _ = patch_of(model)
     needed = (
         r"layer 1 is observe-only.*pattern times values differs from z by .*gates or normalises"
@@ -158,54 +155,45 @@ def test_z_that_is_not_pattern_times_values_is_refused(arch, kind, before, share
     assert torch.equal(logits_with(model, hooks), wanted)
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_a_head_with_a_gate_of_its_own_is_found(arch, kind, shared):
+def test_a_head_with_a_gate_of_its_own_is_found(model):
     # One head of one layer scaled by 1.02: less than a percent of z as a whole.
-    model = shared(arch, kind)
     hooks, _, _ = patch_of(model)
     factor = torch.ones(N_HEADS).index_fill(0, torch.tensor([2]), 1.02)[:, None]
     with pytest.raises(UnsupportedModel, match=r"layer 1 .*differs from z by (1\.9|2\.0)%"):
         logits_with(model, [(Z, lambda z, hook: z * factor), *hooks])
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_values_and_z_that_never_fire_are_missed(arch, kind, shared):
-    model = shared(arch, kind)
+def test_values_and_z_that_never_fire_are_missed(model):
     hooks, _, _ = patch_of(model)
     silent = [(name, hook) for name, hook in hooks if not name.endswith(("hook_v", "hook_z"))]
     with pytest.raises(UnsupportedModel, match=r"hook_v and hook_z did not fire.*HookedTransfor"):
         logits_with(model, silent)
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_an_unchecked_addition_is_refused(arch, kind, fresh, shared):
+def test_an_unchecked_addition_is_refused(case, fresh, shared):
     # Fused attention gives no pattern to check with.
-    hooks, _, _ = patch_of(shared(arch, kind))
-    model = fresh(arch, kind)
+    hooks, _, _ = patch_of(shared(*case))
+    model = fresh(*case)
     model.original_model.config._attn_implementation = "sdpa"
-    shown = []
-    look = [("blocks.0.attn.hook_pattern", lambda p, hook: shown.append(p))]
-    logits_with(model, look)
+    shown = {}
+    logits_with(model, [keeping(pattern_of(0), shown)])
     if shown:
         pytest.skip("this architecture shows its pattern all the same")
     with pytest.raises(UnsupportedModel, match=r"layer 0 did not fire.*implementation='eager'"):
         logits_with(model, hooks)
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_a_compatible_bridge_adds_once(arch, kind, fresh, reference):
+def test_a_compatible_bridge_adds_once(oracle, case, fresh):
     # There a hook fires once for each name of its hook point.
-    model = fresh(arch, kind)
+    model = fresh(*case)
     model.enable_compatibility_mode(disable_warnings=True)
     hooks, deltas, _ = patch_of(model)
-    wanted = reference(arch).logits(IDS, pattern_deltas=deltas)
+    wanted = oracle.logits(IDS, pattern_deltas=deltas)
     found = logits_with(model, hooks).log_softmax(-1)
     assert relative(found, wanted.log_softmax(-1)) < 1e-4
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_nothing_is_left_on_the_model(arch, kind, shared):
-    model = shared(arch, kind)
+def test_nothing_is_left_on_the_model(model):
     hooks, _, _ = patch_of(model)
 
     def stop(residual, hook):
@@ -223,9 +211,7 @@ def test_nothing_is_left_on_the_model(arch, kind, shared):
     assert torch.equal(logits_with(model, []), plain)
 
 
-@pytest.mark.parametrize(("arch", "kind"), OBSERVED)
-def test_a_pass_that_failed_between_z_and_the_pattern_is_forgotten(arch, kind, shared, reference):
-    model = shared(arch, kind)
+def test_a_pass_that_failed_between_z_and_the_pattern_is_forgotten(model, oracle):
     hooks, deltas, _ = patch_of(model)
 
     def stop(z, hook):
@@ -234,7 +220,7 @@ def test_a_pass_that_failed_between_z_and_the_pattern_is_forgotten(arch, kind, s
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             logits_with(model, [*hooks, *hooks, (Z, stop)])
-    wanted = reference(arch).logits(IDS, pattern_deltas={i: 2 * d for i, d in deltas.items()})
+    wanted = oracle.logits(IDS, pattern_deltas={i: 2 * d for i, d in deltas.items()})
     assert relative(logits_with(model, [*hooks, *hooks]), wanted) < 1e-4
 
 

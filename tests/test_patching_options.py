@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from patches import IDS, POS, TARGET, keeping, logits_with, pattern_of
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.head_names import HeadScore
 from tiny_models import (
+    ANY_KIND,
     CASES,
     EDITABLE,
     KINDS,
@@ -20,25 +22,7 @@ from tiny_models import (
     relative,
 )
 
-POS, TARGET, SCALE = 6, 8, -25.0
-IDS = random_ids(3, POS)
-
-
-def logits_with(model, fwd_hooks, ids=IDS, **inputs):
-    with torch.no_grad(), model.hooks(fwd_hooks=fwd_hooks):
-        return model(ids, **inputs)
-
-
-@pytest.fixture(scope="module")
-def mean(shared):
-    made = {}
-
-    def get(arch, kind):
-        if (arch, kind) not in made:
-            made[arch, kind] = run_with_ra(shared(arch, kind), IDS, target=TARGET)[1].mean()
-        return made[arch, kind]
-
-    return get
+SCALE = -25.0
 
 
 CHOICES = {
@@ -168,13 +152,13 @@ def test_what_cannot_be_chosen_is_said(case, mean, request):
 
 @pytest.mark.parametrize("case", ["align", "at", "a number"])
 def test_options_outside_their_choices_are_said(case, mean):
-    from ra_lens.patching import hooks, place
+    from ra_lens.patching import hooks
 
     maps, (options, needed) = mean("gpt2", KINDS[0]), BAD[case]
     with pytest.raises(BadInput, match=needed):
         if case == "a number":
-            inner = place.choose_heads
-            getattr(inner, "__wrapped__", inner)(maps.sites, heads=3, layers=None, n_layers=3)
+            inner = type(maps.sites).choose_heads
+            getattr(inner, "__wrapped__", inner)(maps.sites, 3)
         else:
             check = getattr(hooks._check_options, "__wrapped__", hooks._check_options)
             check(
@@ -205,28 +189,30 @@ def test_variants_need_a_pattern_that_is_used(arch, kind, options, mean):
         mean(arch, kind).patch_hooks(scale=SCALE, **options)
 
 
+def around(model, hooks, ids=IDS, **inputs):
+    """Patterns of the first layer before and after some hooks."""
+    seen = {}
+    both = [keeping(pattern_of(0), seen, 0), *hooks, keeping(pattern_of(0), seen, 1)]
+    logits_with(model, both, ids, **inputs)
+    return seen[0], seen[1]
+
+
 @pytest.mark.parametrize(("arch", "kind"), EDITABLE)
 def test_renormalised_rows_are_attention(arch, kind, shared, mean):
-    model, seen, plain = shared(arch, kind), {}, {}
     maps = mean(arch, kind)
-
-    def keep(where, layer):
-        return (f"blocks.{layer}.attn.hook_pattern", lambda p, hook: where.update({layer: p + 0}))
-
-    first = [keep(plain, 0)]
     hooks = maps.patch_hooks(scale=-60.0, renormalise=True, heads=[(0, 0), (0, 2)])
-    logits_with(model, [*first, *hooks, keep(seen, 0)])
-    assert float(seen[0].min()) >= 0
-    torch.testing.assert_close(seen[0].sum(-1), torch.ones_like(seen[0].sum(-1)))
-    assert torch.equal(seen[0][:, [1, 3]], plain[0][:, [1, 3]])
-    added = plain[0].double() - 60.0 * maps["ra", 0].double()
+    plain, seen = around(shared(arch, kind), hooks)
+    assert float(seen.min()) >= 0
+    torch.testing.assert_close(seen.sum(-1), torch.ones_like(seen.sum(-1)))
+    assert torch.equal(seen[:, [1, 3]], plain[:, [1, 3]])
+    added = plain.double() - 60.0 * maps["ra", 0].double()
     assert float(added[:, [0, 2]].min()) < 0  # there is something to set to 0
     for example in range(len(IDS)):
         for head in (0, 2):
             for row in range(POS):
                 values = [max(float(v), 0.0) for v in added[example, head, row]]
                 wanted = [v / sum(values) for v in values]
-                assert seen[0][example, head, row].tolist() == pytest.approx(wanted, abs=1e-5)
+                assert seen[example, head, row].tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def positions(mask):
@@ -260,41 +246,33 @@ def test_with_a_mask_each_example_is_patched_as_if_alone(arch, kind, side, align
         assert relative(logits_with(model, [], alone)[0], wanted) > 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_padding_gets_nothing(kind, shared, mean):
     ids, mask = padded("left")
-    seen, plain = {}, {}
-    name = "blocks.0.attn.hook_pattern"
     hooks = mean("llama", kind).patch_hooks(
         scale=1.0, kind="pattern", align="right", attention_mask=mask
     )
-    before = (name, lambda p, hook: plain.update(p=p + 0))
-    after = (name, lambda p, hook: seen.update(p=p + 0))
-    logits_with(shared("llama", kind), [before, *hooks, after], ids, attention_mask=mask)
-    added = seen["p"] - plain["p"]
+    plain, seen = around(shared("llama", kind), hooks, ids, attention_mask=mask)
+    added = seen - plain
     assert float(added[1, :, :2].abs().max()) == 0
     assert float(added[1, :, :, :2].abs().max()) == 0
     assert float(added[1, :, 2:].sum(-1).min()) > 0
 
 
 @pytest.mark.parametrize("options", [{"renormalise": True}, {"at": "scores"}])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_padding_rows_keep_their_sums(kind, options, shared, mean):
     ids, mask = padded("left")
-    seen, plain = {}, {}
-    name = "blocks.0.attn.hook_pattern"
     hooks = mean("gpt2", kind).patch_hooks(
         scale=-60.0, align="left", attention_mask=mask, **options
     )
-    before = (name, lambda p, hook: plain.update(p=p + 0))
-    after = (name, lambda p, hook: seen.update(p=p + 0))
-    logits_with(shared("gpt2", kind), [before, *hooks, after], ids, attention_mask=mask)
-    torch.testing.assert_close(seen["p"].sum(-1), plain["p"].sum(-1))
-    assert torch.equal(seen["p"][1, :, :2], plain["p"][1, :, :2])
-    assert relative(seen["p"][1, :, 3:], plain["p"][1, :, 3:]) > 1e-3
+    plain, seen = around(shared("gpt2", kind), hooks, ids, attention_mask=mask)
+    torch.testing.assert_close(seen.sum(-1), plain.sum(-1))
+    assert torch.equal(seen[1, :, :2], plain[1, :, :2])
+    assert relative(seen[1, :, 3:], plain[1, :, 3:]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_batch_of_another_size_is_refused(kind, shared, mean):
     model, maps = shared("gpt2", kind), mean("gpt2", kind)
     hooks = maps.patch_hooks(scale=SCALE, attention_mask=torch.ones(2, POS, dtype=torch.long))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from browser import Seen, browser
+from browser import Seen, opening
 from ra_lens import load_demo_model, run_with_ra, trace_paths
 from ra_lens.errors import BadInput
 from ra_lens.paths import TraceResult, trace_layers
@@ -53,27 +53,15 @@ def many(n: int = 600) -> TraceResult:
     return trace_paths(maps, top_beam=n)
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Any]:
-    with browser() as found:
-        yield found
-
-
 @pytest.fixture
-def see(running: Any, tmp_path: Path) -> Iterator[Callable[..., Seen]]:
-    opened: list[Seen] = []
+def see(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Seen]]:
+    with opening(browser) as get:
 
-    def open_page(text: str, **context: Any) -> Seen:
-        path = tmp_path / f"{len(opened)}.html"
-        path.write_text(text, encoding="utf-8")
-        opened.append(Seen(running, path, **context))
-        return opened[-1]
+        def open_page(text: str, **context: Any) -> Seen:
+            (tmp_path / "page.html").write_text(text, encoding="utf-8")
+            return get(tmp_path / "page.html", **context)
 
-    yield open_page
-    for seen in opened:
-        assert seen.errors == []
-        assert len(seen.requests) == 1, seen.requests  # the file itself
-        seen.close()
+        yield open_page
 
 
 def data_of(page: str) -> Any:
@@ -141,6 +129,7 @@ def boxes(seen: Seen) -> list[Any]:
     return [node.bounding_box() for node in seen.page.locator(".node").all()]
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("what", ["wide", "layered", "signed"])
 def test_no_two_tokens_lie_on_each_other(
     what: str, layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
@@ -181,6 +170,7 @@ def test_a_click_tells_position_token_and_weights(
     assert seen.page.locator(".dim").count() == 0
 
 
+@pytest.mark.every_model
 def test_a_path_can_be_chosen_and_shown_alone(
     layered: TraceResult, see: Callable[..., Seen]
 ) -> None:
@@ -199,6 +189,7 @@ def test_a_path_can_be_chosen_and_shown_alone(
     assert seen.page.locator(".node:not(.hidden)").count() == len(layered.layers) + 1 >= visited
 
 
+@pytest.mark.every_model
 def test_paths_have_colours_of_their_own_and_signs_two(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
 ) -> None:
@@ -223,6 +214,7 @@ def test_paths_have_colours_of_their_own_and_signs_two(
     assert len(strokes(seen, ".link")) == 8
 
 
+@pytest.mark.every_model
 def test_zoom_pan_and_the_keyboard(layered: TraceResult, see: Callable[..., Seen]) -> None:
     seen = see(layered.to_html())
 
@@ -255,6 +247,7 @@ def test_zoom_pan_and_the_keyboard(layered: TraceResult, see: Callable[..., Seen
     assert seen.page.locator(".detail").inner_text().startswith("Choose")
 
 
+@pytest.mark.every_model
 def test_hostile_tokens_are_text(layered: TraceResult, see: Callable[..., Seen]) -> None:
     tokens = tuple((HOSTILE * 2)[: layered.seq_len])
     seen = see(replace(layered, tokens=tokens, model_name=EVIL).to_html())
@@ -267,6 +260,7 @@ def test_hostile_tokens_are_text(layered: TraceResult, see: Callable[..., Seen])
     assert all(text in seen.page.locator(".detail").inner_text() for text in shown)
 
 
+@pytest.mark.every_model
 def test_dark_mode_and_phones(layered: TraceResult, see: Callable[..., Seen]) -> None:
     backgrounds = []
     for scheme in ("light", "dark"):
@@ -279,6 +273,7 @@ def test_dark_mode_and_phones(layered: TraceResult, see: Callable[..., Seen]) ->
     assert backgrounds == ["rgb(255, 255, 255)", "rgb(27, 31, 37)"]
 
 
+@pytest.mark.every_model
 def test_tabs_change_what_is_shown(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
 ) -> None:
@@ -295,6 +290,7 @@ def test_tabs_change_what_is_shown(
     assert seen.page.locator(".beams li").count() == 8
 
 
+@pytest.mark.every_model
 def test_a_report_shows_paths_beside_its_maps(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen], tmp_path: Path
 ) -> None:

@@ -9,12 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-import arch_models
+from arch_models import load_bridge
 from ra_lens import RACache, run_with_ra, trace_paths
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
-from ra_lens.model import load_folder
 from ra_lens.paths import read_maps, trace_layers
-from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids
+from tiny_models import ANY_KIND, CASES, KINDS, N_HEADS, N_LAYERS, random_ids
 
 PROMPT = "w5 w7 w9 w4 w6"
 
@@ -42,7 +41,7 @@ def test_a_models_patterns_are_those_of_the_hugging_face_model(
     assert trace_paths(model, ids).layer == N_LAYERS - 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 @pytest.mark.parametrize("follow", ["more", "less", "abs"])
 def test_reversed_attention_from_everywhere(kind: str, follow: Any, shared: Any) -> None:
     model = shared("gpt2", kind)
@@ -79,7 +78,7 @@ def test_an_activation_cache_will_do(shared: Any) -> None:
         trace_paths(cache, "w5 w7")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_a_batch_gives_what_each_prompt_gives_alone(kind: str, shared: Any) -> None:
     model = shared("llama", kind, torch.float64)
     prompts = [PROMPT, "w8 w3 w6", "w9 w4 w12 w7 w8 w3 w11"]
@@ -199,21 +198,9 @@ def test_mistakes_are_named(shared: Any, call: Any, error: Any, message: str) ->
     assert message in str(caught.value)
 
 
-BRIDGE = "TransformerBridge"
-
-
-@pytest.mark.skipif(BRIDGE not in KINDS, reason="TransformerLens 2 has no bridge")
 def test_what_cannot_be_traced_through_all_layers_is_refused(tmp_path: Path) -> None:
     ids = random_ids(6).clamp(max=12)
-
-    def load(arch: str) -> Any:
-        if not arch_models.has(arch):
-            pytest.skip(f"this transformers does not know {arch}")
-        folder = tmp_path / arch
-        folder.mkdir()
-        return load_folder(arch_models.write(arch, folder), kind=BRIDGE, device="cpu")
-
-    bart, bert, odd = load("bart"), load("bert"), load("gemma4")
+    bart, bert, odd = (load_bridge(arch, tmp_path) for arch in ("bart", "bert", "gemma4"))
     for follow in ("pattern", "more"):
         for function in (trace_layers, trace_paths):
             with pytest.raises(UnsupportedModel, match="part of a decoder beside an encoder"):

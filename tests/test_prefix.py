@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-import arch_models
+from arch_models import load_bridge
+from left_behind import Oops, changes, raises, snapshot
 from ra_lens.heads import rank_heads
-from ra_lens.model import as_lens, load_folder
-from ra_lens.model.blocks import Prefix
+from ra_lens.model import as_lens
+from ra_lens.model.blocks import SkippedBlocks
 from ra_lens.patching.masking import mask_hooks
 from ra_lens.questions import last_logits, mark, read_questions
 from ra_lens.tasks import Prompt
-from test_heads import PROMPTS, TASK
-from test_leaves_nothing import Oops, changes, raises, snapshot
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, relative
+from tiny_questions import PROMPTS, TASK
 
-BRIDGE = "TransformerBridge"
 SIDES = ("left", "right")
 # The lengths differ; words are in the vocabulary of both sets of tiny models.
 QUESTIONS = [
@@ -30,22 +31,6 @@ SHARING = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
-
-
-@pytest.fixture(scope="module")
-def bridge(tmp_path_factory):
-    """`bridge(arch, **changes)`: a tiny bridge, of a configuration changed in this way."""
-
-    def get(arch, **changed):
-        if BRIDGE not in KINDS or not arch_models.has(arch):
-            pytest.skip(f"no TransformerBridge of {arch} here")
-        config, cls, options = arch_models.CONFIGS[arch]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(arch_models.CONFIGS, arch, (config, cls, {**options, **changed}))
-            folder = arch_models.write(arch, tmp_path_factory.mktemp(arch))
-        return load_folder(folder, kind=BRIDGE, device="cpu")
-
-    return get
 
 
 def in_full(model, prompts, hooks_of):
@@ -80,6 +65,7 @@ def zeroed_last(lens, layer, head):
     return [(lens.sites[layer].z_name, at_z)]
 
 
+@contextmanager
 def calls(model):
     """Count the calls of each block's attention, by block, while it is open."""
     counts = [0] * len(as_lens(model).sites)
@@ -95,7 +81,9 @@ def calls(model):
         lens.module.get_submodule(site.prefix).register_forward_pre_hook(count(i))
         for i, site in enumerate(lens.sites.values())
     ]
-    return counts, handles
+    yield counts
+    for handle in handles:
+        handle.remove()
 
 
 # Each architecture with one side per class, in turn.
@@ -108,10 +96,8 @@ def test_effects_are_those_of_full_passes_and_blocks_before_a_head_are_skipped(
 ):
     model = fresh(arch, kind)
     model.tokenizer.padding_side = side
-    counts, handles = calls(model)
-    found = rank_heads(model, QUESTIONS, method="cm1", batch_size=4, progress=False)
-    for handle in handles:
-        handle.remove()
+    with calls(model) as counts:
+        found = rank_heads(model, QUESTIONS, method="cm1", batch_size=4, progress=False)
     # The shortest and longest question padded and alone; 3 questions as they are; a row of each
     # layer in full; then 3 batches of 12 rows per layer.
     rows = len(QUESTIONS) * N_HEADS
@@ -136,13 +122,11 @@ def test_effects_are_those_of_full_passes_and_blocks_before_a_head_are_skipped(
         ("deepseek_v3", "left"),
     ],
 )
-def test_windows_experts_gates_and_latents_pass_on_no_more_than_they_return(arch, side, bridge):
-    model = bridge(arch)
+def test_windows_experts_gates_and_latents_pass_on_no_more_than_they_return(arch, side, tmp_path):
+    model = load_bridge(arch, tmp_path)
     model.tokenizer.padding_side = side
-    counts, handles = calls(model)
-    found = rank_heads(model, QUESTIONS, method="cm1", batch_size=6, progress=False)
-    for handle in handles:
-        handle.remove()
+    with calls(model) as counts:
+        found = rank_heads(model, QUESTIONS, method="cm1", batch_size=6, progress=False)
     assert counts == [3 + 4, 3 + 6]
     wanted = in_full(model, QUESTIONS, zeroed)
     assert relative(found.scores, wanted) < 1e-4
@@ -152,13 +136,11 @@ def test_windows_experts_gates_and_latents_pass_on_no_more_than_they_return(arch
     ("arch", "changed"),
     [pytest.param("gemma4", SHARING, id="keys and values shared"), ("hrm_text", {})],
 )
-def test_layers_that_pass_on_more_or_run_again_are_run_in_full(arch, changed, bridge):
-    model = bridge(arch, **changed)
+def test_layers_that_pass_on_more_or_run_again_are_run_in_full(arch, changed, tmp_path):
+    model = load_bridge(arch, tmp_path, **changed)
     lens = as_lens(model)
-    counts, handles = calls(model)
-    found = rank_heads(model, QUESTIONS, method="cm1", batch_size=12, progress=False)
-    for handle in handles:
-        handle.remove()
+    with calls(model) as counts:
+        found = rank_heads(model, QUESTIONS, method="cm1", batch_size=12, progress=False)
     assert counts[0] / counts[-1] > 0.5
     wanted = in_full(model, QUESTIONS, zeroed)
     assert len(lens.sites) == 4
@@ -220,7 +202,7 @@ def test_a_prefix_gives_each_row_the_example_asked_for(kind, shared):
     model = shared("gpt2", kind)
     lens = as_lens(model)
     prompts = read_questions(lens, QUESTIONS).prompts.widened()
-    prefix = Prefix(lens)
+    prefix = SkippedBlocks(lens)
     with prefix.recorded(3):
         wanted = last_logits(lens, prompts)
     which = [2, 0, 0, 1, 2]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from arch_models import OpenModel, has, write
-from hf_heads import HFHeads
+from arch_models import has, open_model, write
+from conformance.pieces import D_HEAD
+from oracle import HFHeads, Oracle
 from ra_lens import perturbation_test, rank_heads, run_with_ra
 from ra_lens.cli import show
 from ra_lens.errors import BadInput
@@ -30,7 +33,7 @@ KIND = "TransformerBridge"
 if KIND not in available_kinds() or not has("laguna"):
     pytest.skip("no model whose layers have different numbers of heads", allow_module_level=True)
 
-HEADS, D_HEAD = (2, 6, 4), 6
+HEADS = (2, 6, 4)
 EVERY = [(layer, head) for layer, n in enumerate(HEADS) for head in range(n)]
 SCALE = D_HEAD**-0.5
 OPTIONS = {"prepend_bos": False, "progress": False}
@@ -62,8 +65,8 @@ def reference(where: Any) -> HFHeads:
 
 
 @pytest.fixture(scope="module")
-def opened(where: Any) -> OpenModel:
-    return OpenModel("laguna", where)
+def opened(where: Any) -> Oracle:
+    return open_model("laguna", where)
 
 
 def ids_of(prompt: Any) -> list[int]:
@@ -72,6 +75,9 @@ def ids_of(prompt: Any) -> list[int]:
 
 def answer_of(prompt: Any) -> int:
     return int(prompt.answer[2:])
+
+
+ASKED = [(ids_of(prompt), answer_of(prompt)) for prompt in PROMPTS]
 
 
 def laid_out(effect: Any) -> torch.Tensor:
@@ -94,7 +100,7 @@ def same(found: HeadScores, wanted: torch.Tensor, tolerance: float = 1e-4) -> No
 # ---- scores -------------------------------------------------------------------------------------
 
 
-def test_ra_and_fa_are_norms_of_hugging_faces_own_maps(model: Any, opened: OpenModel) -> None:
+def test_ra_and_fa_are_norms_of_hugging_faces_own_maps(model: Any, opened: Oracle) -> None:
     sums = {"ra": torch.zeros(3, 6).double(), "fa": torch.zeros(3, 6).double()}
     for prompt in PROMPTS:
         ids = torch.tensor([[*ids_of(prompt), answer_of(prompt)]])
@@ -113,7 +119,7 @@ def test_ra_and_fa_are_norms_of_hugging_faces_own_maps(model: Any, opened: OpenM
         same(rank_heads(model, PROMPTS, method=name, **OPTIONS), wanted)
 
 
-def test_fa_of_mean_is_the_norm_of_the_mean_pattern(model: Any, opened: OpenModel) -> None:
+def test_fa_of_mean_is_the_norm_of_the_mean_pattern(model: Any, opened: Oracle) -> None:
     prompts = TASK.sample(3)
     rows = torch.tensor([[*ids_of(prompt), answer_of(prompt)] for prompt in prompts])
     _, patterns = opened.score_gradients(rows, lambda logits: logits.sum())
@@ -123,48 +129,22 @@ def test_fa_of_mean_is_the_norm_of_the_mean_pattern(model: Any, opened: OpenMode
 
 
 def test_cm1_is_what_zeroed_rows_of_w_o_cost(model: Any, reference: HFHeads) -> None:
-    def lost(layer: int, head: int) -> float:
-        total = 0.0
-        for prompt in PROMPTS:
-            ids, token = ids_of(prompt), answer_of(prompt)
-            clean = reference.probability(ids, token)
-            with reference.zeroed([(layer, head)]):
-                total += clean - reference.probability(ids, token)
-        return total / len(PROMPTS)
-
-    same(rank_heads(model, PROMPTS, method="cm1", batch_size=5, **OPTIONS), laid_out(lost))
+    found = rank_heads(model, PROMPTS, method="cm1", batch_size=5, **OPTIONS)
+    same(found, laid_out(partial(reference.lost, ASKED)))
 
 
 def test_cm1_last_zeroes_the_last_token_only(model: Any, reference: HFHeads) -> None:
-    def lost(layer: int, head: int) -> float:
-        total = 0.0
-        for prompt in PROMPTS:
-            ids, token = ids_of(prompt), answer_of(prompt)
-            clean = reference.probability(ids, token)
-            with reference.replaced(layer, head, len(ids) - 1, torch.zeros(D_HEAD)):
-                total += clean - reference.probability(ids, token)
-        return total / len(PROMPTS)
-
-    same(rank_heads(model, PROMPTS, method="cm1_last", **OPTIONS), laid_out(lost))
+    found = rank_heads(model, PROMPTS, method="cm1_last", **OPTIONS)
+    same(found, laid_out(partial(reference.lost_at_the_end, ASKED)))
 
 
 def test_cm2_puts_mean_heads_into_shuffled_labels(model: Any, reference: HFHeads) -> None:
-    last = [reference.z(torch.tensor([ids_of(prompt)])) for prompt in PROMPTS]
-
-    def gained(layer: int, head: int) -> float:
-        total, (_, rows) = 0.0, reference.rows(layer, head)
-        for i, prompt in enumerate(PROMPTS):
-            ids, token = ids_of(prompt), answer_of(prompt)
-            if len(prompt.demonstrations) == 2:  # w54 x w55 y w54 x w55 y …
-                ids[3], ids[7] = ids[7], ids[3]
-            before = reference.probability(ids, token)
-            others = [z[layer][0, -1].double() for j, z in enumerate(last) if j != i]
-            mean = torch.stack(others).mean(0)[rows]
-            with reference.replaced(layer, head, len(ids) - 1, mean):
-                total += reference.probability(ids, token) - before
-        return total / len(PROMPTS)
-
-    same(rank_heads(model, PROMPTS, method="cm2", **OPTIONS), laid_out(gained))
+    right, shuffled = [ids for ids, _ in ASKED], copy.deepcopy(ASKED)
+    for (ids, _), prompt in zip(shuffled, PROMPTS, strict=True):
+        if len(prompt.demonstrations) == 2:  # w54 x w55 y w54 x w55 y …
+            ids[3], ids[7] = ids[7], ids[3]
+    found = rank_heads(model, PROMPTS, method="cm2", **OPTIONS)
+    same(found, laid_out(partial(reference.gained, shuffled, right)))
 
 
 def test_orders_that_know_nothing_have_every_head_once(model: Any) -> None:
@@ -248,13 +228,13 @@ def test_tables_have_the_heads_that_there_are(model: Any, tmp_path: Any) -> None
     assert again["label"].tolist() == frame["label"].tolist()
 
 
-def test_maps_are_added_to_the_heads_that_there_are(model: Any, opened: OpenModel) -> None:
+def test_maps_are_added_to_the_heads_that_there_are(model: Any, opened: Oracle) -> None:
     learned, asked = TASK.sample(2), TASK.sample(4)[2:]
     ids = torch.tensor([ids_of(prompt) for prompt in learned])
     _, ra = run_with_ra(model, ids, target=[answer_of(prompt) for prompt in learned])
     deltas = {layer: -3.0 * ra["ra", layer].mean(dim=0) for layer in range(3)}
     rows = torch.tensor([ids_of(prompt) for prompt in asked])
-    wanted = opened.logits(rows, deltas)
+    wanted = opened.logits(rows, pattern_deltas=deltas)
     hooks = ra.mean().patch_hooks(scale=-3.0)
     with torch.no_grad():
         found = model.run_with_hooks(rows, fwd_hooks=hooks)
@@ -288,7 +268,7 @@ def test_a_cache_has_the_norms_of_the_heads_that_there_are(model: Any, tmp_path:
         ra.kv_group(1)
     with pytest.raises(BadInput, match=r"head=2\); this cache has layers .* with heads 0 to 1"):
         head_map(ra, "L0H2")
-    page = write_report(ra, tmp_path / "ragged.html").read_text(encoding="utf-8")
+    page = write_report(ra, tmp_path / "ragged.html", top=12).read_text(encoding="utf-8")
     assert "L1H5" in page
     assert "2 to 6 heads each" in page
     facts = show.as_json(ra, model, texts, top=100)

@@ -1,4 +1,7 @@
-"""Blocks that run again in the backward pass: the same maps, one layer alive, nothing left."""
+"""Blocks that run again in the backward pass, and what a run leaves out or computes in fewer steps.
+
+The same maps, one layer alive, nothing left; the same numbers, where nobody looks.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import gc
 import pytest
 import torch
 
+from held import Held, counted
 from ra_lens import run_with_ra
 from ra_lens.errors import UnsupportedModel
-from tiny_models import CASES, EDITABLE, KINDS, N_HEADS, random_ids, text
+from ra_lens.model import as_lens
+from tiny_models import CASES, D_VOCAB, EDITABLE, KINDS, N_HEADS, random_ids, relative, text
 
 IDS, TARGET = random_ids(2, 7), 8
+LAST = torch.tensor([[5], [3]])
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
@@ -63,20 +69,6 @@ def test_edits_by_hooks_count_as_without(arch, kind, shared):
     assert not torch.allclose(untouched["ra", 0], plain["ra", 0])
 
 
-class Held:
-    """A tensor that a graph keeps, counted while it is kept."""
-
-    alive = most = 0
-
-    def __init__(self, x):
-        self.x = x
-        Held.alive += 1
-        Held.most = max(Held.most, Held.alive)
-
-    def __del__(self):
-        Held.alive -= 1
-
-
 @pytest.mark.parametrize(("arch", "depth"), [("gpt2", "n_layer"), ("llama", "num_hidden_layers")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_tensors_of_one_layer_are_alive(arch, depth, kind, shared):
@@ -84,17 +76,8 @@ def test_attention_tensors_of_one_layer_are_alive(arch, depth, kind, shared):
     model, most = shared(arch, kind, **{depth: n_layers}), {}
     run_with_ra(model, IDS, target=TARGET)
     map_size = IDS.shape[0] * N_HEADS * IDS.shape[1] ** 2
-
-    def pack(x):
-        # Detached: a tensor that its own node keeps would be held for ever.
-        return Held(x.detach()) if x.numel() == map_size else x
-
-    def unpack(kept):
-        return kept.x if isinstance(kept, Held) else kept
-
     for recompute in (False, True):
-        Held.alive = Held.most = 0
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with counted(lambda x: x.numel() == map_size):
             run_with_ra(model, IDS, target=TARGET, store="norms", recompute=recompute)
         most[recompute] = Held.most
         gc.collect()
@@ -144,3 +127,142 @@ def test_forward_methods_are_put_back(kind, shared):
         )
     after = {name: set(vars(m)) for name, m in model.named_modules()}
     assert [name for name in after if "forward" in after[name] - before[name]] == []
+
+
+# ---- left out, or computed in fewer steps --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_logits_at_chosen_positions_are_the_models_own(arch, kind, shared):
+    model = shared(arch, kind)
+    lens = as_lens(model)
+    with torch.no_grad():
+        whole = model(IDS)
+        with lens.running(LAST):
+            read = model(IDS)
+        again = model(IDS)
+    assert read.shape == (2, 1, D_VOCAB)
+    assert relative(read, whole[torch.arange(2)[:, None], LAST]) < 2e-6
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_gradients_of_chosen_positions_are_the_models_own(arch, kind, shared):
+    """One position is read twice in one row, as a short answer beside a long one is."""
+    model = shared(arch, kind)
+    lens = as_lens(model)
+    columns = torch.tensor([[4, 5, 6], [3, 3, 3]])
+    weights = torch.randn(2, 3, D_VOCAB, generator=torch.Generator().manual_seed(0))
+    gradients = {}
+
+    def leaf(x, hook):
+        gradients["x"] = x.detach().requires_grad_()
+        return gradients["x"]
+
+    found = []
+    for positions in (columns, None):
+        with model.hooks(fwd_hooks=[("hook_embed", leaf)]), lens.running(positions):
+            logits = model(IDS)
+        if positions is None:
+            logits = logits[torch.arange(2)[:, None], columns]
+        found.append(torch.autograd.grad((logits * weights).sum(), gradients["x"])[0])
+    assert relative(*found) < 5e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_mlp_runs_where_it_is_read(kind, shared):
+    model, ran = shared("gpt2", kind), []
+    lens = as_lens(model)
+    original = torch.addmm  # which both classes multiply with, rows first
+
+    def count(*args, **kwargs):
+        ran.append(args[1].shape[0])
+        return original(*args, **kwargs)
+
+    torch.addmm = count
+    try:
+        with torch.no_grad(), lens.running(LAST):
+            model(IDS)
+    finally:
+        torch.addmm = original
+    assert ran[-2:] == [2, 2]
+    assert 14 in ran
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.2.mlp.hook_post", "blocks.2.hook_resid_post", "ln_final.hook_normalized"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_on_what_comes_of_the_last_mlp_sees_every_position(name, kind, shared):
+    model, seen = shared("gpt2", kind), []
+
+    def keep(value, hook):
+        seen.append(value.detach().clone())
+
+    wanted = run_with_ra(model, IDS, target=TARGET)[1]
+    ra = run_with_ra(model, IDS, target=TARGET, fwd_hooks=[(name, keep)])[1]
+    with torch.no_grad():
+        model.run_with_hooks(IDS, fwd_hooks=[(name, keep)])
+    mine, own = seen
+    assert own.shape[:2] == IDS.shape
+    assert relative(mine, own) < 2e-6
+    for layer in ra.layers:
+        assert relative(ra["ra", layer], wanted["ra", layer]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_after_the_last_attention_counts(kind, shared):
+    model = shared("gpt2", kind)
+
+    def double(value, hook):
+        return 2 * value
+
+    hook = ("blocks.2.hook_mlp_out", double)
+    with torch.no_grad():
+        wanted = model.run_with_hooks(IDS, fwd_hooks=[hook])[:, -1]
+    logits, _ = run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook])
+    assert relative(logits[:, -1], wanted) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_functions_are_the_same_and_half_precision_keeps_its_own(kind, dtype, fresh):
+    model = fresh("gpt2", kind, dtype)
+    with torch.no_grad():
+        own = model(IDS)
+        with as_lens(model).running(None):
+            fused = model(IDS)
+    assert relative(fused, own) <= {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("point", ["hook_scale", "hook_normalized"])
+def test_a_hook_inside_a_norm_still_edits_it(point, kind, shared):
+    model = shared("gpt2", kind)
+
+    def halve(value, hook):
+        return value / 2
+
+    hook = (f"blocks.1.ln1.{point}", halve)
+    with torch.no_grad():
+        wanted = model.run_with_hooks(IDS, fwd_hooks=[hook])[:, -1]
+        plain = model(IDS)[:, -1]
+    logits, _ = run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook])
+    assert relative(logits[:, -1], wanted) < 2e-6
+    assert relative(plain, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_is_put_back(kind, shared):
+    model = shared("gpt2", kind)
+    modules = as_lens(model)._modules
+
+    def state():
+        return [(set(vars(m)), vars(m).get("act_fn")) for m in modules]
+
+    model(IDS)
+    before = state()
+    with pytest.raises(ZeroDivisionError), as_lens(model).running(LAST):
+        assert state() != before
+        raise ZeroDivisionError
+    assert state() == before

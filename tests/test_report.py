@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import re
 import stat
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,15 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 
+from made_caches import lower, make
+from pages import EVIL, HOSTILE, Page
 from ra_lens import files as file_module
 from ra_lens import run_with_ra
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.files import check_output
 from ra_lens.head_maps import head_of_example
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.report import (
     PatchedPrompt,
     Predictions,
@@ -36,58 +36,7 @@ from ra_lens.report import (
 )
 from ra_lens.report.explorer import pack, unpack
 from ra_lens.run_info import RunInfo
-from test_figures import lower, make
 from tiny_models import KINDS
-
-EVIL = "</script><script>alert(1)</script>"
-HOSTILE = (
-    EVIL, "\"'`", "🙂", "שלום", "<!--", "%{y}", "&lt;", "\u202eabc", "\n", "]]>", "\x00"
-)  # fmt: skip
-
-
-class Page(HTMLParser):
-    """Collects what a browser would see of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self._in: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style", "title"):
-            self._in.append(tag)
-            if tag == "script":
-                self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if self._in and self._in[-1] == tag:
-            self._in.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self._in and self._in[-1] == "script":
-            self.scripts[-1] += data
-        elif not self._in:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def blocks(self) -> list[tuple[dict[str, str | None], str]]:
-        """Scripts with their attributes; those with a type are data."""
-        kinds = [attrs for tag, attrs in self.tags if tag == "script"]
-        return list(zip(kinds, self.scripts, strict=True))
-
-    def data(self) -> Any:
-        return json.loads(next(text for attrs, text in self.blocks() if attrs.get("id")))
-
-    def maps(self) -> dict[str, str]:
-        return {str(a["data-map"]): text for a, text in self.blocks() if "data-map" in a}
 
 
 @pytest.fixture
@@ -234,6 +183,21 @@ def test_hostile_text_stays_text(hostile: RACache, path: Path) -> None:
     assert "\x00" not in text
 
 
+def test_names_of_layers_cannot_end_the_data(ra: RACache, path: Path) -> None:
+    """They come with a cache that somebody else has saved."""
+    write_report(ra, path)
+    plain = len(read(path).blocks())
+    sites = {i: replace(s, prefix=f"{EVIL}<!--{s.prefix}") for i, s in ra.sites.items()}
+    saved = RACache(sites=sites, loss=ra.loss, info=ra.info)
+    for layer in ra.layers:
+        saved.put(layer, "ra", ra["ra", layer])
+        saved.put(layer, "pattern", ra["pattern", layer])
+    write_report(saved, path)
+    page = read(path)
+    assert [one["name"] for one in page.data()["layers"]] == [f"{EVIL}<!-- 0", f"{EVIL}<!-- 2"]
+    assert len(page.blocks()) == plain
+
+
 def test_it_loads_nothing_and_runs_only_its_own_script(ra: RACache, path: Path) -> None:
     write_report(ra, path)
     page = read(path)
@@ -271,7 +235,7 @@ def test_the_size_for_a_small_model_is_small(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = tuple(f" w{i}" for i in range(n))
     ra = RACache(
-        sites={i: Site(i, f"blocks.{i}.attn", heads, heads, 0.125) for i in range(12)},
+        sites=Sites({i: Site(i, f"blocks.{i}.attn", heads, heads, 0.125) for i in range(12)}),
         info=RunInfo(str_tokens=(tokens,), starts=(0,)),
     )
     for layer in range(12):
@@ -284,7 +248,7 @@ def test_the_size_for_a_small_model_is_small(path: Path) -> None:
 def test_ten_thousand_tokens_are_text_and_their_end_has_maps(path: Path) -> None:
     n = 10_000
     ra = RACache(
-        sites={0: Site(0, "blocks.0.attn", 2, 2, 0.125)},
+        sites=Sites({0: Site(0, "blocks.0.attn", 2, 2, 0.125)}),
         info=RunInfo(str_tokens=(tuple(f" w{i}" for i in range(n)),), starts=(0,)),
     )
     zero = torch.zeros(1).expand(1, 2, n, n)  # takes no memory

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from browser import Seen, opening
+from made_caches import make
+from made_frames import sweep
+from pages import EVIL, HOSTILE
 from ra_lens.cache import RACache
-from ra_lens.model import Site
+from ra_lens.model import Site, Sites
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
 from ra_lens.report.experiments import write_sweep_page
 from ra_lens.run_info import RunInfo
-from test_curves import sweep
-from test_figures import make
-from test_report import EVIL, HOSTILE
 
 NUMBER = r"[+−]?\d[\d.]*(?:e[−+]?\d+)?"
 
@@ -27,20 +28,15 @@ def value(text: str) -> float:
     return float(text.replace("−", "-"))
 
 
-class Opened:
-    """A page, with all that went wrong in it."""
+class Opened(Seen):
+    """A report."""
 
-    def __init__(self, page: Any, path: Path) -> None:
-        self.page, self.wrong, self.requests = page, [], []
-        page.on("console", lambda message: self.wrong.append(message.text))
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("dialog", lambda dialog: (self.wrong.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda request: self.requests.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_selector("#ra-grid [aria-selected=true], .main-svg")
+    def __init__(self, running: Any, path: Path, **context: Any) -> None:
+        super().__init__(running, path, **context)
+        self.page.wait_for_selector("#ra-grid [aria-selected=true], .main-svg")
 
     def check(self) -> None:
-        assert self.wrong == []
+        assert self.errors == []
         assert [url for url in self.requests if not url.startswith(("file:", "data:"))] == []
         assert len([url for url in self.requests if url.startswith("file:")]) == 1
 
@@ -79,16 +75,9 @@ class Opened:
 
 
 @pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Opened]]:
-    contexts = []
-
-    def get(path: Path, **options: Any) -> Opened:
-        contexts.append(browser.new_context(**options))
-        return Opened(contexts[-1].new_page(), path)
-
-    yield get
-    for context in contexts:
-        context.close()
+def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
+    with opening(browser, Opened, quiet=False) as get:
+        yield get
 
 
 def wanted_cells(ra: RACache, layer: int, head: int, example: int, n: int) -> Any:
@@ -131,6 +120,7 @@ def test_a_click_on_a_head_shows_its_maps(open_page: Callable[..., Opened], tmp_
     opened.check()
 
 
+@pytest.mark.every_model
 def test_the_keyboard_reaches_heads_and_cells(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -171,6 +161,7 @@ def test_the_keyboard_reaches_heads_and_cells(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_the_pointer_chooses_rows_and_the_prompt_does_too(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -191,6 +182,7 @@ def test_the_pointer_chooses_rows_and_the_prompt_does_too(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_what_is_drawn_is_red_for_more_and_hatched_where_nothing_is(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -222,6 +214,7 @@ def test_what_is_drawn_is_red_for_more_and_hatched_where_nothing_is(
         opened.check()
 
 
+@pytest.mark.every_model
 def test_hostile_tokens_are_text(open_page: Callable[..., Opened], tmp_path: Path) -> None:
     ra = make((HOSTILE,))
     ra.info = replace(ra.info, targets=(EVIL,), model_name=EVIL)
@@ -252,9 +245,10 @@ def test_hostile_tokens_are_text(open_page: Callable[..., Opened], tmp_path: Pat
     )
     page.wait_for_timeout(100)
     assert page.title() == f"Reversed Attention of {EVIL}"
-    assert any("Content Security Policy" in text for text in opened.wrong)
+    assert any("Content Security Policy" in text for text in opened.errors)
 
 
+@pytest.mark.every_model
 def test_ten_thousand_tokens_are_shown(open_page: Callable[..., Opened], tmp_path: Path) -> None:
     short = make((tuple(f" w{i}" for i in range(20)),))
     page = Path(write_report(short, tmp_path / "r.html", examples=[0])).read_text()
@@ -270,6 +264,7 @@ def test_ten_thousand_tokens_are_shown(open_page: Callable[..., Opened], tmp_pat
     opened.check()
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("size", [(390, 844), (1280, 900)])
 def test_nothing_is_wider_than_the_window(
     open_page: Callable[..., Opened], tmp_path: Path, size: tuple[int, int]
@@ -284,6 +279,7 @@ def test_nothing_is_wider_than_the_window(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_without_scripts_the_text_can_be_read(browser: Any, tmp_path: Path) -> None:
     path = write_report(make(), tmp_path / "r.html")
     context = browser.new_context(java_script_enabled=False)
@@ -296,6 +292,7 @@ def test_without_scripts_the_text_can_be_read(browser: Any, tmp_path: Path) -> N
     context.close()
 
 
+@pytest.mark.every_model
 def test_pages_with_plotly_figures_draw_them(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -305,6 +302,7 @@ def test_pages_with_plotly_figures_draw_them(
     opened.check()
 
 
+@pytest.mark.every_model
 def test_cross_attention_shades_what_the_encoder_read(
     open_page: Callable[..., Opened], tmp_path: Path
 ) -> None:
@@ -316,7 +314,7 @@ def test_cross_attention_shades_what_the_encoder_read(
         decoder_tokens=(("x", "y", "z"),),
     )
     site = Site(0, "decoder_blocks.0.cross_attn", 2, 2, 0.5, cross=True)
-    ra = RACache(sites={0: site}, info=info)
+    ra = RACache(sites=Sites({0: site}), info=info)
     ra.put(0, "ra", r)
     ra.put(0, "pattern", r.abs())
     opened = open_page(write_report(ra, tmp_path / "r.html"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from io import StringIO
 from itertools import pairwise
@@ -21,12 +22,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from browser import Seen
+from browser import Seen, opening
+from command_line import call
+from made_caches import make
 from ra_lens import run_with_ra, trace_paths
 from ra_lens.cache import RACache
-from ra_lens.cli import app, show
+from ra_lens.cli import show
 from ra_lens.errors import BadInput
 from ra_lens.figures import head_map, path_diagram, query_key_pull, token_row
 from ra_lens.figures.maps import head_maps
@@ -38,7 +40,6 @@ from ra_lens.paths.result import step_text
 from ra_lens.report import PatchedPrompt, Predictions, Section, Table, write_report
 from ra_lens.targets import logit_diff
 from ra_lens.text import isolated, label
-from test_figures import make
 from tiny_models import KINDS
 
 TOKENS = ("<s>", "שלום", " مرحبا", "⟨D7⟩", " ٣", " עולם-ארוך-מאוד-מאוד-מאוד", " 4", " x")
@@ -89,16 +90,8 @@ def parts_of(text: str) -> list[str]:
 
 @pytest.fixture
 def see(browser: Any, tmp_path: Path) -> Iterator[Callable[[Path], Seen]]:
-    opened: list[Seen] = []
-
-    def get(path: Path) -> Seen:
-        opened.append(Seen(browser, path, viewport={"width": 1500, "height": 900}))
-        return opened[-1]
-
-    yield get
-    for seen in opened:
-        assert seen.errors == []
-        seen.close()
+    with opening(browser) as get:
+        yield partial(get, viewport={"width": 1500, "height": 900})
 
 
 @pytest.fixture
@@ -116,6 +109,7 @@ def trace(ra: RACache) -> TraceResult:
 # ---- the report ---------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_from_stands_left_of_to_in_a_report(
     ra: RACache, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -140,6 +134,7 @@ def test_from_stands_left_of_to_in_a_report(
         in_order(cell, [*parts_of(text), text.rpartition(": ")[2]])
 
 
+@pytest.mark.every_model
 def test_predictions_and_facts_keep_their_order(
     ra: RACache, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -164,6 +159,7 @@ def test_predictions_and_facts_keep_their_order(
     in_order(last.locator("td").first, ["“", SHOWN[1], "”", "(0.25)"])
 
 
+@pytest.mark.every_model
 def test_a_cell_of_other_text_has_the_direction_of_its_own(
     ra: RACache, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -178,6 +174,7 @@ def test_a_cell_of_other_text_has_the_direction_of_its_own(
 # ---- paths --------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_paths_read_from_left_to_right(
     trace: TraceResult, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -203,6 +200,7 @@ def test_paths_read_from_left_to_right(
 # ---- figures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_figures_keep_tokens_apart(
     ra: RACache, trace: TraceResult, see: Callable[[Path], Seen], tmp_path: Path
 ) -> None:
@@ -280,6 +278,7 @@ def printed(ra: RACache, width: int) -> list[str]:
     return out.getvalue().splitlines()
 
 
+@pytest.mark.every_model
 def test_tables_in_a_terminal_keep_their_columns(ra: RACache, laid_out: LaidOut) -> None:
     lines = printed(ra, 140)
     cells = [line for line in lines if "→" in line]
@@ -306,6 +305,7 @@ def test_a_narrow_terminal_cuts_no_isolate_in_two(ra: RACache, width: int) -> No
         assert len(whole) == line.count("\u2068") == line.count("\u2069")
 
 
+@pytest.mark.every_model
 def test_what_is_said_in_a_line_keeps_its_order(
     ra: RACache, trace: TraceResult, laid_out: LaidOut
 ) -> None:
@@ -316,6 +316,7 @@ def test_what_is_said_in_a_line_keeps_its_order(
         in_order(element, lines[line])
 
 
+@pytest.mark.every_model
 def test_messages_keep_words_in_order(
     folder: Callable[..., Path], laid_out: LaidOut, tmp_path: Path
 ) -> None:
@@ -330,7 +331,7 @@ def test_messages_keep_words_in_order(
     model = load_folder(tmp_path, kind=KINDS[0], device="cpu")
     with pytest.raises(BadInput, match="must be one token; found 2") as refused:
         run_with_ra(model, "אב", target=logit_diff("גד הו", "אב"))
-    run = CliRunner().invoke(app, ["run", "-m", str(tmp_path), "-p", "אב זח טי גד", "-t", "הו"])
+    run = call("run", "-m", str(tmp_path), "-p", "אב זח טי גד", "-t", "הו")
     assert run.exit_code == 0
     lines = {
         str(refused.value): ["found 2", "גד", "+", "הו", "Choose"],

@@ -11,37 +11,40 @@ import torch
 from ra_lens import run_with_ra
 from ra_lens.errors import NotStored
 from ra_lens.patching.mean import RunningMean
-from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, random_ids, relative, text
+from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS, every_model, random_ids, relative, text
 
 POS, TARGET = 6, 8
 IDS = random_ids(5, POS)
 
 
-@pytest.mark.parametrize("layers", [0, 1, -1, [1], [0, 2], (2, 0, 0), [-1, -2], range(2)])
-@pytest.mark.parametrize(("arch", "kind"), CASES)
-def test_a_choice_of_layers_gives_the_maps_of_the_full_run(arch, kind, layers, shared, fresh):
-    known = shared(arch, kind)
-    _, full = run_with_ra(known, IDS, target=TARGET)
+def check_choice(model, layers, full):
     wanted = sorted({i % N_LAYERS for i in ([layers] if isinstance(layers, int) else layers)})
-    models = [known] if layers != [1] else [known, fresh(arch, kind)]
-    for model in models:
-        _, ra = run_with_ra(model, IDS, target=TARGET, layers=layers)
-        assert ra.layers == wanted
-        assert len(ra) == 3 * len(wanted)
-        assert ra.norms().shape == (5, len(wanted), N_HEADS)
-        assert relative(ra.stack(), full.stack()[wanted]) < 1e-6
-        assert relative(ra.norms(), full.norms()[:, wanted]) < 1e-6
-        assert relative(ra.loss, full.loss) < 1e-6
-        for layer in set(range(N_LAYERS)) - set(wanted):
-            assert ("ra", layer) not in ra
-            with pytest.raises(NotStored, match=rf"layers \[{wanted[0]}"):
-                ra["ra", layer]
-    if layers == [1]:  # having met one layer says nothing about the others
-        _, rest = run_with_ra(models[1], IDS, target=TARGET)
-        assert relative(rest.stack(), full.stack()) < 1e-6
+    _, ra = run_with_ra(model, IDS, target=TARGET, layers=layers)
+    assert ra.layers == wanted, layers
+    assert len(ra) == 3 * len(wanted)
+    assert ra.norms().shape == (5, len(wanted), N_HEADS)
+    assert relative(ra.stack(), full.stack()[wanted]) < 1e-6, layers
+    assert relative(ra.norms(), full.norms()[:, wanted]) < 1e-6, layers
+    assert relative(ra.loss, full.loss) < 1e-6, layers
+    for layer in set(range(N_LAYERS)) - set(wanted):
+        assert ("ra", layer) not in ra
+        with pytest.raises(NotStored, match=rf"layers \[{wanted[0]}"):
+            ra["ra", layer]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_choice_of_layers_gives_the_maps_of_the_full_run(arch, kind, shared, fresh):
+    model, new = shared(arch, kind), fresh(arch, kind)
+    _, full = run_with_ra(model, IDS, target=TARGET)
+    for layers in (0, 1, -1, [1], [0, 2], (2, 0, 0), [-1, -2], range(2)):
+        check_choice(model, layers, full)
+    check_choice(new, [1], full)
+    # Having met one layer says nothing about the others.
+    _, rest = run_with_ra(new, IDS, target=TARGET)
+    assert relative(rest.stack(), full.stack()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_names_filter_keeps_what_it_names(kind, shared):
     model = shared("gpt2", kind)
     _, full = run_with_ra(model, IDS, target=TARGET)
@@ -59,7 +62,7 @@ def test_names_filter_keeps_what_it_names(kind, shared):
         assert torch.equal(ra.norms(), full.norms())  # norms are kept whatever is stored
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_norms_only(kind, shared):
     model = shared("llama", kind)
     _, full = run_with_ra(model, IDS, target=TARGET)
@@ -88,7 +91,7 @@ def tensors_of(shape):
     return [t for t in tensors if tuple(t.shape) == shape]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_norms_only_holds_no_map_of_a_layer_that_is_done(kind, shared):
     # Not GPT-2: TransformerBridge keeps the last pattern of each of its layers in an attribute.
     model, shape = shared("llama", kind, num_hidden_layers=8), (2, N_HEADS, 11, 11)
@@ -116,7 +119,7 @@ def test_norms_only_holds_no_map_of_a_layer_that_is_done(kind, shared):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_the_running_mean_is_the_mean_of_the_maps(kind, side, shared):
     model = shared("opt", kind)
     prompts, answers = [text(row) for row in IDS], ["w4", "w5", "w6", "w7", "w8"]
@@ -145,7 +148,7 @@ def test_the_running_mean_is_the_mean_of_the_maps(kind, side, shared):
         ra.mean()["ra", 7]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ANY_KIND)
 def test_dtype_and_device_of_what_is_kept(kind, shared):
     model = shared("gpt2", kind)
     _, full = run_with_ra(model, IDS, target=TARGET)
@@ -159,7 +162,7 @@ def test_dtype_and_device_of_what_is_kept(kind, shared):
     assert relative(wide.stack(), full.stack()) == 0
 
 
-@pytest.mark.parametrize("store", ["maps", "norms", "mean"])
+@pytest.mark.parametrize("store", ["maps", *every_model("norms", "mean")])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_a_cache_that_is_dropped_is_freed(arch, kind, store, fresh):
     model = fresh(arch, kind)

@@ -4,8 +4,6 @@ import itertools
 import json
 import pickle
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from other_process import printed_by
 from ra_lens.errors import BadInput
 from ra_lens.tasks import (
     Pair,
@@ -279,11 +278,8 @@ def test_prompts_are_the_same_in_another_process() -> None:
         "s = t('synonym').split();"
         "print([p.text for p in s.prompts('test', shots=2, n=3, seed=5)])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
-    )
     here = load_task("synonym").split().prompts("test", shots=2, n=3, seed=5)
-    assert done.stdout.strip() == str([prompt.text for prompt in here])
+    assert printed_by(code) == str([prompt.text for prompt in here])
 
 
 def test_what_cannot_be_asked_is_refused() -> None:

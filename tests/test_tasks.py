@@ -1,13 +1,12 @@
 """The built-in tasks: facts, sharing of words, texts of prompts, seeds and what is held out."""
 
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from other_process import printed_by
 from ra_lens.errors import BadInput
 from ra_lens.tasks import (
     Pair,
@@ -267,12 +266,9 @@ def test_samples_are_the_same_in_another_process() -> None:
         "print([p.text for p in t('synonym').sample(4, shots=2, seed=3)]"
         " + [p.text for p in h(t('choose_middle_of_3'), 4, shots=2, seed=3)])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
-    )
     here = load_task("synonym").sample(4, shots=2, seed=3)
     here += held_out_prompts(load_task("choose_middle_of_3"), 4, shots=2, seed=3)
-    assert done.stdout.strip() == str([prompt.text for prompt in here])
+    assert printed_by(code) == str([prompt.text for prompt in here])
 
 
 @settings(deadline=None)  # a busy machine is no failure
@@ -353,5 +349,4 @@ def test_tasks_load_without_torch() -> None:
         "import sys; from ra_lens import tasks; tasks.load_task('antonym');"
         "print(sorted({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code) == "[]"

@@ -25,7 +25,7 @@ from ra_lens.paths import trace_layers
 from ra_lens.report import patched_predictions, write_report
 from ra_lens.targets import logit_diff
 from ra_lens.text import label, pieces_as_read, visible
-from tiny_models import D_VOCAB, KINDS
+from tiny_models import ANY_KIND, D_VOCAB, KINDS
 
 # The tokenizer puts BOS in front of every text, and TransformerLens one more.
 pytestmark = pytest.mark.filterwarnings("ignore:.*was put in front of it once more")
@@ -179,7 +179,7 @@ def small() -> Any:
     return byte_level([("â", "ľ")], alphabet="".join(SPELLED.values()))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=ANY_KIND)
 def model(request: Any, folder: Callable[..., Path], tmp_path_factory: Any) -> Any:
     where = tmp_path_factory.mktemp("bytes")
     for file in folder("gpt2").iterdir():

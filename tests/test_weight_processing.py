@@ -56,6 +56,7 @@ def test_fully_masked_rows_keep_to_themselves_in_processed_models(
         assert relative(ra["ra", layer], raw["ra", layer]) < 1e-5
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("arch", "kind"), CASES)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 
 from ra_lens.model import available_kinds, load_folder
+from saved_models import save_random, word_tokenizer
 
 ARCHS = ("gpt2", "llama", "opt", "gptj")
 KINDS = available_kinds()
@@ -23,6 +23,17 @@ CASES = [(arch, kind) for arch in ARCHS for kind in KINDS]
 # TransformerBridge leaves the attention of these to Hugging Face and only shows its pattern.
 OBSERVE_ONLY = {("opt", "TransformerBridge"), ("gptj", "TransformerBridge")}
 EDITABLE = [case for case in CASES if case not in OBSERVE_ONLY]
+# What a test over architectures and classes runs on by default; the others with --every-model.
+REPRESENTATIVE = {("gpt2", KINDS[0]), ("llama", KINDS[-1]), ("opt", KINDS[-1])}
+
+
+def every_model(*values: Any) -> list[Any]:
+    """Values of a parameter that are left to CI, as `@pytest.mark.every_model` leaves a test."""
+    return [pytest.param(value, marks=pytest.mark.every_model) for value in values]
+
+
+ANY_KIND = [KINDS[0], *every_model(*KINDS[1:])]
+"""The classes, for tests whose question is another: the first by default."""
 
 N_LAYERS, N_HEADS, N_KV, D_HEAD, D_MODEL, D_VOCAB, N_CTX = 3, 4, 2, 6, 24, 34, 16
 BOS = {"gpt2": 0, "llama": 1, "opt": 1, "gptj": 0}
@@ -85,27 +96,11 @@ def words(arch: str) -> list[str]:
 
 def tokenizer(arch: str) -> Any:
     """Word-level tokenizer; in the GPT-2 family pad, BOS and EOS are one, elsewhere they differ."""
-    vocabulary = {word: i for i, word in enumerate(words(arch))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     one = BOS[arch] == 0
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<|endoftext|>" if one else "<s>",
-        eos_token="<|endoftext|>" if one else "<s>",
-        pad_token="<|endoftext|>" if one else "<pad>",
-        unk_token="<pad>",
+    end, pad = ("<|endoftext|>", "<|endoftext|>") if one else ("<s>", "<pad>")
+    return word_tokenizer(
+        words(arch), bos_token=end, eos_token=end, pad_token=pad, unk_token="<pad>"
     )
-
-
-def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: norm gains around 1, the rest wide enough to matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if is_norm else 0.25 * noise)
 
 
 def write_folder(arch: str, where: Path, **overrides: Any) -> Path:
@@ -113,11 +108,7 @@ def write_folder(arch: str, where: Path, **overrides: Any) -> Path:
     cfg = config(arch)
     for name, value in overrides.items():
         setattr(cfg, name, value)
-    model = transformers.AutoModelForCausalLM.from_config(cfg)
-    randomise(model, seed=len(arch))
-    model.save_pretrained(str(where))
-    tokenizer(arch).save_pretrained(str(where))
-    return where
+    return save_random(cfg, tokenizer(arch), where, seed=len(arch))
 
 
 def load(folder: Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 from ra_lens.tasks import Pair, Task
+from saved_models import save, silence, word_tokenizer
 from tiny_models import D_VOCAB, load, tokenizer
 
 RIGHT, WRONG = 3, 5
@@ -54,10 +55,8 @@ def write_toy(where: Path) -> Path:
         resid_pdrop=0.0,
     )
     model = transformers.GPT2LMHeadModel(config)
+    silence(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_gain = "ln_" in name and name.endswith("weight")
-            parameter.fill_(1.0 if is_gain else 0.0)
         block = model.transformer.h[0].attn
         for word in range(FIRST, n):
             model.transformer.wte.weight[word, word] = 1.0
@@ -65,9 +64,7 @@ def write_toy(where: Path) -> Path:
             for head, (places, gain) in enumerate(((RIGHT, 2.0), (WRONG, 0.5))):
                 block.c_attn.weight[word, 2 * 2 * n + head * n + word] = 1.0  # values
                 block.c_proj.weight[head * n + word, n + follow(word, places)] = gain
-    model.save_pretrained(str(where))
-    tokenizer("gpt2").save_pretrained(str(where))
-    return where
+    return save(model, tokenizer("gpt2"), where)
 
 
 GUESS = "3"
@@ -94,11 +91,9 @@ def write_digits(where: Path) -> Path:
         tie_word_embeddings=False,
     )
     model = transformers.GPT2LMHeadModel(config)
+    silence(model)
     follows = {":": " ", " ": GUESS}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_gain = "ln_" in name and name.endswith("weight")
-            parameter.fill_(1.0 if is_gain else 0.0)
         # Heads that write next to nothing, so that what they do has a gradient.
         generator = torch.Generator().manual_seed(0)
         for name in ("c_attn", "c_proj"):
@@ -108,18 +103,9 @@ def write_digits(where: Path) -> Path:
             model.transformer.wte.weight[i, i] = 1.0
             after = CHARACTERS.index(follows.get(character, "-"))
             model.lm_head.weight[after, i] = 1.0
-    model.save_pretrained(str(where))
-    vocabulary = {character: i for i, character in enumerate(CHARACTERS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        unk_token="<pad>",
-    ).save_pretrained(str(where))
-    return where
+    end, each = CHARACTERS[0], pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    special = {"bos_token": end, "eos_token": end, "pad_token": end, "unk_token": "<pad>"}
+    return save(model, word_tokenizer(CHARACTERS, each, **special), where)
 
 
 def load_toy(where: Path, kind: object) -> object:

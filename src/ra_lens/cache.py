@@ -39,19 +39,8 @@ from ra_lens.collect import Store, reversed_attention
 from ra_lens.errors import BadFile, BadInput, NotStored
 from ra_lens.files import FileKind, check_input, user_path, whole_file
 from ra_lens.head_names import Head, HeadScore, layer_and_index, spell_head
-from ra_lens.model import Site, as_lens, spell_layers
-from ra_lens.model.sites import (
-    MAP_KINDS,
-    MapKind,
-    every_head,
-    full_name,
-    head_places,
-    heads_of,
-    in_order,
-    read_kind,
-    spell_counts,
-    table,
-)
+from ra_lens.model import Site, Sites, as_lens
+from ra_lens.model.sites import MAP_KINDS, MapKind, read_kind, spell_counts, table
 from ra_lens.numbers import Whole, as_whole, is_several, places, whole
 from ra_lens.patching.mean import MeanMaps, RunningMean
 from ra_lens.run_info import RunInfo, why_not_stored
@@ -73,7 +62,7 @@ class RACache:
         has_batch_dim: False after `remove_batch_dim`.
     """
 
-    sites: dict[int, Site]
+    sites: Sites
     loss: Float[Tensor, "batch"] | Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(0))
     info: RunInfo = field(default_factory=RunInfo)
     store: Store = "maps"
@@ -122,7 +111,7 @@ class RACache:
 
     def keys(self) -> list[str]:
         """Full names of the maps, layer by layer."""
-        return in_order(self._maps, self.sites)
+        return self.sites.in_order(self._maps)
 
     def values(self) -> list[Tensor]:
         """The maps, layer by layer."""
@@ -140,7 +129,7 @@ class RACache:
     @property
     def n_heads(self) -> int:
         """Query heads per layer; of the layer with the most, where they differ."""
-        return max(heads_of(self.sites))
+        return self.sites.shape[1]
 
     @property
     def scale(self) -> dict[int, float]:
@@ -183,7 +172,7 @@ class RACache:
         index = as_whole(head)
         if index is None:
             layer, index = layer_and_index(head)
-            layer = layer + self._n_layers if layer < 0 else layer
+            layer = layer + self.sites.n_layers if layer < 0 else layer
         else:
             layer = self.layers[0]
             if len({(site.n_heads, site.n_key_value_heads) for site in self.sites.values()}) > 1:
@@ -207,7 +196,7 @@ class RACache:
         n = self.batch_size
         return (
             f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
-            f"layers {spell_layers(self.layers)}, {spell_counts(heads_of(self.sites))} heads "
+            f"layers {self.sites.spell()}, {spell_counts(self.sites.n_heads)} heads "
             f"({held})\n" + self.info.describe(self.loss.detach().flatten().tolist())
         )
 
@@ -239,9 +228,8 @@ class RACache:
         """Give the `k` heads with the largest norm, averaged over the examples."""
         k = whole("k", k, least=1)
         scores = self.norms(kind).mean(dim=0) if self.has_batch_dim else self.norms(kind)
-        counts = heads_of(self.sites)
-        every = every_head(self.layers, counts)
-        values, order = scores[head_places(counts)].sort(descending=True, stable=True)
+        every = self.sites.heads
+        values, order = scores[self.sites.places].sort(descending=True, stable=True)
         return [
             HeadScore(*every[int(i)], float(v)) for v, i in zip(values[:k], order[:k], strict=True)
         ]
@@ -254,11 +242,11 @@ class RACache:
             NotStored: the maps were not stored.
         """
         if self._running is not None:
-            return self._running.result(self._n_layers)
+            return self._running.result()
         if not self._maps:
             raise NotStored(self._why_not("ra"))
         self.add_to(running := RunningMean(self.sites))
-        return running.result(self._n_layers)
+        return running.result()
 
     def add_to(self, running: RunningMean) -> None:
         """Add the maps of every example to a running mean."""
@@ -446,11 +434,7 @@ class RACache:
     # ---- inside ---------------------------------------------------------------------------------
 
     def _full_name(self, key: object) -> str:
-        return full_name(key, self.sites, self._n_layers)
-
-    @property
-    def _n_layers(self) -> int:
-        return self.info.n_layers or self.layers[-1] + 1
+        return self.sites.name(key)
 
     def _why_not(self, key: object) -> str:
         return why_not_stored(key, self.store, self.keys(), self.layers)
@@ -468,12 +452,12 @@ def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
     """See `RACache.from_activation_cache`."""
     lens = as_lens(model)
     entries: dict[str, Tensor] = dict(cache.items())
-    sites = {
+    found = {
         layer: replace(site, observe_only=False)  # else there were no gradients
         for layer, site in lens.sites.items()
         if site.pattern_name in entries and f"{site.pattern_name}_grad" in entries
     }
-    if not sites:
+    if not found:
         seen = any(site.pattern_name in entries for site in lens.sites.values())
         raise NotStored(
             f"found {'patterns but no pattern gradients' if seen else 'no patterns'} in the "
@@ -481,7 +465,8 @@ def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
             "whose hook_pattern is observe-only that gives no gradients: use run_with_ra instead."
         )
     has_batch = bool(getattr(cache, "has_batch_dim", True))
-    new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers))
+    sites = Sites(found, lens.sites.n_layers)
+    new = RACache(sites=sites, info=RunInfo(model_name=lens.name, n_layers=sites.n_layers))
     for layer, site in sites.items():
         pattern, grad = entries[site.pattern_name], entries[f"{site.pattern_name}_grad"]
         dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
@@ -496,15 +481,15 @@ def from_activation_cache(cache: Any, model: nn.Module) -> RACache:
 
 def to_dataframe(cache: RACache) -> pd.DataFrame:
     """See `RACache.to_dataframe`."""
-    n, counts = cache.batch_size, heads_of(cache.sites)
+    n = cache.batch_size
     norms = {
-        f"{kind}_norm": cache.norms(kind)[..., head_places(counts)].flatten().tolist()
+        f"{kind}_norm": cache.norms(kind)[..., cache.sites.places].flatten().tolist()
         for kind in cache.norm_kinds()
     }
     losses = cache.loss.detach().flatten().tolist()
     losses = losses if len(losses) == n else losses * n  # a scalar holds for every row
     targets = cache.info.targets or (None,) * n
-    every = [(prompt, *head) for prompt in range(n) for head in every_head(cache.layers, counts)]
+    every = [(prompt, *head) for prompt in range(n) for head in cache.sites.heads]
     index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
     frame = pd.DataFrame(norms, index=index).reset_index()
     frame["loss"] = [losses[i] for i in frame["prompt"]]
@@ -615,8 +600,8 @@ def _system_errors() -> Generator[None, None, None]:
 
 
 def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor]) -> RACache:
-    sites = [Site(**fields) for fields in description["sites"]]
-    by_layer = {site.layer: site for site in sites}
+    found = [Site(**fields) for fields in description["sites"]]
+    by_layer = Sites({site.layer: site for site in found}, description["info"].get("n_layers"))
     mean = description.get("mean")
     running = None if mean is None else RunningMean(by_layer, mean["count"], _dtype(mean["dtype"]))
     cache = RACache(

@@ -1,6 +1,4 @@
-"""What `check_model` found: one row per attention layer, and what holds for the whole model.
-
-`check_model`: what ra_lens does with a model, layer by layer, shown by doing it.
+"""`check_model`: what ra_lens does with a model, layer by layer, shown by doing it.
 
     ra_lens.check_model(model)
 
@@ -22,7 +20,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,7 +30,8 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, RALensError, UnsupportedModel
-from ra_lens.model import Lens, Site, as_lens
+from ra_lens.model import FwdHooks, Lens, Site, as_lens
+from ra_lens.model.values import attention_output
 from ra_lens.padding import padding_is_hidden
 from ra_lens.patching import patch_hooks
 from ra_lens.patching.masking import by_head
@@ -136,19 +135,13 @@ class ModelReport:
 
 def _padding_lines(report: ModelReport) -> list[str]:
     sides = {"left": report.padded_left, "right": report.padded_right}
-    hidden = [side for side, how in sides.items() if how == "together"]
-    shown = [side for side, how in sides.items() if how == "by length"]
-    lines: list[str] = []
-    if hidden:
-        lines.append(
-            f"Padding on the {' or '.join(hidden)}: each prompt computes what it does alone"
-        )
-    if shown:
-        lines.append(
-            f"Padding on the {' or '.join(shown)} changes what the model computes: prompts run in "
-            "groups of one length, without padding"
-        )
-    return lines
+    told = {
+        "together": "on the {}: each prompt computes what it does alone",
+        "by length": "on the {} changes what the model computes: prompts run in groups of one "
+        "length, without padding",
+    }
+    of_each = {how: " or ".join(s for s, found in sides.items() if found == how) for how in told}
+    return [f"Padding {told[how].format(which)}" for how, which in of_each.items() if which]
 
 
 _HEADER = ("layer", "hook", "hook_pattern is", "softmax scale", "patches", "heads", "notes")
@@ -189,6 +182,7 @@ _DECODER_LENGTH = 4
 # Largest entry of the edit of a pattern, shared out among the layers. A smaller one is tried where
 # the loss is not smooth: a mixture of experts sends a token elsewhere all at once.
 _EDITS = (1e-2, 2e-3, 4e-4)
+_SIDES: tuple[PaddingSide, PaddingSide] = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -228,44 +222,35 @@ def check_model(model: nn.Module, *, prompt: PromptInput | None = None) -> Model
         UnsupportedModel: not such a model, or one whose attention cannot be read at all.
     """
     lens = as_lens(model)
-    state = None if prompt is not None else lens.state
+    if prompt is not None:
+        return _check(lens, prompt)
     remembered = _reports.setdefault(model, {})
-    if state is not None and state in remembered:
-        return remembered[state]
-    report = _check(lens, prompt)
-    if state is not None:
-        remembered[state] = report
-    return report
+    state = lens.state
+    if state not in remembered:
+        remembered[state] = _check(lens, None)
+    return remembered[state]
 
 
 def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
-    ids, decoder_ids = _tokens(lens, prompt)
-    tolerances = _OF_DTYPE.get(lens.dtype, _Tolerances())
-    sites = lens.sites
-    seen, logits = _forward(lens, ids, decoder_ids)
-    unknown = {layer: 1.0 for layer, site in sites.items() if site.scale is None}
-    _, cache = run_with_ra(
-        lens.module,
-        ids,
-        metric=_loss,
-        decoder_input=decoder_ids,
-        softmax_scale=unknown or None,
-        progress=False,
-    )
-    editable, refusals = _routes(lens, cache, ids, decoder_ids)
+    trial = _Trial(lens, prompt)
+    allowed, sites = trial.allowed, lens.sites
+    shown, logits = trial.look()
+    cache = trial.run(trial.prompts, metric=_loss)
+    refusals = trial.refusals(cache)
     problems: list[str] = []
-    error = _logits_error(lens, ids, decoder_ids, logits)
-    if error is not None and error > tolerances.logits:
+    error = trial.logits_error(logits)
+    if error is not None and error > allowed.logits:
         problems.append(
             f"the logits differ from those of the Hugging Face model by {error:.1%} of their "
             "size: TransformerLens computes something else here, and the maps belong to that."
         )
-    off = _what_edits_do(lens, cache, editable, ids, decoder_ids, tolerances)
+    off = trial.what_edits_do(cache, [layer for layer in sites if layer not in refusals])
     if not lens.has_experts:
         problems += off
-    padded, wrong = _padding(lens, ids, decoder_ids, unknown, tolerances)
+    padded, wrong = trial.padding()
     problems += wrong
-    sinks = {layer for layer in sites if _row_deficit(cache, layer) > tolerances.rows}
+    deficit = {i: float((1 - cache["pattern", i].sum(dim=-1)).abs().max()) for i in sites}
+    sinks = {layer for layer, missing in deficit.items() if missing > allowed.rows}
     folded = lens.value_biases_folded
     if folded and sinks:
         problems.append(
@@ -273,21 +258,25 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
             "to 1 (attention sinks): the logits have changed. Do it with fold_value_biases=False."
         )
     problems += lens.processing_problems
-    rows = tuple(
-        SiteReport(
-            layer=layer,
-            label=site.label,
-            hook=site.pattern_name,
-            observe_only=bool(cache.sites[layer].observe_only),
-            scale=site.scale,
-            patches=_route(cache.sites[layer], refused=layer in refusals),
-            reason=refusals.get(layer, ""),
-            n_heads=site.n_heads,
-            n_key_value_heads=site.n_key_value_heads,
-            notes=_notes(lens, site, seen[layer], z=tolerances.z, sinks=layer in sinks),
+    rows: list[SiteReport] = []
+    for layer, site in sites.items():
+        observed = bool(cache.sites[layer].observe_only)
+        route: Route = "z" if observed else "pattern"
+        differs = _z_differs(site, shown) > allowed.z
+        rows.append(
+            SiteReport(
+                layer=layer,
+                label=site.label,
+                hook=site.pattern_name,
+                observe_only=observed,
+                scale=site.scale,
+                patches="refused" if layer in refusals else route,
+                reason=refusals.get(layer, ""),
+                n_heads=site.n_heads,
+                n_key_value_heads=site.n_key_value_heads,
+                notes=_notes(lens, site, z_differs=differs, sinks=layer in sinks),
+            )
         )
-        for layer, site in sites.items()
-    )
     notes: list[str] = []
     if off and lens.has_experts:
         notes.append(
@@ -296,14 +285,14 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
         )
     if folded:
         notes.append("value biases are folded into output biases: masking heads leaves them behind")
-    if unknown:
+    if trial.unknown_scales:
         notes.append("the softmax scale of some layers is unknown: give softmax_scale=")
     return ModelReport(
         model=lens.name,
         model_class=lens.kind,
         reads=lens.reads,
         dtype=str(lens.dtype).removeprefix("torch."),
-        sites=rows,
+        sites=tuple(rows),
         logits_error=error,
         padded_left=padded.get("left"),
         padded_right=padded.get("right"),
@@ -315,93 +304,148 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
 # ---- what is run ---------------------------------------------------------------------------------
 
 
-def _tokens(lens: Lens, prompt: PromptInput | None) -> tuple[Tensor, Tensor | None]:
-    def spread(n: int) -> Tensor:
-        return (torch.arange(n) * 7 + 3) * max(1, lens.d_vocab // (7 * n + 3)) % lens.d_vocab
+class _Trial:
+    """A model, and the few tokens that it is tried on."""
 
-    if prompt is None:
-        ids = spread(min(_LENGTH, lens.n_ctx))[None]
-    else:
-        read = read_prompts(lens, prompt)
-        if len(set(read.lengths)) > 1:
+    def __init__(self, lens: Lens, prompt: PromptInput | None) -> None:
+        def spread(n: int) -> tuple[int, ...]:
+            step = max(1, lens.d_vocab // (7 * n + 3))
+            return tuple((i * 7 + 3) * step % lens.d_vocab for i in range(n))
+
+        self.lens = lens
+        self.allowed = _OF_DTYPE.get(lens.dtype, _Tolerances())
+        self.unknown_scales = {i: 1.0 for i, site in lens.sites.items() if site.scale is None}
+        given = (spread(min(_LENGTH, lens.n_ctx)),)
+        if prompt is not None:
+            given = read_prompts(lens, prompt).ids
+        lengths = sorted(map(len, given))
+        if lengths[0] != lengths[-1]:
             raise BadInput(
-                f"found prompts of {min(read.lengths)} to {max(read.lengths)} tokens; check_model "
-                "reads one, or several of one length. Give one."
+                f"found prompts of {lengths[0]} to {lengths[-1]} tokens; check_model reads one, or "
+                "several of one length. Give one."
             )
-        ids = torch.tensor(read.ids)
-    if lens.reads != "input, then answer":
-        return ids, None
-    start = read_decoder_prompts(lens, None, 1).ids[0]
-    return ids, torch.cat([torch.tensor(start), spread(_DECODER_LENGTH - 1)])[None]
+        self.prompts, self.decoder = _read_as_they_are(given), None
+        if lens.reads == "input, then answer":
+            start = read_decoder_prompts(lens, None, 1).ids[0]
+            row = (*start, *spread(_DECODER_LENGTH - 1))
+            self.decoder = _read_as_they_are((row,) * len(given))
+
+    def _laid_out(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Tokens and mask of what predicts, and of an encoder's input."""
+        reads = [self.prompts] if self.decoder is None else [self.decoder, self.prompts]
+        sides = [read.lay_out(self.lens).model_input for read in reads]
+        return sides[0], sides[1] if len(sides) > 1 else None
+
+    def look(self) -> tuple[dict[str, Tensor], Tensor]:
+        """What the hook points of patterns, values and z show, by name, and all logits."""
+        sites = self.lens.sites.values()
+        names = [n for s in sites for n in (s.pattern_name, s.value_name, s.z_name)]
+        keep = {name: torch.clone for name in names if self.lens.has(name)}
+        read, encoded = self._laid_out()
+        try:
+            return self.lens.look(keep, *read, encoded=encoded)
+        except RALensError:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(
+                f"a forward pass of {self.lens.name} fails in TransformerLens or Hugging Face "
+                f"itself: {type(error).__name__}: {error}. Try another version of TransformerLens."
+            ) from error
+
+    @torch.no_grad()
+    def loss(self, hooks: FwdHooks) -> float:
+        """The loss with hooks on the model."""
+        read, encoded = self._laid_out()
+        return float(_loss(self.lens.logits_at(*read, fwd_hooks=hooks, encoded=encoded)).sum())
+
+    def run(self, prompts: Prompts, **options: Any) -> RACache:
+        """The maps of these prompts."""
+        decoder = None if self.decoder is None else [list(self.decoder.ids[0])]
+        _, cache = run_with_ra(
+            self.lens.module,
+            prompts,
+            decoder_input=decoder,
+            softmax_scale=self.unknown_scales or None,
+            progress=False,
+            **options,
+        )
+        return cache
+
+    def logits_error(self, logits: Tensor) -> float | None:
+        """Relative difference from the logits of the Hugging Face model inside, if there is one."""
+        decoder = None if self.decoder is None else torch.tensor(self.decoder.ids)
+        own = self.lens.huggingface_logits(torch.tensor(self.prompts.ids), decoder)
+        if own is None:
+            return None
+        # Constants added to all logits, as centring does, are no difference.
+        found, wanted = (t.double().cpu().log_softmax(dim=-1) for t in (logits, own))
+        return float((found - wanted).norm() / (wanted - wanted.mean(-1, keepdim=True)).norm())
+
+    def refusals(self, cache: RACache) -> dict[int, str]:
+        """Why layers cannot be edited that only show their pattern."""
+        refused: dict[int, str] = {}
+        for layer, site in cache.sites.items():
+            if site.observe_only:
+                try:
+                    self.loss(_patches(cache, [layer], _EDITS[0]))
+                except UnsupportedModel as refusal:
+                    refused[layer] = str(refusal)
+        return refused
+
+    def what_edits_do(self, cache: RACache, layers: list[int]) -> list[str]:
+        """Whether an edit of the patterns and its opposite change the loss as the maps say."""
+        if not layers or any(cache.sites[layer].repeated for layer in layers):
+            return []  # the maps are of the last time a layer runs, and edits are made each time
+        noise = self.allowed.change * float(cache.loss.abs().sum())
+        measured = predicted = 0.0
+        for size in _EDITS:
+            up, down = (self.loss(_patches(cache, layers, edit)) for edit in (size, -size))
+            measured = (up - down) / 2
+            predicted = sum(
+                _step(cache["ra", layer], size / len(layers))
+                * float((cache["ra", layer] * cache["pattern_grad", layer]).double().sum())
+                for layer in layers
+            )
+            if abs(measured - predicted) <= 0.2 * abs(predicted) + noise:
+                return []
+        return [
+            f"a small edit of the patterns changed the loss by {measured:.3g} instead of "
+            f"{predicted:.3g}, as the maps say: do not trust maps or patches here."
+        ]
+
+    def padding(self) -> tuple[dict[PaddingSide, Padded], list[str]]:
+        """How the prompt and a shorter one run together, and whether their maps are those alone."""
+        row = self.prompts.ids[0]
+        rows = (row, row[: -(-len(row) // 2)])
+        routes: dict[PaddingSide, Padded] = {}
+        problems: list[str] = []
+        if len(rows[1]) == len(row):
+            return routes, problems
+        asked: dict[str, Any] = {"target": row[0], "position": -1}
+        alone = [self.run(_read_as_they_are((one,)), **asked) for one in rows]
+        for side in _SIDES:
+            prompts = Prompts(rows, None, side)
+            decoder = None if self.decoder is None else self.decoder.chosen([0, 0])
+            sides = (prompts, None) if decoder is None else (decoder, prompts)
+            hidden = padding_is_hidden(self.lens, *sides)
+            routes[side] = "together" if hidden else "by length"
+            error = _worst(self.run(prompts, **asked), alone)
+            if not error < self.allowed.padded:
+                problems.append(
+                    f"R of a prompt changes by {error:.0%} in a batch padded on the {side}: run "
+                    "prompts of one length at a time."
+                )
+        return routes, problems
+
+
+def _read_as_they_are(rows: tuple[tuple[int, ...], ...]) -> Prompts:
+    return Prompts(rows, None, "right")
 
 
 def _loss(logits: Tensor) -> Tensor:
     """Mean of −log p over all tokens: unlike that of one token it is never near its end."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return -wide[:, -1].log_softmax(dim=-1).mean(dim=-1)
-
-
-@torch.no_grad()
-def _logits(
-    lens: Lens, ids: Tensor, decoder_ids: Tensor | None, hooks: Sequence[Any] = ()
-) -> Tensor:
-    def laid_out(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        batch = Prompts(tuple(map(tuple, tokens.tolist())), None, "right").lay_out(lens)
-        return batch.tokens, batch.attention_mask
-
-    with lens.hooks(list(hooks)):
-        if decoder_ids is None:
-            return lens.forward(*laid_out(ids))
-        return lens.forward(*laid_out(decoder_ids), laid_out(ids))
-
-
-@dataclass
-class _Seen:
-    """What the hook points of a layer showed."""
-
-    pattern: Tensor | None = None
-    values: Tensor | None = None
-    z: Tensor | None = None
-
-
-def _forward(
-    lens: Lens, ids: Tensor, decoder_ids: Tensor | None
-) -> tuple[dict[int, _Seen], Tensor]:
-    seen = {layer: _Seen() for layer in lens.sites}
-
-    def look(layer: int, what: str) -> Callable[..., None]:
-        def at(value: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
-            setattr(seen[layer], what, value.detach())
-
-        return at
-
-    hooks: list[Any] = []
-    for layer, site in lens.sites.items():
-        names = {"pattern": site.pattern_name, "values": site.value_name, "z": site.z_name}
-        hooks += [(name, look(layer, what)) for what, name in names.items() if lens.has(name)]
-    try:
-        return seen, _logits(lens, ids, decoder_ids, hooks)
-    except RALensError:
-        raise
-    except Exception as error:
-        raise UnsupportedModel(
-            f"a forward pass of {lens.name} fails in TransformerLens or Hugging Face itself: "
-            f"{type(error).__name__}: {error}. Try another version of TransformerLens."
-        ) from error
-
-
-def _logits_error(
-    lens: Lens, ids: Tensor, decoder_ids: Tensor | None, logits: Tensor
-) -> float | None:
-    own = lens.huggingface_logits(ids, decoder_ids)
-    if own is None:
-        return None
-    # Constants added to all logits, as centring does, are no difference.
-    found, wanted = (t.double().cpu().log_softmax(dim=-1) for t in (logits, own))
-    return float((found - wanted).norm() / (wanted - wanted.mean(-1, keepdim=True)).norm())
-
-
-# ---- edits ---------------------------------------------------------------------------------------
 
 
 def _patches(cache: RACache, layers: Sequence[int], size: float) -> list[Any]:
@@ -419,104 +463,6 @@ def _patches(cache: RACache, layers: Sequence[int], size: float) -> list[Any]:
 def _step(value: Tensor, size: float) -> float:
     largest = float(value.abs().max())
     return size / largest if largest > 0 else 0.0
-
-
-def _routes(
-    lens: Lens, cache: RACache, ids: Tensor, decoder_ids: Tensor | None
-) -> tuple[list[int], dict[int, str]]:
-    """The layers that can be edited, and why the others cannot."""
-    refusals: dict[int, str] = {}
-    for layer, site in cache.sites.items():
-        if not site.observe_only:
-            continue
-        try:
-            _logits(lens, ids, decoder_ids, _patches(cache, [layer], _EDITS[0]))
-        except UnsupportedModel as refusal:
-            refusals[layer] = str(refusal)
-    return [layer for layer in cache.sites if layer not in refusals], refusals
-
-
-def _what_edits_do(
-    lens: Lens,
-    cache: RACache,
-    layers: list[int],
-    ids: Tensor,
-    decoder_ids: Tensor | None,
-    tolerances: _Tolerances,
-) -> list[str]:
-    """Whether an edit of the patterns and its opposite change the loss as the maps say."""
-    if not layers or any(cache.sites[layer].repeated for layer in layers):
-        return []  # the maps are of the last time a layer runs, and edits are made each time
-    noise = tolerances.change * float(cache.loss.abs().sum())
-    measured = predicted = 0.0
-    for size in _EDITS:
-        up, down = (
-            float(_loss(_logits(lens, ids, decoder_ids, _patches(cache, layers, edit))).sum())
-            for edit in (size, -size)
-        )
-        measured = (up - down) / 2
-        predicted = sum(
-            _step(cache["ra", layer], size / len(layers))
-            * float((cache["ra", layer] * cache["pattern_grad", layer]).double().sum())
-            for layer in layers
-        )
-        if abs(measured - predicted) <= 0.2 * abs(predicted) + noise:
-            return []
-    return [
-        f"a small edit of the patterns changed the loss by {measured:.3g} instead of "
-        f"{predicted:.3g}, as the maps say: do not trust maps or patches here."
-    ]
-
-
-# ---- padding -------------------------------------------------------------------------------------
-
-
-def _padding(
-    lens: Lens,
-    ids: Tensor,
-    decoder_ids: Tensor | None,
-    scales: dict[int, float],
-    tolerances: _Tolerances,
-) -> tuple[dict[PaddingSide, Padded], list[str]]:
-    """How the prompt and a shorter one run together, and whether their maps are those alone."""
-    row = tuple(ids[0].tolist())
-    rows = (row, row[: -(-len(row) // 2)])
-    routes: dict[PaddingSide, Padded] = {}
-    problems: list[str] = []
-    if len(rows[1]) == len(row):
-        return routes, problems
-
-    def run(prompts: Prompts) -> RACache:
-        batch = prompts.lay_out(lens)
-        more = None if decoder_ids is None else decoder_ids.expand(len(prompts), -1)
-        _, cache = run_with_ra(
-            lens.module,
-            batch.tokens,
-            attention_mask=batch.attention_mask,
-            target=row[0],
-            position=-1,
-            decoder_input=more,
-            softmax_scale=scales or None,
-            progress=False,
-        )
-        return cache
-
-    alone = [run(Prompts((one,), None, "right")) for one in rows]
-    sides: tuple[PaddingSide, PaddingSide] = ("left", "right")
-    for side in sides:
-        prompts = Prompts(rows, None, side)
-        encoded, read = None, prompts
-        if decoder_ids is not None:
-            encoded, read = prompts, Prompts((tuple(decoder_ids[0].tolist()),) * 2, None, "right")
-        hidden = padding_is_hidden(lens, read, encoded)
-        routes[side] = "together" if hidden else "by length"
-        error = _worst(run(prompts), alone)
-        if not error < tolerances.padded:
-            problems.append(
-                f"R of a prompt changes by {error:.0%} in a batch padded on the {side}: run "
-                "prompts of one length at a time."
-            )
-    return routes, problems
 
 
 def _worst(together: RACache, alone: Sequence[RACache]) -> float:
@@ -540,44 +486,31 @@ def _worst(together: RACache, alone: Sequence[RACache]) -> float:
 # ---- what is said --------------------------------------------------------------------------------
 
 
-def _route(site: Site, *, refused: bool) -> Route:
-    if refused:
-        return "refused"
-    return "z" if site.observe_only else "pattern"
+def _notes(lens: Lens, site: Site, *, z_differs: bool, sinks: bool) -> tuple[str, ...]:
+    told = {
+        "rows sum to less than 1 (attention sinks)": sinks,
+        f"gated ({site.gate})": site.gate is not None,
+        "z is not pattern times values: gated, normalised or clipped": (
+            site.gate is None and z_differs
+        ),
+        f"window of {site.window}": site.window is not None,
+        "runs several times: maps of the last, patches each time": site.repeated,
+        "both directions": not site.causal and not site.cross,
+    }
+    return (*lens.remarks(site), *(note for note, holds in told.items() if holds))
 
 
-def _row_deficit(cache: RACache, layer: int) -> float:
-    return float((1 - cache["pattern", layer].sum(dim=-1)).abs().max())
-
-
-def _notes(lens: Lens, site: Site, seen: _Seen, *, z: float, sinks: bool) -> tuple[str, ...]:
-    notes = list(lens.remarks(site))
-    if sinks:
-        notes.append("rows sum to less than 1 (attention sinks)")
-    if site.gate is not None:
-        notes.append(f"gated ({site.gate})")
-    elif _z_differs(site, seen) > z:
-        notes.append("z is not pattern times values: gated, normalised or clipped")
-    if site.window is not None:
-        notes.append(f"window of {site.window}")
-    if site.repeated:
-        notes.append("runs several times: maps of the last, patches each time")
-    if not site.causal and not site.cross:
-        notes.append("both directions")
-    return tuple(notes)
-
-
-def _z_differs(site: Site, seen: _Seen) -> float:
+def _z_differs(site: Site, shown: Mapping[str, Tensor]) -> float:
     """Error of pattern times values relative to z; 0 where it cannot be told."""
-    if seen.pattern is None or seen.values is None or seen.z is None or seen.values.ndim != 4:
+    names = (site.pattern_name, site.value_name, site.z_name)
+    seen = [shown[name].double() for name in names if name in shown]
+    if len(seen) < len(names) or seen[1].ndim != 4:
         return 0.0
-    values, pattern = seen.values.double(), seen.pattern.double()
+    pattern, values, z = seen
     n_keys = pattern.shape[-1]
     if values.shape[1] != n_keys and values.shape[2] == n_keys:
         values = values.transpose(1, 2)  # latent attention shows [batch, head, key, d_head]
     if values.shape[1] != n_keys or site.n_heads % values.shape[2]:
         return 0.0
-    values = values.repeat_interleave(site.n_heads // values.shape[2], dim=2)
-    z = by_head(seen.z.double(), site.n_heads)
-    product = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
+    z, product = by_head(z, site.n_heads), attention_output(pattern, values)
     return float((product - z).norm() / z.norm()) if product.shape == z.shape else 0.0

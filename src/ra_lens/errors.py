@@ -6,6 +6,8 @@ They also derive from the built-in exception people already catch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class RALensError(Exception):
     """Base of every exception that ra_lens raises on purpose."""
@@ -45,3 +47,19 @@ class NotStored(RALensError, KeyError):
     def __str__(self) -> str:
         """Give the message itself; `KeyError` would print it in quotes."""
         return str(self.args[0]) if self.args else ""
+
+
+def one_of(name: str, value: object, choices: Iterable[object], *, where: str = "") -> None:
+    """Raise BadInput unless an option has one of its values; `where` goes behind what was found."""
+    if value in (known := list(choices)):
+        return
+    *others, last = map(repr, known)
+    said = f"{others[0]} or {last}" if len(known) == 2 else f"one of {', '.join([*others, last])}"
+    raise BadInput(f"found {name}={value!r}{where}; give {said}.")
+
+
+def at_least(least: int, **counts: int) -> None:
+    """Raise BadInput if one of these numbers, given by name, is below `least`."""
+    for name, number in counts.items():
+        if number < least:
+            raise BadInput(f"found {name}={number}; give at least {least}.")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
-from ra_lens.collect import Collector, Store
-from ra_lens.errors import BadInput
-from ra_lens.model import Layers, Side, Site, as_lens, with_scales
-from ra_lens.model.sites import MAP_KINDS, MapKind
+from ra_lens.collect import Collector, Deliver, Store
+from ra_lens.errors import BadInput, one_of
+from ra_lens.model import Layers, Side, Site, Sites, as_lens
+from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Real
 from ra_lens.patching.mean import RunningMean
 from ra_lens.prompts import Batch
@@ -25,19 +25,14 @@ from ra_lens.tensors import read_device, read_dtype
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-def keeps(names_filter: NamesFilter, sites: Mapping[int, Site]) -> Callable[[str], bool]:
-    """Turn a TransformerLens names_filter into a predicate on full names of maps of `sites`.
-
-    Raises:
-        BadInput: a name that is not that of a map of these layers.
-    """
+def wanted(names_filter: NamesFilter, sites: Sites) -> Callable[[str], bool]:
+    """Turn a TransformerLens names_filter into a predicate on full names of maps of `sites`."""
     if names_filter is None:
         return lambda _name: True
     if callable(names_filter):
         return names_filter
     names = {names_filter} if isinstance(names_filter, str) else set(names_filter)
-    collected = {site.map_name(kind) for site in sites.values() for kind in MAP_KINDS}
-    unknown = sorted(names - collected)
+    unknown = sorted(names.difference(sites.map_names()))
     if unknown:
         raise BadInput(
             f"names_filter has {unknown[0]!r}, which is no map of the layers collected; these are "
@@ -52,77 +47,64 @@ class Recorder:
 
     def __init__(
         self,
-        sites: dict[int, Site],
+        sites: Sites,
         store: Store,
-        keeps: Callable[[str], bool],
+        wanted: Callable[[str], bool],
         device: str | torch.device | None,
         dtype: torch.dtype | None,
         *,
         again: bool = False,
     ) -> None:
-        """Keep `store` of the maps whose full name `keeps` accepts.
+        """Keep `store` of the maps whose full name is `wanted`, on this device and in this dtype.
 
-        Args:
-            sites: The layers.
-            store: Whole maps, norms only, or a running mean.
-            keeps: Tells which maps, by full name.
-            device: Where to keep them.
-            dtype: In what to keep them.
-            again: Whether a batch may be begun again, so that its sums are held apart until it
-                ends.
+        Where a batch may be begun `again`, its sums are held apart until it ends.
         """
         self.sites = sites
         self.store: Store = store
-        self._keeps = keeps
+        self.wanted = wanted
         self.device = device
+        self.cache = RACache(sites=sites, store=store)
         self._dtype = dtype
-        self._running = RunningMean(sites, dtype=dtype) if store == "mean" else None
-        self._caches: list[RACache] = []
         self._again = again
-        self._cache = RACache(sites=sites, store=store)
+        self._caches: list[RACache] = []
+        self._running = RunningMean(sites, dtype=dtype) if store == "mean" else None
         self._sums = self._running
         self._largest: dict[int, Tensor] = {}
         self._n = 0
 
-    def begin(
-        self, batch: Batch, encoded: Batch | None = None
-    ) -> Callable[[Site, dict[MapKind, Tensor]], None]:
+    def begin(self, batch: Batch, encoded: Batch | None = None) -> Deliver:
         """Start a batch; gives the function that receives its maps, layer by layer.
 
-        Args:
-            batch: What is read; what the decoder reads in an encoder-decoder.
-            encoded: What an encoder-decoder's encoder reads.
+        In an encoder-decoder `batch` is what the decoder reads, `encoded` what the encoder does.
         """
-        self._cache = cache = RACache(sites=self.sites, store=self.store)
+        self.cache = RACache(sites=self.sites, store=self.store)
         self._n, self._largest = len(batch.lengths), {}
-        largest = self._largest
         if self._again and self._running is not None:
             self._sums = RunningMean(self.sites)
-        sums = self._sums
         sides: dict[Side, Batch] = {"input": encoded or batch, "decoder": batch}
-        padded = any(not bool(side.attention_mask.all()) for side in sides.values())
 
         def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
             queries, keys = sides[site.query_side], sides[site.key_side]
             for kind, value in maps.items():
-                value = keys.spread(queries.spread(value, -2), -1)
-                if padded:
-                    rows = queries.attention_mask.to(value.device)[:, None, :, None]
-                    columns = keys.attention_mask.to(value.device)[:, None, None, :]
-                    value = value.where(rows & columns, 0.0)
-                name = site.map_name(kind)
-                norms = cache.put_norms(site.layer, kind, value, device=self.device)
-                if kind == "pattern_grad":
-                    largest[site.layer] = norms.max()
-                if not self._keeps(name):
-                    continue
-                if self.store == "maps":
-                    cache.keep(site.layer, kind, self._placed(value))
-                elif sums is not None:
-                    cut = value[..., queries.first_span, keys.first_span]
-                    sums.add(name, cut.to(device=self.device))
+                laid_out = _laid_out(value, queries, keys)
+                self.receive(site, kind, laid_out, (queries.first_span, keys.first_span))
 
         return deliver
+
+    def receive(
+        self, site: Site, kind: MapKind, value: Tensor, tokens: tuple[slice, ...] = ()
+    ) -> None:
+        """Keep what was asked for of a map; a mean is that of its rows and columns of `tokens`."""
+        norms = self.cache.put_norms(site.layer, kind, value, device=self.device)
+        if kind == "pattern_grad":
+            self._largest[site.layer] = norms.max()
+        name = site.map_name(kind)
+        if not self.wanted(name):
+            return
+        if self.store == "maps":
+            self.cache.keep(site.layer, kind, value.to(device=self.device, dtype=self._dtype))
+        elif self._sums is not None:
+            self._sums.add(name, value[(..., *tokens)].to(device=self.device))
 
     def regroup(self, n_groups: int, order: Sequence[int]) -> None:
         """Make one batch of the last ones, which were groups of it, its examples in `order`."""
@@ -135,19 +117,11 @@ class Recorder:
 
     def end(self) -> None:
         """Keep the batch that has begun."""
-        self._caches.append(self._cache)
+        self._caches.append(self.cache)
         if self._running is not None:
             self._running.count += self._n
             if self._sums is not None and self._sums is not self._running:
                 self._running.include(self._sums)
-
-    @property
-    def kinds_kept(self) -> dict[int, int]:
-        """How many kinds of map are kept of each layer."""
-        return {
-            layer: sum(self._keeps(site.map_name(kind)) for kind in MAP_KINDS)
-            for layer, site in self.sites.items()
-        }
 
     def map_bytes(self, model_dtype: torch.dtype) -> int:
         """Bytes per entry of a map of a model of this dtype."""
@@ -160,8 +134,15 @@ class Recorder:
         joined.loss, joined.info = loss, info
         return joined
 
-    def _placed(self, value: Tensor) -> Tensor:
-        return value.to(device=self.device, dtype=self._dtype)
+
+def _laid_out(value: Tensor, queries: Batch, keys: Batch) -> Tensor:
+    """A map as it lies in its batch, with zeros at padding."""
+    value = keys.spread(queries.spread(value, -2), -1)
+    if not queries.is_padded and not keys.is_padded:
+        return value
+    rows = queries.attention_mask.to(value.device)[:, None, :, None]
+    columns = keys.attention_mask.to(value.device)[:, None, None, :]
+    return value.where(rows & columns, 0.0)
 
 
 HookList = list[tuple[str, Callable[..., Any]]]
@@ -213,26 +194,21 @@ def get_ra_caching_hooks(
         UnsupportedModel: no hook_pattern, an unknown softmax scale, or active dropout.
     """
     lens = as_lens(model)
-    if store not in ("maps", "norms"):
-        raise BadInput(f"found store={store!r}; give 'maps' or 'norms'.")
+    one_of("store", store, ("maps", "norms"))
     device, dtype = read_device(device), read_dtype(dtype)
     lens.refuse_meta()
     lens.refuse_dropout()
     lens.refuse_checkpointing()
-    sites = with_scales(lens.choose_layers(layers), softmax_scale)
+    sites = lens.sites.choose(layers).with_scales(softmax_scale)
     for site in sites.values():
         site.need_scale()
-    kept = keeps(names_filter, sites)
-    cache = RACache(
-        sites=sites, store=store, info=RunInfo(model_name=lens.name, n_layers=lens.n_layers)
-    )
+    recorder = Recorder(sites, store, wanted(names_filter, sites), device, dtype)
+    recorder.cache.info = RunInfo(model_name=lens.name, n_layers=sites.n_layers)
 
     def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
         lens.forget_patterns()  # which have a graph now, even where every parameter is frozen
         for kind, value in maps.items():
-            cache.put_norms(site.layer, kind, value, device=device)
-            if store == "maps" and kept(site.map_name(kind)):
-                cache.keep(site.layer, kind, value.to(device=device, dtype=dtype))
+            recorder.receive(site, kind, value)
 
     collector = Collector(lens, sites, deliver, retained=True)
 
@@ -250,4 +226,4 @@ def get_ra_caching_hooks(
         if site.observe_only is not False:
             fwd_hooks.append((lens.block_input_name(site), root))
         fwd_hooks.append((site.pattern_name, at_pattern(layer)))
-    return cache, fwd_hooks, []
+    return recorder.cache, fwd_hooks, []

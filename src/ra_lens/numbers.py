@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsFloat, SupportsIndex
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, at_least
 
 Whole = SupportsIndex
 Wholes = SupportsIndex | Iterable[SupportsIndex]
@@ -35,8 +35,8 @@ def whole(name: str, value: object, *, least: int | None = None) -> int:
     number = as_whole(value)
     if number is None:
         raise BadInput(f"found {name}={_shown(value)}; give a whole number{_from(least)}.")
-    if least is not None and number < least:
-        raise BadInput(f"found {name}={number}; give at least {least}.")
+    if least is not None:
+        at_least(least, **{name: number})
     return number
 
 

@@ -186,7 +186,7 @@ def _same_as_alone(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> boo
         return _run(lens, part(prompts), None if encoded is None else part(encoded))
 
     rounding = _rounding(lens)
-    with lens.without_hooks(), lens.lean(), lens.no_attention_returned():
+    with lens.without_hooks(), lens.no_attention_returned():
         try:
             padded = run(lambda read: read.chosen(chosen))
         except PaddingShows:
@@ -206,7 +206,6 @@ def _run(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> list[list[Ten
     """
     batch = prompts.lay_out(lens)
     other = None if encoded is None else encoded.lay_out(lens)
-    source = None if other is None else (other.tokens, other.attention_mask)
     sides: dict[Side, Batch] = {"input": other or batch, "decoder": batch}
     found: list[list[Tensor]] = [[] for _ in batch.lengths]
 
@@ -226,9 +225,9 @@ def _run(lens: Lens, prompts: Prompts, encoded: Prompts | None) -> list[list[Ten
             looks[lens.block_input_name(site)] = partial(at_block, sides[site.query_side])
         looks[site.pattern_name] = partial(at_pattern, site)
     spread = [[(n - 1) * k // (_N_READ - 1) for k in range(_N_READ)] for n in batch.lengths]
-    reading = lens.reading(batch.columns(spread))
-    with watched(lens, batch, other), lens.looking(looks), reading:
-        logits = lens.forward(batch.tokens, batch.attention_mask, source)
+    columns = batch.columns(spread)
+    with watched(lens, batch, other), lens.looking(looks):
+        logits = lens.logits_at(*batch.model_input, columns, (), other and other.model_input)
     for of_prompt, read in zip(found, logits, strict=True):
         of_prompt.append(read)
     return found

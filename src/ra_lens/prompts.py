@@ -49,6 +49,16 @@ class Batch:
         """Columns of the first example's tokens; of all examples where they are equally long."""
         return self.span(0)
 
+    @property
+    def model_input(self) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """Tokens and mask."""
+        return self.tokens, self.attention_mask
+
+    @property
+    def last(self) -> Int[Tensor, "batch 1"]:
+        """Column of each example's last token."""
+        return self.columns([[n - 1] for n in self.lengths])
+
     def span(self, i: int) -> slice:
         """Columns of an example's tokens."""
         return slice(self.starts[i], self.starts[i] + self.lengths[i])

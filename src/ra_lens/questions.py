@@ -25,14 +25,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedModel
-from ra_lens.model import Lens
+from ra_lens.errors import RALensWarning, UnsupportedModel
+from ra_lens.model import FwdHooks, Lens
 from ra_lens.padding import together, watched
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.targets import ids_of
 from ra_lens.tasks import Prompt
 
-FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
 Accuracy = Literal["first token", "answer"]
 
 
@@ -188,19 +187,9 @@ def logits_at(
     _need_next_token(lens)
     batch = prompts.lay_out(lens)
     columns = batch.columns(positions)
-    # A hook where the logits come out expects every position.
-    whole = lens.logits_are_hooked
-    reading = lens.reading(None if whole else columns)
-    with lens.hooks(list(fwd_hooks)), lens.lean(), reading, watched(lens, batch):
-        logits = lens.forward(batch.tokens, batch.attention_mask)
-    if whole:
-        rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
-        logits = logits[rows, columns.to(logits.device)]
-    if bool(logits.isnan().any()):
-        raise NothingToDifferentiate(
-            f"the logits of {lens.name} contain NaN at the last token of a prompt. Check the "
-            "weights and hooks; for float16 models try bfloat16 or float32."
-        )
+    with watched(lens, batch):
+        logits = lens.logits_at(*batch.model_input, columns, fwd_hooks)
+    lens.refuse_nan(logits)
     return logits
 
 

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Store
-from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning
+from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning, one_of
 from ra_lens.half import LossScale
-from ra_lens.hooks import NamesFilter, Recorder, keeps
+from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.model import Layers, Lens, as_lens, with_scales
+from ra_lens.model import FwdHooks, Layers, Lens, as_lens
+from ra_lens.model.forward import at_columns
+from ra_lens.model.sites import MAP_KINDS
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
     BatchResult,
@@ -151,16 +153,16 @@ def run_with_ra(
             attention, or layers that the model itself, and no hook, cuts off from it.
         NotEnoughMemory: more than the device has left, seen before anything runs.
     """
-    _one_of("store", store, ("maps", "norms", "mean"))
-    _one_of("return_logits", return_logits, ("read", "all"))
-    _one_of("padding_side", padding_side, (None, "left", "right"))
+    one_of("store", store, ("maps", "norms", "mean"))
+    one_of("return_logits", return_logits, ("read", "all"))
+    one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
     lens.refuse_meta()
     lens.refuse_inference_mode()
     lens.refuse_dropout()
     lens.refuse_checkpointing()
     device, dtype = read_device(device), read_dtype(dtype)
-    sites = with_scales(lens.choose_layers(layers), softmax_scale)
+    sites = lens.sites.choose(layers).with_scales(softmax_scale)
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
     prompts = read_prompts(
@@ -182,67 +184,77 @@ def run_with_ra(
     elif decoder_input is not None:
         raise BadInput(f"found decoder_input, but {lens.name} has no decoder beside its encoder.")
     bound, prompts = bind(objective, lens, prompts, position)
-    for read in (prompts, encoded or prompts):
-        if store == "mean" and len(set(read.lengths)) > 1:
+    for one in (prompts, encoded or prompts):
+        if store == "mean" and len(set(one.lengths)) > 1:
             raise BadInput(
-                f"found prompts of {min(read.lengths)} to {max(read.lengths)} tokens with "
+                f"found prompts of {min(one.lengths)} to {max(one.lengths)} tokens with "
                 "store='mean'; a mean adds position to position, so all must have the same length. "
                 "Group the prompts by length first."
             )
     if bound.positions is None and len(set(prompts.lengths)) > 1:
         prompts = _for_a_metric(prompts, padding_side)
-    every = return_logits == "all"
+    read, every = _Read(prompts, encoded), return_logits == "all"
     if store == "maps" or every:  # what is joined afterwards needs one width
-        prompts = prompts.widened()
-        encoded = None if encoded is None else encoded.widened()
+        read = read.each(Prompts.widened)
     half = lens.in_float16
-    recorder = Recorder(sites, store, keeps(names_filter, sites), device, dtype, again=half)
-    _check_memory(lens, recorder, prompts, encoded, batch_size, recompute=recompute)
+    recorder = Recorder(sites, store, wanted(names_filter, sites), device, dtype, again=half)
+    refuse_what_cannot_fit(lens, _plan(lens, recorder, read, batch_size, recompute=recompute))
     run = _Run(
         lens,
-        list(fwd_hooks),
+        fwd_hooks,
         recorder,
         LossScale(in_float16=half),
-        padding_is_hidden=padding_is_hidden(lens, prompts, encoded),
+        padding_is_hidden=padding_is_hidden(lens, read.prompts, read.encoded),
         every=every,
         recompute=recompute,
     )
-    parts = list(prompts.batches(batch_size))
+    parts = [examples for examples, _ in read.prompts.batches(batch_size)]
     with lens.only_run():
         results = [
-            run.part(
-                part, None if encoded is None else encoded.part(examples), bound.part(examples)
-            )
-            for examples, part in _with_progress(parts, show=progress and len(parts) > 1)
+            run.part(read.each(lambda one, part=part: one.part(part)), bound.part(part))
+            for part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
-    return _finish(lens, bound, prompts, encoded, recorder, results)
+    return _finish(lens, bound, read, recorder, results)
 
 
-def _check_memory(
-    lens: Lens,
-    recorder: Recorder,
-    prompts: Prompts,
-    encoded: Prompts | None,
-    batch_size: int | None,
-    *,
-    recompute: bool,
-) -> None:
-    elsewhere = torch.device(recorder.device or lens.device).type != lens.device.type
-    plan = Plan(
-        sites=recorder.sites,
-        kinds=recorder.kinds_kept,
-        widths={
-            "input": max((encoded or prompts).lengths),
-            "decoder": max(prompts.lengths),
+@dataclass(frozen=True)
+class _Read:
+    """What the model reads; in an encoder-decoder `prompts` is for the decoder."""
+
+    prompts: Prompts
+    encoded: Prompts | None
+
+    @property
+    def source(self) -> Prompts:
+        """What the user's prompts are."""
+        return self.encoded or self.prompts
+
+    def each(self, change: Callable[[Prompts], Prompts]) -> _Read:
+        return _Read(change(self.prompts), None if self.encoded is None else change(self.encoded))
+
+    def lay_out(self, lens: Lens) -> tuple[Batch, Batch | None]:
+        encoded = None if self.encoded is None else self.encoded.lay_out(lens)
+        return self.prompts.lay_out(lens), encoded
+
+
+def _plan(
+    lens: Lens, recorder: Recorder, read: _Read, batch_size: int | None, *, recompute: bool
+) -> Plan:
+    sites, n = recorder.sites, len(read.prompts)
+    return Plan(
+        sites=sites,
+        kinds={
+            i: sum(recorder.wanted(site.map_name(kind)) for kind in MAP_KINDS)
+            for i, site in sites.items()
         },
-        n_examples=len(prompts),
-        batch=min(len(prompts), batch_size or len(prompts)),
+        widths={"input": max(read.source.lengths), "decoder": max(read.prompts.lengths)},
+        n_examples=n,
+        batch=min(n, batch_size or n),
         store=recorder.store,
         recompute=recompute,
         map_bytes=recorder.map_bytes(lens.dtype),
-        maps_elsewhere=elsewhere,
+        maps_elsewhere=torch.device(recorder.device or lens.device).type != lens.device.type,
     )
-    refuse_what_cannot_fit(lens, plan)
 
 
 @dataclass(frozen=True)
@@ -250,24 +262,19 @@ class _Run:
     """How the batches of a run are run."""
 
     lens: Lens
-    fwd_hooks: list[Any]
+    fwd_hooks: FwdHooks
     recorder: Recorder
     scaling: LossScale
     padding_is_hidden: bool
     every: bool
     recompute: bool
 
-    @property
-    def edited(self) -> bool:
-        """Whether hooks may change what the model computes."""
-        return bool(self.fwd_hooks) or self.lens.is_hooked
-
-    def part(self, prompts: Prompts, encoded: Prompts | None, bound: Bound) -> BatchResult:
+    def part(self, read: _Read, bound: Bound) -> BatchResult:
         """Run a batch as it is laid out or, where padding would show, in groups of one length."""
-        padded = prompts.is_padded or (encoded or prompts).is_padded
+        padded = read.prompts.is_padded or read.source.is_padded
         if self.padding_is_hidden or not padded:
             try:
-                return self.batch(prompts, encoded, bound)
+                return self._batch(read, bound)
             except PaddingShows:  # through a hook of the user's; nothing has been delivered yet
                 pass
         if self.fwd_hooks or self.lens.has_hooks:
@@ -277,102 +284,84 @@ class _Run:
                 RALensWarning,
                 stacklevel=4,
             )
-        groups = of_one_length(prompts, encoded)
-        wide, wide_encoded = prompts.widened(), None if encoded is None else encoded.widened()
+        groups = of_one_length(read.prompts, read.encoded)
+        wide = read.each(Prompts.widened)
 
-        def of(group: Sequence[int]) -> tuple[Prompts, Prompts | None]:
-            return wide.chosen(group), None if wide_encoded is None else wide_encoded.chosen(group)
+        def of(group: Sequence[int]) -> _Read:
+            return wide.each(lambda one: one.chosen(group))
 
         result = run_by_length(
             groups,
             bound,
-            run=lambda group, objective: self.batch(*of(group), objective, unpadded=True),
-            logits_of=lambda group: self._logits(*of(group)),
-            loss_of=lambda logits: _checked_loss(bound, logits, len(prompts)),
+            run=lambda group, objective: self._batch(of(group), objective, unpadded=True),
+            logits_of=lambda group: self._logits(of(group)),
+            loss_of=lambda logits: _checked_loss(bound, logits, len(read.prompts)),
         )
         self.recorder.regroup(len(groups), places(groups))
         return result
 
-    def batch(
-        self, prompts: Prompts, encoded: Prompts | None, bound: Bound, *, unpadded: bool = False
-    ) -> BatchResult:
+    def _batch(self, read: _Read, bound: Bound, *, unpadded: bool = False) -> BatchResult:
         """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
         while True:
-            result, at_logits = self._differentiate(prompts, encoded, bound, unpadded=unpadded)
+            result, at_logits = self._differentiate(read, bound, unpadded=unpadded)
             largest = self.recorder.largest_gradients()
             if all(map(math.isfinite, largest.values())) or not self.scaling.lower():
                 break
-        _check_gradients(self.lens, largest, at_logits, edited=self.edited)
+        _check_gradients(self.lens, largest, at_logits, edited=self._edited)
         self.recorder.end()
         return result
 
+    @property
+    def _edited(self) -> bool:
+        """Whether hooks may change what the model computes."""
+        return bool(self.fwd_hooks) or self.lens.is_hooked
+
     def _differentiate(
-        self, prompts: Prompts, encoded: Prompts | None, bound: Bound, *, unpadded: bool
+        self, read: _Read, bound: Bound, *, unpadded: bool
     ) -> tuple[BatchResult, float]:
         """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
-        lens, every = self.lens, self.every
-        layout, encoder_layout = _laid_out(lens, prompts, encoded)
-        batch, source = layout, encoder_layout
+        lens = self.lens
+        layout, encoder_layout = read.lay_out(lens)
+        batch, encoded = layout, encoder_layout
         if unpadded:  # all of one length; what comes back is laid out with padding all the same
-            batch, source = _laid_out(lens, prompts, encoded, unpadded=True)
-        columns = batch.columns(bound.positions or [[n - 1] for n in batch.lengths])
+            batch, encoded = read.each(Prompts.unpadded).lay_out(lens)
+        columns = batch.last if bound.positions is None else batch.columns(bound.positions)
         at_logits: list[Tensor] = []
         deliver = self.recorder.begin(layout, encoder_layout)
-        collector = Collector(lens, self.recorder.sites, deliver, edited=self.edited)
+        collector = Collector(lens, self.recorder.sites, deliver, edited=self._edited)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(lens.parameters_frozen())
             stack.enter_context(lens.tensors_put_back())
-            stack.enter_context(lens.hooks(self.fwd_hooks))
-            stack.enter_context(lens.lean())  # which leaves alone what has hooks
-            whole = every or bound.positions is None or lens.logits_are_hooked
-            stack.enter_context(lens.reading(None if whole else columns))
+            needed = None if self.every or bound.positions is None else columns
+            whole = stack.enter_context(lens.running(needed, self.fwd_hooks))
             stack.enter_context(collector.attached(recompute=self.recompute))
             if batch.is_padded:
                 stack.enter_context(lens.fully_masked_rows_apart())
-            with watched(lens, batch, source):
-                logits = _forward(lens, batch, source)
-            rows = torch.arange(logits.shape[0], device=logits.device).unsqueeze(1)
-            read = logits[rows, columns.to(logits.device)] if whole else logits
-            if bool(read.detach().isnan().any()):
-                raise NothingToDifferentiate(
-                    f"the logits of {lens.name} contain NaN at the positions read. Check the "
-                    "weights and hooks; for float16 models try bfloat16 or float32."
-                )
+            with watched(lens, batch, encoded):
+                logits = lens.forward(*batch.model_input, encoded and encoded.model_input)
+            at_read = at_columns(logits, columns) if whole else logits
+            lens.refuse_nan(at_read)
             logits = layout.spread(logits, 1) if whole else logits
-            given = logits if bound.positions is None else read
-            loss = _checked_loss(bound, given, len(prompts))
+            given = logits if bound.positions is None else at_read
+            loss = _checked_loss(bound, given, len(read.prompts))
             total = loss.sum()
             scale = self.scaling.of(total, given)
             if given.requires_grad:
                 given.register_hook(lambda grad: at_logits.append(grad.norm(p=math.inf)))
             collector.backward(total, scale)
-        kept = (logits if every else read).detach().to(self.recorder.device)
+        kept = (logits if self.every else at_read).detach().to(self.recorder.device)
         starts = (encoder_layout or layout).starts
         reached = float(at_logits[0]) / scale if at_logits else 0.0
         return BatchResult(kept, loss.detach(), starts, bound.targets), reached
 
     @torch.no_grad()
-    def _logits(
-        self, prompts: Prompts, encoded: Prompts | None
-    ) -> Float[Tensor, "group pos d_vocab"]:
+    def _logits(self, read: _Read) -> Float[Tensor, "group pos d_vocab"]:
         """Logits of prompts of one length, run without padding and laid out with it."""
-        with self.lens.hooks(self.fwd_hooks), self.lens.lean():
-            logits = _forward(self.lens, *_laid_out(self.lens, prompts, encoded, unpadded=True))
-        return prompts.lay_out(self.lens).spread(logits, 1)
-
-
-def _laid_out(
-    lens: Lens, prompts: Prompts, encoded: Prompts | None, *, unpadded: bool = False
-) -> tuple[Batch, Batch | None]:
-    reads = [prompts] if encoded is None else [prompts, encoded]
-    batches = [(read.unpadded() if unpadded else read).lay_out(lens) for read in reads]
-    return batches[0], batches[1] if encoded is not None else None
-
-
-def _forward(lens: Lens, batch: Batch, encoded: Batch | None) -> Tensor:
-    source = None if encoded is None else (encoded.tokens, encoded.attention_mask)
-    return lens.forward(batch.tokens, batch.attention_mask, source)
+        batch, encoded = read.each(Prompts.unpadded).lay_out(self.lens)
+        source = encoded and encoded.model_input
+        logits = self.lens.logits_at(*batch.model_input, None, self.fwd_hooks, source)
+        return read.prompts.lay_out(self.lens).spread(logits, 1)
 
 
 def _check_gradients(
@@ -428,12 +417,7 @@ def _checked_loss(bound: Bound, logits: Tensor, n: int) -> Tensor:
 
 
 def _finish(
-    lens: Lens,
-    bound: Bound,
-    prompts: Prompts,
-    encoded: Prompts | None,
-    recorder: Recorder,
-    results: list[BatchResult],
+    lens: Lens, bound: Bound, read: _Read, recorder: Recorder, results: list[BatchResult]
 ) -> tuple[Tensor, RACache]:
     scalars = [r for r in results if r.loss.ndim == 0]
     if scalars and len(results) > 1:
@@ -442,19 +426,18 @@ def _finish(
             "depend on batch_size. Give one value per example, or leave batch_size out."
         )
     targets = tuple(lens.decode_text(row) for r in results for row in r.targets or [])
-    source = encoded or prompts
     info = RunInfo(
         model_name=lens.name,
-        n_layers=lens.n_layers,
+        n_layers=lens.sites.n_layers,
         objective=bound.kind,
         targets=targets or None,
         wrong=None if bound.wrong is None else tuple(map(lens.decode, bound.wrong)),
         target_is_top_prediction=bound.kind == "top_prediction",
-        str_tokens=_decoded(lens, source),
+        str_tokens=_decoded(lens, read.source),
         answer_lengths=bound.answer_lengths,
         starts=tuple(start for r in results for start in r.starts),
-        bos_prepended=source.bos_prepended,
-        decoder_tokens=None if encoded is None else _decoded(lens, prompts),
+        bos_prepended=read.source.bos_prepended,
+        decoder_tokens=None if read.encoded is None else _decoded(lens, read.prompts),
     )
     loss = results[0].loss if scalars else torch.cat([r.loss for r in results])
     return torch.cat([r.logits for r in results]), recorder.result(loss=loss, info=info)
@@ -464,12 +447,7 @@ def _decoded(lens: Lens, prompts: Prompts) -> tuple[tuple[str, ...], ...]:
     return tuple(map(lens.decode_each, prompts.ids))
 
 
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise BadInput(f"found {name}={value!r}; give one of {', '.join(map(repr, choices))}.")
-
-
-def _check_hook_names(lens: Lens, fwd_hooks: Sequence[tuple[Any, Any]]) -> None:
+def _check_hook_names(lens: Lens, fwd_hooks: FwdHooks) -> None:
     # TransformerBridge 3.9 ignores a name that does not exist.
     for name, _ in fwd_hooks:
         if isinstance(name, str) and name not in lens.hook_points:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+
+from saved_models import randomise, save, word_tokenizer
 
 from .pieces import BOS, D_VOCAB, EOS, FIRST_WORD, PAD, Architecture
 
@@ -26,9 +26,7 @@ def write_folder(architecture: Architecture, where: Path) -> Path:
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture.model)(config).eval()
     randomise(model, seed=zlib.crc32(architecture.name.encode()))
-    model.save_pretrained(str(where))
-    tokenizer().save_pretrained(str(where))
-    return where
+    return save(model, tokenizer(), where)
 
 
 def hf_model(architecture: Architecture, folder: Path) -> Any:
@@ -39,29 +37,11 @@ def hf_model(architecture: Architecture, folder: Path) -> Any:
     ).eval()
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter anew: gains of norms around 1, the rest with a deviation of 0.25."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            gain = parameter.ndim == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if gain else 0.25 * noise)
-
-
 def tokenizer() -> Any:
     """Word-level tokenizer: `<pad>`, `<s>`, `</s>`, then w3, w4, …; a word's number is its id."""
     special = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
-    vocabulary = {special.get(i, f"w{i}"): i for i in range(D_VOCAB)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<pad>",
-    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+    return word_tokenizer([special.get(i, f"w{i}") for i in range(D_VOCAB)], **names)
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:

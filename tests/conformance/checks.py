@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oracle import Oracle, nll
 from ra_lens import check_model, get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import RALensError
 from ra_lens.model import as_lens, load_folder
@@ -48,7 +49,7 @@ from .record import (
     relative,
     spell,
 )
-from .reference import Reference, measured_scale, nll
+from .scale import measured_scale
 from .subject import TARGETS, Subject
 
 
@@ -114,7 +115,7 @@ class _Checks(Subject):
 
     def maps(self) -> None:
         record = self.record
-        self.gradients, self.seen = self.reference.score_gradients(nll(*TARGETS))
+        self.gradients, self.seen = self.oracle.seen(self.ids, nll(*TARGETS), **self.hf_inputs)
         try:
             # The second run knows which layers only show their pattern: it is another code path.
             read, first = run_with_ra(self.model, self.ids, **self.options)
@@ -160,7 +161,7 @@ class _Checks(Subject):
         if all(f is not None and abs(f - 1) < 1e-6 for f in factors) and ours != factors:
             # q may be scaled before the product: measure from what the projections give.
             with suppress(Exception):
-                products = self.reference.projected_products()
+                products = self.oracle.projected_products(self.ids, **self.hf_inputs)
                 pairs = zip(self.seen, products, strict=True)
                 factors = [measured_scale(replace(one, product=p)) for one, p in pairs]
         if any(factor is None for factor in factors):
@@ -217,7 +218,7 @@ class _Checks(Subject):
         def without(site: int, pattern: Tensor) -> Tensor:
             return pattern * keep[site].reshape(-1, 1, 1)
 
-        wanted, unmasked = self.reference.logits(without), self.reference.logits()
+        wanted, unmasked = self.hf_with(without), self.hf_with(None)
         self.record.heads = float((found.double() - wanted).norm() / (wanted - unmasked).norm())
         if not self.record.heads <= PATCH_LIMIT:
             if self.architecture.name in NORMALISED:
@@ -271,9 +272,9 @@ class _Checks(Subject):
         found = self.error_of(model, name)
         if isinstance(found, float):
             narrow = hf_model(self.architecture, self.folder).to(dtype)
-            theirs, _ = Reference(
-                narrow, self.ids, decoder_ids=self.reference.decoder_ids, wide=False
-            ).score_gradients(nll(*TARGETS))
+            theirs, _ = Oracle(narrow, wide=False).score_gradients(
+                self.ids, nll(*TARGETS), **self.hf_inputs
+            )
             own = max(map(relative, theirs, self.gradients))
             if not found <= floor + 3 * own:
                 self.fail(f"{name}: error {found:.1e}, Hugging Face's own {own:.1e}")

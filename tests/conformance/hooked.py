@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oracle import Seen, Wide
 from ra_lens import check_model, run_with_ra
 from ra_lens.errors import RALensError
 from ra_lens.patching import patch_hooks
 from ra_lens.patching.masking import mask_hooks
+from saved_models import randomise
 
-from .build import randomise
 from .padded import SIDES, Side, by_length, padded_error
 from .record import COMPAT_LIMIT, SAME_LOGITS, Over, Record, relative, spell
-from .reference import Seen, Wide, measured_scale
+from .scale import measured_scale
 from .variants import BASE, D_VOCAB, N_HEADS, VARIANTS
 
 POS, STEP = 6, 1e-5

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oracle import Edit, Oracle, Seen
 from ra_lens import RACache, check_model, run_with_ra
 from ra_lens.errors import RALensError, UnsupportedModel
 from ra_lens.model import Site, load_folder
@@ -18,7 +19,6 @@ from .configs import ENCODER_DECODERS, MASKED
 from .padded import Side, padded_error
 from .pieces import PAD, Architecture
 from .record import Record, relative, spell
-from .reference import Reference, Seen
 
 TARGETS = (5, 11)
 
@@ -46,11 +46,15 @@ class Subject:
         if architecture.name in MASKED:
             self.options["position"] = -1
         hf = hf_model(architecture, folder)
-        more = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids}
+        self.hf_inputs = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids}
         with torch.no_grad():
-            self.hf_logits = hf(self.ids, use_cache=False, **more).logits
+            self.hf_logits = hf(self.ids, use_cache=False, **self.hf_inputs).logits
         self.softcap = getattr(hf.config, "attn_logit_softcapping", None)
-        self.reference = Reference(hf, self.ids, decoder_ids=decoder_ids)
+        self.oracle = Oracle.sound(hf, self.ids, **self.hf_inputs)
+
+    def hf_with(self, edit: Edit | None) -> Tensor:
+        """Logits of Hugging Face's model, with its patterns edited."""
+        return self.oracle.logits(self.ids, edit=edit, **self.hf_inputs)
 
     def fail(self, what: str) -> None:
         self.record.failures.append(what)
@@ -89,8 +93,8 @@ class Subject:
             self.fail(f"patches: {spell(error)}")
             return "failed"
         added = [0.5 * maps[key] for key in self.sites]
-        wanted = self.reference.logits(lambda site, a: a + added[site]).log_softmax(-1)
-        change = wanted - self.reference.logits().log_softmax(-1)
+        wanted = self.hf_with(lambda site, a: a + added[site]).log_softmax(-1)
+        change = wanted - self.hf_with(None).log_softmax(-1)
         if float(change.norm() / wanted.norm()) < 1e-3:
             self.fail("patches: the oracle's own change is too small to tell")
         return float((patched.double().log_softmax(-1) - wanted).norm() / change.norm())

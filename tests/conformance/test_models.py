@@ -6,6 +6,7 @@ architectures below.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,20 +19,11 @@ from .configs import ARCHITECTURES
 from .expectations import expected, surprises
 from .variants import VARIANTS
 
-# GPT-2, Llama, OPT and GPT-J are what all the other tests run on.
+# Of what test_architectures.py does not have.
 REPRESENTATIVE = {
-    "openai_gpt",  # no padding
-    "gpt_neo",  # softmax scale 1, local windows
     "falcon_alibi",  # bias of positions
     "gemma2",  # softcap, windows, a scale of its own
-    "gpt_oss",  # attention sinks, experts
-    "deepseek_v3",  # compressed keys and values
-    "afmoe",  # pattern only shown, gated
     "qwen3_5_text",  # hybrid, gated
-    "bert_mlm",  # both directions
-    "t5",  # encoder and decoder, cross-attention
-    "bart",  # positions count padding on the left
-    "jetmoe",  # patches refused
     "gpt2_noscale",  # other logits
     "phimoe",  # does not boot
     "zamba2",  # no pattern
@@ -46,22 +38,14 @@ REPRESENTATIVE_VARIANTS = {
 }
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise by what is installed and by how much was asked for."""
-    every = metafunc.config.getoption("--every-model", default=False)
-    for argument, kind, names, some in (
-        ("architecture", "TransformerBridge", ARCHITECTURES, REPRESENTATIVE),
-        ("variant", "HookedTransformer", VARIANTS, REPRESENTATIVE_VARIANTS),
-    ):
-        if argument in metafunc.fixturenames:
-            here = kind in available_kinds()
-            chosen = [name for name in names if here and (every or name in some)]
-            metafunc.parametrize(argument, chosen)
+def every(kind: str, names: Iterable[str], representative: set[str]) -> Any:
+    """All that a class loads; what is not representative is left to CI."""
+    chosen = names if kind in available_kinds() else ()
+    left = [() if name in representative else pytest.mark.every_model for name in chosen]
+    return [pytest.param(name, marks=marks) for name, marks in zip(chosen, left, strict=True)]
 
 
-@pytest.mark.skipif(
-    "TransformerBridge" not in available_kinds(), reason="no TransformerBridge before 3.0"
-)
+@pytest.mark.parametrize("architecture", every("TransformerBridge", ARCHITECTURES, REPRESENTATIVE))
 def test_architecture_is_as_expected_on_the_bridge(architecture: str) -> None:
     from .checks import check
 
@@ -69,9 +53,7 @@ def test_architecture_is_as_expected_on_the_bridge(architecture: str) -> None:
     assert not surprises(record, expected(architecture, "TransformerBridge"))
 
 
-@pytest.mark.skipif(
-    "HookedTransformer" not in available_kinds(), reason="no HookedTransformer from 4.0 on"
-)
+@pytest.mark.parametrize("variant", every("HookedTransformer", VARIANTS, REPRESENTATIVE_VARIANTS))
 def test_variant_is_as_expected_on_the_hooked_transformer(variant: str) -> None:
     from .hooked import check_variant
 
@@ -105,8 +87,8 @@ def _patch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ra_lens.padding.padding_is_hidden", lambda *_: True)
-    monkeypatch.setattr("ra_lens.padding.watched", lambda *_: nullcontext())
+    monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
+    monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
 
 
 @pytest.mark.parametrize(

@@ -1,197 +1,308 @@
-"""What the commands do, in the order they do it; imports torch."""
+"""`ra-lens run`, `demo`, `check` and `trace`.
+
+What a command computes with is imported in its body, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from importlib.metadata import version
+from inspect import signature
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
-from torch import nn
 
-from ra_lens.cache import RACache
-from ra_lens.cli.quiet import offline, quiet
-from ra_lens.cli.reading import check_device, hints, read_layers, read_text
-from ra_lens.cli.tracing import traces_of_run
-from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.files import REPORT, check_output, is_folder
-from ra_lens.model import ModelKind, as_lens
-from ra_lens.prompts import PromptInput, read_prompts
+from ra_lens.cli import options as opt
+from ra_lens.errors import BadInput, RALensError, UnsupportedModel
+from ra_lens.files import PAGE, REPORT, check_output
 
 if TYPE_CHECKING:
-    from ra_lens.report import PatchedPrompt
+    from torch import nn
 
-DEMO = "demo"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of `ra-lens run`, as typed."""
-
-    prompts: tuple[str, ...]
-    model: str = DEMO
-    targets: tuple[str, ...] = ()
-    escapes: bool = False
-    top: int = 10
-    layers: str | None = None
-    kind: ModelKind | None = None
-    device: str | None = None
-    as_json: bool = False
-    output: Path | None = None
-    debug: bool = False
-
-    def command(self, prompts: Sequence[str], targets: Sequence[str]) -> str:
-        """The command that would give the same again."""
-        words = ["ra-lens", "run", "--model", self.model]
-        words += [word for prompt in prompts for word in ("--prompt", prompt)]
-        words += [word for target in targets for word in ("--target", target)]
-        given = {"--layers": self.layers, "--kind": self.kind}
-        for name, value in given.items():
-            words += [] if value is None else [name, value]
-        return shlex.join(words)
+    from ra_lens.cache import RACache
+    from ra_lens.paths import TraceResult
+    from ra_lens.prompts import PromptInput
+    from ra_lens.report import PatchedPrompt, Section
 
 
-def run_prompt(options: Options) -> None:
-    """`ra-lens run`."""
-    if options.model == DEMO or is_folder(options.model):
-        offline()
-    prompts, targets = _read(options)
-    layers = read_layers(options.layers)
-    check_device(options.device)
-    if options.output is not None:
-        check_output(options.output, REPORT)
-    each = [None] * len(prompts) if not targets else targets * (len(prompts) // len(targets))
-    slips = [
-        hint
-        for prompt, target in zip(prompts, each, strict=True)
-        for hint in hints(prompt, target, escapes=options.escapes)
-    ]
-    for hint in dict.fromkeys(slips):
-        warn("note", hint)
-    model = load(options.model, options.kind, options.device, debug=options.debug)
-    warn_of_unknown_words(model, "\n".join(prompts))
-    target = None if not targets else targets[0] if len(targets) == 1 else targets
-    with quiet(debug=options.debug):
-        from ra_lens.run import run_with_ra
-
-        read = read_prompts(as_lens(model), prompts)
-        _, ra = run_with_ra(model, read, target=target, layers=layers, progress=False)
-    ra = ra.to("cpu")
-    written = None
-    if options.output is not None:
-        from ra_lens.report import write_report
-
-        refusal, patched = None, ()
-        with quiet(debug=options.debug):
-            try:
-                patched = _patched(model, read, ra, target)
-            except UnsupportedModel as error:  # its patterns can be read but not edited
-                refusal = str(error)
-        command = options.command(prompts, targets)
-        alone = len(prompts) == 1  # paths are of one prompt
-        written = write_report(
-            ra,
-            options.output,
-            command=command,
-            patched=patched,
-            traces=traces_of_run(ra, model, read, debug=options.debug) if alone else (),
-        )
-        if refusal is not None:
-            warn("warning", f"no patched prediction: {refusal}")
-    _tell(ra, model, prompts, top=options.top, written=written, as_json=options.as_json)
-
-
-def _read(options: Options) -> tuple[list[str], list[str]]:
-    """Read prompts and targets.
-
-    Raises:
-        BadInput: standard input is asked for twice, or another number of targets than prompts.
-    """
-    texts = [*options.prompts, *options.targets]
-    if texts.count("-") > 1:
-        raise BadInput("found - more than once; standard input can be read only once.")
-    n, given = len(options.prompts), len(options.targets)
-    if given not in (0, 1, n):
-        raise BadInput(f"found {given} targets for {n} prompts. Give one for all, or one for each.")
-    read = [read_text(text, escapes=options.escapes) for text in texts]
-    return read[:n], read[n:]
-
-
-def run_demo(
-    *, output: Path, kind: ModelKind | None, device: str | None, as_json: bool, debug: bool
+def run(
+    prompt: Annotated[
+        list[str],
+        typer.Option(
+            "--prompt", "-p", help="Text to run on; - reads standard input. Several: -p … -p …."
+        ),
+    ],
+    model: opt.ModelOption = opt.DEMO,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="What the loss asks for, leading space included: ' Paris'; one for all prompts or "
+            "one for each. Default: the model's own top prediction.",
+        ),
+    ] = None,
+    escapes: opt.EscapesOption = False,
+    top: Annotated[int, typer.Option(min=1, help="Number of heads to list.")] = 10,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, such as 0,5-8,-1. Default: all.")
+    ] = None,
+    kind: opt.KindOption = None,
+    device: opt.DeviceOption = None,
+    as_json: opt.JsonOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write a report: one self-contained HTML file."),
+    ] = None,
+    debug: opt.DebugOption = False,
 ) -> None:
-    """`ra-lens demo`."""
-    offline()
-    check_device(device)
-    check_output(output, REPORT)
-    model = load(DEMO, kind, device, debug=debug)
-    from ra_lens.cli import show
-    from ra_lens.report import predictions, write_report
+    """Run prompts; show the loss, the heads its gradient reaches most, and where it moves them."""
+    from ra_lens.cli import session
+    from ra_lens.model import as_lens
+    from ra_lens.prompts import read_prompts
     from ra_lens.run import run_with_ra
 
+    session.prepare(model, device)
+    prompts, targets = _read(prompt, target or [], escapes=escapes)
+    chosen = session.read_layers(layers)
+    if output is not None:
+        check_output(output, REPORT)
+    slips = [
+        hint
+        for text, one in zip(prompts, cycle(targets or [None]), strict=False)
+        for hint in session.hints(text, one, escapes=escapes)
+    ]
+    for hint in dict.fromkeys(slips):
+        session.warn("note", hint)
+    loaded = session.load(model, kind, device, debug=debug)
+    session.warn_of_unknown_words(loaded, "\n".join(prompts))
+    wanted = None if not targets else targets[0] if len(targets) == 1 else targets
+    with session.quiet(debug=debug):
+        read = read_prompts(as_lens(loaded), prompts)
+        _, ra = run_with_ra(loaded, read, target=wanted, layers=chosen, progress=False)
+    ra = ra.to("cpu")
+    written = None
+    if output is not None:
+        given = [("--model", model)]
+        given += [("--prompt", text) for text in prompts] + [("--target", text) for text in targets]
+        given += [(name, v) for name, v in (("--layers", layers), ("--kind", kind)) if v]
+        command = shlex.join(["ra-lens", "run", *(word for pair in given for word in pair)])
+        written = _report(loaded, read, ra, output, target=wanted, command=command, debug=debug)
+    _tell(ra, loaded, prompts, top=top, written=written, as_json=as_json)
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the report.")
+    ] = Path("ra_report.html"),
+    kind: opt.KindOption = None,
+    device: opt.DeviceOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
+    """Show it all on the embedded model, offline: maps of a prompt, and a patched prediction."""
+    from ra_lens.cli import session, show
+    from ra_lens.report import predictions
+    from ra_lens.run import run_with_ra
+
+    session.prepare(opt.DEMO, device)
+    check_output(output, REPORT)
+    model = session.load(opt.DEMO, kind, device, debug=debug)
     prompt = predictions.few_shot_prompt()
-    patched, refusal = None, ""
-    with quiet(debug=debug):
+    with session.quiet(debug=debug):
         _, ra = run_with_ra(model, prompt.text, target=prompt.answer, progress=False)
         try:
             patched = predictions.patched_prediction(model)
-        except UnsupportedModel as error:  # a model whose patterns can be read but not edited
-            refusal = str(error)
+        except UnsupportedModel:  # as `_report` says
+            patched = None
     ra = ra.to("cpu")
-    sections = () if patched is None else (predictions.as_section(patched),)
-    with quiet(debug=debug):
-        own = () if patched is None else _patched(model, prompt.text, ra, prompt.answer)
-    written = write_report(
+    sections = [] if patched is None else [predictions.as_section(patched)]
+    written = _report(
+        model,
+        prompt.text,
         ra,
         output,
+        target=prompt.answer,
         command="ra-lens demo",
         sections=sections,
-        patched=own,
-        traces=traces_of_run(ra, model, prompt.text, debug=debug),
+        debug=debug,
     )
-    extra: dict[str, object] = {}
-    if patched is not None:
-        extra["patched"] = predictions.as_json(patched)
+    extra = {} if patched is None else {"patched": predictions.as_json(patched)}
     _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
-    if patched is None:
-        warn("warning", f"no patched prediction: {refusal}")
-    elif not as_json:
-        show.print_section(predictions.as_section(patched))
+    for section in [] if as_json else sections:
+        show.print_section(section)
 
 
-def load(
-    name: str,
-    kind: ModelKind | None,
-    device: str | None,
+def check(
+    model: opt.ModelOption = opt.DEMO,
+    kind: opt.KindOption = None,
+    device: opt.DeviceOption = None,
+    as_json: opt.JsonOption = False,
+    debug: opt.DebugOption = False,
+) -> None:
+    """Find out what ra_lens can do with a model: layers, hooks, scales, patches; exit 3: beware."""
+    from ra_lens.check import check_model
+    from ra_lens.cli import session, show
+
+    session.prepare(model, device)
+    loaded = session.load(model, kind, device, debug=debug)
+    with session.quiet(debug=debug):
+        report = check_model(loaded)
+    if as_json:
+        made = {name: version(name) for name in ("ra-lens", "transformer-lens", "transformers")}
+        show.print_json({**asdict(report), "ok": report.ok, "versions": made})
+    else:
+        typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+def trace(
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to run on; - reads standard input.")
+    ],
+    model: opt.ModelOption = opt.DEMO,
+    target_pos: Annotated[
+        int, typer.Option(help="Position to begin at; negative: from the end.")
+    ] = -1,
+    layer: Annotated[
+        str, typer.Option(help="One layer (negative: from the end), or all: through all layers.")
+    ] = "all",
+    follow: Annotated[
+        opt.Follow | None,
+        typer.Option(
+            help="pattern: attention; value_norm: times the norm of what heads write; more, less, "
+            "abs: where descent wants more or less attention, or both. "
+            "Default: value_norm through all layers, pattern in one."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", "-t", help="For more, less and abs: what the loss asks for."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of paths.")] = 5,
+    search: Annotated[
+        Literal["exact", "beam"],
+        typer.Option(help="exact: the best there are; beam: what beam search finds."),
+    ] = "exact",
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Only so many steps from each token. One layer.")
+    ] = None,
+    min_attn: Annotated[
+        float, typer.Option(help="Only steps of at least this weight. One layer.")
+    ] = 0.0,
+    agg_heads: Annotated[
+        str, typer.Option(help="Heads by mean, by max, or one: 3 or L2H3. One layer.")
+    ] = "mean",
+    length_norm: Annotated[
+        str, typer.Option(help="none, avg_logprob, sqrt or pow:0.7. One layer.")
+    ] = "none",
+    residual: Annotated[
+        float | None,
+        typer.Option(help="Share of the residual connection. All layers. Default: measured."),
+    ] = None,
+    escapes: opt.EscapesOption = False,
+    kind: opt.KindOption = None,
+    device: opt.DeviceOption = None,
+    as_json: opt.JsonOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also draw the paths: one self-contained HTML file."),
+    ] = None,
+    debug: opt.DebugOption = False,
+) -> None:
+    """Trace where a token got what it has: the best paths of attention, backwards."""
+    from ra_lens.cli import session, show
+    from ra_lens.paths import trace_layers, trace_paths
+    from ra_lens.paths.page import MOST_PATHS
+
+    session.prepare(model, device)
+    prompt = session.read_text(prompt, escapes=escapes)
+    target = None if target is None else session.read_text(target, escapes=escapes)
+    of_one_layer: dict[str, Any] = {
+        "search": search,
+        "top_k": top_k,
+        "min_attn": min_attn,
+        "agg_heads": agg_heads,
+        "length_norm": length_norm,
+    }
+    trace_function = trace_layers if layer == "all" else trace_paths
+    how = _how(layer, of_one_layer, follow=follow, residual=residual)
+    if output is not None:
+        check_output(output, PAGE)
+    if top > MOST_PATHS:
+        session.warn(
+            "note",
+            f"found --top {top}; these are the {MOST_PATHS} best paths, as many as a page can "
+            "show. In Python, top_beam of trace_paths and trace_layers gives more.",
+        )
+    for hint in session.hints(prompt, target, escapes=escapes):
+        session.warn("note", hint)
+    loaded = session.load(model, kind, device, debug=debug)
+    session.warn_of_unknown_words(loaded, prompt)
+    how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
+    with session.quiet(debug=debug):
+        found = trace_function(loaded, prompt, **how)
+    written = None if output is None else found.save_html(output)
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    show.print_paths(found)
+    if written is not None:
+        typer.echo(f"Paths: {written}")
+
+
+def _read(
+    prompts: Sequence[str], targets: Sequence[str], *, escapes: bool
+) -> tuple[list[str], list[str]]:
+    """Read the prompts and targets of a run; at most one of them is standard input."""
+    from ra_lens.cli.session import read_text
+
+    texts = [*prompts, *targets]
+    if texts.count("-") > 1:
+        raise BadInput("found - more than once; standard input can be read only once.")
+    n, given = len(prompts), len(targets)
+    if given not in (0, 1, n):
+        raise BadInput(f"found {given} targets for {n} prompts. Give one for all, or one for each.")
+    read = [read_text(text, escapes=escapes) for text in texts]
+    return read[:n], read[n:]
+
+
+def _report(
+    model: nn.Module,
+    prompts: PromptInput,
+    ra: RACache,
+    path: Path,
     *,
+    target: str | list[str] | None,
+    command: str,
+    sections: Sequence[Section] = (),
     debug: bool,
-    dtype: torch.dtype = torch.float32,
-) -> nn.Module:
-    """Load the embedded model, a folder, or a model TransformerLens knows.
+) -> Path:
+    """Write the report of a run; print to standard error what it has to leave out."""
+    from ra_lens.cli.session import quiet, warn
+    from ra_lens.report import patched_predictions, write_report
+    from ra_lens.report.write import traces_of_run
 
-    Raises:
-        BadInput: there is none of that name.
-    """
+    patched: tuple[PatchedPrompt, ...] = ()
+    traces: list[TraceResult] = []
     with quiet(debug=debug):
-        if name == DEMO:
-            from ra_lens.model.loading import load_demo_model
-
-            return load_demo_model(kind=kind, device=device, dtype=dtype)
-        from ra_lens.model import load_model
-
-        return load_model(name, kind=kind, device=device, dtype=dtype)
-
-
-def _patched(
-    model: nn.Module, prompts: PromptInput, ra: RACache, target: str | Sequence[str] | None
-) -> tuple[PatchedPrompt, ...]:
-    from ra_lens.report import patched_predictions
-
-    return patched_predictions(model, prompts, ra, target=target)
+        try:
+            patched = patched_predictions(model, prompts, ra, target=target)
+        except UnsupportedModel as error:  # its patterns can be read but not edited
+            warn("warning", f"no patched prediction: {error}")
+        try:
+            if ra.batch_size == 1:  # paths are of one prompt
+                traces = traces_of_run(ra, model, prompts)
+        except RALensError as error:
+            warn("note", f"the report shows no paths: {error}")
+    return write_report(
+        ra, path, command=command, sections=sections, patched=patched, traces=traces
+    )
 
 
 def _tell(
@@ -202,27 +313,46 @@ def _tell(
     top: int,
     written: Path | None,
     as_json: bool,
-    extra: dict[str, object] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
+    """Print a run."""
     from ra_lens.cli import show
 
     if as_json:
         facts = {**show.as_json(ra, model, prompts, top=top), **(extra or {})}
-        facts["report"] = None if written is None else str(written)
-        show.print_json(facts)
+        show.print_json({**facts, "report": None if written is None else str(written)})
         return
     show.print_run(ra, model, top=top)
     if written is not None:
-        show.print_line(f"Report: {written}")
+        typer.echo(f"Report: {written}")
 
 
-def warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
-    """Say which words of a prompt the model does not know, if any."""
-    words = as_lens(model).describe_unknown(prompt)
-    if words:
-        warn("warning", f"the model does not know {words}.")
+def _how(
+    layer: str, of_one_layer: dict[str, Any], *, follow: opt.Follow | None, residual: float | None
+) -> dict[str, Any]:
+    """Give the options of `trace_layers`, or those of `trace_paths`."""
+    from ra_lens.paths.trace import read_agg
 
-
-def warn(label: str, text: str) -> None:
-    """Print a line on standard error."""
-    typer.echo(f"{label}: {text}", err=True, color=sys.stderr.isatty())
+    if layer == "all":
+        for name, value in of_one_layer.items():
+            if value != signature(trace).parameters[name].default:
+                flag = name.replace("_", "-")
+                raise BadInput(f"found --{flag}, which is for one layer. Add --layer -1, say.")
+        return {"follow": follow or "value_norm", "residual": residual}
+    if residual is not None:
+        raise BadInput("found --residual with one layer; it is for --layer all.")
+    try:
+        index = int(layer)
+    except ValueError:
+        raise BadInput(f"found --layer {layer}; give a number or all.") from None
+    agg = of_one_layer["agg_heads"]
+    head = int(agg) if agg.lstrip("-").isdigit() else agg
+    try:
+        read_agg(head)
+    except BadInput:
+        raise BadInput(
+            f"found --agg-heads {agg}; give mean, max, the index of a head, or a head: L2H3."
+        ) from None
+    if follow == "value_norm":
+        raise BadInput("found --follow value_norm with one layer; it is for --layer all.")
+    return {**of_one_layer, "agg_heads": head, "layer": index, "follow": follow or "pattern"}

@@ -1,69 +1,247 @@
 """`ra-lens rank`, `perturb`, `patch` and `compare`: the paper's experiments, one command each.
 
-This module imports neither torch nor plotly, so that `--help` answers at once.
+What a command computes with is imported in its body, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import KW_ONLY, dataclass
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ra_lens.cli import options as opt
-from ra_lens.cli.command import Command
-from ra_lens.cli.many_values import ManyValuesCommand
-from ra_lens.cli.options import reported
+from ra_lens.cli.command import numbers, split_values, whole_numbers
+from ra_lens.errors import BadInput
+from ra_lens.files import PAGE, check_output, user_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ra_lens.questions import Accuracy
+    from ra_lens.tasks import Task
+
+_ACCURACIES: dict[str, Accuracy] = {"first-token": "first token", "answer": "answer"}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (rank, perturb, patch):
-        app.command(cls=ManyValuesCommand)(command)
-    app.command(cls=Command)(compare)
+@dataclass
+class Setup:
+    """The options that `rank`, `perturb` and `patch` share, as typed."""
+
+    task: Annotated[
+        list[str],
+        typer.Option(
+            "--task",
+            "-t",
+            help="Tasks, one or many: antonym country-capital; or all, icl, natural.",
+        ),
+    ]
+    model: opt.ModelOption = opt.DEMO
+    source: Annotated[
+        str,
+        typer.Option(
+            help="Where the tasks are from: builtin, download, or a folder with their files."
+        ),
+    ] = "builtin"
+    shots: Annotated[
+        list[str] | None,
+        typer.Option(help="Solved examples per question, one number or many. Default: 0 1 5 10."),
+    ] = None
+    _: KW_ONLY  # in the help these follow a command's own options
+    seed: Annotated[
+        int, typer.Option(help="Seed of the solved examples and of the random orders.")
+    ] = 0
+    split: Annotated[
+        opt.Split,
+        typer.Option(
+            help="Parts of a task: code (70 % train, 9 % valid, 21 % test) or text (a third test)."
+        ),
+    ] = "code"
+    separator: Annotated[
+        str | None,
+        typer.Option(help=r"Text between solved examples, \n being a line break. Default: \n\n."),
+    ] = None
+    natural: Annotated[
+        Literal["template", "qa"],
+        typer.Option(
+            help="Ask natural questions as their template alone, or as qa: Q: …, newline, A:"
+        ),
+    ] = "template"
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Put a beginning-of-text token in front. Default: the model's own.",
+        ),
+    ] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64
+    device: opt.DeviceOption = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Number format of the weights."),
+    ] = "float32"
+    kind: opt.KindOption = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Results file, .parquet or .csv. The same command goes on where it was killed.",
+        ),
+    ] = None
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw the results: one self-contained HTML file.")
+    ] = None
+    as_json: opt.JsonOption = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False
+    debug: opt.DebugOption = False
+
+    def __post_init__(self) -> None:
+        """Write `~` out, as the files are printed and as they are used."""
+        self.out = None if self.out is None else user_path(self.out)
+        self.figure = None if self.figure is None else user_path(self.figure)
+
+    def run(self, experiment: Callable[..., pd.DataFrame], **own: Any) -> pd.DataFrame:
+        """Run an experiment; what can be wrong without a model is found before one is loaded."""
+        from ra_lens.cli import session
+        from ra_lens.experiments.protocol import SHOTS, read_shots
+        from ra_lens.experiments.rank import METHODS, read_methods
+        from ra_lens.experiments.results import check_results_path
+
+        session.prepare(self.model, self.device)
+        if self.out is not None:
+            check_results_path(self.out)
+        if self.figure is not None:
+            check_output(self.figure, PAGE)
+        if "methods" in own:
+            typed = own["methods"]
+            given = METHODS if typed is None else split_values(typed, "--methods")
+            own["methods"] = read_methods(given)
+        shots = list(SHOTS) if self.shots is None else whole_numbers(self.shots, "--shots")
+        shots, tasks = read_shots(shots), self.tasks()
+        model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
+        with session.quiet(debug=self.debug):
+            return experiment(
+                model,
+                tasks,
+                shots=shots,
+                split=self.split,
+                seed=self.seed,
+                prepend_bos=self.bos,
+                batch_size=self.batch_size,
+                out=self.out,
+                progress=not self.quiet,
+                **own,
+            )
+
+    def tasks(self) -> list[Task]:
+        """Read the tasks, and put them into the format asked for."""
+        from ra_lens.cli.session import unescaped
+        from ra_lens.tasks import load_task, task_names
+
+        names: list[str] = []
+        for name in split_values(self.task, "--task"):
+            if name == "all":
+                found = task_names(source=self.source)
+            elif name in ("icl", "natural"):
+                found = task_names(name, source=self.source)
+            else:
+                found = [name]
+            if not found:
+                raise BadInput(
+                    f"found --task {name}, but there are no such tasks in --source {self.source}; "
+                    f"it has {', '.join(task_names(source=self.source)) or 'none at all'}."
+                )
+            names += found
+        tasks: list[Task] = []
+        for name in names:
+            task = load_task(name, source=self.source)
+            if self.separator is not None:
+                task = task.with_format(separator=unescaped(self.separator))
+            if self.natural == "qa" and task.kind == "natural":
+                task = task.with_format(
+                    before_subject=f"Q: {task.before_subject}",
+                    after_subject=f"{task.after_subject}\nA:",
+                )
+            tasks.append(task)
+        return tasks
+
+    def tell(
+        self,
+        frame: pd.DataFrame,
+        *,
+        facts: Callable[[], dict[str, Any]],
+        text: Callable[[], None],
+        draw: Callable[[Path], object] | None = None,
+    ) -> None:
+        """Draw the figure, if any, and print; where drawing fails, raise when all is printed."""
+        from ra_lens.cli.show_results import print_facts, print_files
+
+        figure, failed = self.figure, None
+        if draw is not None and figure is not None:
+            try:
+                draw(figure)
+            except BadInput as error:  # a disk that is full by now
+                figure, failed = None, error
+        if self.as_json:
+            print_facts(frame, facts(), self.out, figure)
+        else:
+            text()
+            print_files(self.out, figure)
+        if failed is not None:
+            raise failed
 
 
+def _with_setup(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
+    """Give a command the options of `Setup` around its own, and hand them over as one."""
+    parameters = signature(Setup, eval_str=True).parameters
+    shared = {name: p for name, p in parameters.items() if name not in without}
+
+    @wraps(command)
+    def with_setup(**options: Any) -> None:
+        setup = Setup(**{name: options.pop(name) for name in shared})
+        command(setup, **options)
+
+    _, *own = signature(command, eval_str=True).parameters.values()
+    first = [p for p in shared.values() if p.kind is not Parameter.KEYWORD_ONLY]
+    last = [p for p in shared.values() if p.kind is Parameter.KEYWORD_ONLY]
+    every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*first, *own, *last)]
+    with_setup.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
+    return with_setup
+
+
+@partial(_with_setup, without=["figure"])
 def rank(
-    task: opt.TaskOption,
-    model: opt.ModelOption = "demo",
-    source: opt.SourceOption = "builtin",
-    shots: opt.ShotsOption = None,
+    setup: Setup,
+    *,
     methods: opt.MethodsOption = None,
     n_rank: opt.NRankOption = 25,
     top: Annotated[int, typer.Option(min=1, help="Number of heads to list.")] = 8,
     answer_in_input: opt.AnswerOption = True,
-    seed: opt.SeedOption = 0,
-    split: opt.SplitOption = opt.Split.CODE,
-    separator: opt.SeparatorOption = None,
-    natural: opt.NaturalOption = opt.Natural.TEMPLATE,
-    bos: opt.BosOption = None,
-    batch_size: opt.BatchOption = 64,
-    device: opt.DeviceOption = None,
-    dtype: opt.DTypeOption = opt.DType.FLOAT32,
-    kind: opt.KindOption = None,
-    out: opt.OutOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
 ) -> None:
     """Rank a model's attention heads for tasks, by each method: larger score, more important."""
-    with reported(debug=debug):
-        from ra_lens.cli import experiment_runs as runs
+    from ra_lens.cli import show_results as show
+    from ra_lens.experiments import rank_tasks
 
-        setup = runs.Setup(
-            model, task, source, shots, seed, split.value, separator, natural.value, bos,
-            batch_size, device, dtype.value, None if kind is None else kind.value,
-            opt.written_to(out), None,
-            as_json, quiet, debug,
-        )  # fmt: skip
-        runs.rank(setup, methods=methods, n_rank=n_rank, answer_in_input=answer_in_input, top=top)
+    frame = setup.run(rank_tasks, methods=methods, n_rank=n_rank, answer_in_input=answer_in_input)
+    setup.tell(
+        frame,
+        facts=lambda: show.ranking_facts(frame, top=top),
+        text=lambda: show.print_ranking(frame, top=top),
+    )
 
 
+@_with_setup
 def perturb(
-    task: opt.TaskOption,
-    model: opt.ModelOption = "demo",
-    source: opt.SourceOption = "builtin",
-    shots: opt.ShotsOption = None,
+    setup: Setup,
+    *,
     methods: opt.MethodsOption = None,
     n_rank: opt.NRankOption = 25,
     rank_shots: Annotated[
@@ -73,55 +251,40 @@ def perturb(
     n_test: opt.NTestOption = None,
     step: Annotated[float, typer.Option(help="Share of the heads unmasked at a time.")] = 0.1,
     random_orders: Annotated[int, typer.Option(min=1, help="How many random orders to draw.")] = 20,
-    accuracy: opt.AccuracyOption = opt.Accuracy.FIRST_TOKEN,
-    metric: opt.MetricOption = opt.Metric.TOP1,
-    auc_rule: opt.AucRuleOption = opt.AucRule.TRAPEZOID,
+    accuracy: opt.AccuracyOption = "first-token",
+    metric: opt.MetricOption = "top1",
+    auc_rule: opt.AucRuleOption = "trapezoid",
     answer_in_input: opt.AnswerOption = True,
-    seed: opt.SeedOption = 0,
-    split: opt.SplitOption = opt.Split.CODE,
-    separator: opt.SeparatorOption = None,
-    natural: opt.NaturalOption = opt.Natural.TEMPLATE,
-    bos: opt.BosOption = None,
-    batch_size: opt.BatchOption = 64,
-    device: opt.DeviceOption = None,
-    dtype: opt.DTypeOption = opt.DType.FLOAT32,
-    kind: opt.KindOption = None,
-    out: opt.OutOption = None,
-    figure: opt.FigureOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
 ) -> None:
     """Zero all heads, unmask them in each method's order, and show the areas under the curves."""
-    with reported(debug=debug):
-        from ra_lens.cli import experiment_runs as runs
+    from ra_lens.cli import show_results as show
+    from ra_lens.experiments import area_under_curve, perturbation_test
+    from ra_lens.report.experiments import write_perturbation_page
 
-        setup = runs.Setup(
-            model, task, source, shots, seed, split.value, separator, natural.value, bos,
-            batch_size, device, dtype.value, None if kind is None else kind.value,
-            opt.written_to(out), opt.written_to(figure),
-            as_json, quiet, debug,
-        )  # fmt: skip
-        runs.perturb(
-            setup,
-            methods=methods,
-            n_rank=n_rank,
-            rank_shots=rank_shots,
-            n_test=n_test,
-            step=step,
-            random_orders=random_orders,
-            accuracy=accuracy.value,
-            metric=metric.value,
-            rule=auc_rule.value,
-            answer_in_input=answer_in_input,
-        )
+    frame = setup.run(
+        perturbation_test,
+        methods=methods,
+        step=step,
+        random_orders=random_orders,
+        n_rank=n_rank,
+        n_test=n_test,
+        rank_shots=rank_shots,
+        answer_in_input=answer_in_input,
+        accuracy=_ACCURACIES[accuracy],
+    )
+    areas = area_under_curve(frame, metric=metric, rule=auc_rule)
+    setup.tell(
+        frame,
+        facts=lambda: show.areas_facts(frame, areas, metric=metric, rule=auc_rule),
+        text=lambda: show.print_areas(frame, areas, metric=metric),
+        draw=lambda path: write_perturbation_page(frame, areas, path, metric=metric),
+    )
 
 
+@_with_setup
 def patch(
-    task: opt.TaskOption,
-    model: opt.ModelOption = "demo",
-    source: opt.SourceOption = "builtin",
-    shots: opt.ShotsOption = None,
+    setup: Setup,
+    *,
     scales: Annotated[
         list[str] | None,
         typer.Option(help="Factors of the added maps: -30 1. Default: the paper's 24, 3 to -120."),
@@ -147,48 +310,39 @@ def patch(
     ] = False,
     at: Annotated[
         opt.Where, typer.Option(help="What maps are added to: the pattern, or the scores.")
-    ] = opt.Where.PATTERN,
-    accuracy: opt.AccuracyOption = opt.Accuracy.FIRST_TOKEN,
-    metric: opt.MetricOption = opt.Metric.TOP1,
-    seed: opt.SeedOption = 0,
-    split: opt.SplitOption = opt.Split.CODE,
-    separator: opt.SeparatorOption = None,
-    natural: opt.NaturalOption = opt.Natural.TEMPLATE,
-    bos: opt.BosOption = None,
-    batch_size: opt.BatchOption = 64,
-    device: opt.DeviceOption = None,
-    dtype: opt.DTypeOption = opt.DType.FLOAT32,
-    kind: opt.KindOption = None,
-    out: opt.OutOption = None,
-    figure: opt.FigureOption = None,
-    as_json: opt.JsonOption = False,
-    quiet: opt.QuietOption = False,
-    debug: opt.DebugOption = False,
+    ] = "pattern",
+    accuracy: opt.AccuracyOption = "first-token",
+    metric: opt.MetricOption = "top1",
 ) -> None:
     """Add scaled mean maps to the attention of other questions; show what the model then does."""
-    with reported(debug=debug):
-        from ra_lens.cli import experiment_runs as runs
+    from ra_lens.cli import show_results as show
+    from ra_lens.experiments import PAPER_SCALES, patching_sweep
+    from ra_lens.report.experiments import write_sweep_page
 
-        setup = runs.Setup(
-            model, task, source, shots, seed, split.value, separator, natural.value, bos,
-            batch_size, device, dtype.value, None if kind is None else kind.value,
-            opt.written_to(out), opt.written_to(figure),
-            as_json, quiet, debug,
-        )  # fmt: skip
-        runs.patch(
-            setup,
-            scales=scales,
-            kinds=kinds,
-            n_mean=n_mean,
-            n_test=n_test,
-            length=length,
-            at_least=at_least,
-            answer_tokens=answer_tokens,
-            renormalise=renormalise,
-            at=at.value,
-            accuracy=accuracy.value,
-            metric=metric.value,
-        )
+    factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
+    maps = ["ra", "pattern"] if kinds is None else split_values(kinds, "--kinds")
+    unknown = [name for name in maps if name not in ("ra", "pattern")]
+    if unknown:
+        raise BadInput(f"found --kinds {unknown[0]}; give ra, pattern or both.")
+    frame = setup.run(
+        patching_sweep,
+        scales=factors,
+        kinds=maps,
+        n_mean=n_mean,
+        n_test=n_test,
+        length=length,
+        at_least=at_least,
+        answer_tokens=answer_tokens,
+        renormalise=renormalise,
+        at=at,
+        accuracy=_ACCURACIES[accuracy],
+    )
+    setup.tell(
+        frame,
+        facts=lambda: show.sweep_facts(frame, metric=metric),
+        text=lambda: show.print_sweep(frame, metric=metric),
+        draw=lambda path: write_sweep_page(frame, path, metric=metric),
+    )
 
 
 def compare(
@@ -202,8 +356,8 @@ def compare(
         str | None,
         typer.Option(help="Lay the results beside this model of the paper, such as GPT2-xl."),
     ] = None,
-    metric: opt.MetricOption = opt.Metric.TOP1,
-    auc_rule: opt.AucRuleOption = opt.AucRule.TRAPEZOID,
+    metric: opt.MetricOption = "top1",
+    auc_rule: opt.AucRuleOption = "trapezoid",
     every: Annotated[
         bool, typer.Option("--all", help="Also list the cells that are on one side only.")
     ] = False,
@@ -211,19 +365,30 @@ def compare(
         Path | None, typer.Option("--out", "-o", help="Write every cell: .parquet or .csv.")
     ] = None,
     as_json: opt.JsonOption = False,
-    debug: opt.DebugOption = False,
+    debug: opt.DebugOption = False,  # noqa: ARG001 read by `Command`
 ) -> None:
     """Lay results next to the paper's numbers, cell by cell, with the difference."""
-    with reported(debug=debug):
-        from ra_lens.cli import experiment_runs as runs
+    from ra_lens.cli import show_results as show
+    from ra_lens.cli.session import warn
+    from ra_lens.experiments import read_results, write_results
+    from ra_lens.experiments.paper import compare_with_paper, paper_tables
+    from ra_lens.experiments.results import check_results_path
 
-        runs.compare(
-            results,
-            paper,
-            as_model=as_model,
-            metric=metric.value,
-            rule=auc_rule.value,
-            every=every,
-            out=opt.written_to(out),
-            as_json=as_json,
+    if out is not None:
+        out = user_path(out)
+        check_results_path(out, inputs=[*map(user_path, results), *paper_tables(paper)])
+    frames = [read_results(path, measures=[metric]) for path in results]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compared = compare_with_paper(
+            frames, paper, as_model=as_model, metric=metric, rule=auc_rule
         )
+    for warning in caught:
+        warn("warning", str(warning.message))
+    if out is not None:
+        write_results(compared, out)
+    if as_json:
+        show.print_comparison_json(compared, out=out)
+    else:
+        show.print_comparison(compared, every=every)
+        show.print_files(out)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
 
 import typer
 from rich.cells import cell_len, set_cell_size
@@ -19,7 +18,7 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
-from ra_lens.model.sites import every_head, head_places, heads_of
+from ra_lens.paths import TraceResult
 from ra_lens.report.page import Section
 from ra_lens.report.run_facts import example_facts, loss_of, prompt_tokens, run_facts
 from ra_lens.text import isolated, label, shorten, visible
@@ -36,7 +35,7 @@ def as_json(
     Of several prompts the norms are means, and each has an entry of its own in `prompts`. The
     number of heads is one number, or one for each layer where they differ.
     """
-    info, counts = ra.info, heads_of(ra.sites)
+    info, counts = ra.info, ra.sites.n_heads
     facts: dict[str, object] = {
         "ra_lens": version("ra-lens"),
         "transformer_lens": version("transformer-lens"),
@@ -82,19 +81,33 @@ def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[s
     }
 
 
-def print_json(facts: dict[str, object]) -> None:
+def print_json(facts: Mapping[str, object]) -> None:
     """Print one JSON object."""
     typer.echo(json.dumps(facts, indent=2, allow_nan=False))
 
 
-def print_line(text: str) -> None:
-    """Print a line as it is."""
-    typer.echo(text)
+def new_console() -> Console:
+    """Give a console that takes text as it is."""
+    return Console(highlight=False, markup=False)
+
+
+def new_table(*columns: str, right: Collection[str] = (), title: str | None = None) -> Table:
+    """Make a table; the columns in `right`, which are numbers, stand to the right."""
+    table = Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left")
+    return table
 
 
 def print_run(ra: RACache, model: nn.Module, *, top: int) -> None:
     """Print the facts of a run, its top heads, and the strongest map of each prompt."""
-    console = Console(highlight=False, markup=False, soft_wrap=False)
+    console = new_console()
     several = ra.batch_size > 1
     facts = [_facts(ra, model, i) for i in range(ra.batch_size)]
     parts: list[RenderableType] = [part for table in facts for part in (table, "")]
@@ -108,12 +121,12 @@ def print_run(ra: RACache, model: nn.Module, *, top: int) -> None:
 
 def print_section(section: Section) -> None:
     """Print a section of the report."""
-    console = Console(highlight=False, markup=False)
+    console = new_console()
     console.print(Text(f"\n{section.title}", style="bold"))
     for paragraph in section.paragraphs:
         console.print(paragraph)
     if section.table is not None:
-        table = _table(*section.table.columns)
+        table = new_table(*section.table.columns)
         for row in section.table.rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -121,11 +134,23 @@ def print_section(section: Section) -> None:
         console.print(Text(note, style="dim"))
 
 
+def print_paths(found: TraceResult) -> None:
+    """Print paths of attention, and the heads on them."""
+    console = new_console()
+    where = "all layers" if found.is_layered else f"layer {found.layer}"
+    first = f"Paths to position {found.target_pos} of {found.seq_len}, {where}, {found.follow}"
+    console.print(Text(first, style="bold"))
+    for i, text in enumerate(found.paths_text, start=1):
+        console.print(Text(f"{i:>3}  {text}"))
+    if found.is_layered:
+        labels = ", ".join(f"L{layer}H{head}" for layer, head in found.heads(len(found.beams)))
+        console.print(Text(f"Heads on these paths: {labels}"))
+
+
 def _strongest_head(ra: RACache, example: int) -> HeadMaps:
     norms = ra.norms()[example] if ra.has_batch_dim else ra.norms()
-    counts = heads_of(ra.sites)
-    strongest = int(norms[head_places(counts)].argmax())
-    return head_of_example(ra, every_head(ra.layers, counts)[strongest], example=example)
+    strongest = int(norms[ra.sites.places].argmax())
+    return head_of_example(ra, ra.sites.heads[strongest], example=example)
 
 
 def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
@@ -146,9 +171,8 @@ def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
 
 def _heads(ra: RACache, top: int) -> Table:
     of = f", mean of {ra.batch_size} prompts" if ra.batch_size > 1 else ""
-    table = _table(
-        "rank", "head", "‖R‖", "", title="Top heads: norm of the Reversed Attention" + of
-    )
+    title = f"Top heads: norm of the Reversed Attention{of}"
+    table = new_table("rank", "head", "‖R‖", "", right=("rank", "‖R‖"), title=title)
     scores = ra.top_heads(top)
     for rank, score in enumerate(scores, start=1):
         bar = "█" * math.ceil(20 * score.score / (scores[0].score or 1.0))
@@ -161,7 +185,8 @@ def _map(maps: HeadMaps, width: int) -> list[RenderableType]:
     cells = maps.strongest(10)
     if not cells:
         return [Text(title, style="bold"), Text("The gradient is 0 in every cell.")]
-    table = _table("from (query)", "", "to (key)", "−R", "attention", "descent wants", title=title)
+    columns = ("from (query)", "", "to (key)", "−R", "attention", "descent wants")
+    table = new_table(*columns, right=("−R", "attention"), title=title)
     # The other columns take 44. What a table too wide cut off would end with a token's direction.
     room = max(4, min(24, (width - 44) // 2))
     for cell in cells:
@@ -216,17 +241,3 @@ def _shade(share: float) -> Style:
 
 def _right(text: str, width: int) -> str:
     return " " * max(0, width - cell_len(text)) + text
-
-
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(
-        title=None if title is None else Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    numbers: dict[str, Any] = {"justify": "right"}
-    for name in columns:
-        table.add_column(name, **(numbers if name in ("rank", "‖R‖", "−R", "attention") else {}))
-    return table

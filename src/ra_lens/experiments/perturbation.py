@@ -58,7 +58,6 @@ from ra_lens.experiments.results import (
 )
 from ra_lens.heads import HeadScores, rank_heads, ranking_methods
 from ra_lens.model import Lens, as_lens
-from ra_lens.model.sites import heads_of
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
 from ra_lens.patching.masking import mask_hooks, need_heads
 from ra_lens.questions import Accuracy, ask, marked, read_questions
@@ -306,7 +305,7 @@ class _Cell:
 
     @property
     def _n_heads(self) -> int:
-        return sum(heads_of(self._lens.sites))
+        return sum(self._lens.sites.n_heads)
 
     def _unit(self, name: str, compute: Callable[[], Any]) -> Any:
         return self._journal.unit(f"{self.task.name}|{self._shots}|{name}", compute)
@@ -369,7 +368,7 @@ class _Cell:
     def _places(self, order: list[tuple[int, int]]) -> Tensor:
         """Place of each head in the order, `[layer, head]`; any order does for none and all."""
         sites = list(self._lens.sites)
-        place = torch.zeros(len(sites), max(heads_of(self._lens.sites)), dtype=torch.long)
+        place = torch.zeros(self._lens.sites.shape, dtype=torch.long)
         for i, (layer, head) in enumerate(order):
             place[sites.index(layer), head] = i
         return place

@@ -39,7 +39,6 @@ from ra_lens.experiments.results import (
 from ra_lens.heads import HeadScores, RankingMethod, rank_heads
 from ra_lens.heads.ranking import find_method
 from ra_lens.model import as_lens
-from ra_lens.model.sites import heads_of
 from ra_lens.numbers import Whole, Wholes, whole
 from ra_lens.questions import read_questions
 from ra_lens.tasks import Prompt, SplitRule, Task
@@ -187,7 +186,7 @@ def rank_tasks(
                     journal.unit(f"{one.name}|{n}|{name}", scores), dtype=torch.float64
                 ),
                 layers=tuple(lens.sites),
-                heads=heads_of(lens.sites),
+                heads=lens.sites.n_heads,
                 n_examples=len(prompts),
                 model_name=lens.name,
             )

@@ -49,12 +49,14 @@ from torch import Tensor
 
 from ra_lens.errors import RALensWarning
 from ra_lens.heads.ranking import RankingContext, ranking_method
-from ra_lens.model.blocks import Prefix
+from ra_lens.model import FwdHooks
+from ra_lens.model.blocks import SkippedBlocks
+from ra_lens.model.forward import at_columns
 from ra_lens.numbers import Whole, whole
-from ra_lens.padding import batches, together
+from ra_lens.padding import batches, together, watched
 from ra_lens.patching.masking import by_head, mask_hooks, need_heads
 from ra_lens.prompts import Prompts
-from ra_lens.questions import FwdHooks, Questions, by_length, last_logits, mark
+from ra_lens.questions import Questions, by_length, last_logits, mark
 from ra_lens.tasks import Pair, Prompt
 
 Row = tuple[int, int, int]
@@ -116,7 +118,7 @@ class _Runner:
         self._prompts = questions.prompts
         self._edit = edit
         self._layers = list(context.lens.sites)
-        self._prefix = Prefix(context.lens)
+        self._skipped = SkippedBlocks(context.lens)
         self._place: dict[int, int] = {}
         self._width = 0
         # By layer: whether to begin late, and the logits of the first row until it has been run.
@@ -127,7 +129,7 @@ class _Runner:
         """Run the questions of a group as they are; from now on batches are made of them."""
         self._place = {question: i for i, question in enumerate(group)}
         self._width = max(self._prompts.lengths[question] for question in group)
-        with self._prefix.recorded(len(group)):
+        with self._skipped.recorded(len(group)):
             logits = last_logits(self._context.lens, self._laid_out(group))
         if self._expected is None:
             rows = [(group[0], layer, 0) for layer in range(len(self._layers))]
@@ -165,7 +167,7 @@ class _Runner:
             skipping = nullcontext()
         else:
             examples = torch.tensor([self._place[question] for question, _, _ in rows])
-            skipping = self._prefix.reused(self._layers[begin_at], examples)
+            skipping = self._skipped.reused(self._layers[begin_at], examples)
         with skipping:
             return last_logits(self._context.lens, prompts, hooks)
 
@@ -263,11 +265,6 @@ def _check(context: RankingContext) -> None:
     need_heads(context.lens)
 
 
-def _last_columns(context: RankingContext, prompts: Prompts) -> Tensor:
-    batch = prompts.lay_out(context.lens)
-    return batch.columns([[n - 1] for n in batch.lengths])[:, 0]
-
-
 def _set_last(
     context: RankingContext,
     rows: Sequence[Row],
@@ -278,7 +275,7 @@ def _set_last(
 
     These are `[question, head, d_head]` for each layer.
     """
-    columns = _last_columns(context, prompts)
+    columns = prompts.lay_out(context.lens).last[:, 0]
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for i, site in enumerate(context.lens.sites.values()):
         cells = [(row, head) for row, (_, layer, head) in enumerate(rows) if layer == i]
@@ -305,25 +302,23 @@ def _set_heads(
     return new.reshape(z.shape)
 
 
-@torch.no_grad()
 def _last_z(context: RankingContext) -> list[Float[Tensor, "question head d_head"]]:
     """z at the last token of each prompt, in float64, for each layer."""
-    sites = list(context.lens.sites.values())
-    found: list[list[Tensor]] = [[] for _ in sites]
-    order: list[int] = []
-    for part, prompts in batches(context.lens, context.questions.prompts, context.batch_size):
+    lens, order = context.lens, []
+    found: list[list[Tensor]] = [[] for _ in lens.sites]
+    for part, prompts in batches(lens, context.questions.prompts, context.batch_size):
         order += part
-        columns = _last_columns(context, prompts)
+        batch = prompts.lay_out(lens)
 
-        def look(layer: int, n_heads: int, columns: Tensor = columns) -> Callable[..., None]:
-            def at_z(z: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
-                rows = torch.arange(z.shape[0], device=z.device)
-                found[layer].append(by_head(z, n_heads)[rows, columns.to(z.device)].cpu().double())
+        def last(n_heads: int, z: Tensor, columns: Tensor = batch.last) -> Tensor:
+            return by_head(at_columns(z, columns), n_heads)[:, 0].cpu().double()
 
-            return at_z
-
-        hooks = [(site.z_name, look(i, site.n_heads)) for i, site in enumerate(sites)]
-        last_logits(context.lens, prompts, hooks)
+        keep = {site.z_name: partial(last, site.n_heads) for site in lens.sites.values()}
+        with watched(lens, batch):
+            shown, logits = lens.look(keep, *batch.model_input, batch.last)
+        lens.refuse_nan(logits)
+        for of_layer, name in zip(found, keep, strict=True):
+            of_layer.append(shown[name])
     asked = torch.tensor(order).argsort()  # back to the order given
     return [torch.cat(of_layer)[asked] for of_layer in found]
 

@@ -13,7 +13,6 @@ unembedding more than one position.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,13 +48,12 @@ def ra_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
 @ranking_method("fa", title="norm of the pattern")
 def fa_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """Mean of the Frobenius norms of A."""
+
+    def norms(patterns: Tensor) -> Tensor:
+        return patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double().sum(dim=0)
+
     total = torch.zeros(context.shape, dtype=torch.float64)
-
-    def add(row: int, patterns: Tensor) -> None:
-        norms = patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double()
-        total[row, : patterns.shape[1]] += norms.sum(dim=0)
-
-    _visit_patterns(context, _inputs(context), add)
+    _add_patterns(context, _inputs(context), total, norms)
     return total / len(context.prompts)
 
 
@@ -75,13 +73,8 @@ def fa_of_mean_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
             "patterns needs prompts of one length (ra_lens.tasks.same_length_sets makes tasks of "
             "such). Or take method='fa', the mean of their norms."
         )
-    n_layers, n_heads = context.shape
-    total = torch.zeros(n_layers, n_heads, lengths[0], lengths[0], dtype=torch.float64)
-
-    def add(row: int, patterns: Tensor) -> None:
-        total[row, : patterns.shape[1]] += patterns.sum(dim=0).cpu().double()
-
-    _visit_patterns(context, inputs, add)
+    total = torch.zeros(*context.shape, lengths[0], lengths[0], dtype=torch.float64)
+    _add_patterns(context, inputs, total, lambda patterns: patterns.sum(dim=0).cpu().double())
     return (total / len(context.prompts)).flatten(start_dim=-2).norm(dim=-1)
 
 
@@ -92,30 +85,30 @@ def _inputs(context: RankingContext) -> Prompts:
     return questions.prompts
 
 
-@torch.no_grad()
-def _visit_patterns(
-    context: RankingContext, inputs: Prompts, visit: Callable[[int, Tensor], None]
+def _add_patterns(
+    context: RankingContext,
+    inputs: Prompts,
+    total: Float[Tensor, "layer head *rest"],
+    of_batch: Callable[[Tensor], Tensor],
 ) -> None:
-    """Call `visit(row of scores, [batch, head, query, key])` for every layer and batch.
+    """Add to `total`, layer by layer, what `of_batch` makes of the patterns of each batch.
 
-    Padded rows and columns are 0.
+    It gets `[batch, head, query, key]`, 0 in rows and columns of padding.
     """
     lens = context.lens
     lens.refuse_dropout()
+    names = [site.pattern_name for site in lens.sites.values()]
     for _, prompts in batches(lens, inputs, context.batch_size):
         batch = prompts.lay_out(lens)
         real = batch.attention_mask
         keep = real[:, None, :, None] & real[:, None, None, :]
 
-        def look(row: int, keep: Tensor = keep) -> Callable[..., None]:
-            def at_pattern(pattern: Tensor, hook: Any) -> None:  # noqa: ARG001  TransformerLens passes it by name
-                wide = pattern if pattern.dtype == torch.float64 else pattern.float()
-                visit(row, wide.where(keep.to(wide.device), 0.0))
+        def of_layer(pattern: Tensor, keep: Tensor = keep) -> Tensor:
+            wide = pattern if pattern.dtype == torch.float64 else pattern.float()
+            return of_batch(wide.where(keep.to(wide.device), 0.0))
 
-            return at_pattern
-
-        hooks = [(site.pattern_name, look(i)) for i, site in enumerate(lens.sites.values())]
-        last = batch.columns([[n - 1] for n in batch.lengths])
-        reading = lens.reading(None if lens.logits_are_hooked else last)
-        with lens.hooks(hooks), reading, watched(lens, batch):
-            lens.forward(batch.tokens, batch.attention_mask)
+        with watched(lens, batch):
+            shown, _ = lens.look(dict.fromkeys(names, of_layer), *batch.model_input, batch.last)
+        for row, name in zip(total, names, strict=True):
+            if name in shown:
+                row[: len(shown[name])] += shown[name]

@@ -34,10 +34,9 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, one_of
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, as_lens
-from ra_lens.model.sites import heads_of
 from ra_lens.numbers import Whole, whole
 from ra_lens.questions import Questions, read_questions
 from ra_lens.tasks import Prompt
@@ -79,12 +78,12 @@ class RankingContext:
     @property
     def shape(self) -> tuple[int, int]:
         """Layers with attention, and heads per layer (the most, if they differ): of the scores."""
-        return len(self.lens.sites), max(self.n_heads)
+        return self.lens.sites.shape
 
     @property
     def n_heads(self) -> tuple[int, ...]:
         """Heads of each layer. What a method gives beyond them counts for nothing."""
-        return heads_of(self.lens.sites)
+        return self.lens.sites.n_heads
 
     def read(self, prompts: tuple[Prompt, ...]) -> Questions:
         """Tokenise other prompts than the given ones."""
@@ -138,8 +137,7 @@ def ranking_method(
     """
     if not name:
         raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
-    if split not in ("train", "valid"):
-        raise BadInput(f"found split={split!r} for method {name!r}; give 'train' or 'valid'.")
+    one_of("split", split, ("train", "valid"), where=f" for method {name!r}")
 
     def register(function: RankingFunction) -> RankingFunction:
         known = _methods.get(name)

@@ -5,24 +5,20 @@ sees a `Lens`: sites (one per attention layer), tokens in, logits out, and the f
 attachment points that collecting gradients needs.
 """
 
-from ra_lens.model.attention import find_sites, with_scales
-from ra_lens.model.lens import Lens, as_lens
-from ra_lens.model.loading import (
-    ModelKind,
-    available_kinds,
-    load_demo_model,
-    load_folder,
-    load_model,
-)
-from ra_lens.model.sites import Gate, Layers, Side, Site, spell_layers
+from ra_lens.model.attention import find_sites
+from ra_lens.model.lens import FwdHooks, Lens, ModelKind, as_lens
+from ra_lens.model.loading import available_kinds, load_demo_model, load_folder, load_model
+from ra_lens.model.sites import Gate, Layers, Side, Site, Sites, spell_layers
 
 __all__ = [
+    "FwdHooks",
     "Gate",
     "Layers",
     "Lens",
     "ModelKind",
     "Side",
     "Site",
+    "Sites",
     "as_lens",
     "available_kinds",
     "find_sites",
@@ -30,5 +26,4 @@ __all__ = [
     "load_folder",
     "load_model",
     "spell_layers",
-    "with_scales",
 ]

@@ -24,15 +24,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.errors import UnsupportedModel
 from ra_lens.model.sites import Gate, Site
-from ra_lens.numbers import Real, real
 
 
 def attention_module(attn: Any) -> Any:
@@ -72,30 +70,6 @@ def softmax_scale(attn: Any) -> float | None:
         return None if by_class is None else by_class(module)
     except AttributeError:  # another class of that name
         return None
-
-
-def with_scales(
-    sites: Mapping[int, Site], given: Real | Mapping[int, Real] | None
-) -> dict[int, Site]:
-    """The sites with the softmax scales that the user gave in place of the model's.
-
-    Raises:
-        BadInput: a scale for a layer that is not among the sites, or one that is no number.
-    """
-    if given is None:
-        return dict(sites)
-    by_layer = given if isinstance(given, Mapping) else dict.fromkeys(sites, given)
-    unknown = [layer for layer in by_layer if layer not in sites]
-    if unknown:
-        raise BadInput(
-            f"found softmax_scale for layers {unknown}; the layers collected are {list(sites)}."
-        )
-    return {
-        layer: replace(site, scale=real("softmax_scale", by_layer[layer]))
-        if layer in by_layer
-        else site
-        for layer, site in sites.items()
-    }
 
 
 def attention_window(attn: Any) -> int | None:

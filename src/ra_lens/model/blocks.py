@@ -33,7 +33,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ra_lens.model.forward import replaced
+from ra_lens.model.forward import with_forward
 from ra_lens.model.lens import Lens
 from ra_lens.model.sites import Site
 
@@ -50,7 +50,7 @@ def recomputed(blocks: Sequence[nn.Module], token: Tensor) -> Generator[None, No
         blocks: Modules, in the order in which they run.
         token: The root of the graph, which every block is tied to.
     """
-    with replaced({block: _checkpointed(block.forward, token) for block in blocks[:-1]}):
+    with with_forward({block: _checkpointed(block.forward, token) for block in blocks[:-1]}):
         yield
 
 
@@ -131,7 +131,7 @@ def _autocast(kind: str) -> dict[str, Any]:
     }
 
 
-class Prefix:
+class SkippedBlocks:
     """What the blocks before each attention layer returned for some examples."""
 
     def __init__(self, lens: Lens) -> None:
@@ -155,7 +155,7 @@ class Prefix:
 
         self._n = n_examples
         last = {blocks[-1] for blocks in self._before.values() if blocks}
-        with replaced({block: keeping(block) for block in last}):
+        with with_forward({block: keeping(block) for block in last}):
             yield
 
     @contextmanager
@@ -177,7 +177,7 @@ class Prefix:
         def forward(*_args: Any, **_kwargs: Any) -> Any:
             return output
 
-        with replaced(dict.fromkeys(skipped, forward)):
+        with with_forward(dict.fromkeys(skipped, forward)):
             yield
 
 

@@ -1,27 +1,22 @@
 """Forward passes with the steps that nobody reads left out.
 
-Computing only what is read: logits, and the last block's MLP, at chosen positions.
+Logits, and the last block's MLP, only at chosen positions (`reading_at`). After the last attention
+nothing passes from one position to another, so what the last MLP and the unembedding give elsewhere
+is never used. Everything else still sees every position.
 
-After the last attention nothing passes from one position to another, so what the last MLP and the
-unembedding give elsewhere is never used. Everything else still sees every position.
-
-What a run computes in fewer steps than the model does.
+Functions in fewer steps than the model does them (`fused`). They are the same, so results differ by
+rounding. In half precision the model's own steps, each of which rounds, are kept; so are those with
+a hook in between.
 
 * `gelu_new` is written as eight operations in Hugging Face and TransformerLens, layer norm as eight
   in TransformerLens, and a backward pass keeps most of what comes between. torch has each in one.
 * HookedTransformer copies its unembedding in every forward pass, for the rounding of bfloat16.
 
-The functions are the same, so results differ by rounding. In half precision the model's own steps,
-each of which rounds, are kept; so are those with a hook in between.
-
-The Hugging Face model inside a TransformerBridge, run without the bridge.
-
-A bridge puts its own components in the place of the Hugging Face modules, and keeps each module in
-the component. With the modules put back for a moment, the model is Hugging Face's own: its logits
-are what the bridge's should be. Weight processing (folding, centring) writes to some of the
-modules, so after it there is nothing to compare with.
-
-Another function in the place of a module's own, for a while.
+The Hugging Face model inside a TransformerBridge (`without_bridge`). A bridge puts its own
+components in the place of the Hugging Face modules, and keeps each module in the component. With
+the modules put back for a moment, the model is Hugging Face's own: its logits are what the bridge's
+should be. Weight processing (folding, centring) writes to some of the modules, so after it there is
+nothing to compare with.
 """
 
 from __future__ import annotations
@@ -32,11 +27,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-
-from ra_lens.model.guards import forget_pattern
 
 # Hook points that what the last MLP gives has not reached, by how their names begin.
 _BEFORE = ("blocks.", "embed.", "pos_embed.", "hook_embed", "hook_pos_embed")
@@ -54,13 +47,13 @@ def reading_at(
         mlp = _last_mlp(model, hook_points)
         if mlp is not None:
             narrow = partial(_at_positions, mlp.forward, positions)
-            stack.enter_context(replaced({mlp: narrow}))
-        point = hook_points.get("unembed.hook_in")
+            stack.enter_context(with_forward({mlp: narrow}))
+        point: Any = hook_points.get("unembed.hook_in")
         if point is not None:  # TransformerBridge
-            handle = point.register_forward_hook(lambda _module, _args, x: x[_index(positions, x)])
+            handle = point.register_forward_hook(lambda _module, _args, x: at_columns(x, positions))
         else:
             handle = model.unembed.register_forward_pre_hook(
-                lambda _module, args: (args[0][_index(positions, args[0])], *args[1:])
+                lambda _module, args: (at_columns(args[0], positions), *args[1:])
             )
         stack.callback(handle.remove)
         yield
@@ -109,6 +102,13 @@ def _at_positions(forward: Any, positions: Tensor, *args: Any, **kwargs: Any) ->
     return whole.index_put(index, share, accumulate=True)
 
 
+def at_columns(
+    x: Float[Tensor, "batch pos d"], columns: Int[Tensor, "batch read"]
+) -> Float[Tensor, "batch read d"]:
+    """What a tensor holds at some columns of each row."""
+    return x[_index(columns, x)]
+
+
 def _index(positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Index of `positions`, one row of them per row of `x`, on the device of `x`."""
     rows = torch.arange(positions.shape[0], device=x.device)
@@ -119,46 +119,19 @@ Function = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def lean(modules: list[nn.Module]) -> Generator[None, None, None]:
+def fused(modules: list[nn.Module]) -> Generator[None, None, None]:
     """Run the modules that have a faster equal as that, while the context is open."""
     with ExitStack() as stack:
         for module in modules:
-            found = _fused(module)
+            found = _faster_equal(module)
             if found is not None:
-                name, fused = found
-                either = partial(_in_full_precision, fused, getattr(module, name))
-                stack.enter_context(replaced({module: either}, name))
+                name, faster = found
+                either = partial(_in_full_precision, faster, getattr(module, name))
+                stack.enter_context(with_forward({module: either}, name))
         yield
 
 
-@contextmanager
-def no_attention_returned(
-    modules: list[nn.Module], attentions: list[nn.Module]
-) -> Generator[None, None, None]:
-    """Let no pattern outlive its layer in a bridge, while the context is open.
-
-    It asks the Hugging Face model to return them all at the end, and may keep each one in an
-    attribute; see `ra_lens.model.guards`.
-    """
-    configs = {id(c): c for m in modules if (c := vars(m).get("config")) is not None}.values()
-    asked: list[Any] = [c for c in configs if getattr(c, "output_attentions", False) is True]
-
-    def forget(attention: nn.Module, _args: Any, _output: Any) -> None:
-        forget_pattern(attention)
-
-    handles = [module.register_forward_hook(forget) for module in attentions]
-    try:
-        for config in asked:
-            config.output_attentions = False
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for config in asked:
-            config.output_attentions = True
-
-
-def _fused(module: Any) -> tuple[str, Function] | None:
+def _faster_equal(module: Any) -> tuple[str, Function] | None:
     """Attribute of a module that has a faster equal, and that equal."""
     if "forward" in vars(module):  # somebody's own, as accelerate puts it there
         return None
@@ -189,8 +162,8 @@ def _fused(module: Any) -> tuple[str, Function] | None:
     return None
 
 
-def _in_full_precision(fused: Function, slow: Function, x: Tensor) -> Tensor:
-    return (fused if x.dtype in (torch.float32, torch.float64) else slow)(x)
+def _in_full_precision(faster: Function, slow: Function, x: Tensor) -> Tensor:
+    return (faster if x.dtype in (torch.float32, torch.float64) else slow)(x)
 
 
 def _is_norm_hooked(norm: Any) -> bool:
@@ -203,21 +176,9 @@ def weights_processed(model: Any) -> bool:
     return bool(getattr(model, "_weights_processed", False))
 
 
-@torch.no_grad()
-def huggingface_logits(model: Any, **inputs: Tensor) -> Tensor | None:
-    """Logits of the Hugging Face model inside a bridge; None where there is none to compare with.
-
-    The bridge's hooks do not fire.
-    """
-    inside = getattr(model, "original_model", None)
-    if not isinstance(inside, nn.Module) or weights_processed(model):
-        return None
-    with _modules_put_back(inside):
-        return inside(**inputs).logits
-
-
 @contextmanager
-def _modules_put_back(inside: nn.Module) -> Generator[None, None, None]:
+def without_bridge(inside: nn.Module) -> Generator[None, None, None]:
+    """Let the Hugging Face model inside a bridge have its own modules in the context."""
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def put_back(parent: nn.Module) -> None:
@@ -238,7 +199,7 @@ def _modules_put_back(inside: nn.Module) -> Generator[None, None, None]:
 
 
 @contextmanager
-def replaced(
+def with_forward(
     functions: Mapping[nn.Module, Callable[..., Any]], name: str = "forward"
 ) -> Generator[None, None, None]:
     """Let modules have these functions under `name` while the context is open."""

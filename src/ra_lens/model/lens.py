@@ -4,11 +4,12 @@ A Lens knows the model before it runs, tokenises as the model does, runs the for
 the places where a run attaches its own module-level hooks. Those are torch hooks on the HookPoint
 modules, not TransformerLens hooks: they run before (patterns) or after (residual stream,
 unembedding) everything the user has attached, and removing them cannot touch the user's.
+
+It refuses states of a model in which maps would be wrong, or could not be had.
 """
 
 from __future__ import annotations
 
-import reprlib
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -20,165 +21,43 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
 from ra_lens.model.attention import find_sites, processing_problems, remarks, value_biases_folded
 from ra_lens.model.forward import (
-    huggingface_logits,
-    lean,
-    no_attention_returned,
+    at_columns,
+    fused,
     reading_at,
     weights_processed,
+    without_bridge,
 )
 from ra_lens.model.guards import (
     alone,
     forget_pattern,
-    fully_masked_rows_apart,
     is_hooked_by_a_user,
-    refuse_checkpointing,
-    refuse_dropout,
-    refuse_inference_mode,
-    refuse_meta,
     tensors_put_back,
     without_hooks,
 )
-from ra_lens.model.sites import Layers, Site, spell_layers
-from ra_lens.numbers import wholes
-from ra_lens.text import bytes_of, isolated, pieces_as_read, whole_text
+from ra_lens.model.sites import Site, Sites
+from ra_lens.model.tokens import Tokens
 
-
-class Reader:
-    """The tokenizer of a TransformerLens model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Read as `model` does."""
-        self.module = model
-        # Both classes build attributes dynamically; all untyped access goes through this name.
-        self._model: Any = model
-
-    @property
-    def name(self) -> str:
-        """The model's name, as TransformerLens has it."""
-        return str(getattr(self._model.cfg, "model_name", "") or type(self.module).__name__)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or None."""
-        return getattr(self._model, "tokenizer", None)
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id written at padded positions; what it is never matters, they are masked."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if pad is None else int(pad)
-
-    @property
-    def unknown_token_id(self) -> int | None:
-        """Id of words that the tokenizer does not know; None where it knows them all.
-
-        Tokenizers whose unknown token is also BOS or EOS know every text.
-        """
-        unknown = getattr(self.tokenizer, "unk_token_id", None)
-        ends = {getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
-        return None if unknown in ends else unknown
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Words of a text that the tokenizer reads as its unknown token, each once."""
-        unknown = self.unknown_token_id
-        if unknown is None:
-            return []
-        if not getattr(self.tokenizer, "is_fast", False):
-            words = [word for word in text.split() if unknown in self.encode_fragment(word)]
-            return list(dict.fromkeys(words))
-        read = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        places = zip(read["input_ids"], read["offset_mapping"], strict=True)
-        words = [text[start:end] for token, (start, end) in places if token == unknown]
-        return list(dict.fromkeys(word.strip() or repr(word) for word in words))
-
-    def describe_unknown(self, text: str) -> str:
-        """Name the unknown words of a text and what they are read as; empty where all are known."""
-        words = self.unknown_words(text)
-        if not words:
-            return ""
-        named = ", ".join(isolated(repr(word)) for word in words[:8])
-        named += f" and {len(words) - 8} more" * (len(words) > 8)
-        it = "them" if len(words) > 1 else "it"
-        return f"{named}; its tokenizer reads {it} as {self.tokenizer.unk_token}"
-
-    def encode(self, text: str, *, prepend_bos: bool | None) -> list[int]:
-        """Token ids of a prompt, exactly as the model's own `to_tokens` gives them."""
-        self._need_tokenizer()
-        options: dict[str, Any] = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
-        return self._model.to_tokens(whole_text("text", text), truncate=False, **options)[
-            0
-        ].tolist()
-
-    def encode_fragment(self, text: str) -> list[int]:
-        """Token ids of a piece of text in the middle of a prompt: no special tokens."""
-        self._need_tokenizer()
-
-        def ids_of(piece: str) -> list[int]:
-            return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-
-        # SentencePiece tokenizers put a space of their own in front of a text, so that " Paris"
-        # alone is two tokens. Tokenised after something it is one; what that drops must be blank.
-        text = whole_text("text", text)
-        before, joint, alone = ids_of(":"), ids_of(":" + text), ids_of(text)
-        rest = joint[len(before) :]
-        if not rest or joint != before + rest or alone[-len(rest) :] != rest:
-            return alone
-        dropped = "".join(map(self.decode, alone[: -len(rest)]))
-        return alone if dropped.replace("▁", "").strip() else rest
-
-    def decode(self, token: int) -> str:
-        """Text of one token by itself, as `decode_each` writes it."""
-        return self.decode_each([token])[0]
-
-    def decode_each(self, tokens: Sequence[int]) -> tuple[str, ...]:
-        """Text of each token of a sequence; `#id` for a model without a tokenizer.
-
-        Where a character is cut over several tokens, it stands with the one that completes it, and
-        the others show their bytes: `⟨E2 9C⟩`.
-        """
-        if self.tokenizer is None:
-            return tuple(f"#{token}" for token in tokens)
-        tokenizer = self.tokenizer
-        names = tokenizer.convert_ids_to_tokens(list(tokens))
-        added = tokenizer.get_added_vocab()
-        pieces: list[bytes] = []
-        for token, name in zip(tokens, names, strict=True):
-            text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-            pieces.append(bytes_of(name, text, added=name in added))
-        return pieces_as_read(pieces)
-
-    def decode_text(self, tokens: Sequence[int]) -> str:
-        """Text of several tokens together; bytes where one alone is less than a character."""
-        if self.tokenizer is None or len(tokens) == 1:
-            return "".join(self.decode_each(tokens))
-        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-    def _need_tokenizer(self) -> None:
-        if self.tokenizer is None:
-            raise BadInput(
-                f"{self.name} has no tokenizer, so text cannot be read. Pass token ids "
-                "(Int[Tensor, 'batch pos']) as input and ids as target, or set model.tokenizer."
-            )
-
+ModelKind = Literal["HookedTransformer", "TransformerBridge"]
+# A language model; a masked one, as BERT; an encoder-decoder, as T5.
+Reads = Literal["left to right", "both ways", "input, then answer"]
+FwdHooks = Sequence[tuple[Any, Callable[..., Any]]]
+"""TransformerLens hooks of one run, as `model.hooks(fwd_hooks=...)` takes them."""
+TokensAndMask = tuple[Int[Tensor, "batch source"], Bool[Tensor, "batch source"]]
 
 # Whether hook_pattern is only observed at a layer, as shown by an earlier run of the same model.
 _observed: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
-# A language model; a masked one, as BERT; an encoder-decoder, as T5.
-Reads = Literal["left to right", "both ways", "input, then answer"]
 
 
-class Described(Reader):
-    """The parts and properties of a TransformerLens model."""
+class Lens(Tokens):
+    """A TransformerLens model seen through the few operations ra_lens needs."""
 
-    def __init__(
-        self, model: nn.Module, kind: Literal["HookedTransformer", "TransformerBridge"]
-    ) -> None:
-        """Describe `model`; use `as_lens`."""
+    def __init__(self, model: nn.Module, kind: ModelKind) -> None:
+        """See `model`, which is of this kind; use `as_lens`."""
         super().__init__(model)
-        self.kind = kind
+        self.kind: ModelKind = kind
 
     # ---- parts ----------------------------------------------------------------------------------
 
@@ -188,35 +67,18 @@ class Described(Reader):
         return dict(self._model.hook_dict)
 
     @cached_property
-    def sites(self) -> dict[int, Site]:
+    def sites(self) -> Sites:
         """Attention layers by index, in layer order."""
-        sites = find_sites(self._model, self.hook_points)
+        known: Mapping[int, bool] = _observed.get(self.module, {})
+        found = find_sites(self._model, self.hook_points)
         if self.kind == "HookedTransformer":  # its own attention always consumes the hooked tensor
-            return {layer: replace(site, observe_only=False) for layer, site in sites.items()}
-        known = _observed.get(self.module, {})
-        return {
-            layer: replace(site, observe_only=known.get(layer)) for layer, site in sites.items()
-        }
-
-    def choose_layers(self, layers: Layers) -> dict[int, Site]:
-        """Sites of the layers asked for, in layer order; negative counts from the model's end.
-
-        Raises:
-            BadInput: a layer without attention, or none.
-        """
-        if layers is None:
-            return dict(self.sites)
-        wanted = wholes("layers", layers)
-        chosen = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
-        unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in self.sites]
-        if unknown:
-            found = reprlib.repr(unknown)  # a hundred thousand are not spelled out
-            raise BadInput(
-                f"found layers={found}; {self.name} has attention at layers "
-                f"{spell_layers(list(self.sites))}. Give one or several of these; negative counts "
-                "from the end."
-            )
-        return {layer: self.sites[layer] for layer in sorted(set(chosen))}
+            known = dict.fromkeys(found, False)
+        sites = {i: replace(site, observe_only=known.get(i)) for i, site in found.items()}
+        # Layers of a hybrid need not all have attention; those of several stacks are counted
+        # through, those with attention only.
+        one_stack = any(site.prefix.startswith("blocks.") for site in sites.values())
+        n_layers = int(self._model.cfg.n_layers) if one_stack else len(sites)
+        return Sites(sites, n_layers, noun=f"{self.name} has attention at")
 
     def learn_route(self, layer: int, *, observe_only: bool) -> None:
         """Remember, for later runs of this model, whether hook_pattern of a layer is observed."""
@@ -231,11 +93,7 @@ class Described(Reader):
         raise UnsupportedModel(f"{self.name}: {site.block} has no hook point on its input.")
 
     def blocks_from(self, layer: int) -> list[nn.Module]:
-        """Modules of the blocks from that of attention layer `layer` on, in running order.
-
-        Raises:
-            UnsupportedModel: blocks that run more than once.
-        """
+        """Modules of the blocks from that of attention layer `layer` on, in running order."""
         sites = [site for i, site in self.sites.items() if i >= layer]
         if any(site.repeated for site in sites):
             raise UnsupportedModel(
@@ -261,15 +119,6 @@ class Described(Reader):
         return [self._model.get_submodule(site.prefix) for site in self.sites.values()]
 
     # ---- facts ----------------------------------------------------------------------------------
-
-    @property
-    def n_layers(self) -> int:
-        """Layers of the model; those of a hybrid need not all have attention.
-
-        In a model of several stacks they are its attention layers, counted through.
-        """
-        one_stack = any(site.prefix.startswith("blocks.") for site in self.sites.values())
-        return int(self._model.cfg.n_layers) if one_stack else len(self.sites)
 
     @cached_property
     def reads(self) -> Reads:
@@ -380,62 +229,18 @@ class Described(Reader):
         attention = (self._model.get_submodule(site.prefix) for site in self.sites.values())
         return processing_problems(attention) if processed else []
 
-
-def as_lens(model: nn.Module) -> Lens:
-    """Wrap a TransformerLens model.
-
-    Raises:
-        UnsupportedModel: not a HookedTransformer or TransformerBridge, or no hook_pattern.
-    """
-    kind = _kind_of(model)
-    if kind is not None:
-        return Lens(model, kind)
-    found = f"found a {type(model).__module__}.{type(model).__name__}"
-    parts = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
-    for name, part in parts.items():
-        if (kind := _kind_of(part)) is not None:
-            raise UnsupportedModel(
-                f"{found} around a {kind}. ra_lens attaches hooks to the model itself and runs it, "
-                f"without what is around it: give model.{name}."
-            )
-    inside = next((name for name, part in parts.items() if _is_of(part, "PreTrainedModel")), "")
-    raise UnsupportedModel(
-        f"{found}; ra_lens reads a TransformerLens HookedTransformer or TransformerBridge. Load "
-        "one with ra_lens.load_model(name), or wrap a Hugging Face model with "
-        f"TransformerBridge.boot_transformers(name, hf_model=model{inside and '.'}{inside})."
-    )
-
-
-def _kind_of(model: object) -> Literal["HookedTransformer", "TransformerBridge"] | None:
-    if _is_of(model, "TransformerBridge"):
-        return "TransformerBridge"
-    return "HookedTransformer" if _is_of(model, "HookedTransformer") else None
-
-
-def _is_of(model: object, class_name: str) -> bool:
-    return any(cls.__name__ == class_name for cls in type(model).__mro__)
-
-
-class Lens(Described):
-    """A TransformerLens model seen through the few operations ra_lens needs."""
-
     # ---- running --------------------------------------------------------------------------------
 
     def forward(
         self,
         tokens: Int[Tensor, "batch pos"],
         attention_mask: Bool[Tensor, "batch pos"],
-        encoded: tuple[Int[Tensor, "batch source"], Bool[Tensor, "batch source"]] | None = None,
+        encoded: TokensAndMask | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
-        """Run the model and return its logits (at the positions kept by `reading`, if any).
+        """Run the model and return its logits (at the columns of `running`, if any).
 
-        Args:
-            tokens: What is read; what the decoder reads in an encoder-decoder.
-            attention_mask: True at real tokens.
-            encoded: Tokens and mask of an encoder-decoder's encoder.
-
-        Raises:
-            UnsupportedModel: an encoder-decoder, and nothing for its encoder; or no weights.
+        The mask is True at real tokens. In an encoder-decoder, these are what the decoder reads,
+        and `encoded` is what the encoder does.
         """
         self.refuse_meta()
         options: dict[str, Any] = {}
@@ -455,7 +260,7 @@ class Lens(Described):
         kept = nullcontext() if torch.is_grad_enabled() else self.tensors_put_back()
         with kept:
             logits: Tensor = self._model(tokens, return_type="logits", **options)
-        refuse_meta(logits.device, self.name)  # which the configuration may not say
+        self.refuse_meta(logits.device)  # which the configuration may not say
         return logits
 
     @property
@@ -466,14 +271,73 @@ class Lens(Described):
         left = getattr(self.tokenizer, "padding_side", "right") == "left"
         return left and self.kind == "HookedTransformer"
 
+    def logits_at(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Bool[Tensor, "batch pos"],
+        columns: Int[Tensor, "batch read"] | None = None,
+        fwd_hooks: FwdHooks = (),
+        encoded: TokensAndMask | None = None,
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Run the model once and give its logits at some columns of `tokens`; None: everywhere."""
+        with self.running(columns, fwd_hooks) as everywhere:
+            logits = self.forward(tokens, attention_mask, encoded)
+        return at_columns(logits, columns) if everywhere and columns is not None else logits
+
+    def look(
+        self,
+        keep: Mapping[str, Callable[[Tensor], Tensor]],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Bool[Tensor, "batch pos"],
+        columns: Int[Tensor, "batch read"] | None = None,
+        encoded: TokensAndMask | None = None,
+    ) -> tuple[dict[str, Tensor], Float[Tensor, "batch read d_vocab"]]:
+        """Run the model once without gradients; give what hook points showed, and the logits.
+
+        `keep` says, by name of a hook point, what is kept of what it shows after all other hooks.
+        Of a layer that runs several times, that of the last time stays.
+        """
+        shown: dict[str, Tensor] = {}
+
+        def showing(name: str) -> Callable[..., None]:
+            def show(value: Tensor, hook: Any) -> None:  # noqa: ARG001  passed by name
+                shown[name] = keep[name](value.detach())
+
+            return show
+
+        hooks = [(name, showing(name)) for name in keep]
+        with torch.no_grad():
+            return shown, self.logits_at(tokens, attention_mask, columns, hooks, encoded)
+
     @contextmanager
-    def hooks(self, fwd_hooks: list[tuple[Any, Any]]) -> Generator[None, None, None]:
-        """Attach TransformerLens forward hooks while the context is open.
+    def running(
+        self, columns: Int[Tensor, "batch read"] | None, fwd_hooks: FwdHooks = ()
+    ) -> Generator[bool, None, None]:
+        """Attach hooks, compute in fewer steps, and logits only at `columns`, in the context.
+
+        Gives whether logits come at every column all the same: where `columns` is None, or where a
+        hook waits for them.
+        """
+        with self.hooks(fwd_hooks), fused(self._modules):
+            if columns is None or self.logits_are_hooked:
+                yield True
+            else:
+                with reading_at(self._model, self.hook_points, columns):
+                    yield False
+
+    def refuse_nan(self, logits: Float[Tensor, "batch read d_vocab"]) -> None:
+        """Raise if logits contain NaN."""
+        if bool(logits.detach().isnan().any()):
+            raise NothingToDifferentiate(
+                f"the logits of {self.name} contain NaN at the positions read. Check the weights "
+                "and hooks; for float16 models try bfloat16 or float32."
+            )
+
+    @contextmanager
+    def hooks(self, fwd_hooks: FwdHooks) -> Generator[None, None, None]:
+        """Attach TransformerLens forward hooks while the context is open, in one thread at a time.
 
         Attention layers then keep the tensors that they kept before.
-
-        Raises:
-            UnsupportedModel: another thread is running this model with hooks of its own.
         """
         # HookedTransformer's own context resets this flag, which belongs to the user's hooks.
         was_caching = getattr(self._model, "is_caching", None)
@@ -483,7 +347,7 @@ class Lens(Described):
                 yield
                 return
             try:
-                with self._model.hooks(fwd_hooks=fwd_hooks):
+                with self._model.hooks(fwd_hooks=list(fwd_hooks)):
                     yield
             finally:
                 if was_caching is not None:
@@ -512,29 +376,26 @@ class Lens(Described):
             yield
 
     @contextmanager
-    def reading(self, positions: Int[Tensor, "batch read"] | None) -> Generator[None, None, None]:
-        """Compute logits only at `positions` while the context is open (None: everywhere).
-
-        They come back as [batch, read, d_vocab]. See `ra_lens.model.forward`.
-        """
-        if positions is None:
-            yield
-            return
-
-        with reading_at(self._model, self.hook_points, positions):
-            yield
-
-    def lean(self) -> AbstractContextManager[None]:
-        """Compute some functions in fewer steps; see `ra_lens.model.forward`."""
-        return lean(self._modules)
-
-    @contextmanager
     def no_attention_returned(self) -> Generator[None, None, None]:
-        """Let no pattern outlive its layer, where hooks show it without being returned as well."""
+        """Let no pattern outlive its layer, where hooks show it without being returned as well.
+
+        A bridge asks the Hugging Face model to return them all at the end, and its attention may
+        keep each one in an attribute; see `ra_lens.model.guards`.
+        """
         if any(site.observe_only is not False for site in self.sites.values()):
             yield
             return
-        with no_attention_returned(self._modules, self._attentions):
+        configs = {id(c): c for m in self._modules if (c := vars(m).get("config")) is not None}
+        asked = [c for c in configs.values() if getattr(c, "output_attentions", False) is True]
+        with ExitStack() as stack:
+            for attention in self._attentions:
+                handle = attention.register_forward_hook(
+                    lambda module, _args, _output: forget_pattern(module)
+                )
+                stack.callback(handle.remove)
+            for config in asked:
+                config.output_attentions = False
+                stack.callback(setattr, config, "output_attentions", True)
             yield
 
     def tensors_put_back(self) -> AbstractContextManager[None]:
@@ -568,16 +429,42 @@ class Lens(Described):
         finally:
             _switch(live, on=True)
 
-    def fully_masked_rows_apart(self) -> AbstractContextManager[None]:
-        """See `ra_lens.model.guards`; every layer's, as they hand on to those below."""
-        names = (f"{site.prefix}.hook_attn_scores" for site in self.sites.values())
-        return fully_masked_rows_apart([self.hook_points[name] for name in names if self.has(name)])
+    @contextmanager
+    def fully_masked_rows_apart(self) -> Generator[None, None, None]:
+        """Give no gradient to rows of scores that are −∞ throughout, while the context is open.
 
+        At padding on the left a query sees no key. TransformerBridge 3.9 in compatibility mode sets
+        the NaN that the softmax makes of such a row to 0, which says that its gradient is 0; the
+        softmax still multiplies by the NaN, and hands it on to every key. Every layer's rows, as
+        they hand on to those below.
+        """
+
+        def at_scores(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            scores: Tensor = args[0]
+            if scores.requires_grad:
+                dead = scores.detach().isneginf().all(dim=-1, keepdim=True)
+                if bool(dead.any()):
+                    scores.register_hook(lambda grad: grad.masked_fill(dead, 0.0))
+
+        with ExitStack() as stack:
+            for site in self.sites.values():
+                if self.has(site.scores_name):
+                    point = self.hook_points[site.scores_name]
+                    stack.callback(point.register_forward_pre_hook(at_scores).remove)
+            yield
+
+    @torch.no_grad()
     def huggingface_logits(self, tokens: Tensor, decoder_tokens: Tensor | None) -> Tensor | None:
-        """Logits of the Hugging Face model inside a bridge; None where there are none."""
+        """Logits of the Hugging Face model inside a bridge; None where there are none to compare.
+
+        The bridge's hooks do not fire.
+        """
+        if self._innermost is self.module or weights_processed(self._model):
+            return None
         inputs = {"input_ids": tokens, "decoder_input_ids": decoder_tokens}
         given = {name: t.to(self.device) for name, t in inputs.items() if t is not None}
-        return huggingface_logits(self._model, **given)
+        with without_bridge(self._innermost):
+            return self._innermost(**given).logits
 
     def activation_cache(self, maps: dict[str, Tensor], *, has_batch_dim: bool) -> Any:
         """Put maps into a TransformerLens ActivationCache of this model."""
@@ -587,21 +474,53 @@ class Lens(Described):
 
     # ---- guards ---------------------------------------------------------------------------------
 
-    def refuse_checkpointing(self) -> None:
-        """Raise if blocks would run again in the backward pass."""
-        refuse_checkpointing(self._modules)
-
     def refuse_dropout(self) -> None:
         """Raise if a forward pass would draw dropout masks."""
-        refuse_dropout(self.module)
+        for name, module in self.module.named_modules():
+            if not module.training:
+                continue
+            rate = module.p if isinstance(module, nn.Dropout) else 0.0
+            for attribute in ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout"):
+                value = getattr(module, attribute, 0.0)
+                rate = max(rate, value if isinstance(value, float) else 0.0)
+            if rate > 0:
+                raise UnsupportedModel(
+                    f"the model is in train mode and {name or type(module).__name__} drops out "
+                    f"with probability {rate:g}: dropout acts before hook_pattern, so the map "
+                    "would not be the gradient of this loss. Call model.eval() first."
+                )
 
-    def refuse_meta(self) -> None:
-        """Raise if the model has no weights."""
-        refuse_meta(self.device, self.name)
+    def refuse_checkpointing(self) -> None:
+        """Raise if blocks would run without a graph, and again in the backward pass."""
+        for module in self._modules:
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                raise UnsupportedModel(
+                    "the model is in train mode with gradient checkpointing, which runs its blocks "
+                    "without gradients, and again in the backward pass. Call model.eval() first, "
+                    "or gradient_checkpointing_disable() of the Hugging Face model "
+                    "(model.original_model). run_with_ra(recompute=True) saves as much memory."
+                )
+
+    def refuse_meta(self, device: torch.device | None = None) -> None:
+        """Raise where a forward pass computes nothing: on the meta device."""
+        if (device or self.device).type == "meta":
+            raise UnsupportedModel(
+                f"{self.name} is on the meta device, where tensors have a shape and no values. "
+                "Load it with its weights, on a CPU or GPU: ra_lens.load_model(name, device='cpu')."
+            )
 
     def refuse_inference_mode(self) -> None:
         """Raise if tensors made now could never take part in a backward pass."""
-        refuse_inference_mode(self.module)
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedModel(
+                "found torch.inference_mode(), under which nothing can be differentiated. Use "
+                "torch.no_grad() instead (it is allowed around run_with_ra), or leave the context."
+            )
+        if any(p.is_inference() for p in self.module.parameters()):
+            raise UnsupportedModel(
+                "the model's parameters were created under torch.inference_mode(), so nothing can "
+                "be differentiated through them. Load the model outside of that context."
+            )
 
 
 def _switch(parameters: list[tuple[nn.Module, str]], *, on: bool) -> None:
@@ -609,3 +528,38 @@ def _switch(parameters: list[tuple[nn.Module, str]], *, on: bool) -> None:
         parameter = module._parameters[name]  # pyright: ignore[reportPrivateUsage]
         if parameter is not None:
             parameter.requires_grad_(on)
+
+
+def as_lens(model: nn.Module) -> Lens:
+    """Wrap a TransformerLens model.
+
+    Raises:
+        UnsupportedModel: not a HookedTransformer or TransformerBridge, or no hook_pattern.
+    """
+    kind = _kind_of(model)
+    if kind is not None:
+        return Lens(model, kind)
+    found = f"found a {type(model).__module__}.{type(model).__name__}"
+    parts = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
+    for name, part in parts.items():
+        if (kind := _kind_of(part)) is not None:
+            raise UnsupportedModel(
+                f"{found} around a {kind}. ra_lens attaches hooks to the model itself and runs it, "
+                f"without what is around it: give model.{name}."
+            )
+    inside = next((name for name, part in parts.items() if _is_of(part, "PreTrainedModel")), "")
+    raise UnsupportedModel(
+        f"{found}; ra_lens reads a TransformerLens HookedTransformer or TransformerBridge. Load "
+        "one with ra_lens.load_model(name), or wrap a Hugging Face model with "
+        f"TransformerBridge.boot_transformers(name, hf_model=model{inside and '.'}{inside})."
+    )
+
+
+def _kind_of(model: object) -> ModelKind | None:
+    if _is_of(model, "TransformerBridge"):
+        return "TransformerBridge"
+    return "HookedTransformer" if _is_of(model, "HookedTransformer") else None
+
+
+def _is_of(model: object, class_name: str) -> bool:
+    return any(cls.__name__ == class_name for cls in type(model).__mro__)

@@ -19,7 +19,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from torch import nn
 
 from ra_lens.errors import BadInput
 from ra_lens.files import is_folder, user_path
+from ra_lens.model.lens import ModelKind
 
 
 @contextmanager
@@ -51,9 +52,6 @@ def _settings_kept() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")
         yield
-
-
-ModelKind = Literal["HookedTransformer", "TransformerBridge"]
 
 
 def available_kinds() -> tuple[ModelKind, ...]:

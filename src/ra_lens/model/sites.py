@@ -1,20 +1,19 @@
-"""One attention layer of one model: its hook names, its heads and its softmax scale.
+"""Where attention lives: `Site`, one layer with its hook names, heads and scale, and all `Sites`.
 
 The softmax scale c is the factor between the products q·k and the softmax input, S = c·q·k. The
 paper's Reversed Attention is the gradient with respect to q·k, hence R = c·dL/dS (paper eq. 15 and
 17, where c = 1/√d_head).
 
-Numbers per head, in one table also where layers have different numbers of heads.
-
-A table `[…, layer, head]` is as wide as the layer with the most heads. The places beyond the heads
-of a layer hold NaN and are no heads: no order, figure or list has them.
+Layers may have different numbers of heads. A table `[…, layer, head]` is then as wide as the layer
+with the most. The places beyond the heads of a layer hold NaN and are no heads: no order, figure or
+list has them.
 """
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,48 +22,11 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.head_names import Heads, layer_and_index, list_heads, spell_head
-from ra_lens.numbers import Wholes, as_whole, wholes
+from ra_lens.numbers import Real, Wholes, as_whole, real, wholes
 
-
-def full_name(key: object, sites: Mapping[int, Site], n_layers: int) -> str:
-    """Full name of a map asked for by name, or as `(kind, layer)` with a layer from either end.
-
-    Raises:
-        NotStored: there is no such kind of map, or no such layer, or it is neither form of name.
-    """
-    if isinstance(key, str):
-        return key
-    match key:
-        case (str() as given, number) if (layer := as_whole(number)) is not None:
-            kind = read_kind(given)
-        case _:
-            raise NotStored(
-                f"found {key!r}; ask for a map by kind and number of the layer, as ra['ra', 0], or "
-                "by its full name."
-            )
-    layer = layer + n_layers if layer < 0 else layer
-    return sites[layer].map_name(kind) if layer in sites else f"blocks.{layer}.attn.hook_{kind}"
-
-
-def read_kind(kind: str) -> MapKind:
-    """Read the name of a kind of map, with or without `hook_`.
-
-    Raises:
-        NotStored: there is no such kind of map.
-    """
-    for known in MAP_KINDS:
-        if kind.removeprefix("hook_") == known:
-            return known
-    raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
-
-
-def in_order(names: Iterable[str], sites: Mapping[int, Site]) -> list[str]:
-    """Sort full names of maps by layer, then by kind."""
-    present = set(names)
-    every = (site.map_name(kind) for site in sites.values() for kind in MAP_KINDS)
-    return [name for name in every if name in present]
-
-
+Layers = Wholes | None
+MapKind = Literal["ra", "pattern", "pattern_grad"]
+MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")
 Gate = Literal["sigmoid", "softplus"]
 Side = Literal["input", "decoder"]
 
@@ -186,21 +148,187 @@ class Site:
         return self.scale
 
 
+class Sites(dict[int, Site]):
+    """Attention layers of a model, all or some, by layer, in the order in which they run."""
+
+    def __init__(
+        self,
+        sites: Mapping[int, Site],
+        n_layers: int | None = None,
+        *,
+        noun: str = "there are maps for",
+    ) -> None:
+        """Hold `sites`.
+
+        Args:
+            sites: The layers, by layer.
+            n_layers: Layers of the model, those without attention included, from which negative
+                layers count. Default: those of `sites` if they know, or up to the last of them.
+            noun: What is said of these layers where another one is asked for.
+        """
+        super().__init__(sites)
+        known = sites.n_layers if isinstance(sites, Sites) else max(sites, default=-1) + 1
+        self.n_layers = n_layers or known
+        self.noun = noun
+
+    # ---- choosing -------------------------------------------------------------------------------
+
+    def choose(self, layers: Layers) -> Sites:
+        """Give the layers asked for, in the order of the model; None: all.
+
+        Raises:
+            BadInput: a layer that is not here, or none.
+        """
+        if layers is None:
+            return Sites(self)
+        given = wholes("layers", layers)
+        chosen = sorted({self._from_the_start(layer) for layer in given})
+        unknown = [layer for layer in given if self._from_the_start(layer) not in self]
+        if unknown:
+            raise BadInput(  # a hundred thousand are not spelled out
+                f"found layers={reprlib.repr(unknown)}; {self.noun} layers {self.spell()}. Give "
+                "one or several of these; negative counts from the end of the model's "
+                f"{self.n_layers}."
+            )
+        return Sites({layer: self[layer] for layer in chosen}, self.n_layers)
+
+    def choose_heads(self, heads: Heads, layers: Layers = None) -> dict[int, Bool[Tensor, "head"]]:
+        """Mark the heads asked for, by layer; layers left without a head are left out.
+
+        Args:
+            heads: Labels like `"L3H5"`, `(layer, head)` pairs (negative: from the end) or
+                `HeadScore`s; one or several. None: all.
+            layers: Layers. None: all. With `heads`: those of the heads that lie in these layers.
+
+        Raises:
+            BadInput: a head or layer that is not here, or none left.
+        """
+        allowed = self.choose(layers)
+        if heads is None:
+            return {i: torch.ones(site.n_heads, dtype=torch.bool) for i, site in allowed.items()}
+        chosen: dict[int, Tensor] = {}
+        for layer, index in map(self._read_head, list_heads(heads)):
+            if layer in allowed:
+                none = torch.zeros(self[layer].n_heads, dtype=torch.bool)
+                chosen.setdefault(layer, none)[index] = True
+        if not chosen:
+            raise BadInput(
+                f"found heads={heads!r} with layers={layers!r}, which leaves no head to patch. "
+                "Give at least one head in these layers, or leave one of the two out."
+            )
+        return dict(sorted(chosen.items()))
+
+    def _read_head(self, head: object) -> tuple[int, int]:
+        given, index = layer_and_index(head)
+        layer, found = self._from_the_start(given), f"found head {spell_head(head)}, but"
+        if layer not in self:
+            raise BadInput(f"{found} {self.noun} layers {self.spell()} only.")
+        n_heads = self[layer].n_heads
+        if not -n_heads <= index < n_heads:
+            raise BadInput(f"{found} layer {layer} has heads 0 to {n_heads - 1}.")
+        return layer, index % n_heads
+
+    def _from_the_start(self, layer: int) -> int:
+        return layer + self.n_layers if layer < 0 else layer
+
+    # ---- names of maps --------------------------------------------------------------------------
+
+    def name(self, key: object) -> str:
+        """Give the full name of a map asked for by that, or as `(kind, layer)`.
+
+        Raises:
+            NotStored: there is no such kind of map, or it is neither form of name.
+        """
+        match key:
+            case str():
+                return key
+            case (str() as given, number) if (layer := as_whole(number)) is not None:
+                kind, layer = read_kind(given), self._from_the_start(layer)
+                site = self.get(layer)
+                return f"blocks.{layer}.attn.hook_{kind}" if site is None else site.map_name(kind)
+            case _:
+                raise NotStored(
+                    f"found {key!r}; ask for a map by kind and number of the layer, as "
+                    "ra['ra', 0], or by its full name."
+                )
+
+    def map_names(self) -> list[str]:
+        """List the full names of all maps that these layers may have, layer by layer."""
+        return [site.map_name(kind) for site in self.values() for kind in MAP_KINDS]
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Sort full names of maps by layer, then by kind."""
+        present = set(names)
+        return [name for name in self.map_names() if name in present]
+
+    # ---- heads ----------------------------------------------------------------------------------
+
+    @property
+    def n_heads(self) -> tuple[int, ...]:
+        """Number of heads of each layer."""
+        return tuple(site.n_heads for site in self.values())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of a table of all heads: layers, and heads of the layer with the most."""
+        return len(self), max(self.n_heads)
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """Every head as (layer, head), in the order of the model."""
+        return every_head(self, self.n_heads)
+
+    @property
+    def places(self) -> Bool[Tensor, "layer head"]:
+        """Which places of a table are heads; they are those of `heads`, in its order."""
+        return head_places(self.n_heads)
+
+    # ---- the rest -------------------------------------------------------------------------------
+
+    def with_scales(self, given: Real | Mapping[int, Real] | None) -> Sites:
+        """Put the softmax scales that the user gave in place of the model's.
+
+        Raises:
+            BadInput: a scale for a layer that is not here, or one that is no number.
+        """
+        if given is None:
+            return self
+        by_layer = given if isinstance(given, Mapping) else dict.fromkeys(self, given)
+        unknown = [layer for layer in by_layer if layer not in self]
+        if unknown:
+            raise BadInput(
+                f"found softmax_scale for layers {unknown}; the layers collected are {list(self)}."
+            )
+        scales = {layer: real("softmax_scale", scale) for layer, scale in by_layer.items()}
+        scaled = {layer: replace(self[layer], scale=scale) for layer, scale in scales.items()}
+        return Sites({**self, **scaled}, self.n_layers)
+
+    def spell(self) -> str:
+        """Spell the layers: `0…11`, or `0, 3, 7` where they are not consecutive."""
+        return spell_layers(list(self))
+
+
+def read_kind(kind: str) -> MapKind:
+    """Read the name of a kind of map, with or without `hook_`.
+
+    Raises:
+        NotStored: there is no such kind of map.
+    """
+    for known in MAP_KINDS:
+        if kind.removeprefix("hook_") == known:
+            return known
+    raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
+
+
 def spell_layers(layers: Sequence[int]) -> str:
     """Spell layer indices: `0…11`, or `0, 3, 7` where they are not consecutive."""
-    consecutive = list(layers) == list(range(layers[0], layers[-1] + 1))
-    if consecutive and len(layers) > 1:
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}…{layers[-1]}"
     return ", ".join(map(str, layers))
 
 
-def heads_of(sites: Mapping[int, Site]) -> tuple[int, ...]:
-    """Give the number of heads of each layer."""
-    return tuple(site.n_heads for site in sites.values())
-
-
 def every_head(layers: Iterable[int], counts: Iterable[int]) -> list[tuple[int, int]]:
-    """List every head as (layer, head), in the order of the model."""
+    """List every head of layers with so many heads as (layer, head)."""
     return [(layer, h) for layer, n in zip(layers, counts, strict=True) for h in range(n)]
 
 
@@ -221,74 +349,3 @@ def spell_counts(counts: Sequence[int]) -> str:
     """Spell how many heads layers have: `8`, or `2 to 6` where they differ."""
     low, high = min(counts), max(counts)
     return str(low) if low == high else f"{low} to {high}"
-
-
-Layers = Wholes | None
-
-
-def choose_heads(
-    sites: Mapping[int, Site], *, heads: Heads, layers: Layers, n_layers: int
-) -> dict[int, Bool[Tensor, "head"]]:
-    """The heads asked for, in the layers asked for; layers left without a head are left out.
-
-    Args:
-        sites: The layers there is a map for.
-        heads: Labels like `"L3H5"`, `(layer, head)` pairs (negative: from the end) or
-            `HeadScore`s; one or several. None: all.
-        layers: Layers, negative from the model's end. None: all. With `heads`: those of the heads
-            that lie in these layers.
-        n_layers: Layers of the model, from which negative layers count.
-
-    Raises:
-        BadInput: a head or layer there is no map for, or none left.
-    """
-    allowed = _choose_layers(sites, layers, n_layers)
-    if heads is None:
-        return {layer: torch.ones(sites[layer].n_heads, dtype=torch.bool) for layer in allowed}
-    chosen: dict[int, Tensor] = {}
-    for head in list_heads(heads):
-        layer, index = _read_head(head, sites, n_layers)
-        if layer in allowed:
-            empty = torch.zeros(sites[layer].n_heads, dtype=torch.bool)
-            chosen.setdefault(layer, empty)[index] = True
-    if not chosen:
-        raise BadInput(
-            f"found heads={heads!r} with layers={layers!r}, which leaves no head to patch. Give at "
-            "least one head in these layers, or leave one of the two out."
-        )
-    return dict(sorted(chosen.items()))
-
-
-def _choose_layers(sites: Mapping[int, Site], layers: Layers, n_layers: int) -> list[int]:
-    if layers is None:
-        return sorted(sites)
-    wanted = wholes("layers", layers)
-    chosen = [layer + n_layers if layer < 0 else layer for layer in wanted]
-    unknown = [w for w, layer in zip(wanted, chosen, strict=True) if layer not in sites]
-    if unknown:
-        raise BadInput(
-            f"found layers={reprlib.repr(unknown)}; there are maps for layers "
-            f"{spell_layers(sorted(sites))}. Give one or several of these; negative counts from "
-            f"the end of the model's {n_layers}."
-        )
-    return sorted(set(chosen))
-
-
-def _read_head(head: object, sites: Mapping[int, Site], n_layers: int) -> tuple[int, int]:
-    layer, index = layer_and_index(head)
-    layer = layer + n_layers if layer < 0 else layer
-    if layer not in sites:
-        raise BadInput(
-            f"found head {spell_head(head)}, but there are maps for layers "
-            f"{spell_layers(sorted(sites))} only."
-        )
-    n_heads = sites[layer].n_heads
-    if not -n_heads <= index < n_heads:
-        raise BadInput(
-            f"found head {spell_head(head)}, but layer {layer} has heads 0 to {n_heads - 1}."
-        )
-    return layer, index % n_heads
-
-
-MapKind = Literal["ra", "pattern", "pattern_grad"]
-MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")

@@ -1,4 +1,4 @@
-"""What a head writes into the residual stream for each token it looks at: v_k W_O^h.
+"""What a head gives to W_O, and what it writes for each token that it looks at: v_k W_O^h.
 
 z = A·v and the layer adds Σ_h z_h W_O^h + b_O; both are checked in every run that reads them, so a
 model that does something else in between (a gate, a norm after attention, latent values) is refused
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,35 @@ from ra_lens.model.lens import Lens
 from ra_lens.model.sites import Site
 
 _INSTEAD = "Follow the pattern instead (follow='pattern'), or Reversed Attention (follow='more')."
+
+
+def attention_output(
+    pattern: Float[Tensor, "some head query key"],
+    values: Float[Tensor, "batch key kv_head d_head"],
+    gate: Float[Tensor, "batch query width"] | None = None,
+) -> Float[Tensor, "batch query head d_head"]:
+    """A·V of every head, in float32 at least, times a gate.
+
+    The gate has one number per head, or one per entry of the result.
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    z = einsum(
+        pattern.to(wide).expand(len(values), -1, -1, -1),
+        by_query_head(values.to(wide), pattern.shape[1]),
+        "batch head query key, batch key head d_head -> batch query head d_head",
+    )
+    if gate is None:
+        return z
+    per_head = "batch query (head d_head) -> batch query head d_head"
+    return z * rearrange(gate, per_head, head=z.shape[2])
+
+
+def by_query_head(
+    values: Float[Tensor, "batch key kv_head d_head"], n_heads: int
+) -> Float[Tensor, "batch key head d_head"]:
+    """Values of every query head: those of one group come after each other and share theirs."""
+    per_head = "batch key kv_head d_head -> batch key (kv_head share) d_head"
+    return repeat(values, per_head, share=n_heads // values.shape[2])
 
 
 def writing_names(lens: Lens, site: Site) -> dict[str, str]:
@@ -67,16 +97,18 @@ def written_norms(
     dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
     n, length = pattern.shape[0], pattern.shape[-1]
     values = seen["v"].detach().to(dtype).reshape(n, length, -1, d_head)
-    values = values.repeat_interleave(site.n_heads // values.shape[2], dim=2)
     z = seen["z"].detach().to(dtype).reshape(n, -1, site.n_heads, d_head)
     weights = weights.detach().to(dtype=dtype, device=values.device)
-    _same(lens, site, torch.einsum("bhqk,bkhd->bqhd", pattern.to(dtype), values), z, "z is not A·v")
+    _same(lens, site, attention_output(pattern.to(dtype), values), z, "z is not A·v")
     out = seen["out"].detach().to(dtype)
     bias = getattr(attn, "b_O", None)
     bias = bias.detach().to(out) if isinstance(bias, Tensor) else torch.zeros(()).to(out)
-    total = torch.einsum("bqhd,hdm->bqm", z, weights) + bias
+    into = "head d_head d_model"
+    total = einsum(z, weights, f"batch query head d_head, {into} -> batch query d_model") + bias
     _same(lens, site, total, out, "its output is not the sum of what the heads write")
-    return torch.einsum("bkhd,hdm->bhkm", values, weights).norm(dim=-1)
+    values = by_query_head(values, site.n_heads)
+    written = einsum(values, weights, f"batch key head d_head, {into} -> batch head key d_model")
+    return written.norm(dim=-1)
 
 
 def _same(lens: Lens, site: Site, found: Tensor, wanted: Tensor, what: str) -> None:

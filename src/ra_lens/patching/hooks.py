@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.head_names import Heads
-from ra_lens.model import Layers, Site
-from ra_lens.model.sites import choose_heads
-from ra_lens.numbers import Real, Whole, real, whole_or_none
+from ra_lens.model import Layers, Site, Sites
+from ra_lens.numbers import Real, real
 from ra_lens.patching.place import ALIGNMENTS, Addition, Align, Placer, Rows, choose_rows, read_mask
 from ra_lens.patching.through_z import ThroughZ
 
@@ -84,7 +83,6 @@ def patch_hooks(
     renormalise: bool = False,
     at: Where = "pattern",
     attention_mask: Tensor | None = None,
-    n_layers: Whole | None = None,
 ) -> HookPairs:
     """Forward hooks that add `scale` times a map to the pattern of each layer.
 
@@ -107,8 +105,8 @@ def patch_hooks(
         scale: Factor; negative for RA, whose descent lowers the loss.
         heads: Labels like `"L3H5"`, `(layer, head)` pairs (negative: from the end), or
             `HeadScore`s, such as a ranking's `top(k)`; one or several. Default: all.
-        layers: Layers; negative counts from the end. Default: all. Together with `heads`: the
-            heads given that lie in these layers.
+        layers: Layers; negative counts from the end of the model, as `Sites` knows it, else of
+            `sites`. Default: all. Together with `heads`: the heads given that lie in these layers.
         rows: Query rows of the maps to add, counted in the map: ints (negative: from its end) or
             a slice. Default: all.
         align: Where a map of N tokens goes in a prompt of n. `"exact"`: n must be N. `"left"`:
@@ -126,8 +124,6 @@ def patch_hooks(
             its width count as real. Without it maps are placed by column, whatever is in it: with
             padding, `"left"` and `"exact"` (padding on the left) or `"right"` (on the right)
             would lay the map on padding. Not for encoder-decoders.
-        n_layers: Layers of the model, from which negative layers count. Default: up to the last
-            of `sites`.
 
     Returns:
         `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`, `run_with_hooks` or
@@ -143,9 +139,8 @@ def patch_hooks(
     """
     factor = _check_options(scale, align, at, renormalise=renormalise)
     _check_maps(maps, sites)
-    present = {layer: sites[layer] for layer in sorted(maps)}
-    total = whole_or_none("n_layers", n_layers) or max(sites) + 1
-    chosen = choose_heads(present, heads=heads, layers=layers, n_layers=total)
+    present = Sites({layer: sites[layer] for layer in sorted(maps)}, Sites(sites).n_layers)
+    chosen = present.choose_heads(heads, layers)
     _check_sides([sites[layer] for layer in chosen], align, attention_mask)
     _check_routes([sites[layer] for layer in chosen], variant=renormalise or at == "scores")
     rows = list(rows) if isinstance(rows, Iterator) else rows  # which every layer reads

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.head_names import Heads
-from ra_lens.model import Lens, Site, as_lens
-from ra_lens.model.sites import choose_heads, heads_of
+from ra_lens.model import Lens, Site, Sites, as_lens
 
 
 def mask_hooks(
@@ -40,7 +39,7 @@ def mask_hooks(
     Raises:
         BadInput: `keep` is not of the shape of the model's heads.
     """
-    n_heads = max(heads_of(sites))
+    n_heads = Sites(sites).shape[1]
     if tuple(keep.shape[-2:]) != (len(sites), n_heads):
         raise BadInput(
             f"found a mask of shape {tuple(keep.shape)} for {len(sites)} layers of {n_heads} heads."
@@ -74,7 +73,7 @@ def mask_heads(model: nn.Module, heads: Heads) -> list[tuple[str, Callable[..., 
     """
     lens = as_lens(model)
     need_heads(lens)
-    chosen = choose_heads(lens.sites, heads=heads, layers=None, n_layers=lens.n_layers)
+    chosen = lens.sites.choose_heads(heads)
     return [
         (lens.sites[layer].z_name, partial(_zero_heads, ~masked))
         for layer, masked in chosen.items()

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_names import Heads
-from ra_lens.model import Layers, Site, spell_layers
-from ra_lens.model.sites import MAP_KINDS, full_name, in_order, read_kind
+from ra_lens.model import Layers, Sites
+from ra_lens.model.sites import MAP_KINDS, read_kind
 from ra_lens.numbers import Real
 from ra_lens.patching.hooks import HookPairs, Where, patch_hooks
 from ra_lens.patching.place import Align, Rows
@@ -30,12 +30,10 @@ class MeanMaps:
     Attributes:
         sites: The attention layers, by layer.
         count: Number of examples averaged.
-        n_layers: Layers of the model, from which negative layers count.
     """
 
-    sites: dict[int, Site]
+    sites: Sites
     count: int
-    n_layers: int
     _maps: dict[str, Tensor] = field(repr=False)
 
     def __repr__(self) -> str:
@@ -48,7 +46,7 @@ class MeanMaps:
         n_bytes = sum(t.nbytes for t in self._maps.values())
         return (
             f"MeanMaps of {self.count} prompt{'s' * (self.count != 1)}: layers "
-            f"{spell_layers(list(self.sites))}, {' or '.join(map(str, heads))} heads, "
+            f"{self.sites.spell()}, {' or '.join(map(str, heads))} heads, "
             f"{' or '.join(sizes)} tokens ({', '.join(kinds)}, {n_bytes / 1e6:.2f} MB)"
         )
 
@@ -58,7 +56,7 @@ class MeanMaps:
         Raises:
             NotStored: that map was not averaged.
         """
-        name = full_name(key, self.sites, self.n_layers)
+        name = self.sites.name(key)
         if name not in self._maps:
             raise NotStored(f"{key!r} is not among the mean maps: {', '.join(self._maps)}.")
         return self._maps[name]
@@ -120,7 +118,6 @@ class MeanMaps:
             renormalise=renormalise,
             at=at,
             attention_mask=attention_mask,
-            n_layers=self.n_layers,
         )
 
 
@@ -128,7 +125,7 @@ class MeanMaps:
 class RunningMean:
     """Sums of maps, fed batch by batch; in float32 at least, whatever the mean is given in."""
 
-    sites: dict[int, Site]
+    sites: Sites
     count: int = 0
     dtype: torch.dtype | None = None
     _sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
@@ -160,8 +157,8 @@ class RunningMean:
             return replace(self, dtype=where)
         return replace(self, _sums={name: t.to(where) for name, t in self._sums.items()})
 
-    def result(self, n_layers: int | None = None) -> MeanMaps:
-        """Give the mean of everything added so far; negative layers count from `n_layers`."""
-        sums = {name: self._sums[name] for name in in_order(self._sums, self.sites)}
+    def result(self) -> MeanMaps:
+        """Give the mean of everything added so far."""
+        sums = {name: self._sums[name] for name in self.sites.in_order(self._sums)}
         means = {name: (t / self.count).to(dtype=self.dtype) for name, t in sums.items()}
-        return MeanMaps(self.sites, self.count, n_layers or max(self.sites) + 1, means)
+        return MeanMaps(self.sites, self.count, means)

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.model import Gate, Site
+from ra_lens.model.values import attention_output
 from ra_lens.patching.place import Addition, Placed
 
 # Largest error of A V per head, relative to z: a few roundings of A, V and z in that dtype.
@@ -119,7 +119,7 @@ class ThroughZ:
         now.context = hook.ctx
         if now.z is None:
             now.z = z.detach() if ledger.total is None else z.detach() - ledger.total
-        product = _times_values(placed.addition, now.values, now.gate).to(z.dtype)
+        product = attention_output(placed.addition, now.values, now.gate).to(z.dtype)
         ledger.total = product.detach() + (0 if ledger.total is None else ledger.total)
         return z + product
 
@@ -162,7 +162,9 @@ class ThroughZ:
             raise now.misfit
         if now.z is not None:
             gate = None if now.gate is None else now.gate.detach()
-            self._check(_times_values(pattern.detach(), now.values.detach(), gate), pattern, now.z)
+            self._check(
+                attention_output(pattern.detach(), now.values.detach(), gate), pattern, now.z
+            )
 
     def _at_block_output(self, residual: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
         now, self._pass = self._pass, None
@@ -188,21 +190,3 @@ class ThroughZ:
             "another hook edits hook_v or hook_z: put the patch before hooks that edit z, and "
             "after hooks that edit v."
         )
-
-
-def _times_values(
-    weights: Float[Tensor, "some head query key"],
-    values: Float[Tensor, "batch key kv_head d_head"],
-    gate: Float[Tensor, "batch query width"] | None,
-) -> Float[Tensor, "batch query head d_head"]:
-    """Weights · V per head, gated; query heads of one group share a key/value head.
-
-    The gate has one number per head, or one per entry of z.
-    """
-    wide = torch.promote_types(values.dtype, torch.float32)
-    groups = weights.shape[1] // values.shape[2]
-    repeated = values.to(wide).repeat_interleave(groups, dim=2)
-    product = torch.einsum(
-        "bhqk,bkhd->bqhd", weights.to(wide).expand(len(values), -1, -1, -1), repeated
-    )
-    return product if gate is None else product * gate.reshape(*product.shape[:3], -1)

@@ -7,7 +7,7 @@ weights is read as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -139,7 +139,7 @@ def read_maps(
     if follow not in GRADIENT:
         refuse(f"follow={follow!r}, which has no loss", target=target, metric=metric)
         lens.refuse_dropout()
-    sites = lens.choose_layers(layers)
+    sites = lens.sites.choose(layers)
     _check_sites(sites, follow, lens.name)
     read = read_prompts(lens, prompts, attention_mask=attention_mask, prepend_bos=prepend_bos)
     if follow not in GRADIENT:
@@ -206,26 +206,31 @@ def _later(sites: Mapping[int, Site]) -> tuple[str, ...]:
 # ---- models -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _from_forward(
-    lens: Lens, sites: dict[int, Site], read: Prompts, follow: Follow, batch_size: int | None
+    lens: Lens, sites: Mapping[int, Site], read: Prompts, follow: Follow, batch_size: int | None
 ) -> list[PromptMaps]:
     values = follow == "value_norm"
+    names = {layer: {"pattern": site.pattern_name} for layer, site in sites.items()}
+    for layer, site in sites.items() if values else ():
+        names[layer] |= writing_names(lens, site) | {"x": lens.block_input_name(site)}
+    keep = {name: Tensor.clone for of_layer in names.values() for name in of_layer.values()}
     found: dict[int, PromptMaps] = {}
     for which, part in batches(lens, read, batch_size):
         batch = part.lay_out(lens)
-        seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in sites}
-        hooks = [hook for site in sites.values() for hook in _hooks(lens, site, seen, values)]
-        last = batch.columns([[n - 1] for n in batch.lengths])
-        reading = lens.reading(None if lens.logits_are_hooked else last)
-        with lens.hooks(hooks), reading, watched(lens, batch):
-            lens.forward(batch.tokens, batch.attention_mask)
-        _check_seen(lens, seen)
-        norms = {
-            layer: written_norms(lens, site, seen[layer]["pattern"], seen[layer])
-            for layer, site in sites.items()
-            if values
-        }
+        with watched(lens, batch):
+            shown, _ = lens.look(keep, batch.tokens, batch.attention_mask, batch.last)
+        seen: dict[int, dict[str, Tensor]] = {}
+        norms: dict[int, Tensor] = {}
+        for layer, site in sites.items():
+            if site.pattern_name not in shown:
+                raise UnsupportedModel(
+                    f"hook_pattern of layer {layer} of {lens.name} did not fire, so there is "
+                    "nothing to trace. The model probably runs fused attention: load it with "
+                    "attn_implementation='eager'."
+                )
+            seen[layer] = {what: shown[name] for what, name in names[layer].items()}
+            if values:
+                norms[layer] = written_norms(lens, site, seen[layer]["pattern"], seen[layer])
         for i, place in enumerate(which):
             span = batch.span(i)
             layers = {
@@ -240,32 +245,6 @@ def _from_forward(
     return [found[place] for place in sorted(found)]
 
 
-def _hooks(
-    lens: Lens, site: Site, seen: dict[int, dict[str, Tensor]], values: bool
-) -> list[tuple[str, Callable[..., None]]]:
-    names = {"pattern": site.pattern_name}
-    if values:
-        names |= writing_names(lens, site) | {"x": lens.block_input_name(site)}
-
-    def look(what: str) -> Callable[..., None]:
-        def hook_function(x: Tensor, hook: Any) -> None:  # noqa: ARG001  passed by name
-            seen[site.layer][what] = x.detach().clone()
-
-        return hook_function
-
-    return [(name, look(what)) for what, name in names.items()]
-
-
-def _check_seen(lens: Lens, seen: dict[int, dict[str, Tensor]]) -> None:
-    for layer, things in seen.items():
-        if "pattern" not in things:
-            raise UnsupportedModel(
-                f"hook_pattern of layer {layer} of {lens.name} did not fire, so there is nothing "
-                "to trace. The model probably runs fused attention: load it with "
-                "attn_implementation='eager'."
-            )
-
-
 # ---- what is already there ----------------------------------------------------------------------
 
 
@@ -277,11 +256,10 @@ def _from_cache(
             "an RACache holds maps, not values. Give the model and the prompt instead, or take "
             "follow='pattern' or 'more'."
         )
-    chosen = _choose(cache, layers)
-    sites = {layer: cache.sites[layer] for layer in chosen}
+    sites = cache.sites.choose(layers)
     _check_sites(sites, follow, cache.info.model_name)
     kind = "ra" if follow in GRADIENT else "pattern"
-    maps = {layer: _batched(cache[kind, layer], cache.has_batch_dim) for layer in chosen}
+    maps = {layer: _batched(cache[kind, layer], cache.has_batch_dim) for layer in sites}
     known, starts = cache.info.str_tokens, cache.info.starts
     found: list[PromptMaps] = []
     for i in _examples(cache.batch_size, example):
@@ -308,7 +286,7 @@ def _from_activation_cache(
     if follow in GRADIENT:
         converted = RACache.from_activation_cache(cache, cache.model)
         return lens, _from_cache(converted, follow, layers, example)
-    sites = lens.choose_layers(layers)
+    sites = lens.sites.choose(layers)
     _check_sites(sites, follow, lens.name)
     maps: dict[int, Tensor] = {}
     for layer, site in sites.items():
@@ -413,16 +391,6 @@ def _examples(n: int, example: int | None) -> list[int]:
     if not -n <= example < n:
         raise BadInput(f"found example={example}; there are examples 0 to {n - 1}.")
     return [example % n]
-
-
-def _choose(cache: RACache, layers: list[int] | None) -> list[int]:
-    if layers is None:
-        return cache.layers
-    n_layers = cache.info.n_layers or cache.layers[-1] + 1
-    chosen = [i + n_layers if i < 0 else i for i in layers]
-    if any(i not in cache.layers for i in chosen):
-        raise BadInput(f"found layers={layers}; this cache has layers {cache.layers}.")
-    return sorted(set(chosen))
 
 
 def _batched(maps: Tensor, has_batch_dim: bool) -> Tensor:

@@ -26,7 +26,6 @@ from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.head_names import HeadScore
 from ra_lens.model import Side
-from ra_lens.model.sites import heads_of
 from ra_lens.report import page
 from ra_lens.report.predictions import PatchedPrompt, Predictions
 from ra_lens.report.run_facts import example_facts
@@ -109,7 +108,7 @@ def explorer(
 ) -> str:
     """Render it: HTML, then the data."""
     blocks: list[str] = []
-    counts = heads_of(ra.sites)
+    counts = ra.sites.n_heads
     data: dict[str, Any] = {
         "sign": sign,
         "top": top,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ra_lens.cache import RACache
-from ra_lens.model.sites import heads_of, spell_counts
+from ra_lens.model.sites import spell_counts
 from ra_lens.text import label, visible
 
 _LOSSES = {
@@ -41,7 +41,7 @@ def model_facts(ra: RACache) -> list[tuple[str, str]]:
     layers = f"{first} to {last}" if whole else ", ".join(map(str, ra.layers))
     return [
         ("Model", ra.info.model_name),
-        ("Layers", f"{layers}; {spell_counts(heads_of(ra.sites))} heads each"),
+        ("Layers", f"{layers}; {spell_counts(ra.sites.n_heads)} heads each"),
     ]
 
 

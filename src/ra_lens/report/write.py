@@ -14,13 +14,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from ra_lens.cache import RACache
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import REPORT, check_output, write_whole
 from ra_lens.head_maps import head_of_example, read_example
 from ra_lens.head_names import HeadScore
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
-from ra_lens.paths import TraceResult
+from ra_lens.paths import TraceResult, trace_layers
+from ra_lens.paths.result import Follow
+from ra_lens.prompts import PromptInput
 from ra_lens.report import page
 from ra_lens.report.explorer import Shown, choose, explorer
 from ra_lens.report.page import Section, Table
@@ -120,6 +124,31 @@ def write_report(
     ]
     heading = title or f"Reversed Attention of {ra.info.model_name}"
     return write_whole(path, page.page(heading, body, script=page.resource("report.js")), REPORT)
+
+
+def traces_of_run(ra: RACache, model: nn.Module, prompt: PromptInput) -> list[TraceResult]:
+    """Trace a run of one prompt for its report: by what heads write, and by the gradient.
+
+    Skips what cannot be traced; if nothing can be, raises why.
+    """
+    found: list[TraceResult] = []
+    reason: RALensError | None = None
+    forward: tuple[Follow, ...] = ("value_norm", "pattern")
+    for follow in forward:
+        try:
+            found.append(trace_layers(model, prompt, layers=ra.layers, follow=follow))
+            break
+        except RALensError as error:  # norms not shown, or one token, where nothing moves
+            reason = error
+    answer = 0 if ra.info.answer_lengths is None else ra.info.answer_lengths[0]
+    last = len((ra.info.str_tokens or [()])[0]) - 1 - answer
+    try:
+        found.append(trace_layers(ra, follow="abs", target_pos=last))
+    except RALensError as error:
+        reason = error
+    if reason is not None and not found:
+        raise reason
+    return found
 
 
 def _table(ra: RACache, heads: Sequence[HeadScore], shown: Shown) -> str:

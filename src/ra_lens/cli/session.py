@@ -1,0 +1,160 @@
+"""What the commands share before and around a model; imports torch.
+
+Reads texts and layers, loads the model, and keeps what other libraries print out of the way and
+local runs off the network. Each mistake is one sentence.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+import typer
+from torch import nn
+
+from ra_lens.cli.options import DEMO, Kind
+from ra_lens.errors import BadInput
+from ra_lens.files import is_folder
+from ra_lens.model import as_lens, load_model
+from ra_lens.model.loading import load_demo_model, no_loading_bars
+from ra_lens.text import decoded
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+_MOST_LAYERS = 10_000  # more than any model has; a longer range is a slip of the keyboard
+
+
+def prepare(model: str, device: str | None) -> None:
+    """Keep Hugging Face libraries, not imported yet, off the network if the model is local.
+
+    Raises:
+        BadInput: the device does not exist, or torch knows no such kind.
+    """
+    if model == DEMO or is_folder(model):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BadInput(f"cannot use --device {device}: {reason}. Try --device cpu.") from error
+
+
+def load(
+    name: str,
+    kind: Kind | None,
+    device: str | None,
+    *,
+    debug: bool,
+    dtype: str = "float32",
+) -> nn.Module:
+    """Load the embedded model, a folder, or a model TransformerLens knows."""
+    options: dict[str, Any] = {"kind": kind, "device": device, "dtype": getattr(torch, dtype)}
+    with quiet(debug=debug):
+        return load_demo_model(**options) if name == DEMO else load_model(name, **options)
+
+
+@contextmanager
+def quiet(*, debug: bool) -> Generator[None]:
+    """Swallow other libraries' prints, log messages, warnings and progress bars of loading.
+
+    Warnings of categories that ra_lens defines are shown at the end, each once. With `debug`
+    nothing is swallowed, but prints go to standard error, so that standard output holds results
+    only.
+    """
+    if debug:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with no_loading_bars():
+                yield
+        own = (w for w in caught if w.category.__module__.startswith("ra_lens"))
+        for text in dict.fromkeys(str(warning.message) for warning in own):
+            warn("warning", text)
+    finally:
+        logging.disable(before)
+
+
+def warn(label: str, text: str) -> None:
+    """Print a line on standard error."""
+    typer.echo(f"{label}: {text}", err=True)
+
+
+def warn_of_unknown_words(model: nn.Module, prompt: str) -> None:
+    """Say which words of a prompt the model does not know, if any."""
+    words = as_lens(model).describe_unknown(prompt)
+    if words:
+        warn("warning", f"the model does not know {words}.")
+
+
+def read_text(text: str, *, escapes: bool) -> str:
+    """Read a prompt or target: `-` is standard input, and `\\n` a newline where escapes are on.
+
+    Drops a byte order mark in front, which a file brings along.
+    """
+    if text == "-":
+        text = _standard_input().removesuffix("\n")
+    text = text.removeprefix("\ufeff")
+    return unescaped(text) if escapes else text
+
+
+def _standard_input() -> str:
+    stream = sys.stdin
+    if stream is None or stream.closed:  # pyright: ignore[reportUnnecessaryComparison]
+        raise BadInput("found -, but standard input is closed. Give the text itself.")
+    # Bytes, since the stream would read them with the encoding of the terminal.
+    text = decoded("standard input", stream.buffer.read())
+    return io.StringIO(text, newline=None).read()  # each end of a line is a newline
+
+
+def unescaped(text: str) -> str:
+    r"""Read \n and \t as whitespace, and \\ as one backslash."""
+    return re.sub(r"\\[nt\\]", lambda match: _ESCAPES[match.group()], text)
+
+
+def read_layers(text: str | None) -> list[int] | None:
+    """Read a list of layers such as `0,5-8,-1`."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        first, last = (match[1], match[2] or match[1]) if match else ("1", "0")
+        several = range(int(first), int(last) + 1)
+        # No match, a range that runs backwards, or one that no model has the layers for.
+        if not several or len(layers) + len(several) > _MOST_LAYERS:
+            raise BadInput(
+                f"found --layers {text if len(text) <= 60 else text[:57] + '…'!r}; give numbers "
+                "and rising ranges with commas between, such as 0,5-8,-1 (negative: from the end), "
+                f"of at most {_MOST_LAYERS:,} layers."
+            )
+        layers += several
+    return layers
+
+
+def hints(prompt: str, target: str | None, *, escapes: bool) -> list[str]:
+    """Say what looks like a slip of the shell, before anything runs."""
+    found: list[str] = []
+    if not escapes and (r"\n" in prompt or r"\n" in (target or "")):
+        found.append(
+            r"found a backslash and an n in the text; add -e to have \n read as a newline."
+        )
+    if target and target[0].isalnum() and prompt and not prompt[-1].isspace():
+        found.append(
+            f"the target {target!r} has no leading space, so it is read as going on from "
+            f"{prompt[-12:]!r}; a new word is {' ' + target!r}."
+        )
+    return found

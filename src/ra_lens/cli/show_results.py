@@ -1,0 +1,325 @@
+"""Results of experiments in a terminal and as JSON.
+
+Tables fit 80 columns: a cell of the perturbation test is `.39/.05`, an order and its reverse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from ra_lens.cli import show
+from ra_lens.experiments.paper import count_cells
+from ra_lens.figures.style import method_styles, metric_name
+from ra_lens.tables import best_of_rows, table_rows
+from ra_lens.text import scale_name, short, shots_name
+
+_METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
+_VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",
+         "heads_kept", "map", "scale", "layer", "head", "label", "rank", "prompts_hash", "n_test",
+         "n_tokens", "n_first_tokens", *_METRIC_COLUMNS}  # fmt: skip
+_WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
+_MAPS = {"ra": "RA", "pattern": "FA"}
+_PAPER_SCALE = {"ra": -30.0, "pattern": 1.0}
+
+# ---- all experiments ----------------------------------------------------------------------------
+
+
+def print_facts(
+    frame: Any, facts: Mapping[str, Any], out: Path | None, figure: Path | None
+) -> None:
+    """Print an experiment as one JSON object: how it was made, and what it gave."""
+    settings = {
+        str(name): _json_value(frame[name].iloc[0])
+        for name in frame
+        if name not in _VARY and frame[name].nunique(dropna=False) == 1
+    }
+    show.print_json(
+        {
+            "experiment": frame["experiment"].iloc[0],
+            **settings,
+            "tasks": list(dict.fromkeys(frame["task"].astype(str))),
+            "shots": _shots(frame),
+            **facts,
+            "out": None if out is None else str(out),
+            "figure": None if figure is None else str(figure),
+        }
+    )
+
+
+def print_files(out: Path | None, figure: Path | None = None) -> None:
+    """Say which files were written."""
+    for name, path in (("Results", out), ("Figure", figure)):
+        if path is not None:
+            show.new_console().print(f"{name}: {path}", soft_wrap=True)
+
+
+# ---- rankings -----------------------------------------------------------------------------------
+
+
+def print_ranking(frame: pd.DataFrame, *, top: int) -> None:
+    """Print the top heads of each task, number of shots and method."""
+    for (task, n), part in _groups(frame, ["task", "n_shots"]):
+        table = _table(f"{task}, {shots_name(int(n))}: top heads", "method", "heads")
+        for method, style in method_styles(part["method"]).items():
+            heads = _top(part[part["method"] == method], top)
+            table.add_row(style.name, Text("  ".join(heads["label"])))
+        _print(table, "")
+
+
+def ranking_facts(frame: pd.DataFrame, *, top: int) -> dict[str, Any]:
+    """Give the top heads of each task, number of shots and method."""
+    rankings = [
+        {
+            "task": task,
+            "kind": part["kind"].iloc[0],
+            "n_shots": int(n),
+            "method": method,
+            "heads": _records(_top(part, top)[["rank", "layer", "head", "label", "score"]]),
+        }
+        for (task, n, method), part in _groups(frame, ["task", "n_shots", "method"])
+    ]
+    return {"rankings": rankings}
+
+
+def _top(part: Any, top: int) -> Any:
+    return part.sort_values("rank").head(top)
+
+
+# ---- perturbation test --------------------------------------------------------------------------
+
+
+def print_areas(frame: pd.DataFrame, areas: pd.DataFrame, *, metric: str) -> None:
+    """Print the areas under the curves: rows are tasks, or numbers of shots of a single task."""
+    title = f"Area under the perturbation curve: {metric_name(frame, metric)}"
+    _print(Text(title, style="bold"))
+    rows, shots = table_rows(areas), _shots(areas)
+    styles = method_styles(areas["method"])
+    names = [style.name for style in styles.values()]
+    if len(rows) == 1:
+        [(title, tasks)] = rows.items()
+        tables = {title: {shots_name(n): (n, tasks) for n in shots}}
+    else:
+        tables = {shots_name(n): {row: (n, tasks) for row, tasks in rows.items()} for n in shots}
+    for title, lines in tables.items():
+        table = _table(title, "", *names, "all heads")
+        for row, (n, tasks) in lines.items():
+            if not tasks:
+                table.add_section()
+                continue
+            values = [_values(areas, method, n, tasks) for method in styles]
+            best = best_of_rows(np.array([[max(both, default=math.nan) for both in values]]))[0]
+            cells = [
+                Text("/".join(map(short, both)), style="bold" if bold else "")
+                for both, bold in zip(values, best, strict=True)
+            ]
+            full = _mean_of(frame[frame["share"] == 1.0], metric, n, tasks)
+            table.add_row(Text(row), *cells, short(full))
+        _print(table, "")
+    draws = int(areas["draws"].max())
+    random = f" Random: mean of {draws} orders." if draws > 1 else ""
+    notes = f"Order / its reverse; bold: largest of the row.{random} all heads: no head masked."
+    _print(Text(notes, style="dim"))
+
+
+def areas_facts(
+    frame: pd.DataFrame, areas: pd.DataFrame, *, metric: str, rule: str
+) -> dict[str, Any]:
+    """Give the areas, their means over the tasks, and what the whole model does."""
+    cell = ["n_shots", "method", "direction"]
+    means = areas.groupby(cell, sort=False).agg(auc=("auc", "mean"), tasks=("task", "nunique"))
+    full: Any = frame[frame["share"] == 1.0]
+    columns = ["task", "kind", "n_shots", *_METRIC_COLUMNS, *_answer_columns(frame)]
+    return {
+        "metric": metric,
+        "auc_rule": rule,
+        "auc": _records(areas.drop(columns="model")),
+        "means": _records(means.reset_index()),
+        "all_heads": _records(full.drop_duplicates(["task", "n_shots"])[columns]),
+    }
+
+
+def _values(areas: Any, method: str, n: int, tasks: Sequence[str]) -> list[float]:
+    """Give a method's areas: of its order and the reverse, or of random orders."""
+    of: Any = areas[areas["method"] == method]
+    values = [
+        _mean_of(of[of["direction"] == direction], "auc", n, tasks)
+        for direction in ("none", "forward", "reversed")
+    ]
+    return [value for value in values if not math.isnan(value)]
+
+
+# ---- patching sweep -----------------------------------------------------------------------------
+
+
+def print_sweep(frame: pd.DataFrame, *, metric: str) -> None:
+    """Print accuracy unpatched and patched, at the paper's scales and at the best ones."""
+    rows, shots, columns = table_rows(frame), _shots(frame), _columns(frame)
+    _print(Text(f"Attention patching: {metric_name(frame, metric)}", style="bold"))
+    unpatched: Any = frame[frame["map"] == "none"]
+    beside = f"unpatched {'/'.join(map(str, shots))}"
+    for n in shots:
+        table = _table(f"{shots_name(n)}, patched", "", beside, *columns)
+        for row, tasks in rows.items():
+            if not tasks:
+                table.add_section()
+                continue
+            part: Any = frame[(frame["n_shots"] == n) & frame["task"].isin(tasks)]
+            plainly = [_number(_mean_of(unpatched, metric, m, tasks), metric) for m in shots]
+            cells = [_cell(part, metric, kind, scale) for kind, scale in columns.values()]
+            table.add_row(Text(row), "/".join(plainly), *cells)
+        _print(table, "")
+    _print(Text(f"{beside}: without a map, with so many shots.", style="dim"))
+    if any(scale is None for _, scale in columns.values()):
+        note = "best: the scale that is best on these same test questions."
+        _print(Text(note, style="dim"))
+
+
+def sweep_facts(frame: pd.DataFrame, *, metric: str) -> dict[str, Any]:
+    """Give every cell of a sweep, and the means over the tasks."""
+    cell = ["n_shots", "map", "scale"]
+    means = frame.groupby(cell, sort=False, dropna=False).agg(
+        **{metric: (metric, "mean")}, tasks=("task", "nunique")
+    )
+    answers = _answer_columns(frame)
+    columns = ["task", "kind", *cell, *_METRIC_COLUMNS, "n_test", "n_tokens", *answers]
+    return {
+        "metric": metric,
+        "cells": _records(frame[columns]),
+        "means": _records(means.reset_index()),
+    }
+
+
+def _columns(frame: Any) -> dict[str, tuple[str, float | None]]:
+    """Name the columns: all scales where they are few, else the paper's and the best."""
+    columns: dict[str, tuple[str, float | None]] = {}
+    for kind, name in _MAPS.items():
+        scales = sorted({float(s) for s in frame[frame["map"] == kind]["scale"]})
+        if not scales:
+            continue
+        few = len(scales) <= 3
+        shown = scales if few else [s for s in scales if s == _PAPER_SCALE[kind]]
+        columns |= {f"{name} {scale_name(s)}": (kind, s) for s in shown}
+        if not few:
+            columns[f"{name} best"] = (kind, None)
+    return columns
+
+
+def _cell(part: Any, metric: str, kind: str, scale: float | None) -> str:
+    means = part[part["map"] == kind].groupby("scale")[metric].mean()
+    if scale is not None:
+        return _number(means.get(scale, math.nan), metric)
+    if means.empty:
+        return ""
+    # Of several best scales, the one nearest to none.
+    best = min(means[means >= means.max() - 1e-9].index, key=abs)
+    return f"{_number(means[best], metric)} at {scale_name(best)}"
+
+
+# ---- comparison with published numbers ----------------------------------------------------------
+
+
+def print_comparison(compared: pd.DataFrame, *, every: bool) -> None:
+    """Print published numbers and ours, table by table."""
+    both: Any = compared[compared["found"] == "both"]
+    for (place, model), part in _groups(compared if every else both, ["table", "model"]):
+        name = f"Table {place}, {model}" if place else f"Not published, {model}"
+        table = _table(name, "task", "shots", "order", "paper", "ours", "difference", "as")
+        for row in part.to_dict("records"):
+            table.add_row(
+                Text(row["task"]),
+                str(row["n_shots"]),
+                Text(_order(row)),
+                _number(row["paper"], "auc"),
+                _number(row["ours"], "auc"),
+                "" if math.isnan(row["difference"]) else f"{row['difference']:+.2f}",
+                Text(row["our_cell"]),
+            )
+        _print(table, "")
+    counts = count_cells(compared)
+    average = float(both["difference"].abs().mean())
+    differing = "" if math.isnan(average) else f", differing by {average:.3f} on average"
+    text = (
+        f"{counts['both']} published numbers with a result{differing}; {counts['paper']} of these "
+        f"models without a result; {counts['ours']} results without a published number"
+    )
+    _print(Text(text + ("." if every else " (--all lists them)."), style="dim"))
+
+
+def print_comparison_json(compared: pd.DataFrame, *, out: Path | None) -> None:
+    """Print every cell as JSON."""
+    show.print_json(
+        {
+            "ra_lens": version("ra-lens"),
+            "counts": count_cells(compared),
+            "cells": _records(compared),
+            "out": None if out is None else str(out),
+        }
+    )
+
+
+def _order(row: Mapping[str, Any]) -> str:
+    scale = "" if math.isnan(row["scale"]) else f" {scale_name(row['scale'])}"
+    return f"{row['method']}{' reversed' if row['direction'] == 'reversed' else ''}{scale}"
+
+
+# ---- tables and values --------------------------------------------------------------------------
+
+
+def _print(*parts: Text | Table | str) -> None:
+    console = show.new_console()
+    for part in parts:
+        console.print(part)
+
+
+def _table(title: str, *columns: str) -> Table:
+    return show.new_table(*columns, right=set(columns) - set(_WORDS), title=title)
+
+
+def _groups(frame: Any, by: list[str]) -> list[tuple[Any, Any]]:
+    """Divide a frame by some columns, in the order of its rows."""
+    return list(frame.groupby(by, sort=False))
+
+
+def _shots(frame: Any) -> list[int]:
+    return sorted({int(n) for n in frame["n_shots"]})
+
+
+def _answer_columns(frame: Any) -> list[str]:
+    """The column that tells how many answers begin alike; files of earlier versions lack it."""
+    return ["n_first_tokens"] if "n_first_tokens" in frame else []
+
+
+def _mean_of(frame: Any, column: str, n: int, tasks: Sequence[str]) -> float:
+    """Give the mean over tasks with n shots; NaN where there are none."""
+    part = frame[(frame["n_shots"] == n) & frame["task"].isin(list(tasks))]
+    return float(part.groupby("task")[column].mean().mean()) if len(part) else math.nan
+
+
+def _number(value: float, metric: str) -> str:
+    """Write a value in few characters; nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.2f}" if metric == "logit_diff" else short(value)
+
+
+def _records(frame: Any) -> list[dict[str, Any]]:
+    """Give the rows of a frame as JSON has them: NaN is null."""
+    return [
+        {str(name): _json_value(value) for name, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+
+
+def _json_value(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

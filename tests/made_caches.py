@@ -1,0 +1,57 @@
+"""Caches made of random numbers, and what a figure shows of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ra_lens.cache import RACache
+from ra_lens.model import Site, Sites
+from ra_lens.run_info import RunInfo
+
+LAYERS, HEADS = (0, 2), 3
+ROWS = (("<|end|>", " Paris", "\n", " Paris", "<b>&$x$"), ("<|end|>", " a", " b"))
+
+
+def sites() -> Sites:
+    return Sites({i: Site(i, f"blocks.{i}.attn", HEADS, HEADS, 0.5) for i in LAYERS})
+
+
+def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:
+    """A cache with random lower-triangular maps, zero in padding, as a run gives it."""
+    width = max(map(len, rows))
+    starts = [width - len(row) if side == "left" else 0 for row in rows]
+    generator = torch.Generator().manual_seed(0)
+    info = RunInfo(
+        model_name="toy",
+        objective="answer_nll",
+        targets=tuple(" t" for _ in rows),
+        str_tokens=tuple(rows),
+        starts=tuple(starts),
+        bos_prepended=True,
+    )
+    ra = RACache(sites=sites(), loss=torch.arange(1.0, 1 + len(rows)), info=info)
+    for layer in LAYERS:
+        r = torch.randn(len(rows), HEADS, width, width, generator=generator).tril() * scale
+        a = torch.rand(len(rows), HEADS, width, width, generator=generator).tril()
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            real = torch.zeros(width, dtype=torch.bool)
+            real[start : start + len(row)] = True
+            square = real[:, None] & real[None, :]
+            r[i], a[i] = r[i] * square, a[i] * square
+        ra.put(layer, "ra", r)
+        ra.put(layer, "pattern", a)
+    return ra
+
+
+def z(figure: Any, i: int = 0) -> np.ndarray:
+    return np.asarray(figure.data[i].z, dtype=float)
+
+
+def lower(values: torch.Tensor) -> np.ndarray:
+    """As shown: nothing above the diagonal."""
+    shown = values.double().numpy().copy()
+    shown[np.triu_indices(len(shown), k=1)] = np.nan
+    return shown
