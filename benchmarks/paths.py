@@ -23,7 +23,7 @@ from benchmarks.models import gpt2_small
 from ra_lens import load_demo_model, load_task, trace_paths
 from ra_lens.model import as_lens, available_kinds
 from ra_lens.patching.masking import mask_hooks
-from ra_lens.paths import trace_layers, trace_layers_many
+from ra_lens.paths import read_maps, trace_layers
 from ra_lens.questions import Questions, ask, read_questions
 
 TASKS = ("country-capital", "antonym", "present-past", "singular-plural")
@@ -123,8 +123,8 @@ def masking(draws: int = 10) -> None:
                     "target": [prompt.answer for prompt in prompts]
                 }  # fmt: skip
                 texts = [prompt.text for prompt in prompts]
-                traces = trace_layers_many(model, texts, follow=follow, **own)
-                heads = [trace.heads(n_paths) for trace in traces]
+                maps = read_maps(model, texts, follow=follow, **own)
+                heads = [trace_layers(one).heads(n_paths) for one in maps]
                 before = loss(questions, [[] for _ in prompts])
                 columns = [loss(questions, heads) - before]
                 for draw in (anywhere, same_layers):

@@ -3,7 +3,7 @@
 The model is a GPT-2 of about one million parameters with one token per word. It reads sequences of
 eleven solved questions of one task, drawn from the 21 built-in tasks, and learns to give every
 answer: the first teaches it which answers are likely without demonstrations, the later ones to
-find the task from the demonstrations. `ra_lens.tasks.held_out` says what is kept from it, and all
+find the task from the demonstrations. `ra_lens.tasks.builtin` says what is kept from it, and all
 accuracies below are on such held-out prompts.
 
     python examples/train_demo_model.py --out demo_model
@@ -42,8 +42,7 @@ from ra_lens.tasks import (
     load_task,
     task_names,
 )
-from ra_lens.tasks.library import word_pools
-from ra_lens.tasks.lists import LIST_TASKS, SEPARATOR, list_pairs
+from ra_lens.tasks.builtin import LIST_TASKS, SEPARATOR, list_pairs, word_pools
 
 END, UNKNOWN = "<|endoftext|>", "<unk>"
 N_POSITIONS = 128
@@ -343,7 +342,7 @@ def main() -> None:
     wall, cpu = (time.time() - wall) / 60, (time.process_time() - cpu) / 60
     accuracy = evaluate(model, tokenizer, tasks)
     report = {
-        "what": "accuracy on held-out prompts (ra_lens.tasks.held_out) by number of demonstrations",
+        "what": "accuracy on held-out prompts (ra_lens.tasks.builtin) by number of demonstrations",
         "seed": args.seed,
         "steps": args.steps,
         "wall_minutes": round(wall, 1),

@@ -351,8 +351,8 @@ FAULTS = (
     Fault(
         "demonstrations hold the answer",
         "experiments",
-        "[pair for pair in split.train if pair.input != query.input]",
-        "list(split.train)",
+        "[pair for pair in pairs if pair.input != query.input]",
+        "list(pairs)",
     ),
     Fault(
         "best rest of a path is its next step",
@@ -411,8 +411,8 @@ FAULTS = (
     Fault(
         "paths can end their script block",
         "escaping",
-        'safe = data.replace("<", "\\\\u003c")',
-        "safe = data",
+        "data = html.data(traces)",
+        "data = str(html.json.dumps(traces))",
     ),
     Fault("dollars are TeX to plotly", "escaping", ', ("$", "&#36;")):', "):"),
     # ---- the command line -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from ra_lens.tasks import (
     load_task,
     task_names,
 )
-from ra_lens.tasks.lists import LIST_TASKS
+from ra_lens.tasks.builtin import LIST_TASKS
 
 FOLDER = Path(ra_lens.__file__).parent / "demo" / "model"
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_model.py"

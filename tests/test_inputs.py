@@ -18,7 +18,7 @@ from ra_lens import check_model, run_with_ra, trace_paths
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import patching_sweep, perturbation_test, rank_tasks
 from ra_lens.heads import rank_heads
-from ra_lens.paths import trace_layers, trace_many
+from ra_lens.paths import read_maps, trace_layers
 from ra_lens.report import patched_predictions
 from ra_lens.targets import answer_nll, logit_diff, sequence_nll
 from ra_lens.tasks import Pair, Prompt, Task
@@ -244,7 +244,7 @@ ENTRIES = {
     "trace_paths, R": lambda m, given: scores(trace_paths(m, given, follow="abs", target=11)),
     "trace_layers": lambda m, given: scores(trace_layers(m, given)),
     "trace_layers, R": lambda m, given: scores(trace_layers(m, given, follow="abs", target=11)),
-    "trace_many": lambda m, given: scores(trace_many(m, given)[0]),
+    "read_maps": lambda m, given: scores(trace_paths(read_maps(m, given)[0])),
     "weights": lambda m, given: scores(trace_paths(torch.eye(4).roll(-1, 1).tril(), given)),
     "check_model": lambda m, given: {"ok": check_model(m, prompt=given).ok},
     "patched_predictions": probabilities,
@@ -270,12 +270,16 @@ def test_a_mask_of_ids_keeps_paths_of_weights_away(model):
     assert trace_paths(weights, {"input_ids": [[5, 9, 4]]}).beams[0].positions == (2, 1, 0)
     given = {"input_ids": [[5, 9, 4]], "attention_mask": [[1, 0, 1]]}
     assert [beam.positions for beam in trace_paths(weights, given).beams] == [(2, 0)]
+    several = {"input_ids": [[5, 9, 4]] * 2, "attention_mask": [[1, 0, 1], [1, 1, 1]]}
+    masked, whole = read_maps(weights.expand(2, 1, 3, 3), several)
+    assert [beam.positions for beam in trace_paths(masked).beams] == [(2, 0)]
+    assert trace_paths(whole).beams[0].positions == (2, 1, 0)
     with pytest.raises(BadInput, match=r"attention_mask= with a tensor; use trace_paths"):
-        trace_many(weights, given)
+        trace_layers(masked)
 
 
 def test_several_prompts_are_told_before_one_is_traced(model):
-    with pytest.raises(BadInput, match=r"found 2 prompts; this traces one.*trace_many"):
+    with pytest.raises(BadInput, match=r"found 2 prompts; this traces one.*read_maps"):
         trace_paths(model, {"input_ids": ROWS})
     with pytest.raises(BadInput, match=r"prompts of 2 to 4 tokens; check_model reads one"):
         check_model(model, prompt=ROWS)
@@ -492,7 +496,7 @@ def test_a_second_bos_is_told_once(arch, bos, kind, shared):
     assert len(caught) == 1
     assert ra.str_tokens[1] == [bos, bos, "w5"]
     with pytest.warns(RALensWarning, match=told) as caught:
-        trace_many(model, texts, follow="abs", target=11)
+        read_maps(model, texts, follow="abs", target=11)
     assert len(caught) == 1
     with pytest.warns(RALensWarning, match="prompt 0 begins with") as caught:
         rank_heads(model, [Prompt(texts[1], " w9")], progress=False)

@@ -33,7 +33,7 @@ from ra_lens.head_names import HeadScore
 from ra_lens.heads import HeadScores
 from ra_lens.patching.masking import mask_heads
 from ra_lens.patching.mean import MeanMaps
-from ra_lens.paths import TraceResult, trace_layers, trace_many
+from ra_lens.paths import TraceResult, read_maps, trace_layers
 from ra_lens.report import patched_predictions, write_report
 from ra_lens.tasks import Split, Task, held_out_prompts, load_task, same_length_sets
 from refused import unchecked
@@ -236,8 +236,8 @@ def everything_else(model: Any, ra: RACache, one: Any, many: Any, tmp_path: Any)
             model, IDS[0], layers=many([0, 2]), follow="abs", target=5
         ).to_json(),
         "many": [
-            one_trace.to_json()
-            for one_trace in trace_many(model, IDS, batch_size=one(2), top_beam=one(1))
+            trace_paths(maps, layer=one(-1), top_beam=one(1)).to_json()
+            for maps in read_maps(model, IDS, layers=many([1, 2]), batch_size=one(2))
         ],
         "layered": layered.to_json(),
         "heads": layered.heads(one(1)),

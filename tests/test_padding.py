@@ -20,7 +20,7 @@ from ra_lens.errors import NothingToDifferentiate, RALensWarning, UnsupportedMod
 from ra_lens.experiments import perturbation_test
 from ra_lens.model import as_lens, load_folder
 from ra_lens.padding import padding_is_hidden
-from ra_lens.paths import trace_layers_many, trace_many
+from ra_lens.paths import read_maps, trace_layers, trace_paths
 from ra_lens.prompts import Prompts
 from ra_lens.questions import ask, read_questions
 from ra_lens.targets import sequence_nll
@@ -332,7 +332,7 @@ def test_hooks_that_show_padding_to_the_model_are_found_too(kind, fresh):
         with pytest.raises(UnsupportedModel, match=refused):
             rank_heads(model, QUESTIONS, method="fa", **QUIET)
         with pytest.raises(UnsupportedModel, match=refused):
-            trace_many(model, texts, layer=0, prepend_bos=False)
+            read_maps(model, texts, layers=0, prepend_bos=False)
 
 
 @pytest.mark.every_model
@@ -437,11 +437,11 @@ def test_the_perturbation_test_does_not_depend_on_its_batches(left):
 @pytest.mark.parametrize("follow", ["pattern", "more", "value_norm"])
 def test_paths_are_those_of_each_prompt_alone(follow, left):
     texts = [question.text for question in QUESTIONS]
-    trace = trace_layers_many if follow == "value_norm" else trace_many
-    together = trace(left, texts, follow=follow, prepend_bos=False)
+    trace = trace_layers if follow == "value_norm" else trace_paths
+    together = [trace(maps) for maps in read_maps(left, texts, follow=follow, prepend_bos=False)]
     for text, found in zip(texts, together, strict=True):
         with no_mask(left):
-            [alone] = trace(left, [text], follow=follow, prepend_bos=False)
+            alone = trace(left, text, follow=follow, prepend_bos=False)
         assert found.tokens == alone.tokens
         assert [path.positions for path in found.beams] == [p.positions for p in alone.beams]
         scores = [path.score_raw for path in alone.beams]

@@ -14,8 +14,8 @@ from ra_lens import load_demo_model, load_task, run_with_ra
 from ra_lens.errors import BadInput
 from ra_lens.model import as_lens
 from ra_lens.patching.masking import mask_hooks
-from ra_lens.paths import trace_layers, trace_layers_many
-from ra_lens.paths.search import Layered, layered_paths
+from ra_lens.paths import read_maps, trace_layers
+from ra_lens.paths.search import layered_paths
 from ra_lens.paths.weights import LayerMaps, across_layers
 from ra_lens.questions import ask, read_questions
 from tiny_models import CASES, D_HEAD, D_MODEL, KINDS, N_HEADS, N_LAYERS, random_ids
@@ -56,10 +56,10 @@ def test_the_best_of_all_paths(layers: int, heads: int, n: int, must_move: bool)
     for seed in range(3):
         maps, stays = graph_of(seed, layers, heads, n)
         with np.errstate(divide="ignore"):
-            graph = Layered(list(np.log(maps)), list(np.log(stays)))
+            graph = list(np.log(maps)), list(np.log(stays))
         for start in (n - 1, n - 2):
             wanted = every_path(maps, stays, start, must_move=must_move)[:25]
-            found = layered_paths(graph, start, 25, must_move=must_move)
+            found = layered_paths(*graph, start, 25, must_move=must_move)
             assert [edges for edges, _ in found] == [edges for _, edges in wanted]
             scores = [score for score, _ in wanted]
             assert [score for _, score in found] == pytest.approx(scores, abs=1e-12)
@@ -84,11 +84,10 @@ def test_attention_shares_half_with_the_residual_connection() -> None:
     # From token 1 to token 0: by head 0 of layer 1 (.225), where token 0 keeps all it has in
     # layer 0 (.5 residual, or .25 by a head that looks at itself); or later.
     with np.errstate(divide="ignore"):
-        graph = Layered(
-            [np.log(first.heads), np.log(second.heads)],
-            [np.log(first.residual), np.log(second.residual)],
-        )
-    found = [(edges, round(math.exp(score), 9)) for edges, score in layered_paths(graph, 1, 4)]
+        heads = [np.log(first.heads), np.log(second.heads)]
+        stays = [np.log(first.residual), np.log(second.residual)]
+    best = layered_paths(heads, stays, 1, 4)
+    found = [(edges, round(math.exp(score), 9)) for edges, score in best]
     assert found == [
         ([(1, 0, 1, 0), (0, None, 0, 0)], 0.1125),
         ([(1, None, 1, 1), (0, 0, 1, 0)], 0.075),
@@ -220,8 +219,9 @@ def test_a_batch_gives_what_each_prompt_gives_alone(shared: Any, follow: Any) ->
     model = shared("llama", KINDS[0], torch.float64)
     prompts = ["w5 w7 w9 w4", "w8 w3 w6 w9 w4 w12", "w5 w6 w7 w3 w4"]
     targets: Any = {} if follow in ("value_norm", "pattern") else {"target": "w8"}
-    together = trace_layers_many(model, prompts, follow=follow, batch_size=2, **targets)
-    for prompt, found in zip(prompts, together, strict=True):
+    together = read_maps(model, prompts, follow=follow, batch_size=2, **targets)
+    for prompt, maps in zip(prompts, together, strict=True):
+        found = trace_layers(maps)
         alone = trace_layers(model, prompt, follow=follow, **targets)
         assert [b.steps[0].layer for b in found.beams] == [N_LAYERS - 1] * 5
         assert [b.positions for b in found.beams] == [b.positions for b in alone.beams]
@@ -299,8 +299,8 @@ def test_masking_the_heads_of_the_best_paths_hurts_more_than_masking_random_head
         for task in TASKS:
             prompts = load_task(task).split().prompts("test", shots=2, n=12)
             questions = read_questions(lens, prompts)
-            traces = trace_layers_many(model, [prompt.text for prompt in prompts])
-            heads = [trace.heads(n_paths) for trace in traces]
+            maps = read_maps(model, [prompt.text for prompt in prompts], follow="value_norm")
+            heads = [trace_layers(one).heads(n_paths) for one in maps]
             before = loss(questions, [[] for _ in prompts])
             masked = loss(questions, heads) - before
             random = torch.stack(

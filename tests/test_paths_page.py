@@ -17,6 +17,7 @@ from ra_lens import load_demo_model, run_with_ra, trace_paths
 from ra_lens.errors import BadInput
 from ra_lens.paths import TraceResult, trace_layers
 from ra_lens.paths.page import paths_fragment, paths_page
+from ra_lens.paths.result import page_data
 from ra_lens.report import write_report
 from ra_lens.text import visible
 
@@ -97,7 +98,8 @@ def test_the_page_holds_the_paths_and_asks_for_nothing(layered: TraceResult) -> 
         assert beam["nodes"][-1] == f"L0_P{path.positions[-1]}"
     assert not re.search(r"(src|href)=", text)
     assert "://" not in text.replace("http://www.w3.org/2000/svg", "")
-    assert "default-src &#x27;none&#x27;" in text
+    assert "default-src 'none'; script-src 'sha256-" in text
+    assert text.count("unsafe") == text.count("; style-src 'unsafe-inline'") == 1
 
 
 def test_the_data_cannot_end_itself(layered: TraceResult) -> None:
@@ -275,7 +277,7 @@ def test_dark_mode_and_phones(layered: TraceResult, see: Callable[..., Seen]) ->
 def test_tabs_change_what_is_shown(
     layered: TraceResult, signed: TraceResult, see: Callable[..., Seen]
 ) -> None:
-    seen = see(paths_page([layered, signed]))
+    seen = see(paths_page("Paths", [page_data(layered), page_data(signed)]))
     tabs = seen.page.get_by_role("tab")
     assert [tab.inner_text() for tab in tabs.all()] == [
         "All layers: attention × norm of what is written",

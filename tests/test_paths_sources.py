@@ -12,7 +12,7 @@ import torch
 from arch_models import load_bridge
 from ra_lens import RACache, run_with_ra, trace_paths
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
-from ra_lens.paths import trace_layers, trace_many
+from ra_lens.paths import read_maps, trace_layers
 from tiny_models import ANY_KIND, CASES, KINDS, N_HEADS, N_LAYERS, random_ids
 
 PROMPT = "w5 w7 w9 w4 w6"
@@ -82,16 +82,18 @@ def test_an_activation_cache_will_do(shared: Any) -> None:
 def test_a_batch_gives_what_each_prompt_gives_alone(kind: str, shared: Any) -> None:
     model = shared("llama", kind, torch.float64)
     prompts = [PROMPT, "w8 w3 w6", "w9 w4 w12 w7 w8 w3 w11"]
-    for options in ({}, {"follow": "more", "target": ["w3", "w4", "w5"], "layer": 1}):
-        together = trace_many(model, prompts, batch_size=2, **options)
+    for options in ({}, {"follow": "more", "target": ["w3", "w4", "w5"], "layers": 1}):
+        maps = read_maps(model, prompts, batch_size=2, **options)
+        together = [trace_paths(one) for one in maps]
         for i, (prompt, found) in enumerate(zip(prompts, together, strict=True)):
-            own: Any = {**options, "target": options["target"][i]} if options else {}
+            own: Any = {"follow": "more", "target": f"w{3 + i}", "layer": 1} if options else {}
             alone = trace_paths(model, prompt, **own)
             assert same(found, alone)
             assert found.tokens == alone.tokens
             assert [b.token_ids for b in found.beams] == [b.token_ids for b in alone.beams]
     _, ra = run_with_ra(model, prompts, target=["w3", "w4", "w5"])
-    for i, found in enumerate(trace_many(ra, follow="more", layer=1)):
+    for i, maps in enumerate(read_maps(ra, follow="more")):
+        found = trace_paths(maps, layer=1)
         assert same(found, together[i])
         assert same(found, trace_paths(ra, follow="more", layer=1, example=i))
 
@@ -157,9 +159,26 @@ def test_a_model_whose_heads_write_otherwise_is_refused(fresh: Any) -> None:
     [
         (lambda m, ra: trace_paths(m), BadInput, "found no prompt"),
         (lambda m, ra: trace_paths(3), BadInput, "found a int to trace"),
-        (lambda m, ra: trace_paths(m, random_ids(2, 5)), BadInput, "For several: trace_many"),
+        (
+            lambda m, ra: trace_paths(m, random_ids(2, 5)),
+            BadInput,
+            "this traces one. For several: ",
+        ),
         (lambda m, ra: trace_paths(ra, PROMPT), BadInput, "prompt= with an RACache"),
         (lambda m, ra: trace_paths(ra, target="w5"), BadInput, "target= with an RACache"),
+        (
+            lambda m, ra: trace_paths(read_maps(ra)[0], follow="pattern"),
+            BadInput,
+            "follow= with maps",
+        ),
+        (lambda m, ra: trace_paths(read_maps(ra)[0], PROMPT), BadInput, "prompt= with maps"),
+        (lambda m, ra: trace_layers(read_maps(ra)[0], layers=0), BadInput, "layers= with maps"),
+        (lambda m, ra: trace_paths(read_maps(ra, layers=[0, 1])[0], layer=2), BadInput, "layer=2;"),
+        (
+            lambda m, ra: trace_paths(read_maps(m, PROMPT, follow="value_norm")[0]),
+            BadInput,
+            "found follow='value_norm'; give one of 'pattern'",
+        ),
         (lambda m, ra: trace_paths(ra, layer=9), BadInput, "layers=[9]"),
         (lambda m, ra: trace_paths(ra, example=3), BadInput, "example=3"),
         (lambda m, ra: trace_paths(ra, bos_token_id=3), BadInput, "bos_token_id= with an RACache"),
@@ -183,15 +202,17 @@ def test_what_cannot_be_traced_through_all_layers_is_refused(tmp_path: Path) -> 
     ids = random_ids(6).clamp(max=12)
     bart, bert, odd = (load_bridge(arch, tmp_path) for arch in ("bart", "bert", "gemma4"))
     for follow in ("pattern", "more"):
-        with pytest.raises(UnsupportedModel, match="attends to later tokens"):
-            trace_layers(bart, ids, follow=follow)
-        with pytest.raises(UnsupportedModel, match="part of a decoder beside an encoder"):
-            trace_paths(bart, ids, follow=follow)
+        for function in (trace_layers, trace_paths):
+            with pytest.raises(UnsupportedModel, match="part of a decoder beside an encoder"):
+                function(bart, ids, follow=follow)
     _, ra = run_with_ra(bart, ids, target=5)
+    with pytest.raises(UnsupportedModel, match="attends to later tokens"):
+        trace_layers(ra, follow="abs", layers=0)
     found = trace_paths(ra, follow="abs", layer=0)
     assert same(found, trace_paths(ra["ra", 0], follow="abs"))
-    with pytest.raises(UnsupportedModel, match="trace_paths follows one layer of it"):
-        trace_layers(bert, ids)
+    for follow in ("value_norm", "pattern"):
+        with pytest.raises(UnsupportedModel, match="trace_paths follows one layer of it"):
+            trace_layers(bert, ids, follow=follow)
     assert all(step.key < step.query for b in trace_paths(bert, ids).beams for step in b.steps)
     with pytest.raises(UnsupportedModel, match="norm of what its heads write is not known"):
         trace_layers(odd, ids)

@@ -13,7 +13,7 @@ import pytest
 from other_process import printed_by
 from ra_lens.errors import BadFile, BadInput, DownloadFailed, RALensError
 from ra_lens.tasks import Pair, download, load_task, task_names
-from ra_lens.tasks.download import COMMIT, PublishedFile, fetch
+from ra_lens.tasks.download import COMMIT, fetch
 from web_site import CONTENT, HALF, SHA256, Site, serving
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "tasks" / "icl"
@@ -41,89 +41,34 @@ def get(site: Site, kept: Path) -> bytes:
     return kept.read_bytes()
 
 
-def break_off(site: Site, kept: Path, *cut: int) -> bytes:
-    """Let a download fail for good and return the part that is kept."""
-    site.cut = list(cut)
-    with pytest.raises(DownloadFailed, match="the connection broke off"):
-        fetch(f"{site.url}/x.json", SHA256, kept, timeout=5.0)
-    assert not kept.exists()
-    assert [path.name for path in kept.parent.iterdir()] == ["x.json.part"]
-    site.asked.clear()
-    return kept.with_name("x.json.part").read_bytes()
-
-
 def test_a_file_is_downloaded_once(site: Site, kept: Path) -> None:
     assert get(site, kept) == CONTENT
     assert get(site, kept) == CONTENT
-    assert site.asked == [("/x.json", None)]
+    assert site.asked == ["/x.json"]
 
 
 @pytest.mark.parametrize("how", ["announced", "chunked"])
-def test_a_download_that_broke_off_goes_on_at_once(site: Site, kept: Path, how: str) -> None:
+def test_a_download_that_broke_off_begins_again(site: Site, kept: Path, how: str) -> None:
     site.chunked = how == "chunked"
-    site.cut = [HALF]
+    site.cut = [HALF, 70_000]
     assert get(site, kept) == CONTENT
-    spans = [span for _, span in site.asked]
-    assert len(spans) == 2
-    assert spans[0] is None
-    if how == "announced":
-        assert spans[1] == f"bytes={HALF}-"
-
-
-def test_a_download_that_broke_off_for_good_goes_on_next_time(site: Site, kept: Path) -> None:
-    part = break_off(site, kept, 1000, 500, 70_000)
-    assert part == CONTENT[:71_500]
-    assert get(site, kept) == CONTENT
-    assert site.asked == [("/x.json", "bytes=71500-")]
+    assert site.asked == ["/x.json"] * 3
 
 
 def test_the_error_of_a_download_that_broke_off(site: Site, kept: Path) -> None:
-    site.cut = [1000, 500, 0]
+    site.cut = [1000, 500, 1500]
     with pytest.raises(DownloadFailed) as info:
         fetch(f"{site.url}/x.json", SHA256, kept, timeout=5.0)
     assert str(info.value).startswith(
         f"Could not download {site.url}/x.json: the connection broke off after 1,500 bytes "
-        f"({len(CONTENT):,} bytes were announced); they are kept, and the next call goes on from "
-        "there. Without the download, load_task(name, source=FOLDER) reads the same files from a "
-        "folder"
+        f"({len(CONTENT):,} bytes were announced). Without the download, "
+        "load_task(name, source=FOLDER) reads the same files from a folder"
     )
     assert "load_task(name) has a list of its own." in str(info.value)
     assert isinstance(info.value, RALensError)
     assert isinstance(info.value, OSError)
-
-
-def test_a_server_that_knows_no_ranges_sends_all_again(site: Site, kept: Path) -> None:
-    break_off(site, kept, HALF, 0, 0)
-    site.ranges = False
-    assert get(site, kept) == CONTENT
-    assert site.asked == [("/x.json", f"bytes={HALF}-")]
-
-
-def test_a_server_that_sends_another_range_is_asked_for_all(site: Site, kept: Path) -> None:
-    break_off(site, kept, HALF, 0, 0)
-    site.skewed = True
-    assert get(site, kept) == CONTENT
-    assert site.asked == [("/x.json", f"bytes={HALF}-"), ("/x.json", None)]
-
-
-@pytest.mark.parametrize(
-    ("content", "spans"),
-    [
-        (b"wrong", ["bytes=5-", None]),
-        (CONTENT[:-5] + b"wrong", [f"bytes={len(CONTENT)}-", None]),
-        (CONTENT + b"wrong", [f"bytes={len(CONTENT) + 5}-", None]),
-        (CONTENT[:-5], [f"bytes={len(CONTENT) - 5}-"]),
-        (CONTENT, []),
-    ],
-    ids=["wrong", "as long", "too long", "nearly whole", "whole"],
-)
-def test_what_was_kept_is_used_where_it_is_right(
-    site: Site, kept: Path, content: bytes, spans: list[str | None]
-) -> None:
-    kept.parent.mkdir()
-    kept.with_name("x.json.part").write_bytes(content)
-    assert get(site, kept) == CONTENT
-    assert [span for _, span in site.asked] == spans
+    assert site.asked == ["/x.json"] * 3
+    assert not kept.parent.exists()
 
 
 def test_a_damaged_file_is_downloaded_again(site: Site, kept: Path) -> None:
@@ -144,7 +89,7 @@ def test_another_file_is_refused_and_not_kept(site: Site, kept: Path, announce: 
         f"{hashlib.sha256(other).hexdigest()}, but needed is the published file, with SHA-256 "
         f"{SHA256}. Nothing was kept."
     )
-    assert list(kept.parent.iterdir()) == []
+    assert not kept.parent.exists()
     assert len(site.asked) == 1
 
 
@@ -204,7 +149,7 @@ def test_a_cache_that_cannot_be_written_is_told(site: Site, tmp_path: Path) -> N
 def test_a_task_is_loaded_from_the_repository_then_from_the_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(download.FILES, "capitalize", PublishedFile("abstractive", SHA256))
+    monkeypatch.setitem(download.FILES, "capitalize", ("abstractive", SHA256))
     monkeypatch.setenv("RA_LENS_CACHE", str(tmp_path))
     with serving(Site({"/files/abstractive/capitalize.json": CONTENT})) as site:
         monkeypatch.setenv("RA_LENS_TASKS_URL", f"{site.url}/files/")
@@ -218,7 +163,7 @@ def test_a_task_is_loaded_from_the_repository_then_from_the_cache(
             assert task.pairs[:1] == (Pair("word0", "Word0"),)
             assert len(task.pairs) == 4000
             assert task.prompt("dog", task.pairs[:1]) == "Q: word0\nA: Word0\n\nQ: dog\nA:"
-        assert site.asked == [("/files/abstractive/capitalize.json", None)]
+        assert site.asked == ["/files/abstractive/capitalize.json"]
     # The server is gone, the file is still there.
     assert load_task("capitalize", source="download") == task
     assert [path.name for path in tmp_path.rglob("*.json")] == ["capitalize.json"]
@@ -230,8 +175,8 @@ def test_the_published_files_have_the_digests_that_are_written_down(
 ) -> None:
     assert set(download.FILES) == {path.stem for path in PUBLISHED.glob("*.json")}
     files = {
-        f"/{file.folder}/{name}.json": (PUBLISHED / f"{name}.json").read_bytes()
-        for name, file in download.FILES.items()
+        f"/{folder}/{name}.json": (PUBLISHED / f"{name}.json").read_bytes()
+        for name, (folder, _) in download.FILES.items()
     }
     monkeypatch.setenv("RA_LENS_CACHE", str(tmp_path))
     with serving(Site(files)) as site:
@@ -250,9 +195,9 @@ def test_the_list_of_what_can_be_downloaded() -> None:
     assert task_names("natural", "download") == ()
     assert download.URL.endswith(f"/function_vectors/{COMMIT}/dataset_files")
     assert len(COMMIT) == 40
-    for file in download.FILES.values():
-        assert file.folder in ("abstractive", "extractive")
-        assert len(bytes.fromhex(file.sha256)) == 32
+    for folder, sha256 in download.FILES.values():
+        assert folder in ("abstractive", "extractive")
+        assert len(bytes.fromhex(sha256)) == 32
 
 
 def test_unknown_names_are_refused_before_anything_is_asked() -> None:
@@ -284,6 +229,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_built_in_tasks_load_without_what_talks_to_the_network() -> None:
     code = (
         "import sys; from ra_lens import tasks; tasks.load_task('antonym'); tasks.task_names();"
-        "print(sorted({'ra_lens.tasks.download', 'urllib.request', 'ssl'} & set(sys.modules)))"
+        "print(sorted({'urllib.request', 'http.client', 'ssl'} & set(sys.modules)))"
     )
     assert printed_by(code) == "[]"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from ra_lens.tasks import (
     load_task,
     task_names,
 )
-from ra_lens.tasks.lists import LIST_TASKS
+from ra_lens.tasks.builtin import LIST_TASKS
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "tasks"
 PARTS = ("train", "valid", "test")
@@ -153,14 +154,14 @@ def test_too_few_pairs_are_refused() -> None:
 @pytest.mark.parametrize("name", LIST_TASKS)
 def test_list_tasks_are_tested_on_triples_that_training_never_had(name: str, rule) -> None:
     task = load_task(name)
-    split, plain = task.split(rule), replace(task, source="own").split(rule)
+    split, plain = task.split(rule), replace(task, unseen=None).split(rule)
     held = {pair for pair in task.pairs if is_held_out_query(task, pair)}
     assert len(split.test) == min(len(held), len(plain.test)) >= 20
     assert set(split.test) <= held
     assert not held & set(split.valid)
     assert len(split.valid) == len(plain.valid)
     assert sorted(split.train + split.valid + split.test, key=repr) == sorted(task.pairs, key=repr)
-    # A task that is not the built-in one is split as published, whatever its name.
+    # A task of which nothing is known to be unseen is split as published, whatever its name.
     assert not set(plain.test) <= held
 
 
@@ -198,8 +199,8 @@ def test_test_prompts_of_built_in_tasks_end_in_a_step_that_training_never_had(na
 
 
 def test_only_test_prompts_of_built_in_tasks_choose_their_last_demonstration() -> None:
-    def held(task: Task, part) -> float:
-        prompts = task.split().prompts(part, shots=1)
+    def held(asked: Task, part) -> float:
+        prompts = asked.split().prompts(part, shots=1)
         return sum(
             is_held_out_adjacency(task, prompt.demonstrations[0], prompt.query)
             for prompt in prompts
@@ -209,7 +210,7 @@ def test_only_test_prompts_of_built_in_tasks_choose_their_last_demonstration() -
     task = load_task("synonym")
     assert held(task, "test") > 0.9
     assert held(task, "train") < 0.3
-    assert held(replace(task, source="own"), "test") < 0.4
+    assert held(replace(task, unseen=None), "test") < 0.4
 
 
 @settings(deadline=None, max_examples=40)
@@ -341,3 +342,15 @@ def test_other_formats() -> None:
     assert natural.with_format(after_subject="").prompt("Messi") == "Messi"
     assert natural.with_format() == natural
     assert paper.split().train == task.split().train
+
+
+def test_a_task_that_is_copied_keeps_what_is_unseen_of_it() -> None:
+    for task in (load_task("antonym"), load_task("choose_middle_of_3")):
+        copies = (pickle.loads(pickle.dumps(task)), task.with_format(opening="\n"))
+        for copy in copies:
+            split = copy.split()
+            assert split.test == task.split().test
+            prompt = split.prompts("test", shots=2)[0]
+            assert is_held_out_adjacency(task, prompt.demonstrations[-1], prompt.query)
+        assert copies[0] == task
+        assert "unseen" not in repr(task)

@@ -17,8 +17,7 @@ from ra_lens.tasks import (
     load_task,
     task_names,
 )
-from ra_lens.tasks.library import word_pools
-from ra_lens.tasks.lists import LIST_TASKS, list_pairs
+from ra_lens.tasks.builtin import LIST_TASKS, list_pairs, word_pools
 
 ICL = task_names("icl")
 NATURAL = task_names("natural")

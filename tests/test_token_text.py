@@ -206,7 +206,7 @@ def test_a_run_and_every_trace_tell_the_same_tokens(model: Any) -> None:
         trace_paths(cache, TEXT, layer=0),
     ):
         assert without_bos(trace.tokens) == PIECES
-        assert all(trace.tokens[node.position] == node.name for node in trace.sankey.nodes)
+        assert all(trace.tokens[node["position"]] == node["name"] for node in trace.sankey["nodes"])
         told = trace.to_dataframe()
         assert set(told.query_token) | set(told.key_token) <= set(trace.tokens)
 

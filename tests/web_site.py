@@ -22,12 +22,10 @@ class Site:
     """What a web server has, how it behaves, and what it was asked."""
 
     files: dict[str, bytes]
-    ranges: bool = True
-    skewed: bool = False  # answers a range with another one
     cut: list[int] = field(default_factory=list)  # bytes after which an answer breaks off, in turn
     announce: bool = True
     chunked: bool = False
-    asked: list[tuple[str, str | None]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     url: str = ""
 
 
@@ -37,35 +35,24 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
-            span = self.headers["Range"]
-            site.asked.append((self.path, span))
+            site.asked.append(self.path)
             if self.path not in site.files:
                 self.send_error(404)
                 return
-            body, start = site.files[self.path], 0
-            if span and site.ranges:
-                start = int(span.removeprefix("bytes=").removesuffix("-"))
-                if start >= len(body):
-                    self.send_error(416)
-                    return
-                start = max(0, start - 5) if site.skewed else start
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-            else:
-                self.send_response(200)
-            rest = body[start:]
+            body = site.files[self.path]
+            self.send_response(200)
             if site.chunked:
                 self.send_header("Transfer-Encoding", "chunked")
             elif site.announce:
-                self.send_header("Content-Length", str(len(rest)))
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            cut = site.cut.pop(0) if site.cut else len(rest)
+            cut = site.cut.pop(0) if site.cut else len(body)
             if site.chunked:
-                self.wfile.write(f"{len(rest):x}\r\n".encode() + rest[:cut])
-                if cut == len(rest):
+                self.wfile.write(f"{len(body):x}\r\n".encode() + body[:cut])
+                if cut == len(body):
                     self.wfile.write(b"\r\n0\r\n\r\n")
             else:
-                self.wfile.write(rest[:cut])
+                self.wfile.write(body[:cut])
 
         protocol_version = "HTTP/1.1"
 

@@ -14,11 +14,10 @@ it and no file holds it, so `whole_text` refuses it.
 from __future__ import annotations
 
 import codecs
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
-
-import numpy as np
 
 from ra_lens.errors import BadFile, BadInput
 
@@ -180,7 +179,7 @@ def decoded(where: str, raw: bytes, *, error: type[BadFile | BadInput] = BadInpu
 
 def short(value: float) -> str:
     """Write an area in few characters: `.39`, `1.0`, `−.05`, and nothing where there is none."""
-    if np.isnan(value):
+    if math.isnan(value):
         return ""
     text = f"{value:.2f}" if abs(value) < 0.995 else f"{value:.1f}"
     return text.replace("0.", ".", 1).replace("-", "−") if abs(value) < 0.995 else text

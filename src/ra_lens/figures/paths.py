@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ra_lens.errors import BadInput
 from ra_lens.figures.style import Layout, finish, plotly_text
 from ra_lens.numbers import Whole, whole
-from ra_lens.paths.result import TracedPath, TraceResult, boundaries_of, step_text
+from ra_lens.paths.result import TracedPath, TraceResult, nodes_of, step_text
 from ra_lens.text import label
 
 # Okabe and Ito's, without the two lightest; told apart by colour-blind eyes.
@@ -89,7 +89,7 @@ def _rows(trace: TraceResult, beam: TracedPath) -> list[int]:
     """Row of each node of a path, the target's first."""
     if trace.is_layered:
         order = [*trace.layers, trace.layers[-1] + 1]
-        return [order.index(layer) for layer in boundaries_of(trace, beam)]
+        return [order.index(layer) for layer, _ in nodes_of(trace, beam)]
     longest = max(len(other.steps) for other in trace.beams)
     return [longest - i for i in range(len(beam.positions))]
 

@@ -1,4 +1,4 @@
-"""What is traced, read into one form: maps per layer as numpy arrays, tokens, where BOS stands.
+"""Read the maps of prompts from a model, a cache or a tensor, as numpy arrays.
 
 A model is run (one forward pass without gradients for the pattern and value norms; `run_with_ra`
 for Reversed Attention). An `RACache`, a TransformerLens `ActivationCache` or a tensor of attention
@@ -7,13 +7,13 @@ weights is read as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
@@ -21,10 +21,11 @@ from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.model import Layers, Lens, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
+from ra_lens.numbers import Whole, whole_or_none, wholes
 from ra_lens.padding import batches, watched
-from ra_lens.paths.result import Follow
-from ra_lens.paths.weights import GRADIENT, LayerMaps
-from ra_lens.prompts import Prompts, read_prompts
+from ra_lens.paths.result import GRADIENT, Follow
+from ra_lens.paths.weights import LayerMaps
+from ra_lens.prompts import PromptInput, Prompts, read_prompts
 from ra_lens.run import run_with_ra
 from ra_lens.targets import as_objective
 
@@ -32,58 +33,101 @@ Source = nn.Module | RACache | Tensor | Any
 
 
 @dataclass(frozen=True)
-class Example:
-    """One prompt's maps.
+class PromptMaps:
+    """One prompt's maps, which `trace_paths` and `trace_layers` follow.
 
     Attributes:
         tokens: What the model read.
-        token_ids: Their ids, where known.
-        bos: Positions of BOS tokens.
         layers: Maps by layer.
+        follow: What is followed in them.
         model_name: Where they are from.
+        token_ids: Ids of the tokens, where known.
+        bos: Positions of BOS tokens.
+        usable: For a tensor of weights: where a path may go. None: everywhere.
+        later: Layers whose tokens also attend to later ones, which `trace_layers` refuses.
     """
 
     tokens: tuple[str, ...]
-    token_ids: tuple[int, ...] | None
-    bos: frozenset[int]
-    layers: dict[int, LayerMaps]
+    layers: Mapping[int, LayerMaps]
+    follow: Follow
     model_name: str
+    token_ids: tuple[int, ...] | None = None
+    bos: frozenset[int] = frozenset()
+    usable: Bool[np.ndarray, "pos"] | None = None
+    later: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to read from a source, as `trace_paths` takes it."""
+def read_maps(
+    source: Source,
+    prompts: PromptInput | None = None,
+    *,
+    follow: Follow = "pattern",
+    layers: Layers = None,
+    target: Any = None,
+    metric: Any = None,
+    example: Whole | None = None,
+    attention_mask: Mask | None = None,
+    prepend_bos: bool | None = None,
+    bos_token_id: Whole | None = None,
+    batch_size: Whole | None = None,
+) -> list[PromptMaps]:
+    """Read the maps of several prompts, to trace each: `[trace_paths(maps) for maps in ...]`.
 
-    follow: Follow = "pattern"
-    layers: Layers = None
-    target: Any = None
-    metric: Any = None
-    attention_mask: Mask | None = None
-    prepend_bos: bool | None = None
-    bos_token_id: int | None = None
-    batch_size: int | None = None
-    example: int | None = None
-    through_layers: bool = False
+    Memory: 8 bytes for each entry of each map read.
 
-
-def read_source(source: Source, prompts: Any, request: Request) -> list[Example]:
-    """Read all examples of a source (or the one of `request.example`).
+    Args:
+        source: A model, an `RACache`, an `ActivationCache` or a tensor, as in `trace_paths`.
+        prompts: For a model: texts, or token ids `[batch, pos]`. For an `ActivationCache` or a
+            tensor: the ids, if tokens are to be named.
+        follow: What is going to be followed, as in `trace_paths`; `value_norm` as in
+            `trace_layers`.
+        layers: Only these; negative counts from the last. Default: all.
+        target: For Reversed Attention of a model: one for all prompts, or one each.
+        metric: The same, as a function of the logits.
+        example: For a cache or a tensor: only this one.
+        attention_mask: For token ids: 1 at real tokens. For a tensor: 0 where no path may go.
+        prepend_bos: For text: overrides the model's default.
+        bos_token_id: What counts as BOS. Default: the tokenizer's.
+        batch_size: Prompts per forward pass. Default: all at once.
 
     Raises:
         BadInput: a prompt or option that this source does not take.
         NotStored: the cache does not hold the maps.
         UnsupportedModel: a model whose maps cannot be read.
     """
+    check_follow(follow, get_args(Follow))
+    layers = None if layers is None else wholes("layers", layers)
+    example = whole_or_none("example", example)
+    bos_token_id = whole_or_none("bos_token_id", bos_token_id)
+    batch_size = whole_or_none("batch_size", batch_size, least=1)
     if isinstance(source, RACache):
-        _no(prompts, "prompt", "an RACache, which knows its own")
-        _no(request.target, "target", "an RACache, whose run is over")
-        _no(request.metric, "metric", "an RACache, whose run is over")
-        _no(request.attention_mask, "attention_mask", "an RACache, which knows its padding")
-        return _from_cache(source, request)
+        refuse("an RACache, which knows its own", prompt=prompts)
+        refuse("an RACache, whose run is over", target=target, metric=metric)
+        refuse("an RACache, which knows its padding", attention_mask=attention_mask)
+        if bos_token_id is not None:
+            raise BadInput(
+                "found bos_token_id= with an RACache, which knows tokens as text only. Give the "
+                "model and the prompt instead."
+            )
+        return _from_cache(source, follow, layers, example)
     if isinstance(source, Tensor):
-        return _from_tensor(source, prompts, request)
+        refuse("a tensor, which has no loss", target=target, metric=metric)
+        refuse("a tensor, which is one layer", layers=layers)
+        maps = _from_tensor(source, follow, example)
+        return _with_ids(maps, prompts, attention_mask, bos_token_id)
     if hasattr(source, "cache_dict") and hasattr(source, "model"):
-        return _from_activation_cache(source, prompts, request)
+        refuse("an ActivationCache, whose run is over", target=target, metric=metric)
+        lens, maps = _from_activation_cache(source, follow, layers, example)
+        if prompts is None:
+            return maps
+        rows = read_prompts(lens, prompts, prepend_bos=prepend_bos).ids
+        lengths = [len(one.tokens) for one in maps]
+        if [len(row) for row in rows] != lengths:
+            raise BadInput(
+                f"found prompts of {[len(row) for row in rows]} tokens for maps of {lengths}. Give "
+                "the prompt that the maps were made from, or its token ids."
+            )
+        return _named(lens, maps, rows, bos_token_id)
     if not isinstance(source, nn.Module):
         raise BadInput(
             f"found a {type(source).__name__} to trace; give a TransformerLens model, an RACache, "
@@ -92,66 +136,102 @@ def read_source(source: Source, prompts: Any, request: Request) -> list[Example]
     if prompts is None:
         raise BadInput("found no prompt. Give the text (or token ids) to run the model on.")
     lens = as_lens(source)
-    if request.follow in GRADIENT:
-        return _from_gradient(lens, prompts, request)
-    _no(request.target, "target", f"follow={request.follow!r}, which has no loss")
-    _no(request.metric, "metric", f"follow={request.follow!r}, which has no loss")
-    return _from_forward(lens, prompts, request)
+    if follow not in GRADIENT:
+        refuse(f"follow={follow!r}, which has no loss", target=target, metric=metric)
+        lens.refuse_dropout()
+    sites = lens.sites.choose(layers)
+    _check_sites(sites, follow, lens.name)
+    read = read_prompts(lens, prompts, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    if follow not in GRADIENT:
+        maps = _from_forward(lens, sites, read, follow, batch_size)
+        return _named(lens, maps, read.ids, bos_token_id)
+    objective = as_objective(target, metric)
+    rows = objective.bind(lens, read)[1].ids  # with the answers that were read
+    _, cache = run_with_ra(
+        lens.module, read, target=objective, layers=layers, batch_size=batch_size, progress=False
+    )
+    return _named(lens, _from_cache(cache, follow, None, None), rows, bos_token_id)
 
 
-def _no(value: object, name: str, what: str) -> None:
-    if value is not None:
-        raise BadInput(f"found {name}= with {what}. Leave it out.")
+def check_follow(follow: str, choices: Sequence[str]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if follow not in choices:
+        raise BadInput(f"found follow={follow!r}; give one of {', '.join(map(repr, choices))}.")
+
+
+def refuse(what: str, **given: object) -> None:
+    """Refuse what was given with a source that does not take it.
+
+    Raises:
+        BadInput: something was given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise BadInput(f"found {name}= with {what}. Leave it out.")
+
+
+def refuse_later_tokens(layers: Sequence[str], name: str) -> None:
+    """Refuse to trace through layers whose tokens attend to later ones.
+
+    Raises:
+        UnsupportedModel: there are such layers.
+    """
+    if layers:
+        raise UnsupportedModel(
+            f"{layers[0]} of {name} also attends to later tokens; trace_layers is for models "
+            "that do not. trace_paths follows one layer of it, to earlier tokens."
+        )
+
+
+def _check_sites(sites: Mapping[int, Site], follow: Follow, name: str) -> None:
+    for site in sites.values():
+        if site.cross or site.query_side != "input":
+            raise UnsupportedModel(
+                f"paths run through tokens of one text, and {site.label} of {name} is part of a "
+                "decoder beside an encoder. Of such models trace_paths follows a layer of the "
+                "encoder, from the RACache that run_with_ra gives."
+            )
+    if follow == "value_norm":  # which only trace_layers follows
+        refuse_later_tokens(_later(sites), name)
+
+
+def _later(sites: Mapping[int, Site]) -> tuple[str, ...]:
+    return tuple(site.label for site in sites.values() if not site.causal)
 
 
 # ---- models -------------------------------------------------------------------------------------
 
 
-def _read(lens: Lens, prompts: Any, request: Request) -> Prompts:
-    mask, bos = request.attention_mask, request.prepend_bos
-    return read_prompts(lens, prompts, attention_mask=mask, prepend_bos=bos)
-
-
-def _from_gradient(lens: Lens, prompts: Any, request: Request) -> list[Example]:
-    _check_sites(lens.sites.choose(request.layers), request, lens.name)
-    read = _read(lens, prompts, request)
-    objective = as_objective(request.target, request.metric)
-    _, bound = objective.bind(lens, read)
-    _, cache = run_with_ra(
-        lens.module,
-        read,
-        target=objective,
-        layers=request.layers,
-        batch_size=request.batch_size,
-        progress=False,
-    )
-    examples = _from_cache(cache, replace(request, bos_token_id=None))
-    return [
-        replace(example, token_ids=ids, bos=_bos(lens, ids, request))
-        for example, ids in zip(examples, bound.ids, strict=True)
-    ]
-
-
-@torch.no_grad()
-def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
-    lens.refuse_dropout()
-    sites = lens.sites.choose(request.layers)
-    _check_sites(sites, request, lens.name)
-    values = request.follow == "value_norm"
-    found: dict[int, Example] = {}
-    for which, part in batches(lens, _read(lens, prompts, request), request.batch_size):
+def _from_forward(
+    lens: Lens, sites: Mapping[int, Site], read: Prompts, follow: Follow, batch_size: int | None
+) -> list[PromptMaps]:
+    values = follow == "value_norm"
+    names = {layer: {"pattern": site.pattern_name} for layer, site in sites.items()}
+    for layer, site in sites.items() if values else ():
+        names[layer] |= writing_names(lens, site) | {"x": lens.block_input_name(site)}
+    keep = {name: Tensor.clone for of_layer in names.values() for name in of_layer.values()}
+    found: dict[int, PromptMaps] = {}
+    for which, part in batches(lens, read, batch_size):
         batch = part.lay_out(lens)
-        seen: dict[int, dict[str, Tensor]] = {layer: {} for layer in sites}
-        hooks = [hook for site in sites.values() for hook in _hooks(lens, site, seen, values)]
         with watched(lens, batch):
-            lens.logits_at(batch.tokens, batch.attention_mask, batch.last, hooks)
-        _check_seen(lens, seen)
-        norms = {
-            layer: written_norms(lens, site, seen[layer]["pattern"], seen[layer])
-            for layer, site in sites.items()
-            if values
-        }
-        for i, (place, ids) in enumerate(zip(which, part.ids, strict=True)):
+            shown, _ = lens.look(keep, batch.tokens, batch.attention_mask, batch.last)
+        seen: dict[int, dict[str, Tensor]] = {}
+        norms: dict[int, Tensor] = {}
+        for layer, site in sites.items():
+            if site.pattern_name not in shown:
+                raise UnsupportedModel(
+                    f"hook_pattern of layer {layer} of {lens.name} did not fire, so there is "
+                    "nothing to trace. The model probably runs fused attention: load it with "
+                    "attn_implementation='eager'."
+                )
+            seen[layer] = {what: shown[name] for what, name in names[layer].items()}
+            if values:
+                norms[layer] = written_norms(lens, site, seen[layer]["pattern"], seen[layer])
+        for i, place in enumerate(which):
             span = batch.span(i)
             layers = {
                 layer: LayerMaps(
@@ -161,185 +241,148 @@ def _from_forward(lens: Lens, prompts: Any, request: Request) -> list[Example]:
                 )
                 for layer, things in seen.items()
             }
-            tokens, bos = lens.decode_each(ids), _bos(lens, ids, request)
-            found[place] = Example(tokens, ids, bos, layers, lens.name)
+            found[place] = _unnamed(layers, follow, lens.name, sites)
     return [found[place] for place in sorted(found)]
-
-
-def _hooks(
-    lens: Lens, site: Site, seen: dict[int, dict[str, Tensor]], values: bool
-) -> list[tuple[str, Callable[..., None]]]:
-    names = {"pattern": site.pattern_name}
-    if values:
-        names |= writing_names(lens, site) | {"x": lens.block_input_name(site)}
-
-    def look(what: str) -> Callable[..., None]:
-        def hook_function(x: Tensor, hook: Any) -> None:  # noqa: ARG001  passed by name
-            seen[site.layer][what] = x.detach().clone()
-
-        return hook_function
-
-    return [(name, look(what)) for what, name in names.items()]
-
-
-def _check_seen(lens: Lens, seen: dict[int, dict[str, Tensor]]) -> None:
-    for layer, things in seen.items():
-        if "pattern" not in things:
-            raise UnsupportedModel(
-                f"hook_pattern of layer {layer} of {lens.name} did not fire, so there is nothing "
-                "to trace. The model probably runs fused attention: load it with "
-                "attn_implementation='eager'."
-            )
-
-
-def _check_sites(sites: dict[int, Site], request: Request, name: str) -> None:
-    for site in sites.values():
-        if site.cross or site.query_side != "input":
-            raise UnsupportedModel(
-                f"paths run through tokens of one text, and {site.label} of {name} is part of a "
-                "decoder beside an encoder. Of such models trace_paths follows a layer of the "
-                "encoder, from the RACache that run_with_ra gives."
-            )
-        if request.through_layers and not site.causal:
-            raise UnsupportedModel(
-                f"{site.label} of {name} also attends to later tokens; trace_layers is for models "
-                "that do not. trace_paths follows one layer of it, to earlier tokens."
-            )
-
-
-def _bos(lens: Lens, ids: Sequence[int], request: Request) -> frozenset[int]:
-    own = getattr(lens.tokenizer, "bos_token_id", None)
-    wanted = own if request.bos_token_id is None else request.bos_token_id
-    return frozenset(i for i, token in enumerate(ids) if token == wanted)
 
 
 # ---- what is already there ----------------------------------------------------------------------
 
 
-def _from_cache(cache: RACache, request: Request) -> list[Example]:
-    if request.follow == "value_norm":
+def _from_cache(
+    cache: RACache, follow: Follow, layers: list[int] | None, example: int | None
+) -> list[PromptMaps]:
+    if follow == "value_norm":
         raise NotStored(
             "an RACache holds maps, not values. Give the model and the prompt instead, or take "
             "follow='pattern' or 'more'."
         )
-    if request.bos_token_id is not None:
-        raise BadInput(
-            "found bos_token_id= with an RACache, which knows tokens as text only. Give the model "
-            "and the prompt instead."
-        )
-    kind = "ra" if request.follow in GRADIENT else "pattern"
-    layers = cache.sites.choose(request.layers)
-    _check_sites(layers, request, cache.info.model_name)
-    maps = {layer: cache[kind, layer] for layer in layers}
-    found: list[Example] = []
-    for i in _examples(cache.batch_size, request.example):
-        known = cache.info.str_tokens
-        width = next(iter(maps.values())).shape[-1]
-        tokens = tuple(f"#{j}" for j in range(width)) if known is None else tuple(known[i])
-        start = cache.info.starts[i] if known and cache.info.starts else 0
-        span = slice(start, start + len(tokens))
-        own = {
-            layer: LayerMaps(_numpy((m[i] if cache.has_batch_dim else m)[:, span, span]))
-            for layer, m in maps.items()
-        }
-        bos = frozenset(
-            j for j, text in enumerate(tokens) if cache.info.bos_prepended and text == tokens[0]
-        )
-        found.append(Example(tokens, None, bos, own, cache.info.model_name))
+    sites = cache.sites.choose(layers)
+    _check_sites(sites, follow, cache.info.model_name)
+    kind = "ra" if follow in GRADIENT else "pattern"
+    maps = {layer: _batched(cache[kind, layer], cache.has_batch_dim) for layer in sites}
+    known, starts = cache.info.str_tokens, cache.info.starts
+    found: list[PromptMaps] = []
+    for i in _examples(cache.batch_size, example):
+        span = slice(None)
+        if known is not None:
+            start = starts[i] if starts else 0
+            span = slice(start, start + len(known[i]))
+        own = {layer: LayerMaps(_numpy(m[i][:, span, span])) for layer, m in maps.items()}
+        one = _unnamed(own, follow, cache.info.model_name, sites)
+        if known is not None:
+            first = known[i][0] if cache.info.bos_prepended else None
+            bos = frozenset(j for j, text in enumerate(known[i]) if text == first)
+            one = replace(one, tokens=tuple(known[i]), bos=bos)
+        found.append(one)
     return found
 
 
-def _from_activation_cache(cache: Any, prompts: Any, request: Request) -> list[Example]:
+def _from_activation_cache(
+    cache: Any, follow: Follow, layers: list[int] | None, example: int | None
+) -> tuple[Lens, list[PromptMaps]]:
     lens = as_lens(cache.model)
-    if request.follow != "pattern":
-        if request.follow == "value_norm":
-            raise BadInput("found follow='value_norm' with an ActivationCache; give the model.")
+    if follow == "value_norm":
+        raise BadInput("found follow='value_norm' with an ActivationCache; give the model.")
+    if follow in GRADIENT:
         converted = RACache.from_activation_cache(cache, cache.model)
-        return _named(
-            lens, _from_cache(converted, replace(request, bos_token_id=None)), prompts, request
-        )
-    sites = lens.sites.choose(request.layers)
+        return lens, _from_cache(converted, follow, layers, example)
+    sites = lens.sites.choose(layers)
+    _check_sites(sites, follow, lens.name)
     maps: dict[int, Tensor] = {}
     for layer, site in sites.items():
         if site.pattern_name not in cache.cache_dict:
             raise NotStored(f"{site.pattern_name} is not in this ActivationCache; keep it there.")
-        maps[layer] = cache.cache_dict[site.pattern_name]
-    has_batch = bool(getattr(cache, "has_batch_dim", True))
-    batched = {layer: m if has_batch else m.unsqueeze(0) for layer, m in maps.items()}
-    n = next(iter(batched.values())).shape[0]
-    examples = [
-        _plain({layer: m[i] for layer, m in batched.items()}, lens.name)
-        for i in _examples(n, request.example)
-    ]
-    return _named(lens, examples, prompts, request)
+        has_batch = bool(getattr(cache, "has_batch_dim", True))
+        maps[layer] = _batched(cache.cache_dict[site.pattern_name], has_batch)
+    examples = _examples(len(next(iter(maps.values()))), example)
+    held = [{layer: LayerMaps(_numpy(m[i])) for layer, m in maps.items()} for i in examples]
+    return lens, [_unnamed(own, follow, lens.name, sites) for own in held]
 
 
-def _named(lens: Lens, examples: list[Example], prompts: Any, request: Request) -> list[Example]:
-    """Give examples the tokens of their prompts."""
-    if prompts is None:
-        return examples
-    rows = _read(lens, prompts, replace(request, attention_mask=None)).ids
-    lengths = [len(example.tokens) for example in examples]
-    if len(rows) != len(examples) or any(len(r) != n for r, n in zip(rows, lengths, strict=True)):
-        raise BadInput(
-            f"found prompts of {[len(row) for row in rows]} tokens for maps of {lengths}. Give "
-            "the prompt that the maps were made from, or its token ids."
-        )
-    return [
-        replace(
-            example,
-            tokens=lens.decode_each(ids),
-            token_ids=ids,
-            bos=_bos(lens, ids, request),
-        )
-        for example, ids in zip(examples, rows, strict=True)
-    ]
-
-
-def _from_tensor(weights: Tensor, prompts: Any, request: Request) -> list[Example]:
+def _from_tensor(weights: Tensor, follow: Follow, example: int | None) -> list[PromptMaps]:
     """Read attention weights, or R: `[query, key]`, `[head, query, key]`, or batches of those."""
-    if request.follow == "value_norm":
+    if follow == "value_norm":
         raise BadInput("found follow='value_norm' with a tensor; give the model.")
-    _no(request.target, "target", "a tensor, which has no loss")
-    _no(request.metric, "metric", "a tensor, which has no loss")
-    _no(request.layers, "layer", "a tensor, which is one layer")
-    maps = weights.unsqueeze(0) if weights.ndim == 2 else weights
-    maps = maps.unsqueeze(0) if maps.ndim == 3 else maps
+    maps = _batched(weights, weights.ndim > 2)
+    maps = _batched(maps, maps.ndim > 3)
     if maps.ndim != 4 or maps.shape[-1] != maps.shape[-2] or maps.numel() == 0:
         raise BadInput(
             f"found a tensor of shape {tuple(weights.shape)}; attention weights are [query, key], "
             "[head, query, key] or [batch, head, query, key], with as many queries as keys."
         )
-    examples = [_plain({0: maps[i]}, "tensor") for i in _examples(len(maps), request.example)]
-    if prompts is None:
-        if request.bos_token_id is not None:
-            raise BadInput("found bos_token_id= without token ids. Give them as prompt.")
-        return examples
-    given = read_given("prompt", prompts)
-    if not isinstance(given, TokenIds):
-        raise BadInput("found text with a tensor of weights. Give token ids: model.to_tokens(text)")
-    rows = given.ids.tolist()
-    if given.ragged or given.ids.shape != (len(examples), maps.shape[-1]):
-        raise BadInput(
-            f"found token ids of shape {tuple(given.ids.shape)} for {len(examples)} maps of "
-            f"{maps.shape[-1]} positions."
-        )
     return [
-        replace(
-            example,
-            token_ids=tuple(ids),
-            tokens=tuple(f"#{token}" for token in ids),
-            bos=frozenset(i for i, token in enumerate(ids) if token == request.bos_token_id),
-        )
-        for example, ids in zip(examples, rows, strict=True)
+        _unnamed({0: LayerMaps(_numpy(maps[i]))}, follow, "tensor", {})
+        for i in _examples(len(maps), example)
     ]
 
 
-def _plain(maps: dict[int, Tensor], name: str) -> Example:
-    width = next(iter(maps.values())).shape[-1]
+def _with_ids(
+    maps: list[PromptMaps], prompts: Any, mask: Mask | None, bos_token_id: int | None
+) -> list[PromptMaps]:
+    """Give the maps of a tensor the ids of their tokens, and the mask, which may come with them."""
+    shape = (len(maps), len(maps[0].tokens))
+    if prompts is None and bos_token_id is not None:
+        raise BadInput("found bos_token_id= without token ids. Give them as prompt.")
+    if prompts is not None:
+        given = read_given("prompt", prompts)
+        if not isinstance(given, TokenIds):
+            raise BadInput(
+                "found text with a tensor of weights. Give token ids: model.to_tokens(text)"
+            )
+        if given.ragged or given.ids.shape != shape:
+            raise BadInput(
+                f"found token ids of shape {tuple(given.ids.shape)} for {shape[0]} maps of "
+                f"{shape[1]} positions."
+            )
+        mask = given.mask if mask is None else mask
+        maps = [
+            replace(
+                one,
+                tokens=tuple(f"#{token}" for token in ids),
+                token_ids=tuple(ids),
+                bos=_places(ids, bos_token_id),
+            )
+            for one, ids in zip(maps, given.ids.tolist(), strict=True)
+        ]
+    if mask is None:
+        return maps
+    rows = torch.as_tensor(mask).detach().cpu().bool()
+    rows = rows.reshape(1, -1) if len(maps) == 1 else rows
+    if rows.shape != shape:
+        raise BadInput(
+            f"found an attention_mask of {rows.shape[-1]} positions for {shape[1]} tokens."
+        )
+    return [replace(one, usable=row.numpy()) for one, row in zip(maps, rows, strict=True)]
+
+
+# ---- shared -------------------------------------------------------------------------------------
+
+
+def _unnamed(
+    layers: Mapping[int, LayerMaps], follow: Follow, name: str, sites: Mapping[int, Site]
+) -> PromptMaps:
+    """Maps of a prompt whose tokens are not known: `#0`, `#1`, …."""
+    width = next(iter(layers.values())).maps.shape[-1]
     tokens = tuple(f"#{i}" for i in range(width))
-    layers = {layer: LayerMaps(_numpy(m)) for layer, m in maps.items()}
-    return Example(tokens, None, frozenset(), layers, name)
+    return PromptMaps(tokens, layers, follow, name, later=_later(sites))
+
+
+def _named(
+    lens: Lens,
+    maps: list[PromptMaps],
+    rows: Sequence[tuple[int, ...]],
+    bos_token_id: int | None,
+) -> list[PromptMaps]:
+    """Give maps the tokens of their prompts."""
+    bos = getattr(lens.tokenizer, "bos_token_id", None) if bos_token_id is None else bos_token_id
+    return [
+        replace(one, tokens=lens.decode_each(ids), token_ids=ids, bos=_places(ids, bos))
+        for one, ids in zip(maps, rows, strict=True)
+    ]
+
+
+def _places(ids: Sequence[int], wanted: int | None) -> frozenset[int]:
+    return frozenset(i for i, token in enumerate(ids) if token == wanted)
 
 
 def _examples(n: int, example: int | None) -> list[int]:
@@ -348,6 +391,10 @@ def _examples(n: int, example: int | None) -> list[int]:
     if not -n <= example < n:
         raise BadInput(f"found example={example}; there are examples 0 to {n - 1}.")
     return [example % n]
+
+
+def _batched(maps: Tensor, has_batch_dim: bool) -> Tensor:
+    return maps if has_batch_dim else maps.unsqueeze(0)
 
 
 def _numpy(x: Tensor) -> Float[np.ndarray, "*any"]:

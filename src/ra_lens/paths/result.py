@@ -3,8 +3,6 @@
 A path is read backwards, from the target to where it ends: `positions[0]` is the target. Its score
 is the sum of the logarithms of its weights, so it is at most 0 and larger is better.
 
-A trace as text, JSON, a table and the data of a Sankey diagram.
-
 JSON keys are those of `reverse-attention` 0.1.0's `trace.json`, with more beside them.
 """
 
@@ -13,19 +11,35 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ra_lens.errors import BadInput
+from ra_lens.files import PAGE, write_whole
 from ra_lens.numbers import Whole, whole
-from ra_lens.text import label
+from ra_lens.paths.page import MOST_PATHS, paths_page
+from ra_lens.text import label, shorten, visible
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Follow = Literal["pattern", "more", "less", "abs", "value_norm"]
 StepKind = Literal["attention", "head", "residual"]
+
+GRADIENT = ("more", "less", "abs")
+_FOLLOW = {
+    "pattern": "attention",
+    "value_norm": "attention × norm of what is written",
+    "more": "where descent wants more attention (−R)",
+    "less": "where descent wants less attention (R)",
+    "abs": "where descent changes attention (|R|)",
+}
+_METADATA = (
+    "seq_len", "target_pos", "layer", "layers", "top_beam", "top_k", "follow", "search",
+    "length_norm", "agg_heads", "model_name",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,42 +103,6 @@ class TracedPath:
 
 
 @dataclass(frozen=True)
-class SankeyNode:
-    """A token of the diagram, `L{layer}_P{position}`."""
-
-    id: str
-    name: str
-    position: int
-    layer: int
-
-
-@dataclass(frozen=True)
-class SankeyLink:
-    """A link of the diagram, in reading order: from the earlier token to the later one.
-
-    Attributes:
-        source: Node it comes from.
-        target: Node it goes to.
-        value: Weights of the paths that use it, each times its path's share (a softmax over the
-            scores).
-        beam_indices: Those paths.
-    """
-
-    source: str
-    target: str
-    value: float
-    beam_indices: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Sankey:
-    """Nodes and links of all paths together."""
-
-    nodes: tuple[SankeyNode, ...]
-    links: tuple[SankeyLink, ...]
-
-
-@dataclass(frozen=True)
 class TraceResult:
     """The best paths that lead to one token.
 
@@ -156,24 +134,52 @@ class TraceResult:
     search: Literal["exact", "beam"] = "exact"
     length_norm: str = "none"
     agg_heads: str | int = "mean"
-    model_name: str = field(default="unknown")
-
-    @property
-    def sankey(self) -> Sankey:
-        """Nodes and links of the paths, as a Sankey diagram needs them."""
-
-        return sankey(self)
-
-    @property
-    def paths_text(self) -> list[str]:
-        """Each path in words, in reading order."""
-
-        return [path_text(self, beam) for beam in self.beams]
+    model_name: str = "unknown"
 
     @property
     def is_layered(self) -> bool:
         """Whether paths run through layers, one step per layer."""
         return self.layer is None
+
+    @property
+    def paths_text(self) -> list[str]:
+        """Each path in words, in reading order."""
+        return [f"{_words(self, beam)} (score {beam.score_norm:.4g})" for beam in self.beams]
+
+    @property
+    def sankey(self) -> dict[str, Any]:
+        """All paths together, as a Sankey diagram needs them.
+
+        `nodes`: the tokens, each with `id` (`L{layer}_P{position}`), `name`, `position`, `layer`.
+        `links`: in reading order, from `source` to `target` (ids of nodes). `value` is the sum of
+        the weights of the paths that use a link, each times its path's share (a softmax over the
+        scores), and `beam_indices` are those paths.
+        """
+        places: set[tuple[int, int]] = set()
+        links: dict[tuple[str, str], dict[str, Any]] = {}
+        shares = _softmax([beam.score_norm for beam in self.beams])
+        for i, (beam, share) in enumerate(zip(self.beams, shares, strict=True)):
+            nodes = nodes_of(self, beam)
+            places.update(nodes)
+            for step, (later, earlier) in zip(beam.steps, pairwise(nodes), strict=True):
+                ends = (_id(*earlier), _id(*later))
+                new = {"source": ends[0], "target": ends[1], "value": 0.0, "beam_indices": []}
+                link = links.setdefault(ends, new)
+                link["value"] += share * step.weight
+                if i not in link["beam_indices"]:
+                    link["beam_indices"].append(i)
+        return {
+            "nodes": [
+                {
+                    "id": _id(layer, position),
+                    "name": self.tokens[position],
+                    "position": position,
+                    "layer": layer,
+                }
+                for layer, position in sorted(places)
+            ],
+            "links": list(links.values()),
+        }
 
     def heads(self, n_paths: Whole = 1) -> list[tuple[int, int]]:
         """Heads on the best `n_paths` paths, each once, for `patch_hooks(heads=...)`.
@@ -191,19 +197,48 @@ class TraceResult:
 
     def to_json(self) -> str:
         """Give everything as one JSON text."""
-
-        return to_json(self)
+        written = {
+            "metadata": {name: getattr(self, name) for name in _METADATA},
+            "tokens": self.tokens,
+            "beams": [
+                {
+                    "positions": beam.positions,
+                    "tokens": beam.tokens,
+                    "token_ids": beam.token_ids,
+                    "edge_attns": beam.edge_attns,
+                    "score_raw": beam.score_raw,
+                    "score_norm": beam.score_norm,
+                    "steps": [vars(step) for step in beam.steps],
+                }
+                for beam in self.beams
+            ],
+            "sankey": self.sankey,
+            "paths_text": self.paths_text,
+        }
+        return json.dumps(written, indent=2, allow_nan=False)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per step of every path."""
+        import pandas as pd
 
-        return to_dataframe(self)
+        rows = [
+            (
+                i, j, step.layer, step.head, step.kind, step.query, step.key,
+                self.tokens[step.query], self.tokens[step.key], step.weight, step.value,
+                beam.score_raw, beam.score_norm,
+            )
+            for i, beam in enumerate(self.beams)
+            for j, step in enumerate(beam.steps)
+        ]  # fmt: skip
+        columns = [
+            "beam", "step", "layer", "head", "kind", "query", "key", "query_token", "key_token",
+            "weight", "value", "score_raw", "score_norm",
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=columns).astype({"head": "Int64"})
 
     def to_html(self) -> str:
         """Give an interactive page of the best 500 paths, which needs no network."""
-        from ra_lens.paths.page import paths_page
-
-        return paths_page([self])
+        return paths_page(f"Attention paths of {self.model_name}", [page_data(self)])
 
     def save_html(self, path: str | Path) -> Path:
         """Write `to_html()` to a file, whose name ends in `.html` and which opens from disk.
@@ -211,8 +246,6 @@ class TraceResult:
         Raises:
             BadInput: the path cannot be written, or holds something else than a page.
         """
-        from ra_lens.files import PAGE, write_whole
-
         return write_whole(path, self.to_html(), PAGE)
 
     def __repr__(self) -> str:
@@ -225,26 +258,26 @@ class TraceResult:
         return "\n".join([first, *(f"  {text}" for text in self.paths_text)])
 
 
-def shares(scores: Sequence[float]) -> list[float]:
-    """Softmax over scores."""
+def _softmax(scores: Sequence[float]) -> list[float]:
     top = max(scores, default=0.0)
     grown = [math.exp(score - top) for score in scores]
     return [value / sum(grown) for value in grown]
 
 
-def path_text(result: TraceResult, path: TracedPath) -> str:
-    """A path in words, earliest token first."""
-    score = f"(score {path.score_norm:.4g})"
-    if result.is_layered:
-        moved = [step_text(result, step) for step in reversed(path.steps) if step.moves]
-        return f"{'; '.join(moved) or 'nothing moved'} {score}"
-    names = [_name(result, position) for position in reversed(path.positions)]
-    return f"{' → '.join(names)} {score}"
+# ---- in words -----------------------------------------------------------------------------------
 
 
-def step_text(result: TraceResult, step: Step) -> str:
+def _words(trace: TraceResult, path: TracedPath) -> str:
+    """A path in words, the earliest token first."""
+    if trace.is_layered:
+        moved = [step_text(trace, step) for step in reversed(path.steps) if step.moves]
+        return "; ".join(moved) or "nothing moved"
+    return " → ".join(_name(trace, position) for position in reversed(path.positions))
+
+
+def step_text(trace: TraceResult, step: Step) -> str:
     """One step in words: `layer 3 head 5 moved “·Italy” (4) to “·of” (9)`."""
-    there, here = _name(result, step.key), _name(result, step.query)
+    there, here = _name(trace, step.key), _name(trace, step.query)
     if step.kind == "residual":
         return f"layer {step.layer}: {here} kept what it had"
     if step.kind == "attention":
@@ -254,119 +287,95 @@ def step_text(result: TraceResult, step: Step) -> str:
     return f"layer {step.layer} head {step.head} moved {there} to {here}"
 
 
-def _name(result: TraceResult, position: int) -> str:
-    return f"“{label(result.tokens[position])}” ({position})"
+def _name(trace: TraceResult, position: int) -> str:
+    return f"“{label(trace.tokens[position])}” ({position})"
 
 
-def sankey(result: TraceResult) -> Sankey:
-    """Nodes and links of all paths of a trace."""
-    nodes: dict[tuple[int, int], SankeyNode] = {}
-    values: dict[tuple[str, str], float] = {}
-    users: dict[tuple[str, str], list[int]] = {}
-    for i, (beam, share) in enumerate(
-        zip(result.beams, shares([beam.score_norm for beam in result.beams]), strict=True)
-    ):
-        boundaries = boundaries_of(result, beam)
-        for place in zip(boundaries, beam.positions, strict=True):
-            nodes.setdefault(place, _node(result, *place))
-        ids = [nodes[place].id for place in zip(boundaries, beam.positions, strict=True)]
-        for step, target, source in zip(beam.steps, ids, ids[1:], strict=False):
-            link = (source, target)
-            values[link] = values.get(link, 0.0) + share * step.weight
-            if i not in users.setdefault(link, []):
-                users[link].append(i)
-    return Sankey(
-        tuple(nodes[place] for place in sorted(nodes)),
-        tuple(SankeyLink(*link, values[link], tuple(users[link])) for link in values),
-    )
+# ---- as a picture -------------------------------------------------------------------------------
 
 
-def boundaries_of(result: TraceResult, beam: TracedPath) -> list[int]:
-    """Layer of each node of a path.
+def nodes_of(trace: TraceResult, path: TracedPath) -> list[tuple[int, int]]:
+    """Layer and position of each node of a path, the target's first.
 
     Across layers a node is the residual stream in front of that layer, the target's being after
     the last one.
     """
-    if result.layer is not None:
-        return [result.layer] * len(beam.positions)
-    return [result.layers[-1] + 1, *(step.layer for step in beam.steps)]
+    if trace.layer is not None:
+        return [(trace.layer, position) for position in path.positions]
+    first = (trace.layers[-1] + 1, trace.target_pos)
+    return [first, *((step.layer, step.key) for step in path.steps)]
 
 
-def _node(result: TraceResult, layer: int, position: int) -> SankeyNode:
-    return SankeyNode(f"L{layer}_P{position}", result.tokens[position], position, layer)
-
-
-def to_json(result: TraceResult) -> str:
-    """See `TraceResult.to_json`."""
-    return json.dumps(as_dict(result), indent=2, allow_nan=False)
-
-
-def as_dict(result: TraceResult) -> dict[str, Any]:
-    """A trace as plain data."""
-    diagram = sankey(result)
+def page_data(trace: TraceResult) -> dict[str, Any]:
+    """What a page shows of a trace: every text and place that `page.js` draws."""
+    shown = trace.beams[:MOST_PATHS]
+    rows: dict[tuple[int, int], int] = {}
+    for lane, beam in enumerate(shown):
+        for node in nodes_of(trace, beam):
+            rows.setdefault(node, node[0] if trace.is_layered else lane)
+    top = trace.layers[-1] + 1 if trace.is_layered else trace.layers[-1]
+    where = "All layers" if trace.is_layered else f"Layer {trace.layer}"
+    n = len(trace.beams)
+    paths = f"{n} best paths" if n <= MOST_PATHS else f"{MOST_PATHS} best of {n} paths"
     return {
-        "metadata": {
-            "seq_len": result.seq_len,
-            "target_pos": result.target_pos,
-            "layer": result.layer,
-            "layers": list(result.layers),
-            "top_beam": result.top_beam,
-            "top_k": result.top_k,
-            "follow": result.follow,
-            "search": result.search,
-            "length_norm": result.length_norm,
-            "agg_heads": result.agg_heads,
-            "model_name": result.model_name,
-        },
-        "tokens": list(result.tokens),
-        "beams": [_beam(beam) for beam in result.beams],
-        "sankey": {
-            "nodes": [vars(node) for node in diagram.nodes],
-            "links": [
-                {**vars(link), "beam_indices": list(link.beam_indices)} for link in diagram.links
-            ],
-        },
-        "paths_text": result.paths_text,
+        "title": f"{where}: {_FOLLOW[trace.follow]}",
+        "about": (
+            f"The {paths} to “{label(trace.tokens[trace.target_pos])}” (position "
+            f"{trace.target_pos} of {trace.seq_len}) along {_FOLLOW[trace.follow]}, "
+            f"{trace.search} search."
+        ),
+        "layered": trace.is_layered,
+        "signed": trace.follow in GRADIENT,
+        "tokens": [visible(token) for token in trace.tokens],
+        "target": _id(top, trace.target_pos),
+        "nodes": [
+            {
+                "id": _id(layer, position),
+                "position": position,
+                "row": row,
+                "label": _boundary(trace, layer),
+            }
+            for (layer, position), row in rows.items()
+        ],
+        "beams": [_beam_data(trace, beam) for beam in shown],
     }
 
 
-def _beam(beam: TracedPath) -> dict[str, Any]:
+def _beam_data(trace: TraceResult, beam: TracedPath) -> dict[str, Any]:
+    ids = [_id(*node) for node in nodes_of(trace, beam)]
+    n = len(beam.steps)
     return {
-        "positions": list(beam.positions),
-        "tokens": list(beam.tokens),
-        "token_ids": None if beam.token_ids is None else list(beam.token_ids),
-        "edge_attns": list(beam.edge_attns),
-        "score_raw": beam.score_raw,
-        "score_norm": beam.score_norm,
-        "steps": [vars(step) for step in beam.steps],
+        "text": shorten(_words(trace, beam), 400),
+        "note": f"score {beam.score_norm:.4g}, {n} step{'s' * (n != 1)}",
+        "nodes": ids,
+        "steps": [
+            {
+                "source": source,
+                "target": target,
+                "weight": step.weight,
+                "value": step.value,
+                "kind": step.kind,
+                "text": step_text(trace, step),
+                "shown": _value(trace, step),
+            }
+            for step, (target, source) in zip(beam.steps, pairwise(ids), strict=True)
+        ],
     }
 
 
-def to_dataframe(result: TraceResult) -> Any:
-    """See `TraceResult.to_dataframe`."""
-    import pandas as pd
+def _value(trace: TraceResult, step: Step) -> str:
+    if step.kind == "residual" or trace.follow == "pattern":
+        return ""
+    name = "norm" if trace.follow == "value_norm" else "−R"
+    return f", {name} {step.value:.3g}"
 
-    rows = [
-        {
-            "beam": i,
-            "step": j,
-            "layer": step.layer,
-            "head": step.head,
-            "kind": step.kind,
-            "query": step.query,
-            "key": step.key,
-            "query_token": result.tokens[step.query],
-            "key_token": result.tokens[step.key],
-            "weight": step.weight,
-            "value": step.value,
-            "score_raw": beam.score_raw,
-            "score_norm": beam.score_norm,
-        }
-        for i, beam in enumerate(result.beams)
-        for j, step in enumerate(beam.steps)
-    ]
-    columns = [
-        "beam", "step", "layer", "head", "kind", "query", "key", "query_token", "key_token",
-        "weight", "value", "score_raw", "score_norm",
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns).astype({"head": "Int64"})
+
+def _id(layer: int, position: int) -> str:
+    return f"L{layer}_P{position}"
+
+
+def _boundary(trace: TraceResult, layer: int) -> str:
+    if not trace.is_layered:
+        return f"Layer {layer}"
+    after = layer == trace.layers[-1] + 1
+    return f"after layer {layer - 1}" if after else f"in front of layer {layer}"

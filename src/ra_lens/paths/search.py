@@ -1,36 +1,30 @@
-"""Best paths through one map, exactly or by beam search.
+"""The best paths, through one map or through all layers, exactly; and beam search.
 
-With w[q, k] the weight of the step from query q back to key k < q, a path p₀ > p₁ > … > p_m from
-the target p₀ has the score
+Through one map. With w[q, k] the weight of the step from query q back to key k < q, a path
+p₀ > p₁ > … > p_m from the target p₀ has the score
 
     S = Σᵢ log w[pᵢ, pᵢ₊₁],    compared as S / m^α    (α = 0: `none`, ½: `sqrt`, 1: `avg_logprob`).
 
 It ends where it must: at position 0, at a BOS token it arrives at, or where no step is left.
 
-Exact. The best rest of a path from each position is a dynamic programme, as positions fall:
+Through all layers. Nodes are (layer, position): the residual stream in front of a layer, and after
+the last one. A step goes from the stream after layer l at q back to the stream in front of it:
+through head h to k ≤ q with weight w[l, h, q, k], or along the residual connection, at q, with
+weight ρ[l, q]. What the MLP does stays at its position and belongs to the residual step. Every path
+has one step per layer, so scores Σ log w compare as they are. A path that never leaves the target
+says nothing about where it came from and is left out (`moved` is part of the node).
+
+Exact. The best rest of a path is a dynamic programme. Through one map, as positions fall:
 
     rest[p] = 0 at an end, else max_k log w[p, k] + rest[k]
 
-and for α ≠ 0 the same per number of steps left, rest[r, p]. With it the score of the best way to go
-on from any beginning is known, so beginnings taken in that order (a priority queue) come out as
-complete paths in the order of their scores: the k best, no others touched. Cost for n tokens: n²
-operations, or n³/3 for α ≠ 0; then about k·m·n.
+and for α ≠ 0 the same per number of steps left, rest[r, p]; through layers, per layer. With it the
+score of the best way to go on from any beginning is known, so beginnings taken in that order (a
+priority queue) come out as complete paths in the order of their scores: the k best, no others
+touched. Cost for n tokens: n² operations, or n³/3 for α ≠ 0, then about k·m·n; layers · heads · n².
 
 Beam. From each of the `top_beam` best beginnings of one length the `top_k` heaviest steps are
 taken; the best `top_beam` of these go on. It misses every path whose beginning falls behind.
-
-Best paths through all layers, exactly.
-
-Nodes are (layer, position): the residual stream in front of a layer, and after the last one. A step
-goes from the stream after layer l at q back to the stream in front of it: through head h to k ≤ q
-with weight w[l, h, q, k], or along the residual connection, at q, with weight ρ[l, q]. What the MLP
-does stays at its position and belongs to the residual step. Every path has one step per layer, so
-scores Σ log w compare as they are.
-
-The best rest of a path from each node is a dynamic programme over layers; with it, beginnings taken
-in the order of the best complete path they allow come out as the k best paths. A path that never
-leaves the target says nothing about where it came from and is left out (`moved` is part of the
-node). Cost: layers · heads · n².
 """
 
 from __future__ import annotations
@@ -38,7 +32,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +44,9 @@ _BLOCK = 64
 
 Found = tuple[list[int], float]
 """Positions of a path from the target on, and its score S."""
+
+Edge = tuple[int, int | None, int, int]
+"""Row of the layer, head (None: residual), query, key."""
 
 
 def read_norm(length_norm: str) -> float:
@@ -79,62 +76,129 @@ def normalised(score: float, steps: int, power: float) -> float:
     return score / steps**power if steps else score
 
 
+# ---- every exact search -------------------------------------------------------------------------
+
+_Place = tuple[int, ...]
+"""How many steps are left (or 1 where that is not counted, 0 at an end), position, and more."""
+
+_Step = tuple[float, float, _Place]
+"""Score of the best rest of a path that begins with this step, log w of the step, where it leads"""
+
+
+def _best_first(
+    starts: Iterable[tuple[float, _Place]],
+    steps_from: Callable[[_Place], Iterable[_Step]],
+    n: int,
+    compared: Callable[[float, _Place], float] = lambda score, _: score,
+) -> list[tuple[tuple[_Place, ...], float]]:
+    """The n best complete paths, best first, as places and score.
+
+    `starts` come with the score of the best path from there; `compared` says how a score counts.
+    """
+    tie = itertools.count()
+    queue: list[tuple[float, int, tuple[_Place, ...], float]] = [
+        (-compared(best, start), next(tie), (start,), 0.0) for best, start in starts
+    ]
+    heapq.heapify(queue)
+    found: list[tuple[tuple[_Place, ...], float]] = []
+    while queue and len(found) < n:
+        _, _, path, score = heapq.heappop(queue)
+        if path[-1][0] == 0:
+            found.append((path, score))
+            continue
+        for rest, weight, place in steps_from(path[-1]):
+            key = -compared(score + rest, place)
+            heapq.heappush(queue, (key, next(tie), (*path, place), score + weight))
+    return found
+
+
+def _largest(values: Float[np.ndarray, "_any"], k: int) -> list[int]:
+    """Places of the k largest finite values, largest first, the earliest first among equals."""
+    if len(values) > 4 * k:  # only k of them can matter
+        threshold = np.partition(values, len(values) - k)[len(values) - k]
+        places = np.flatnonzero(values >= threshold)
+    else:
+        places = np.arange(len(values))
+    places = places[np.isfinite(values[places])]
+    order = np.argsort(-values[places], kind="stable")[:k]
+    return places[order].tolist()
+
+
+# ---- through one map ----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Map:
-    """What paths run through.
+    """What paths run through, up to the target, its last position.
 
     Attributes:
         log: log w, −∞ where there is no step.
-        ends: Where a path that arrives there ends, besides where no step is left.
+        stops: Where a path that arrives there ends.
+        ends: The same, the target apart, and where no step is left.
     """
 
     log: Float[np.ndarray, "query key"]
-    ends: Bool[np.ndarray, "pos"]
+    stops: Bool[np.ndarray, "query"]
+    ends: Bool[np.ndarray, "query"]
 
     @staticmethod
     def make(
-        weights: Float[np.ndarray, "query key"],
+        weights: Float[np.ndarray, "pos pos"],
+        target: int,
         *,
-        ends: Bool[np.ndarray, "pos"],
+        bos: Iterable[int] = (),
         usable: Bool[np.ndarray, "pos"] | None = None,
         min_attn: float = 0.0,
         top_k: int | None = None,
     ) -> Map:
         """Keep the steps to usable, strictly earlier keys that weigh at least `min_attn`.
 
-        `top_k` keeps the heaviest so many of each query.
+        `top_k` keeps the heaviest so many of each query; a path ends where it arrives at a `bos`.
         """
-        kept = np.tril(np.nan_to_num(weights), k=-1)
+        n = target + 1
+        kept = np.tril(np.nan_to_num(weights[:n, :n]), k=-1)
         kept = np.where(kept >= min_attn, kept, 0.0)
         if usable is not None:
-            kept = np.where(usable, kept, 0.0)
-        if top_k is not None and top_k < len(kept):
+            kept = np.where(usable[:n], kept, 0.0)
+        if top_k is not None and top_k < n:
             dropped = np.argsort(-kept, axis=1, kind="stable")[:, top_k:]
             np.put_along_axis(kept, dropped, 0.0, axis=1)
         with np.errstate(divide="ignore"):
-            return Map(np.log(np.maximum(kept, 0.0)), ends)
-
-    def is_end(self, position: int, start: int) -> bool:
-        """Whether a path from `start` ends here."""
-        stuck = not np.isfinite(self.log[position, :position]).any()
-        return stuck or (bool(self.ends[position]) and position != start)
+            log = np.log(np.maximum(kept, 0.0))
+        stops = np.isin(np.arange(n), [0, *bos])
+        stuck = np.asarray(~np.isfinite(log).any(axis=1))
+        return Map(log, stops, np.where(np.arange(n) == target, stuck, stops | stuck))
 
 
-def exact_paths(map: Map, start: int, k: int, power: float) -> list[Found]:
-    """The k best paths from `start`, best first."""
-    n = start + 1
-    log = map.log[:n, :n]
-    stuck = np.asarray(~np.isfinite(log).any(axis=1))
-    ends = stuck | map.ends[:n]
-    ends[start] = stuck[start]
-    if power == 0.0:
-        rest = _rest(log, ends)
-        return list(itertools.islice(_in_order(log, ends, start, k, rest), k))
-    table = _rest_by_steps(log, ends)
-    return list(itertools.islice(_in_order_by_steps(log, start, k, table, power), k))
+def exact_paths(map: Map, k: int, power: float) -> list[Found]:
+    """The k best paths from the target, best first."""
+    log, ends, target = map.log, map.ends, len(map.log) - 1
+    counted = power != 0.0
+    # A place is: steps left, position, steps in all; where not counted, 1 (0 at an end) and 0.
+    if counted:
+        table = _rest_by_steps(log, ends)
+        ways = enumerate(table[:, target].tolist())
+        starts = [(best, (m, target, m)) for m, best in ways if math.isfinite(best)]
+    else:
+        table = _rest(log, ends)[None]
+        starts = [(0.0, (int(not ends[target]), target, 0))]
+
+    def steps_from(place: _Place) -> Iterable[_Step]:
+        left, p, m = place
+        values = log[p, :p] + table[left - 1, :p]
+        for q in _largest(values, k):
+            after = left - 1 if counted else int(not ends[q])
+            yield float(values[q]), float(log[p, q]), (after, q, m)
+
+    def compared(score: float, place: _Place) -> float:
+        return normalised(score, place[2], power)
+
+    found = _best_first(starts, steps_from, k, compared)
+    return [([p for _, p, _ in path], score) for path, score in found]
 
 
 def _rest(log: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """rest[p]: the best S of a path from p to an end."""
     rest = np.zeros(len(log))
     for p in range(len(log)):
         if not ends[p]:
@@ -163,140 +227,71 @@ def _rest_by_steps(log: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return table
 
 
-def _in_order(
-    log: np.ndarray, ends: np.ndarray, start: int, k: int, rest: np.ndarray
-) -> Iterator[Found]:
-    tie = itertools.count()
-    queue: list[tuple[float, int, tuple[int, ...], float]] = [(0.0, 0, (start,), 0.0)]
-    while queue:
-        _, _, path, score = heapq.heappop(queue)
-        p = path[-1]
-        if ends[p]:
-            yield list(path), score
-            continue
-        values = log[p, :p] + rest[:p]
-        for q in _largest(values, k):
-            key = -(score + values[q])
-            heapq.heappush(queue, (key, next(tie), (*path, q), score + float(log[p, q])))
-
-
-def _in_order_by_steps(
-    log: np.ndarray, start: int, k: int, table: np.ndarray, power: float
-) -> Iterator[Found]:
-    tie = itertools.count()
-    queue: list[tuple[float, int, tuple[int, ...], float, int, int]] = []
-    for steps in range(len(table)):
-        score = float(table[steps, start])
-        if np.isfinite(score):
-            key = -normalised(score, steps, power)
-            queue.append((key, next(tie), (start,), 0.0, steps, steps))
-    heapq.heapify(queue)
-    while queue:
-        _, _, path, score, left, steps = heapq.heappop(queue)
-        if left == 0:
-            yield list(path), score
-            continue
-        p = path[-1]
-        values = log[p, :p] + table[left - 1, :p]
-        for q in _largest(values, k):
-            key = -normalised(score + float(values[q]), steps, power)
-            after = score + float(log[p, q])
-            heapq.heappush(queue, (key, next(tie), (*path, q), after, left - 1, steps))
-
-
-def _largest(values: np.ndarray, k: int) -> list[int]:
-    """Places of the k largest finite values, largest first, the earliest first among equals."""
-    if len(values) > 4 * k:  # only k of them can matter
-        threshold = np.partition(values, len(values) - k)[len(values) - k]
-        places = np.flatnonzero(values >= threshold)
-    else:
-        places = np.arange(len(values))
-    places = places[np.isfinite(values[places])]
-    order = np.argsort(-values[places], kind="stable")[:k]
-    return [int(i) for i in places[order]]
-
-
-def beam_paths(map: Map, start: int, top_beam: int, power: float) -> list[Found]:
-    """Paths from `start` that beam search finds, best first, at most `top_beam`."""
-    active: list[Found] = [([start], 0.0)]
+def beam_paths(map: Map, top_beam: int, power: float) -> list[Found]:
+    """Paths from the target that beam search finds, best first, at most `top_beam`."""
+    active: list[Found] = [([len(map.log) - 1], 0.0)]
     done: list[Found] = []
     while active:
         grown: list[Found] = []
         for path, score in active:
             p = path[-1]
-            if map.is_end(p, start):
+            if map.ends[p]:
                 done.append((path, score))
                 continue
             row = map.log[p, :p]
-            order = np.argsort(-row, kind="stable")
-            grown += [
-                ([*path, int(q)], score + float(row[q])) for q in order if np.isfinite(row[q])
-            ]
-        done += [found for found in grown if _arrived(map, found[0][-1])]
-        going = [found for found in grown if not _arrived(map, found[0][-1])]
+            grown += [([*path, q], score + float(row[q])) for q in _largest(row, p)]
+        # Where no step is left shows only when it is tried: such beginnings compete with others.
+        done += [found for found in grown if map.stops[found[0][-1]]]
+        going = [found for found in grown if not map.stops[found[0][-1]]]
         active = _best(going, top_beam, power)
     return _best(done, top_beam, power)
-
-
-def _arrived(map: Map, position: int) -> bool:
-    # Where no step is left shows only when it is tried: such beginnings compete with the others.
-    return position == 0 or bool(map.ends[position])
 
 
 def _best(found: list[Found], n: int, power: float) -> list[Found]:
     return sorted(found, key=lambda f: -normalised(f[1], len(f[0]) - 1, power))[:n]
 
 
-Edge = tuple[int, int | None, int, int]
-"""Row of the layer, head (None: residual), query, key."""
-
-
-@dataclass(frozen=True)
-class Layered:
-    """The graph.
-
-    Attributes:
-        heads: log w of the heads of each layer, −∞ where there is no step.
-        residual: log ρ of each layer.
-    """
-
-    heads: Sequence[Float[np.ndarray, "_head query key"]]
-    residual: Sequence[Float[np.ndarray, "pos"]]
+# ---- through all layers -------------------------------------------------------------------------
 
 
 def layered_paths(
-    graph: Layered, start: int, k: int, *, must_move: bool = True
+    heads: Sequence[Float[np.ndarray, "_head query key"]],
+    residual: Sequence[Float[np.ndarray, "pos"]],
+    start: int,
+    k: int,
+    *,
+    must_move: bool = True,
 ) -> list[tuple[list[Edge], float]]:
-    """The k best paths from `start` after the last layer, best first, as edges and score."""
+    """The k best paths from `start` after the last layer, best first, as edges and score.
+
+    `heads` is log w of each layer, −∞ where there is no step, and `residual` log ρ. `must_move`
+    leaves out the paths that never leave `start`.
+    """
     n = start + 1
-    heads = [layer[:, :n, :n] for layer in graph.heads]
-    stays = [layer[:n] for layer in graph.residual]
+    heads, stays = [layer[:, :n, :n] for layer in heads], [layer[:n] for layer in residual]
     rest = _rest_of_layers(heads, stays, must_move=must_move)
-    tie = itertools.count()
-    found: list[tuple[list[Edge], float]] = []
-    # (−best score, tie, layers left, position, moved, score so far, edges)
-    queue: list[tuple[float, int, int, int, int, float, tuple[Edge, ...]]] = []
-    depth = len(heads)
-    if np.isfinite(rest[depth][0, start]):
-        queue.append((-float(rest[depth][0, start]), 0, depth, start, 0, 0.0, ()))
-    while queue and len(found) < k:
-        _, _, left, p, moved, score, edges = heapq.heappop(queue)
-        if left == 0:
-            found.append((list(edges), score))
-            continue
+
+    # A place is: layers left, position, whether it has moved, the head that led there (−1: none).
+    def steps_from(place: _Place) -> Iterable[_Step]:
+        left, p, moved, _ = place
         row, below = left - 1, rest[left - 1]
         goes = below[1, : p + 1].copy()
         goes[p] = below[moved, p]
         weights = np.concatenate([[stays[row][p]], heads[row][:, p, : p + 1].ravel()])
         values = weights + np.concatenate([[below[moved, p]], np.tile(goes, len(heads[row]))])
-        for i in np.argsort(-values, kind="stable")[:k]:
-            if not np.isfinite(values[i]):
-                break
-            head, key = (None, p) if i == 0 else divmod(int(i) - 1, p + 1)
-            after = (*edges, (row, head, p, key))
-            entry = (left - 1, key, int(moved or key != p), score + float(weights[i]), after)
-            heapq.heappush(queue, (-(score + float(values[i])), next(tie), *entry))
-    return found
+        for i in _largest(values, k):
+            head, key = divmod(i - 1, p + 1)  # −1 and p for the first, the residual connection
+            after = (row, key, int(moved or key != p), head)
+            yield float(values[i]), float(weights[i]), after
+
+    def edge(here: _Place, there: _Place) -> Edge:
+        row, key, _, head = there
+        return row, None if head < 0 else head, here[1], key
+
+    best = float(rest[-1][0, start])
+    starts = [(best, (len(heads), start, 0, -1))] if math.isfinite(best) else []
+    found = _best_first(starts, steps_from, k)
+    return [([edge(*pair) for pair in itertools.pairwise(path)], score) for path, score in found]
 
 
 def _rest_of_layers(

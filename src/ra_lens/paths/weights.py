@@ -28,9 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ra_lens.errors import BadInput
-from ra_lens.paths.result import Follow
-
-GRADIENT = ("more", "less", "abs")
+from ra_lens.paths.result import GRADIENT, Follow
 
 
 def part(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
@@ -47,29 +45,19 @@ def signed(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray,
     return -maps if follow in GRADIENT else maps
 
 
-@dataclass(frozen=True)
-class Aggregated:
-    """One layer's map, heads put together.
-
-    Attributes:
-        weights: Of steps; not negative.
-        values: A, or −R where it is followed, its sign that of the heads together.
-    """
-
-    weights: Float[np.ndarray, "query key"]
-    values: Float[np.ndarray, "query key"]
-
-
 def aggregate(
     maps: Float[np.ndarray, "head query key"], follow: Follow, agg_heads: str | int
-) -> Aggregated:
-    """Put the heads of a layer together.
+) -> tuple[Float[np.ndarray, "query key"], Float[np.ndarray, "query key"]]:
+    """Put the heads of a layer together by `mean` or `max`, or take one by its index.
+
+    Gives the weights of steps, not negative, and what is told of them: A, or −R where that is
+    followed, its sign that of the heads together.
 
     Raises:
-        BadInput: no such way, or no such head.
+        BadInput: no such head.
     """
     parts, shown = part(follow, maps), signed(follow, maps)
-    if isinstance(agg_heads, int) and not isinstance(agg_heads, bool):
+    if isinstance(agg_heads, int):
         if not -len(maps) <= agg_heads < len(maps):
             raise BadInput(
                 f"found agg_heads={agg_heads}; this layer has heads 0 to {len(maps) - 1}."
@@ -77,18 +65,14 @@ def aggregate(
         weights, values = parts[agg_heads], shown[agg_heads]
     elif agg_heads == "mean":
         weights, values = parts.mean(axis=0), shown.mean(axis=0)
-    elif agg_heads == "max":
+    else:
         winner = parts.argmax(axis=0)[None]
         weights, values = (np.take_along_axis(x, winner, axis=0)[0] for x in (parts, shown))
-    else:
-        raise BadInput(f"found agg_heads={agg_heads!r}; give 'mean', 'max' or the index of a head.")
     if follow in GRADIENT:
-        values = np.where(values < 0, -1.0, 1.0) * weights if follow == "abs" else (
-            weights if follow == "more" else -weights
-        )  # fmt: skip
+        want_less = values < 0 if follow == "abs" else follow == "less"
         strongest = float(np.tril(weights, k=-1).sum(axis=1).max(initial=0.0))
-        weights = weights / (strongest or 1.0)
-    return Aggregated(weights, values)
+        weights, values = weights / (strongest or 1.0), np.where(want_less, -weights, weights)
+    return weights, values
 
 
 @dataclass(frozen=True)

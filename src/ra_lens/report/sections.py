@@ -13,6 +13,7 @@ from ra_lens import html
 from ra_lens.html import Table, resource
 from ra_lens.paths import TraceResult
 from ra_lens.paths.page import paths_fragment, paths_script, paths_style
+from ra_lens.paths.result import page_data
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _section(part: Section) -> str:
         inner = "".join(map(_figure, figures))
         lines.append(f'<div class="card figures">{inner}</div>')
     if part.traces:
-        lines.append(paths_fragment(part.traces))
+        lines.append(paths_fragment([page_data(trace) for trace in part.traces]))
     lines += map(html.note, part.notes)
     return "\n".join([*lines, "</section>"])
 

@@ -18,10 +18,24 @@ Example:
     ```
 """
 
-from ra_lens.tasks.held_out import held_out_prompts, is_held_out_adjacency, is_held_out_query
-from ra_lens.tasks.library import load_task, task_names
-from ra_lens.tasks.same_length import same_length_sets
-from ra_lens.tasks.task import Pair, Part, Prompt, Split, SplitRule, Task, TaskKind
+from ra_lens.tasks.builtin import (
+    held_out_prompts,
+    is_held_out_adjacency,
+    is_held_out_query,
+    load_task,
+    task_names,
+)
+from ra_lens.tasks.task import (
+    Pair,
+    Part,
+    Prompt,
+    Split,
+    SplitRule,
+    Task,
+    TaskKind,
+    Unseen,
+    same_length_sets,
+)
 
 __all__ = [
     "Pair",
@@ -31,6 +45,7 @@ __all__ = [
     "SplitRule",
     "Task",
     "TaskKind",
+    "Unseen",
     "held_out_prompts",
     "is_held_out_adjacency",
     "is_held_out_query",

@@ -20,7 +20,6 @@ folder itself. The name of a task is that of its file, without ``.json``.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ from typing import Any, cast
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.files import check_input, is_folder, user_path
-from ra_lens.tasks.task import Pair, Task, TaskKind
+from ra_lens.tasks.task import Pair, Task, TaskKind, no_task
 from ra_lens.text import decoded, whole_text
 
 ICL_BEFORE, ICL_AFTER = "Q: ", "\nA:"
@@ -59,12 +58,10 @@ def folder_names(folder: str | Path, kind: TaskKind | None = None) -> tuple[str,
 
 
 def load_from_folder(name: str, folder: str | Path) -> Task:
-    """Return a task of a folder.
+    """Return a task of a folder, by the name of its file without ``.json``.
 
-    Args:
-        name: the name of its file without ``.json``; with ``icl/`` or ``natural/`` in front where
-            both kinds have that name (the bare name is the ICL task).
-        folder: where to look; see the module.
+    With ``icl/`` or ``natural/`` in front where both kinds have that name; the bare name is the ICL
+    task.
 
     Raises:
         BadInput: there is no such folder or task; the message names close ones.
@@ -85,20 +82,12 @@ def load_from_folder(name: str, folder: str | Path) -> Task:
         if path.stem == bare and wanted in ("", *_PLACES) and _kind_in(path) is None:
             return read_task(path, bare, None, source=str(folder))
     names = folder_names(root)
-    close = difflib.get_close_matches(name.lower().replace(" ", "-"), names, n=3, cutoff=0.5)
-    hint = f"Close names: {', '.join(close)}. " if close else ""
     held = ", ".join(names) if names else "no tasks (files icl/NAME.json, natural/NAME.json)"
-    raise BadInput(f"There is no task {name!r} in the folder {folder}. {hint}It has {held}.")
+    raise no_task(f"task {name!r} in the folder {folder}", name, names, f"It has {held}.")
 
 
 def read_task(path: Path, name: str, kind: TaskKind | None, *, source: str) -> Task:
-    """Return the task that a file holds, called `name`.
-
-    Args:
-        path: the file.
-        name: what to call the task.
-        kind: what the file has to hold; None for a file that looks like neither.
-        source: where the task is from, as `Task.source` says it.
+    """Return the task that a file holds, called `name`; `kind` None: it looks like neither.
 
     Raises:
         BadFile: the file is not as it has to be; the message says where.
