@@ -103,8 +103,8 @@ def _at_positions(forward: Any, positions: Tensor, *args: Any, **kwargs: Any) ->
 
 
 def at_columns(
-    x: Float[Tensor, "batch pos d"], columns: Int[Tensor, "batch read"]
-) -> Float[Tensor, "batch read d"]:
+    x: Float[Tensor, "batch pos *rest"], columns: Int[Tensor, "batch read"]
+) -> Float[Tensor, "batch read *rest"]:
     """What a tensor holds at some columns of each row."""
     return x[_index(columns, x)]
 
