@@ -34,11 +34,7 @@ font:16px/1.5 system-ui,sans-serif}h1{font-size:1.4rem;overflow-wrap:anywhere}
 
 
 def paths_page(title: str, traces: Sequence[Mapping[str, Any]]) -> str:
-    """Write a whole page with one tab per trace.
-
-    Raises:
-        BadInput: no traces.
-    """
+    """Write a whole page with one tab per trace."""
     script = paths_script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
@@ -64,11 +60,7 @@ def paths_page(title: str, traces: Sequence[Mapping[str, Any]]) -> str:
 
 
 def paths_fragment(traces: Sequence[Mapping[str, Any]]) -> str:
-    """Write the part of a page that shows traces; `paths_script` must run once, after all.
-
-    Raises:
-        BadInput: no traces.
-    """
+    """Write the part of a page that shows traces; `paths_script` must run once, after all."""
     if not traces:
         raise BadInput("found no traces to show. Give at least one, from trace_paths.")
     # The data must not be able to end its own element, nor to open a comment.
