@@ -39,7 +39,6 @@ def test_pairs_are_grouped_by_the_length_of_question_and_answer() -> None:
         5: ["ab", "de", "ab"],
     }
     assert [task.name for task in sets.values()] == ["own_len_4_1", "own_len_5_1"]
-    assert {task.base_name for task in sets.values()} == {"own"}
     assert {task.source for task in sets.values()} == {"here"}
     two = same_length_sets(TASK, letters, at_least=1, answer_tokens=2)
     assert {task.name: inputs(task) for task in two.values()} == {

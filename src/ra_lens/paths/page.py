@@ -25,21 +25,13 @@ the file has 0.5 to 5 MB.
 
 
 def paths_page(title: str, traces: Sequence[Mapping[str, Any]]) -> str:
-    """Write a whole page with one tab per trace.
-
-    Raises:
-        BadInput: no traces.
-    """
+    """Write a whole page with one tab per trace."""
     body = [paths_fragment(traces)]
     return html.page(title, body, styles=[paths_style()], scripts=[paths_script()])
 
 
 def paths_fragment(traces: Sequence[Mapping[str, Any]]) -> str:
-    """Write the part of a page that shows traces; `paths_script` must run once, after all.
-
-    Raises:
-        BadInput: no traces.
-    """
+    """Write the part of a page that shows traces; `paths_script` must run once, after all."""
     if not traces:
         raise BadInput("found no traces to show. Give at least one, from trace_paths.")
     data = html.data(traces)

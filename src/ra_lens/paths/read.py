@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
-from ra_lens.errors import BadInput, NotStored, UnsupportedModel
+from ra_lens.errors import BadInput, NotStored, UnsupportedModel, one_of
 from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.model import Layers, Lens, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
@@ -95,7 +95,7 @@ def read_maps(
         NotStored: the cache does not hold the maps.
         UnsupportedModel: a model whose maps cannot be read.
     """
-    check_follow(follow, get_args(Follow))
+    one_of("follow", follow, get_args(Follow))
     layers = None if layers is None else wholes("layers", layers)
     example = whole_or_none("example", example)
     bos_token_id = whole_or_none("bos_token_id", bos_token_id)
@@ -153,33 +153,15 @@ def read_maps(
     return _named(lens, _from_cache(cache, follow, None, None), rows, bos_token_id)
 
 
-def check_follow(follow: str, choices: Sequence[str]) -> None:
-    """Refuse what is none of the choices.
-
-    Raises:
-        BadInput: it is none.
-    """
-    if follow not in choices:
-        raise BadInput(f"found follow={follow!r}; give one of {', '.join(map(repr, choices))}.")
-
-
 def refuse(what: str, **given: object) -> None:
-    """Refuse what was given with a source that does not take it.
-
-    Raises:
-        BadInput: something was given.
-    """
+    """Refuse what was given with a source that does not take it."""
     for name, value in given.items():
         if value is not None:
             raise BadInput(f"found {name}= with {what}. Leave it out.")
 
 
 def refuse_later_tokens(layers: Sequence[str], name: str) -> None:
-    """Refuse to trace through layers whose tokens attend to later ones.
-
-    Raises:
-        UnsupportedModel: there are such layers.
-    """
+    """Refuse to trace through layers whose tokens attend to later ones."""
     if layers:
         raise UnsupportedModel(
             f"{layers[0]} of {name} also attends to later tokens; trace_layers is for models "
@@ -219,8 +201,7 @@ def _from_forward(
         batch = part.lay_out(lens)
         with watched(lens, batch):
             shown, _ = lens.look(keep, batch.tokens, batch.attention_mask, batch.last)
-        seen: dict[int, dict[str, Tensor]] = {}
-        norms: dict[int, Tensor] = {}
+        norms: dict[int, tuple[Tensor, Tensor]] = {}  # of what is written, and of the stream
         for layer, site in sites.items():
             if site.pattern_name not in shown:
                 raise UnsupportedModel(
@@ -228,20 +209,19 @@ def _from_forward(
                     "nothing to trace. The model probably runs fused attention: load it with "
                     "attn_implementation='eager'."
                 )
-            seen[layer] = {what: shown[name] for what, name in names[layer].items()}
             if values:
-                norms[layer] = written_norms(lens, site, seen[layer]["pattern"], seen[layer])
+                seen = {what: shown[name] for what, name in names[layer].items()}
+                written = written_norms(lens, site, seen["pattern"], seen)
+                norms[layer] = written, seen["x"].double().norm(dim=-1)
         for i, place in enumerate(which):
             span = batch.span(i)
-            layers = {
-                layer: LayerMaps(
-                    _numpy(things["pattern"][i, :, span, span]),
-                    _numpy(norms[layer][i, :, span]) if values else None,
-                    _numpy(things["x"][i, span].double().norm(dim=-1)) if values else None,
-                )
-                for layer, things in seen.items()
-            }
-            found[place] = _unnamed(layers, follow, lens.name, sites)
+            maps = {n: shown[site.pattern_name][i, :, span, span] for n, site in sites.items()}
+            one = _unnamed(maps, follow, lens.name, sites)
+            layers = dict(one.layers)
+            for layer, (written, stream) in norms.items():
+                own = _numpy(written[i, :, span]), _numpy(stream[i, span])
+                layers[layer] = LayerMaps(layers[layer].maps, *own)
+            found[place] = replace(one, layers=layers)
     return [found[place] for place in sorted(found)]
 
 
@@ -263,15 +243,14 @@ def _from_cache(
     known, starts = cache.info.str_tokens, cache.info.starts
     found: list[PromptMaps] = []
     for i in _examples(cache.batch_size, example):
-        span = slice(None)
+        own = {layer: m[i] for layer, m in maps.items()}
         if known is not None:
             start = starts[i] if starts else 0
             span = slice(start, start + len(known[i]))
-        own = {layer: LayerMaps(_numpy(m[i][:, span, span])) for layer, m in maps.items()}
+            own = {layer: m[:, span, span] for layer, m in own.items()}
         one = _unnamed(own, follow, cache.info.model_name, sites)
         if known is not None:
-            first = known[i][0] if cache.info.bos_prepended else None
-            bos = frozenset(j for j, text in enumerate(known[i]) if text == first)
+            bos = _places(known[i], known[i][0]) if cache.info.bos_prepended else frozenset[int]()
             one = replace(one, tokens=tuple(known[i]), bos=bos)
         found.append(one)
     return found
@@ -295,7 +274,7 @@ def _from_activation_cache(
         has_batch = bool(getattr(cache, "has_batch_dim", True))
         maps[layer] = _batched(cache.cache_dict[site.pattern_name], has_batch)
     examples = _examples(len(next(iter(maps.values()))), example)
-    held = [{layer: LayerMaps(_numpy(m[i])) for layer, m in maps.items()} for i in examples]
+    held = [{layer: m[i] for layer, m in maps.items()} for i in examples]
     return lens, [_unnamed(own, follow, lens.name, sites) for own in held]
 
 
@@ -310,10 +289,7 @@ def _from_tensor(weights: Tensor, follow: Follow, example: int | None) -> list[P
             f"found a tensor of shape {tuple(weights.shape)}; attention weights are [query, key], "
             "[head, query, key] or [batch, head, query, key], with as many queries as keys."
         )
-    return [
-        _unnamed({0: LayerMaps(_numpy(maps[i]))}, follow, "tensor", {})
-        for i in _examples(len(maps), example)
-    ]
+    return [_unnamed({0: maps[i]}, follow, "tensor", {}) for i in _examples(len(maps), example)]
 
 
 def _with_ids(
@@ -359,11 +335,11 @@ def _with_ids(
 
 
 def _unnamed(
-    layers: Mapping[int, LayerMaps], follow: Follow, name: str, sites: Mapping[int, Site]
+    maps: Mapping[int, Tensor], follow: Follow, name: str, sites: Mapping[int, Site]
 ) -> PromptMaps:
     """Maps of a prompt whose tokens are not known: `#0`, `#1`, …."""
-    width = next(iter(layers.values())).maps.shape[-1]
-    tokens = tuple(f"#{i}" for i in range(width))
+    tokens = tuple(f"#{i}" for i in range(next(iter(maps.values())).shape[-1]))
+    layers = {layer: LayerMaps(_numpy(m)) for layer, m in maps.items()}
     return PromptMaps(tokens, layers, follow, name, later=_later(sites))
 
 
@@ -381,7 +357,7 @@ def _named(
     ]
 
 
-def _places(ids: Sequence[int], wanted: int | None) -> frozenset[int]:
+def _places(ids: Sequence[object], wanted: object) -> frozenset[int]:
     return frozenset(i for i, token in enumerate(ids) if token == wanted)
 
 

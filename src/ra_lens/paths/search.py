@@ -50,11 +50,7 @@ Edge = tuple[int, int | None, int, int]
 
 
 def read_norm(length_norm: str) -> float:
-    """The α of a normalisation of scores by the number of steps.
-
-    Raises:
-        BadInput: none of `none`, `avg_logprob`, `sqrt`, `pow:α`.
-    """
+    """The α of a normalisation of scores by the number of steps."""
     known = {"none": 0.0, "avg_logprob": 1.0, "sqrt": 0.5}
     if length_norm in known:
         return known[length_norm]

@@ -15,19 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor, nn
 
-from ra_lens.errors import BadInput
+from ra_lens.errors import BadInput, one_of
 from ra_lens.head_names import Head, layer_and_index
 from ra_lens.inputs import Mask, read_given
 from ra_lens.model import Layers
 from ra_lens.numbers import Real, Whole, as_whole, real, real_or_none, whole, whole_or_none
-from ra_lens.paths.read import (
-    PromptMaps,
-    Source,
-    check_follow,
-    read_maps,
-    refuse,
-    refuse_later_tokens,
-)
+from ra_lens.paths.read import PromptMaps, Source, read_maps, refuse, refuse_later_tokens
 from ra_lens.paths.result import GRADIENT, Follow, Step, TracedPath, TraceResult
 from ra_lens.paths.search import Map, beam_paths, exact_paths, layered_paths, normalised, read_norm
 from ra_lens.paths.weights import across_layers, aggregate
@@ -98,16 +91,15 @@ def trace_paths(
     target_pos, layer = whole("target_pos", target_pos), whole("layer", layer)
     top_beam, top_k = _at_least_one_path(top_beam), whole_or_none("top_k", top_k)
     min_attn, power, agg = real("min_attn", min_attn), read_norm(length_norm), read_agg(agg_heads)
-    if search not in ("exact", "beam"):
-        raise BadInput(f"found search={search!r}; give 'exact' or 'beam'.")
+    one_of("search", search, get_args(Search))
     if top_k is not None and top_k < 1:
         raise BadInput(f"found top_k={top_k}; follow at least one step, or None for all.")
     if isinstance(source, Tensor) and layer != -1:
         raise BadInput(f"found layer={layer} with a tensor, which is one layer. Leave it out.")
-    follow = _followed(source, follow, "pattern", ("pattern", *GRADIENT))
     maps = _maps_of(
         source,
         prompt,
+        ("pattern", *GRADIENT),
         example,
         follow=follow,
         layers=None if isinstance(source, Tensor | PromptMaps) else layer,
@@ -117,7 +109,7 @@ def trace_paths(
         prepend_bos=prepend_bos,
         bos_token_id=bos_token_id,
     )
-    layer = _layer(maps, layer if isinstance(source, PromptMaps) else -1)
+    follow, layer = maps.follow, _layer(maps, layer if isinstance(source, PromptMaps) else -1)
     start, agg = _start(maps, target_pos), _of_layer(agg, layer)
     weights, values = aggregate(maps.layers[layer].maps, follow, agg)
     top_k = 5 if search == "beam" and top_k is None else top_k
@@ -205,10 +197,10 @@ def trace_layers(
     """
     target_pos, top_beam = whole("target_pos", target_pos), _at_least_one_path(top_beam)
     residual = real_or_none("residual", residual)
-    follow = _followed(source, follow, "value_norm", get_args(Follow))
     maps = _maps_of(
         source,
         prompt,
+        ("value_norm", "pattern", *GRADIENT),
         example,
         follow=follow,
         layers=layers,
@@ -220,7 +212,7 @@ def trace_layers(
     refuse_later_tokens(maps.later, maps.model_name)
     if maps.usable is not None:
         raise BadInput("found attention_mask= with a tensor; use trace_paths for each example.")
-    start, through = _start(maps, target_pos), sorted(maps.layers)
+    follow, start, through = maps.follow, _start(maps, target_pos), sorted(maps.layers)
     weights = across_layers([maps.layers[layer] for layer in through], follow, residual)
     with np.errstate(divide="ignore"):
         heads, stays = [np.log(w.heads) for w in weights], [np.log(w.residual) for w in weights]
@@ -260,11 +252,7 @@ def trace_layers(
 
 
 def read_agg(agg_heads: AggHeads) -> str | int | tuple[int, int]:
-    """Read how heads are put together: `mean`, `max`, the index of one, or its layer and index.
-
-    Raises:
-        BadInput: none of them.
-    """
+    """Read how heads are put together: `mean`, `max`, the index of one, or its layer and index."""
     index = as_whole(agg_heads)
     if index is not None:
         return index
@@ -286,26 +274,24 @@ def _at_least_one_path(top_beam: Whole) -> int:
     return top_beam
 
 
-def _followed(
-    source: Source | PromptMaps, follow: Follow | None, default: Follow, choices: Sequence[str]
-) -> Follow:
-    if isinstance(source, PromptMaps):
-        refuse("maps that have been read", follow=follow)
-        follow = source.follow
-    follow = follow or default
-    check_follow(follow, choices)
-    return follow
-
-
 def _maps_of(
-    source: Source | PromptMaps, prompt: PromptInput | None, example: Whole, **how: Any
+    source: Source | PromptMaps,
+    prompt: PromptInput | None,
+    choices: tuple[Follow, ...],
+    example: Whole,
+    *,
+    follow: Follow | None,
+    **how: Any,
 ) -> PromptMaps:
-    """Read the maps of the one prompt that is traced."""
+    """Read the maps of the one prompt that is traced, to follow the first choice by default."""
     if isinstance(source, PromptMaps):
-        refuse("maps that have been read", **{**how, "prompt": prompt, "follow": None})
+        refuse("maps that have been read", prompt=prompt, follow=follow, **how)
+        one_of("follow", source.follow, choices)
         return source
+    follow = follow or choices[0]
+    one_of("follow", follow, choices)
     if not isinstance(source, nn.Module):
-        return read_maps(source, prompt, example=example, **how)[0]
+        return read_maps(source, prompt, follow=follow, example=example, **how)[0]
     if prompt is not None and not isinstance(prompt, Prompts):
         prompt = read_given("prompt", prompt)
     if prompt is not None and len(prompt) != 1:
@@ -313,7 +299,7 @@ def _maps_of(
             f"found {len(prompt)} prompts; this traces one. For several: "
             "[trace_paths(maps) for maps in read_maps(model, prompts)]."
         )
-    return read_maps(source, prompt, **how)[0]
+    return read_maps(source, prompt, follow=follow, **how)[0]
 
 
 def _layer(maps: PromptMaps, layer: int) -> int:

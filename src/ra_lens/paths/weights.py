@@ -52,9 +52,6 @@ def aggregate(
 
     Gives the weights of steps, not negative, and what is told of them: A, or −R where that is
     followed, its sign that of the heads together.
-
-    Raises:
-        BadInput: no such head.
     """
     parts, shown = part(follow, maps), signed(follow, maps)
     if isinstance(agg_heads, int):
@@ -108,11 +105,7 @@ class LayerWeights:
 def across_layers(
     layers: Sequence[LayerMaps], follow: Follow, residual: float | None
 ) -> list[LayerWeights]:
-    """Weights of all layers' steps.
-
-    Raises:
-        BadInput: a residual that is no share, or a gradient that is zero everywhere.
-    """
+    """Weights of all layers' steps."""
     if residual is not None and not 0.0 <= residual < 1.0:
         raise BadInput(
             f"found residual={residual}; give the share of the residual connection, at least 0 "

@@ -43,11 +43,6 @@ def load_published(name: str) -> Task:
     """Return a published task, downloaded the first time and read from the cache afterwards.
 
     Its name may have ``icl/`` in front.
-
-    Raises:
-        BadInput: there is no such task, or the cache cannot be written.
-        DownloadFailed: the file cannot be had now.
-        BadFile: what was downloaded is not the published file.
     """
     kind, _, bare = name.rpartition("/")
     if bare not in FILES or kind not in ("", "icl"):
@@ -77,11 +72,6 @@ def fetch(url: str, sha256: str, destination: Path, *, timeout: float = TIMEOUT)
     """Make sure that `destination` holds the file with this SHA-256; download it if it does not.
 
     `timeout` is how long to wait for the server, in seconds.
-
-    Raises:
-        BadInput: the file cannot be written there, or the address is not one of a web server.
-        DownloadFailed: the server cannot be reached, does not have the file, or broke off.
-        BadFile: the server gave another file.
     """
     try:
         if _digest(destination.read_bytes()) == sha256:

@@ -45,10 +45,6 @@ def folder_names(folder: str | Path, kind: TaskKind | None = None) -> tuple[str,
 
     A natural task that shares its name with an ICL one is called ``natural/name``. Files in the
     folder itself that hold no task are passed over.
-
-    Raises:
-        BadInput: there is no such folder.
-        BadFile: it cannot be looked into.
     """
     root = _check(folder)
     icl = sorted({path.stem for path in _files(root, "icl")})
@@ -62,11 +58,6 @@ def load_from_folder(name: str, folder: str | Path) -> Task:
 
     With ``icl/`` or ``natural/`` in front where both kinds have that name; the bare name is the ICL
     task.
-
-    Raises:
-        BadInput: there is no such folder or task; the message names close ones.
-        BadFile: the file is not as it has to be, the message says where; or the folder cannot be
-            looked into.
     """
     root = _check(folder)
     wanted, _, bare = name.rpartition("/")
@@ -87,11 +78,7 @@ def load_from_folder(name: str, folder: str | Path) -> Task:
 
 
 def read_task(path: Path, name: str, kind: TaskKind | None, *, source: str) -> Task:
-    """Return the task that a file holds, called `name`; `kind` None: it looks like neither.
-
-    Raises:
-        BadFile: the file is not as it has to be; the message says where.
-    """
+    """Return the task that a file holds, called `name`; `kind` None: it looks like neither."""
     data = _parse(path)
     if kind != "natural":
         if not isinstance(data, list):

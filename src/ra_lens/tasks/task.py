@@ -16,7 +16,6 @@ import difflib
 import hashlib
 import math
 import random
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -30,9 +29,6 @@ TaskKind = Literal["icl", "natural"]
 SplitRule = Literal["code", "text"]
 Part = Literal["train", "valid", "test"]
 T = TypeVar("T")
-
-# What `same_length_sets` appends to the name of the task it takes pairs from.
-_LENGTH_SUFFIX = re.compile(r"_len_\d+_\d+$")
 
 
 def stable_int(*parts: object) -> int:
@@ -163,11 +159,6 @@ class Task:
         for i, pair in enumerate(self.pairs):
             for side, text in (("input", pair.input), ("output", pair.output)):
                 whole_text(f"task {self.name!r}, pair {i}: its {side}", text)
-
-    @property
-    def base_name(self) -> str:
-        """Name of the task that a same-length set was taken from; else the task's own name."""
-        return _LENGTH_SUFFIX.sub("", self.name)
 
     def answer(self, pair: Pair) -> str:
         """Return the text a model has to produce for `pair`: its output after one space."""
