@@ -74,7 +74,7 @@ def lint(session: nox.Session) -> None:
 def notebooks(session: nox.Session) -> None:
     """The notebooks run, and show what they showed when they were written."""
     run = environment(session, "tl3", "-e", ".[test,images,notebook]")
-    paths = ["tests/notebooks", "tests/test_figures_notebook.py"]
+    paths = ["tests/notebooks", "tests/figures/test_figures_notebook.py"]
     run("python", "-m", "pytest", *paths, "--run-notebooks", "-n", "0", *session.posargs)
 
 

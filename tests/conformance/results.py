@@ -90,7 +90,7 @@ Every architecture below is built small and random, with Hugging Face's own code
 TransformerLens, and compared with Hugging Face's own model. This page is written by
 
 ```bash
-cd tests && python -m conformance    # once in each environment; see constraints/
+PYTHONPATH=tests:tests/helpers python -m conformance    # once in each environment; see constraints/
 ```
 
 and checked by `python -m pytest tests/conformance --every-model`. How to find out about a model of

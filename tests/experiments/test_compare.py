@@ -12,7 +12,7 @@ import pytest
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments.paper import compare_with_paper, count_cells, paper_model, read_paper
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "paper"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "paper"
 
 AUC = """table,model,task,kind,n_shots,method,direction,auc,note
 9,GPT2-xl,country-capital,natural,0,Random,none,0.02,

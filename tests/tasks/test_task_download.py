@@ -16,7 +16,7 @@ from ra_lens.tasks import Pair, download, load_task, task_names
 from ra_lens.tasks.download import COMMIT, fetch
 from web_site import CONTENT, HALF, SHA256, Site, serving
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "tasks" / "icl"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "tasks" / "icl"
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import figures
 from benchmarks.timing import low_high
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TABLES = json.loads((DOCS / "performance.json").read_text(encoding="utf-8"))
 BARS = {
     "engine": "over the forward pass",

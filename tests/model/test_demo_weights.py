@@ -29,7 +29,7 @@ from ra_lens.tasks import (
 from ra_lens.tasks.builtin import LIST_TASKS
 
 FOLDER = Path(ra_lens.__file__).parent / "demo" / "model"
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_model.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_demo_model.py"
 END = "<|endoftext|>"
 
 

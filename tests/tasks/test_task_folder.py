@@ -9,7 +9,7 @@ import pytest
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.tasks import Pair, load_task, task_names
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "tasks"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "tasks"
 CAPITALS = [{"input": "France", "output": "Paris"}, {"input": "Japan", "output": "Tokyo"}]
 PAIRS = (Pair("France", "Paris"), Pair("Japan", "Tokyo"))
 QUESTION = {"template": "The capital of {} is", "samples": CAPITALS}

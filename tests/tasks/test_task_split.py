@@ -25,7 +25,7 @@ from ra_lens.tasks import (
 )
 from ra_lens.tasks.builtin import LIST_TASKS
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "tasks"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "tasks"
 PARTS = ("train", "valid", "test")
 
 # Pairs and sizes of the parts, as the paper's authors have them.

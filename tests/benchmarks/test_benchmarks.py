@@ -29,7 +29,7 @@ from tiny_models import KINDS, relative
 
 SHAPE = {"n_layer": 2, "n_head": 4, "width": 24, "n_vocab": 200}
 TOKENS = torch.randint(0, 199, (2, 7), generator=torch.Generator().manual_seed(0))
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ import ra_lens
 from ra_lens.errors import BadInput
 from ra_lens.tasks import Pair, Task, load_task, same_length_sets, task_names
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "tasks"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "tasks"
 DEMO = Path(ra_lens.__file__).parent / "demo" / "model"
 GPT2 = "RA_LENS_GPT2_TOKENIZER"
 
