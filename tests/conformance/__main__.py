@@ -1,6 +1,7 @@
 """Run the whole matrix on the installed TransformerLens, keep the results, render docs/models.md.
 
-`PYTHONPATH=tests:tests/helpers python -m conformance`; ends with status 1 if anything is not as expected.
+`PYTHONPATH=tests:tests/helpers python -m conformance`, in the project's folder, ends with status 1
+if anything is not as expected.
 """
 
 from __future__ import annotations
