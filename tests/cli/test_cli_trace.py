@@ -94,7 +94,7 @@ def test_a_runs_report_shows_paths(tiny: str, tmp_path: Path) -> None:
     assert call("run", "-m", tiny, "-p", PROMPT, "-t", "w8 w9", "-o", str(path)).exit_code == 0
     text = path.read_text(encoding="utf-8")
     assert "Paths to the last token" in text
-    assert text.count('"title": "All layers: ') == 2
+    assert text.count('"title":"All layers: ') == 2
 
 
 def test_a_report_without_paths_is_written_and_says_why(

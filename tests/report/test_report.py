@@ -187,7 +187,7 @@ def test_names_of_layers_cannot_end_the_data(ra: RACache, path: Path) -> None:
     """They come with a cache that somebody else has saved."""
     write_report(ra, path)
     plain = len(read(path).blocks())
-    sites = {i: replace(s, prefix=f"{EVIL}<!--{s.prefix}") for i, s in ra.sites.items()}
+    sites = Sites({i: replace(s, prefix=f"{EVIL}<!--{s.prefix}") for i, s in ra.sites.items()})
     saved = RACache(sites=sites, loss=ra.loss, info=ra.info)
     for layer in ra.layers:
         saved._put(layer, "ra", ra["ra", layer])
