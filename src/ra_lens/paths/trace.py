@@ -280,7 +280,7 @@ def _maps_of(
     choices: tuple[Follow, ...],
     example: Whole,
     *,
-    follow: Follow | None,
+    follow: Any,  # not yet known to be a choice
     **how: Any,
 ) -> PromptMaps:
     """Read the maps of the one prompt that is traced, to follow the first choice by default."""
