@@ -419,8 +419,8 @@ FAULTS = (
     Fault(
         "negative numbers are options",
         "command line",
-        'not word.startswith("-") or _NEGATIVE.match(word) is not None',
-        'not word.startswith("-")',
+        '(not rest[0].startswith("-") or _NEGATIVE.match(rest[0]))',
+        '(not rest[0].startswith("-"))',
     ),
     Fault(
         "a range of layers without its end",
@@ -431,8 +431,8 @@ FAULTS = (
     Fault(
         "--layers not handed on",
         "command line",
-        "target=target, layers=layers, progress=False",
-        "target=target, progress=False",
+        "target=wanted, layers=chosen, progress=False",
+        "target=wanted, progress=False",
     ),
     Fault("check ends like a crash", "command line", "typer.Exit(3)", "typer.Exit(1)"),
     Fault(
