@@ -452,6 +452,9 @@ def test_objectives_say_what_they_need_outside_a_run():
         answer_nll(" Paris")(logits)
     with pytest.raises(BadInput, match=r"logits of 2 examples"):
         answer_nll([1, 2, 3])(logits)
+    for without in (answer_nll(None), logit_diff(None, 5), logit_diff(5, None)):
+        with pytest.raises(BadInput, match=r"found tokens None for logits of 2 examples"):
+            without(logits)
     with pytest.raises(BadInput, match=r"sequence_nll.*Pass it as run_with_ra"):
         sequence_nll(" Paris")(logits)
 
