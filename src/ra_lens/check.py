@@ -262,7 +262,7 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
     for layer, site in sites.items():
         observed = bool(cache.sites[layer].observe_only)
         route: Route = "z" if observed else "pattern"
-        differs = _z_differs(site, shown) > allowed.z
+        differs = site.gate is None and _z_differs(site, shown) > allowed.z
         rows.append(
             SiteReport(
                 layer=layer,
@@ -490,9 +490,7 @@ def _notes(lens: Lens, site: Site, *, z_differs: bool, sinks: bool) -> tuple[str
     told = {
         "rows sum to less than 1 (attention sinks)": sinks,
         f"gated ({site.gate})": site.gate is not None,
-        "z is not pattern times values: gated, normalised or clipped": (
-            site.gate is None and z_differs
-        ),
+        "z is not pattern times values: gated, normalised or clipped": z_differs,
         f"window of {site.window}": site.window is not None,
         "runs several times: maps of the last, patches each time": site.repeated,
         "both directions": not site.causal and not site.cross,

@@ -64,7 +64,7 @@ class TokenIds:
         return [row[real].tolist() for row, real in zip(self.ids.cpu(), self.keep, strict=True)]
 
     def masked(self, mask: Mask) -> TokenIds:
-        """The same ids with a mask, of their shape and of 0 and 1."""
+        """The same ids with a mask, which must have their shape and hold 0 and 1."""
         values = _plain(mask)
         values = [_plain(row) for row in values] if isinstance(values, list) else []
         rows: list[Any] = values if any(isinstance(row, list) for row in values) else [values]
@@ -88,9 +88,9 @@ class TokenIds:
 
 
 def read_given(name: str, given: Any, *, mask: Mask | None = None) -> tuple[str, ...] | TokenIds:
-    """Tell texts from token ids, at least one, called `name` in messages; neither is refused.
+    """Tell texts from token ids; refuse all else, and none at all. Messages call one `name`.
 
-    A `mask` of ids wins over one that comes with them. What this has given is read once more.
+    A `mask` of ids wins over one that comes with them. `given` may be a result of this.
     """
     if isinstance(given, Mapping) and given.get("input_ids") is not None:
         _refuse_what_else_is_read(name, given)

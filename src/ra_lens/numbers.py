@@ -22,7 +22,7 @@ Reals = Real | Iterable[Real]
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> int:
-    """Give a whole number as an `int`, refusing all else, and what is below `least`, as `name`."""
+    """Give a whole number as an `int`; refuse all else, called `name`, and less than `least`."""
     number = as_whole(value)
     if number is None:
         from_least = "" if least is None else f" from {least} on"
@@ -40,13 +40,13 @@ def whole_or_none(name: str, value: object, *, least: int | None = None) -> int 
 def wholes(
     name: str, values: object, *, least: int | None = None, none_at_all: bool = False
 ) -> list[int]:
-    """Give whole numbers, see `whole`, as a list; no number is refused unless `none_at_all`."""
+    """Give whole numbers, see `whole`, as a list; refuse an empty one unless `none_at_all`."""
     given = _several(name, values, "whole number", none_at_all=none_at_all)
     return [whole(name, value, least=least) for value in given]
 
 
 def real(name: str, value: object) -> float:
-    """Give a finite number as a `float`, refusing all else as `name`."""
+    """Give a finite number as a `float`; refuse all else, called `name`."""
     number = _as_float(value)
     if number is None:
         raise BadInput(f"found {name}={_shown(value)}; give a number.")

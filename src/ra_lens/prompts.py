@@ -134,7 +134,7 @@ class Prompts:
         return replace(self, width=0)
 
     def lay_out(self, lens: Lens) -> Batch:
-        """Pad the examples to one width, at most the model's context, on the model's device."""
+        """Pad the examples to one width, on the model's device; refuse more than its context."""
         width = self.padded_width
         if width > lens.n_ctx:
             raise BadInput(

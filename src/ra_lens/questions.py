@@ -117,8 +117,8 @@ class Marks:
     """How a model answered: one value per question.
 
     Attributes:
-        above: How many tokens have a larger logit than the right one; of whole answers, for each
-            token of the answer (0 beyond its end).
+        above: How many tokens have a larger logit than the right one; from `ask`, for each token
+            that it marks of the answer (0 beyond its end).
         tied: How many others have the same logit: many in bfloat16, or where nothing is left.
         logit_diff: Logit of the right answer minus that of the best other token.
         probability: Of the right answer, in float64.
@@ -135,7 +135,7 @@ class Marks:
 
     @staticmethod
     def joined(parts: Sequence[Marks]) -> Marks:
-        """The marks of several batches of whole answers, whose longest may differ."""
+        """The marks of several batches that `ask` ran, whose longest answers may differ."""
         width = max(part.above.shape[1] for part in parts)
 
         def wide(values: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def ask(
 def _ask_answers(
     lens: Lens, prompts: Prompts, answers: Sequence[tuple[int, ...]], fwd_hooks: FwdHooks
 ) -> Marks:
-    """Mark whole answers, each token where it is predicted; `prompts` hold them but the last."""
+    """Mark each token of answers where it is predicted; `prompts` hold all but the last."""
     width = max(map(len, answers))
     # Shorter answers repeat their last token, whose marks are then left out.
     steps = [[min(step, len(answer) - 1) for step in range(width)] for answer in answers]

@@ -3,7 +3,8 @@
 A table may have been through other hands: a column dropped, `n/a` typed for a number, a cell left
 empty. What is wrong is told in words that go on from "a table ...".
 
-Numbers and rows as tables show them: few characters, means below the tasks.
+`table_rows` and `best_of_rows` say which rows a table shows, means below the tasks, and which
+numbers in them are the largest.
 """
 
 from __future__ import annotations

@@ -65,12 +65,12 @@ class Objective:
                 "found sequence_nll called on logits; it reads several positions, which it knows "
                 "only in a run. Pass it as run_with_ra(..., target=sequence_nll(answer))."
             )
-        ids, wrong = (
-            None if tokens is None else _ids_without_model(tokens, logits.shape[0])
-            for tokens in (self.tokens, self.wrong)
-        )
-        rows = None if ids is None else [[i] for i in ids]
-        return Loss(self.kind, targets=rows, wrong=wrong)(logits[:, -1:])
+        n, loss = logits.shape[0], Loss(self.kind)
+        if self.kind != "top_prediction":
+            loss.targets = [[i] for i in _ids_without_model(self.tokens, n)]
+        if self.kind == "logit_diff":
+            loss.wrong = _ids_without_model(self.wrong, n)
+        return loss(logits[:, -1:])
 
     def bind(
         self, lens: Lens, prompts: Prompts, position: Position | None = None

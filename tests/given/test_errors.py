@@ -9,8 +9,9 @@ import torch
 from jaxtyping import TypeCheckError
 from torch.utils.checkpoint import checkpoint
 
-from ra_lens import check_model, get_ra_caching_hooks, run_with_ra
+from ra_lens import check_model, get_ra_caching_hooks, load_model, run_with_ra
 from ra_lens.errors import BadInput, NothingToDifferentiate, RALensError, UnsupportedModel
+from ra_lens.model import available_kinds
 from ra_lens.questions import mark
 from ra_lens.targets import answer_nll, logit_diff, sequence_nll
 from tiny_models import ANY_KIND, CASES, D_VOCAB, KINDS, N_CTX, load, random_ids
@@ -446,12 +447,23 @@ def test_a_forward_pass_without_backward_then_another_is_refused(kind, fresh):
             model(IDS)
 
 
+@pytest.mark.filterwarnings("ignore:HookedTransformer.from_pretrained is deprecated")
+@pytest.mark.parametrize("kind", [None, *available_kinds()])
+def test_what_cannot_be_loaded_is_refused_by_the_public_class(kind):
+    with pytest.raises(BadInput, match=r"could not load 'no-such-model'") as refused:
+        load_model("no-such-model", kind=kind)
+    assert refused.type is BadInput
+
+
 def test_objectives_say_what_they_need_outside_a_run():
     logits = torch.zeros(2, 3, 10)
     with pytest.raises(BadInput, match=r"needs token ids.*to_single_token"):
         answer_nll(" Paris")(logits)
     with pytest.raises(BadInput, match=r"logits of 2 examples"):
         answer_nll([1, 2, 3])(logits)
+    for without in (answer_nll(None), logit_diff(None, 5), logit_diff(5, None)):
+        with pytest.raises(BadInput, match=r"found tokens None for logits of 2 examples"):
+            without(logits)
     with pytest.raises(BadInput, match=r"sequence_nll.*Pass it as run_with_ra"):
         sequence_nll(" Paris")(logits)
 

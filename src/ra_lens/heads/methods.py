@@ -103,7 +103,7 @@ def _add_patterns(
 ) -> None:
     """Add to `total`, layer by layer, what `of_batch` makes of the patterns of each batch.
 
-    It gets `[batch, head, query, key]`, 0 in rows and columns of padding.
+    `of_batch` gets `[batch, head, query, key]`, 0 in rows and columns of padding.
     """
     lens = context.lens
     lens.refuse_dropout()

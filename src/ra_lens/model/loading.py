@@ -246,7 +246,10 @@ def _first_that_loads(kind: ModelKind | None, load: Callable[[ModelKind], nn.Mod
     for other in kinds[:-1]:
         with suppress(_CannotConvert):  # architectures that only the bridge knows
             return load(other)
-    return load(kinds[-1])
+    try:
+        return load(kinds[-1])
+    except _CannotConvert as refusal:  # nobody else knows this class
+        raise BadInput(str(refusal)) from refusal.__cause__
 
 
 def _class(module: str, name: str) -> Any:
