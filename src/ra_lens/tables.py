@@ -3,7 +3,7 @@
 A table may have been through other hands: a column dropped, `n/a` typed for a number, a cell left
 empty. What is wrong is told in words that go on from "a table ...".
 
-Numbers and rows as tables show them: few characters, means below the tasks.
+`table_rows` says which rows a figure or a printed table has: the tasks, and their means below.
 """
 
 from __future__ import annotations
