@@ -117,7 +117,7 @@ def demo(
         _, ra = run_with_ra(model, prompt.text, target=prompt.answer, progress=False)
         try:
             patched = predictions.patched_prediction(model)
-        except UnsupportedModel:  # as `_report` says
+        except UnsupportedModel:  # `_report` meets the same and prints it
             patched = None
     ra = ra.to("cpu")
     sections = [] if patched is None else [predictions.as_section(patched)]

@@ -30,7 +30,7 @@ _RED, _BLUE = (178, 24, 43), (33, 102, 172)
 def as_json(
     ra: RACache, model: nn.Module, prompts: Sequence[str], *, top: int
 ) -> dict[str, object]:
-    """What a run gave, as plain data; `ra` is R itself, negative where descent wants more.
+    """Give a run as plain data; `ra` is R itself, negative where descent wants more.
 
     Of several prompts the norms are means, and each has an entry of its own in `prompts`. The
     number of heads is one number, or one for each layer where they differ.

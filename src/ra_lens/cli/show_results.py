@@ -294,7 +294,7 @@ def _shots(frame: Any) -> list[int]:
 
 
 def _answer_columns(frame: Any) -> list[str]:
-    """The column that tells how many answers begin alike; files of earlier versions lack it."""
+    """Name the column that tells how answers begin; files of earlier versions lack it."""
     return ["n_first_tokens"] if "n_first_tokens" in frame else []
 
 

@@ -297,7 +297,7 @@ def _differences_shown(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
 
 
 def _values(frame: pd.DataFrame, column: str) -> list[Any]:
-    """The values of a column, in order, without those that say that there is none."""
+    """Give the values of a column, in order, without those that say that there is none."""
     if column not in frame:
         return []
     values: Any = frame[column].dropna()

@@ -177,7 +177,7 @@ class Run:
         return cells
 
     def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
-        """The first training pairs, or some drawn from the validation part with replacement."""
+        """Take the first training pairs, or draw from the validation part with replacement."""
         n = self.settings[count]
         if part == "train" and n > len(split.train):
             raise BadInput(
@@ -325,7 +325,7 @@ def experiment(
 ) -> Generator[Run, None, None]:
     """Begin an experiment, or go on with it; its journal goes when nothing was raised in it.
 
-    What is refused: hooks on the model where there is an output file, dropout, an output file or
+    It refuses dropout, hooks on the model where there is an output file, and an output file or
     journal that cannot be written or holds something else.
     """
     lens.refuse_dropout()

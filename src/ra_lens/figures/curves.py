@@ -129,7 +129,7 @@ def panel_columns(n: int) -> int:
 def _panel(
     panel: Any, metric: str, styles: dict[str, MethodStyle], over: str | None
 ) -> list[tuple[go.Scatter, int]]:
-    """The traces of one panel, bands below all lines, with how many tasks each averages."""
+    """Draw the traces of one panel, bands below all lines, with how many tasks each averages."""
     bands: list[tuple[go.Scatter, int]] = []
     lines: list[tuple[go.Scatter, int]] = []
     for method, style in styles.items():

@@ -1,6 +1,6 @@
-"""Figures as files: PNG, SVG and PDF for papers, HTML for the web.
+"""Figures as files: PNG, SVG and PDF for papers, HTML for the web; and images in notebooks.
 
-Figures in notebooks that are read where no JavaScript runs, as on a code host.
+A code host runs no JavaScript, so a notebook that is read there needs an image of each figure.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def _softmax(scores: Sequence[float]) -> list[float]:
 
 
 def _words(trace: TraceResult, path: TracedPath) -> str:
-    """A path in words, the earliest token first."""
+    """Tell a path in words, the earliest token first."""
     if trace.is_layered:
         moved = [step_text(trace, step) for step in reversed(path.steps) if step.moves]
         return "; ".join(moved) or "nothing moved"
@@ -276,7 +276,7 @@ def _words(trace: TraceResult, path: TracedPath) -> str:
 
 
 def step_text(trace: TraceResult, step: Step) -> str:
-    """One step in words: `layer 3 head 5 moved “·Italy” (4) to “·of” (9)`."""
+    """Tell one step in words: `layer 3 head 5 moved “·Italy” (4) to “·of” (9)`."""
     there, here = _name(trace, step.key), _name(trace, step.query)
     if step.kind == "residual":
         return f"layer {step.layer}: {here} kept what it had"
@@ -307,7 +307,7 @@ def nodes_of(trace: TraceResult, path: TracedPath) -> list[tuple[int, int]]:
 
 
 def page_data(trace: TraceResult) -> dict[str, Any]:
-    """What a page shows of a trace: every text and place that `page.js` draws."""
+    """Give what a page shows of a trace: every text and place that `page.js` draws."""
     shown = trace.beams[:MOST_PATHS]
     rows: dict[tuple[int, int], int] = {}
     for lane, beam in enumerate(shown):

@@ -50,7 +50,7 @@ Edge = tuple[int, int | None, int, int]
 
 
 def read_norm(length_norm: str) -> float:
-    """The α of a normalisation of scores by the number of steps."""
+    """Read the α of a normalisation of scores by the number of steps."""
     known = {"none": 0.0, "avg_logprob": 1.0, "sqrt": 0.5}
     if length_norm in known:
         return known[length_norm]
@@ -78,7 +78,7 @@ _Place = tuple[int, ...]
 """How many steps are left (or 1 where that is not counted, 0 at an end), position, and more."""
 
 _Step = tuple[float, float, _Place]
-"""Score of the best rest of a path that begins with this step, log w of the step, where it leads"""
+"""Score of the best rest of a path that begins with this step, its log w, where it leads."""
 
 
 def _best_first(
@@ -87,7 +87,7 @@ def _best_first(
     n: int,
     compared: Callable[[float, _Place], float] = lambda score, _: score,
 ) -> list[tuple[tuple[_Place, ...], float]]:
-    """The n best complete paths, best first, as places and score.
+    """Give the n best complete paths, best first, as places and score.
 
     `starts` come with the score of the best path from there; `compared` says how a score counts.
     """
@@ -167,7 +167,7 @@ class Map:
 
 
 def exact_paths(map: Map, k: int, power: float) -> list[Found]:
-    """The k best paths from the target, best first."""
+    """Find the k best paths from the target, best first."""
     log, ends, target = map.log, map.ends, len(map.log) - 1
     counted = power != 0.0
     # A place is: steps left, position, steps in all; where not counted, 1 (0 at an end) and 0.
@@ -224,7 +224,7 @@ def _rest_by_steps(log: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def beam_paths(map: Map, top_beam: int, power: float) -> list[Found]:
-    """Paths from the target that beam search finds, best first, at most `top_beam`."""
+    """Find paths from the target by beam search, best first, at most `top_beam`."""
     active: list[Found] = [([len(map.log) - 1], 0.0)]
     done: list[Found] = []
     while active:
@@ -258,7 +258,7 @@ def layered_paths(
     *,
     must_move: bool = True,
 ) -> list[tuple[list[Edge], float]]:
-    """The k best paths from `start` after the last layer, best first, as edges and score.
+    """Find the k best paths from `start` after the last layer, best first, as edges and score.
 
     `heads` is log w of each layer, −∞ where there is no step, and `residual` log ρ. `must_move`
     leaves out the paths that never leave `start`.

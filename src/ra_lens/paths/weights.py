@@ -32,7 +32,7 @@ from ra_lens.paths.result import GRADIENT, Follow
 
 
 def part(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
-    """What of a map is followed, not negative: A itself, or a part of R."""
+    """Give what is followed of a map, not negative: A itself, or a part of R."""
     if follow == "more":
         return np.maximum(-maps, 0.0)
     if follow == "less":
@@ -41,7 +41,7 @@ def part(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "
 
 
 def signed(follow: Follow, maps: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
-    """What is told of a step: A, or −R (positive where descent wants more)."""
+    """Give what is told of a step: A, or −R (positive where descent wants more)."""
     return -maps if follow in GRADIENT else maps
 
 

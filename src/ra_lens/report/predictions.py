@@ -157,7 +157,7 @@ def _predictions(
 
 
 def few_shot_prompt() -> Prompt:
-    """A question after two solved ones, whose relation the model has to find in them."""
+    """Give a question after two solved ones, whose relation the model has to find in them."""
     return load_task(TASK).sample(1, shots=2, seed=0)[0]
 
 

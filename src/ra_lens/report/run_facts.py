@@ -17,7 +17,7 @@ def sides(ra: RACache) -> tuple[Side, ...]:
 def prompt_tokens(
     ra: RACache, example: int, side: Side = "input", *, target: bool = True
 ) -> list[tuple[str, str]]:
-    """Tokens of an example as shown, the target's last, each with a kind.
+    """Give the tokens of an example as shown, the target's last, each with a kind.
 
     The kind is `''`, `special`, `target` or, for a target that the model has not read, `target
     next`.

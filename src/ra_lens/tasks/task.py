@@ -418,7 +418,7 @@ def _check_sizes(n: int, shots: int) -> None:
 
 
 def _others(where: str, pairs: Sequence[Pair], query: Pair, shots: int) -> list[Pair]:
-    """The pairs that may be shown in front of a query: those with another input."""
+    """Give the pairs that may be shown in front of a query: those with another input."""
     others = [pair for pair in pairs if pair.input != query.input]
     if shots > len(others):
         raise BadInput(
