@@ -35,6 +35,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.half import LossScale
 from ra_lens.model import Lens, Side, Site
 from ra_lens.prompts import Batch, PaddingSide, Prompts
 from ra_lens.targets import Loss
@@ -309,7 +310,13 @@ def _differentiated(
         loss = metric(leaf)
         if not loss.requires_grad:
             return loss, None
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
+        total = loss.sum()
+        # In float16 the gradient of a small loss would be 0, or have a bit or two.
+        factor = LossScale(in_float16=leaf.dtype == torch.float16).of(total, leaf)
+        weight = torch.full_like(total, factor)
+        (gradient,) = torch.autograd.grad(total, leaf, weight, allow_unused=True)
+    if gradient is not None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / factor
     return loss.detach(), gradient
 
 
@@ -318,7 +325,6 @@ def _along(gradient: Tensor | None, group: Group) -> Callable[[Tensor], Tensor]:
     if gradient is None:
         return lambda _logits: torch.zeros(len(group))
     own = gradient[list(group)]
-    own = own.to(torch.promote_types(own.dtype, torch.float32))
 
     def metric(logits: Tensor) -> Tensor:
         # Where there is no gradient logits may be infinite.

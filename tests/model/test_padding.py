@@ -225,6 +225,24 @@ def test_a_metric_of_ones_own_sees_all_examples_in_one_tensor(fault, kind, loade
         run_with_ra(model, tokens, metric=constant, **given)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_metric_in_float16_keeps_its_digits(kind, folder):
+    """A gradient at the logits of 1e-7 would have a bit or two in float16."""
+    model = load_folder(folder("gpt2"), kind=kind, device="cpu", dtype=torch.float16)
+    model = counting_columns(model, kind)
+    tokens, mask = padded("left", 1, ROWS)
+
+    def metric(logits):
+        return -(2.0**-20) * logits[:, -1].float().log_softmax(-1)[:, 5]
+
+    _, ra = run_with_ra(model, tokens, attention_mask=mask, metric=metric)
+    for i, row in enumerate(ROWS):
+        _, alone = run_with_ra(model, row, metric=metric)
+        for layer in ra.layers:
+            found = part(ra["ra", layer], i, "left", len(row))
+            assert relative(found, alone["ra", layer][0]) < 1e-3
+
+
 @needs_bridge
 def test_a_tokenizer_that_pads_left_does_nothing_to_a_prompt_alone(loaded):
     model = loaded("openai_gpt", BRIDGE, fresh=True)
