@@ -47,9 +47,9 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
     runs = vars(sys.modules["ra_lens.run"])
     refuse = runs["refuse_what_cannot_fit"]
 
-    def note(lens: Any, plan: Any) -> None:
-        estimates.append(plan.need(lens))
-        refuse(lens, plan)
+    def note(plan: Any) -> None:
+        estimates.append(plan.need)
+        refuse(plan)
 
     def leaf(x: torch.Tensor, hook: Any) -> torch.Tensor:
         return x.detach().requires_grad_()
