@@ -295,7 +295,7 @@ def test_an_answer_that_a_decoder_reads_takes_nothing_off_what_the_encoder_read(
         decoder_tokens=(("<pad>", " t", " u"),),
         answer_lengths=(2,),
     )
-    ra = RACache(sites={0: site}, info=info)
+    ra = RACache(sites=Sites({0: site}), info=info)
     encoder = [("a", ""), ("b", ""), ("c", "")]
     assert prompt_tokens(ra, 0) == [*encoder, ("·t·u", "target next")]
     assert prompt_tokens(ra, 0, "input", target=False) == encoder
