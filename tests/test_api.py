@@ -34,7 +34,7 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_computing_imports_no_figures_and_no_tables():
     code = (
         "import sys; from ra_lens import run_with_ra, RACache, get_ra_caching_hooks, patch_hooks; "
-        "print([m for m in ('plotly', 'typer') if m in sys.modules])"
+        "print([m for m in ('plotly', 'typer', 'pandas') if m in sys.modules])"
     )
     assert printed_by(code) == "[]"
 

@@ -18,9 +18,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,6 +35,9 @@ from ra_lens.patching.mean import MeanMaps, RunningMean
 from ra_lens.run_info import RunInfo
 from ra_lens.tensors import read_place
 from ra_lens.text import isolated, label
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FORMAT = 1
 _LOSSES = {
@@ -306,6 +308,8 @@ class RACache:
         """Tabulate one row per prompt, layer and head: the norms, the loss, the target."""
         n = self.batch_size
         every = [(prompt, *head) for prompt in range(n) for head in self.sites.heads]
+        import pandas as pd  # late, as it takes long to import
+
         index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
         norms = {
             f"{kind}_norm": self.norms(kind)[..., self.sites.places].flatten().tolist()
