@@ -35,7 +35,7 @@ from ra_lens.report import (
     write_report,
 )
 from ra_lens.report.explorer import pack
-from ra_lens.report.run_facts import prompt_tokens
+from ra_lens.report.prompt_tokens import prompt_tokens
 from ra_lens.run_info import RunInfo
 from tiny_models import KINDS
 

@@ -20,7 +20,7 @@ from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
 from ra_lens.report import Section
-from ra_lens.report.run_facts import prompt_tokens
+from ra_lens.report.prompt_tokens import prompt_tokens
 from ra_lens.text import isolated, label, shorten, visible
 
 _LABEL = 14

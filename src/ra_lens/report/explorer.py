@@ -28,7 +28,7 @@ from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.head_names import HeadScore
 from ra_lens.model.sites import MapKind
 from ra_lens.report.predictions import PatchedPrompt, Predictions
-from ra_lens.report.run_facts import prompt_tokens, sides
+from ra_lens.report.prompt_tokens import prompt_tokens, sides
 from ra_lens.text import label
 
 BYTES_PER_CELL = 4
