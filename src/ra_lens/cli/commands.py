@@ -53,6 +53,7 @@ def run(
     ] = None,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     output: Annotated[
         Path | None,
@@ -78,7 +79,7 @@ def run(
     ]
     for hint in dict.fromkeys(slips):
         session.warn("note", hint)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, "\n".join(prompts))
     wanted = None if not targets else targets[0] if len(targets) == 1 else targets
     with session.quiet(debug=debug):
@@ -141,6 +142,7 @@ def check(
     model: opt.ModelOption = opt.DEMO,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -149,7 +151,7 @@ def check(
     from ra_lens.cli import session, show
 
     session.prepare(model, device)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     with session.quiet(debug=debug):
         report = check_model(loaded)
     if as_json:
@@ -208,6 +210,7 @@ def trace(
     escapes: opt.EscapesOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     output: Annotated[
         Path | None,
@@ -242,7 +245,7 @@ def trace(
         )
     for hint in session.hints(prompt, target, escapes=escapes):
         session.warn("note", hint)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, prompt)
     how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
     with session.quiet(debug=debug):

@@ -86,6 +86,7 @@ class Setup:
         typer.Option(help="Number format of the weights."),
     ] = "float32"
     kind: opt.KindOption = None
+    allow_pickle: opt.PickleOption = False
     out: Annotated[
         Path | None,
         typer.Option(
@@ -125,7 +126,14 @@ class Setup:
         bos, size, progress = self.bos, self.batch_size, not self.quiet
         protocol = Protocol.read(shots, self.split, self.seed, bos, size, self.out, progress)
         tasks = self.tasks()
-        model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
+        model = session.load(
+            self.model,
+            self.kind,
+            self.device,
+            debug=self.debug,
+            dtype=self.dtype,
+            allow_pickle=self.allow_pickle,
+        )
         with session.quiet(debug=self.debug):
             return experiment(model, tasks, **vars(protocol), **own)
 
