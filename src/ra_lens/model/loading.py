@@ -318,6 +318,13 @@ def _correct_config(cfg: Any, hf_model: Any) -> None:
     base = rotary.get("rope_theta", getattr(hf_model.config, "rope_theta", None))
     if cfg.positional_embedding_type == "rotary" and base is not None:
         cfg.rotary_base = base
+    scaling = rotary or getattr(hf_model.config, "rope_scaling", None) or {}
+    if scaling.get("rope_type") == "llama3":
+        cfg.use_NTK_by_parts_rope = True
+        cfg.NTK_by_parts_factor = scaling["factor"]
+        cfg.NTK_by_parts_low_freq_factor = scaling["low_freq_factor"]
+        cfg.NTK_by_parts_high_freq_factor = scaling["high_freq_factor"]
+        cfg.NTK_original_ctx_len = scaling["original_max_position_embeddings"]
     window = getattr(hf_model.config, "sliding_window", None)
     unused = getattr(hf_model.config, "use_sliding_window", True) is False
     if window and window < cfg.n_ctx and not unused and not cfg.use_local_attn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,9 +92,15 @@ def check_name(name: str) -> None:
 
 
 def advice(error: Exception, *, allow_pickle: bool) -> str:
-    """What to say behind an error of loading, if it says that there are no safetensors."""
-    if allow_pickle or "safetensors" not in str(error):
+    """What to say behind an error of loading, if it is for want of safetensors."""
+    if allow_pickle or not ("safetensors" in str(error) or _asked_for_conversion(error)):
         return ""
     return (
         f"There are no safetensors; pickled weights are only read where that is allowed. {_ADVICE} "
     )
+
+
+def _asked_for_conversion(error: Exception) -> bool:
+    # Transformers 4 looks on Hugging Face for a conversion of pickled weights, which may fail.
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "auto_conversion" for frame in frames)
