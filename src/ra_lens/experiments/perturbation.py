@@ -48,7 +48,7 @@ from ra_lens.experiments.runner import (
     read_tasks,
 )
 from ra_lens.heads.ranking import find_method
-from ra_lens.model import Lens, as_lens
+from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
 from ra_lens.patching.masking import mask_hooks, need_heads
 from ra_lens.questions import Accuracy, Metric
@@ -79,7 +79,7 @@ def perturbation_test(
     answer_in_input: bool = True,
     accuracy: Accuracy = "first token",
     seed: Whole = 0,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -109,7 +109,7 @@ def perturbation_test(
             `"answer"`, as a greedy decode gives it. The first says nothing where all answers of a
             task begin with one token, as digits after a space do in many tokenizers.
         seed: Demonstrations, and random orders.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.

@@ -32,7 +32,7 @@ from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
 from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ranking import Part, find_method
-from ra_lens.model import Lens
+from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
@@ -56,7 +56,7 @@ class Protocol:
     shots: list[int]
     split: SplitRule
     seed: int
-    prepend_bos: bool | None
+    prepend_bos: PrependBos
     batch_size: int
     out: str | Path | None
     progress: bool
@@ -67,7 +67,7 @@ class Protocol:
         shots: Wholes = SHOTS,
         split: SplitRule = "code",
         seed: Whole = 0,
-        prepend_bos: bool | None = None,
+        prepend_bos: PrependBos = None,
         batch_size: Whole = 64,
         out: str | Path | None = None,
         progress: bool = True,
@@ -406,7 +406,7 @@ def _task_facts(task: Task) -> dict[str, str]:
     }
 
 
-def _task_settings(lens: Lens, task: Task, prepend_bos: bool | None) -> dict[str, Any]:
+def _task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str, Any]:
     """Tell what a task is to a model: the tokens read are among it."""
     first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
     tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]

@@ -38,7 +38,7 @@ from ra_lens.experiments.runner import (
     read_some,
     read_tasks,
 )
-from ra_lens.model import Lens, as_lens
+from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching.controls import Control, control_maps
 from ra_lens.patching.hooks import Where, check_variant, patch_hooks
@@ -77,7 +77,7 @@ def patching_sweep(
     at: Where = "pattern",
     split: SplitRule = "code",
     seed: Whole = 0,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -108,7 +108,7 @@ def patching_sweep(
         split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
             for test, as in its text.
         seed: Demonstrations.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Questions per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
@@ -225,7 +225,7 @@ def _one_length(
     length: int | None,
     at_least: int | None,
     answer_tokens: int,
-    prepend_bos: bool | None,
+    prepend_bos: PrependBos,
 ) -> Task:
     if at_least is None:
         at_least = _AT_LEAST_BUILT_IN if task.source == "builtin" else _AT_LEAST
