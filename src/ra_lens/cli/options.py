@@ -70,6 +70,13 @@ AnswerOption = Annotated[
 NTestOption = Annotated[
     int | None, typer.Option(min=1, help="Test questions at most. Default: the whole test part.")
 ]
+EachQuestionOption = Annotated[
+    bool,
+    typer.Option(
+        "--each-question",
+        help="Write a row for each test question into the results, not their mean.",
+    ),
+]
 AccuracyOption = Annotated[
     Literal["first-token", "answer"],
     typer.Option(
