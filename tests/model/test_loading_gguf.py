@@ -188,6 +188,10 @@ def test_files_that_are_no_gguf_or_damaged_are_refused(tmp_path):
         loaded(text)
     with pytest.raises(BadFile, match=r"there is no file .*none\.gguf"):
         loaded(tmp_path / "none.gguf")
+    with pytest.raises(BadFile, match=r"cannot be read: .*[Nn]ame too long"):
+        loaded(tmp_path / f"{'x' * 300}.gguf")
+    with pytest.raises(BadFile, match=r"cannot be read: embedded null"):
+        loaded(tmp_path / "a\0.gguf")
 
 
 def test_without_the_package_gguf_it_says_how_to_install_it(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def gguf_file(name: str | Path) -> Path | None:
     if name == SMOLLM2:
         return _smollm2()
     path = user_path(name)
-    if path.suffix.lower() != _ENDING or path.is_dir():
+    if path.suffix.lower() != _ENDING or os.path.isdir(path):
         return None
     check_input(path, "Give the path of a GGUF file.")
     return path
