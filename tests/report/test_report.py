@@ -18,7 +18,7 @@ import torch
 from plotly.offline import get_plotlyjs
 
 from made_caches import lower, make
-from pages import EVIL, HOSTILE, Page
+from pages import EVIL, HOSTILE, Page, lower_triangles
 from ra_lens import files as file_module
 from ra_lens import run_with_ra
 from ra_lens.cache import RACache
@@ -52,17 +52,6 @@ def path(tmp_path: Path) -> Path:
 
 def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
-
-
-def lower_triangles(text: str, limit: float, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and R of a page's block, read without the package: halves, row by row."""
-    flat = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
-    both = []
-    for part, factor in ((flat[: len(flat) // 2], 1.0), (flat[len(flat) // 2 :], limit)):
-        square = np.full((n, n), np.nan)
-        square[np.tril_indices(n)] = part * factor
-        both.append(square)
-    return both[0], both[1]
 
 
 def test_it_tells_the_run(ra: RACache, path: Path) -> None:

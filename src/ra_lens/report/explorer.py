@@ -41,19 +41,24 @@ class Shown:
     Attributes:
         examples: Which examples.
         heads: The heads, most important first, over the mean norm of all examples.
-        stored: How many of `heads` have their maps in the page.
+        mapped: Those of them whose maps are in the page.
         max_tokens: So many of the last tokens are rows and columns of maps.
     """
 
     examples: tuple[int, ...]
     heads: tuple[HeadScore, ...]
-    stored: int
+    mapped: tuple[HeadScore, ...]
     max_tokens: int
+
+    @property
+    def cut(self) -> int:
+        """How many heads are shown by their norms only."""
+        return len(self.heads) - len(self.mapped)
 
 
 def choose(ra: RACache, examples: Sequence[int], *, max_tokens: int, max_bytes: int) -> Shown:
     """Choose how many heads' maps go into a page of limited size, most important heads first."""
-    heads = ra.top_heads(len(ra.layers) * ra.n_heads)
+    heads = tuple(ra.top_heads(len(ra.layers) * ra.n_heads))
     sizes = {layer: sum(_cells(ra, layer, i, max_tokens) for i in examples) for layer in ra.layers}
     total, stored = 0, 0
     for head in heads:
@@ -61,7 +66,7 @@ def choose(ra: RACache, examples: Sequence[int], *, max_tokens: int, max_bytes: 
         if total > max_bytes and stored:
             break
         stored += 1
-    return Shown(tuple(examples), tuple(heads), stored, max_tokens)
+    return Shown(tuple(examples), heads, heads[:stored], max_tokens)
 
 
 def _cells(ra: RACache, layer: int, example: int, max_tokens: int) -> int:
@@ -82,9 +87,15 @@ def pack(maps: HeadMaps) -> str:
 
 
 def explorer(
-    ra: RACache, shown: Shown, *, sign: str, top: int, patched: Sequence[PatchedPrompt]
+    ra: RACache,
+    shown: Shown,
+    *,
+    sign: str,
+    top: int,
+    patched: Sequence[PatchedPrompt],
+    note: str = "",
 ) -> str:
-    """Write it: HTML, then the data."""
+    """Write it: HTML with a note below the grid, then the data."""
     norms = {kind: _norms(ra, kind) for kind in ("ra", "pattern")}
     counts = ra.sites.n_heads
     data: dict[str, Any] = {
@@ -101,7 +112,7 @@ def explorer(
     blocks: list[str] = []
     for place, example in enumerate(shown.examples):
         maps: dict[str, Any] = {}
-        for head in shown.heads[: shown.stored]:
+        for head in shown.mapped:
             found = head_of_example(ra, head, example=example, max_tokens=shown.max_tokens)
             key = f"{head.layer}.{head.head}"
             site = ra.sites[head.layer]
@@ -122,7 +133,7 @@ def explorer(
             }
         )
     script = f'<script type="application/json" id="ra-data">{html.data(data)}</script>'
-    return "\n".join([_frame(ra, shown, patched), *blocks, script])
+    return "\n".join([_frame(ra, shown, patched, note), *blocks, script])
 
 
 def _norms(ra: RACache, kind: MapKind) -> Float[Tensor, "batch layer head"]:
@@ -138,12 +149,8 @@ def _rounded(norms: Float[Tensor, "layer head"], counts: Sequence[int]) -> list[
     ]
 
 
-def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt]) -> str:
-    n, left = len(shown.examples), len(shown.heads) - shown.stored
-    note = (
-        f"This file holds the maps of the {shown.stored} heads with the largest norms; the other "
-        f"{left} are shown by their norms only."
-    )
+def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt], note: str) -> str:
+    n = len(shown.examples)
     mean = '<option value="mean">‖R‖, mean of all prompts</option>'
     choices = (f'<option value="{i}">prompt {i + 1} of {n}</option>' for i in range(n))
     return Template(html.resource("ra_lens.report", "explorer.html")).substitute(
@@ -151,7 +158,8 @@ def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt]) -> str:
         choices="".join(choices),
         prompts="\n".join(_prompt(ra, shown, i, patched) for i in range(n)),
         mean=mean if n > 1 else "",
-        note=html.note(note) if left else "",
+        note=html.note(note) if note else "",
+        choose=" Choose one to see its maps." if shown.mapped else "",
     )
 
 
@@ -163,7 +171,8 @@ def _prompt(ra: RACache, shown: Shown, place: int, patched: Sequence[PatchedProm
     chips = ""
     for side, name in zip(read, ("encoder", "decoder"), strict=False):
         chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
-        chips += _chips(prompt_tokens(ra, example, side, target=side == last), side, place)
+        tokens = prompt_tokens(ra, example, side, target=side == last)
+        chips += _chips(tokens, side, place) if tokens else ""
     after = _predictions(ra, example, patched[place]) if patched else ""
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (
