@@ -179,11 +179,11 @@ def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> No
     assert (options["answer_in_input"], options["prepend_bos"]) == (False, False)
     assert (options["split"], options["seed"], options["n_rank"]) == ("text", 7, 9)
     assert (options["batch_size"], options["progress"]) == (3, True)
-    call("rank", "-t", "natural", "--bos", "-q")
+    call("rank", "-t", "natural", "--bos", r"\n", "-q")
     tasks, options = seen[1]
     assert len(tasks) == 6
     assert {task.separator for task in tasks} == {"\n\n"}
-    assert (options["prepend_bos"], options["progress"]) == (True, False)
+    assert (options["prepend_bos"], options["progress"]) == ("\n", False)
     assert capital.name in {task.name for task in tasks}
 
 
