@@ -129,6 +129,10 @@ class Marks:
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
 
+    def __len__(self) -> int:
+        """Give the number of questions."""
+        return len(self.logit_diff)
+
     def part(self, questions: slice | Tensor) -> Marks:
         """The marks of some of the questions."""
         return Marks(*(values[questions] for values in self._columns))
@@ -263,7 +267,7 @@ def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:
 
 
 def marked(marks: Marks) -> dict[str, Any]:
-    """Accuracy and logit difference of some answers, as columns of a table."""
+    """Accuracy and logit difference of some answers, mean of all, as columns of a table."""
     return {
         "top1": marks.accuracy(1),
         "top2": marks.accuracy(2),

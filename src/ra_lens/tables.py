@@ -72,6 +72,27 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
+    """Take the mean of what was measured over the questions of an experiment.
+
+    Args:
+        frame: From `perturbation_test` or `patching_sweep` with `each_question=True`, or several
+            of them concatenated.
+
+    Returns:
+        What they give without: a row for all questions together. A table without a column
+        `question` comes back as it is.
+    """
+    if "question" not in frame:
+        return frame
+    measured = [name for name in _MARKS if name in frame]
+    keys = [name for name in _TELLS_APART if name in frame]
+    others = [name for name in frame if name not in (*measured, *keys, "question")]
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    means = groups.agg({**dict.fromkeys(measured, "mean"), **dict.fromkeys(others, "first")})
+    return means.reset_index()[[name for name in frame if name != "question"]]
+
+
 def table_rows(frame: pd.DataFrame) -> dict[str, list[str]]:
     """Give the rows of the table: name to the tasks averaged; an empty list is a gap.
 
@@ -115,6 +136,10 @@ _NEEDED = {
     "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
     "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
 }
+_TELLS_APART = (
+    "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
+    "scale", "settings_hash",
+)  # fmt: skip
 _MEASURES = {"ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS}
 MEASURES = ("score", "rank", *_MARKS)
 """Columns of what the experiments measure."""

@@ -13,7 +13,8 @@ from transformers import GPT2LMHeadModel
 
 from ra_lens import load_demo_model, run_with_ra
 from ra_lens.errors import BadInput
-from ra_lens.model.loading import demo_model_folder, no_loading_bars
+from ra_lens.model.hugging_face import no_loading_bars
+from ra_lens.model.loading import demo_model_folder
 from ra_lens.tasks import load_task
 from tiny_models import KINDS, relative
 
