@@ -45,8 +45,14 @@ def two(value: float) -> str:
 def done(*arguments: str) -> str:
     result = call(*arguments)
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert _beside_few_right(result.stderr) == []
     return result.stdout
+
+
+def _beside_few_right(stderr: str) -> list[str]:
+    """Lines but for the warning that the embedded model does few antonyms without an example."""
+    few = "warning: the whole model answers less than .30 of the questions right: antonym"
+    return [line for line in stderr.splitlines() if not line.startswith(few)]
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +185,11 @@ def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> No
     assert (options["answer_in_input"], options["prepend_bos"]) == (False, False)
     assert (options["split"], options["seed"], options["n_rank"]) == ("text", 7, 9)
     assert (options["batch_size"], options["progress"]) == (3, True)
-    call("rank", "-t", "natural", "--bos", "-q")
+    call("rank", "-t", "natural", "--bos", r"\n", "-q")
     tasks, options = seen[1]
     assert len(tasks) == 6
     assert {task.separator for task in tasks} == {"\n\n"}
-    assert (options["prepend_bos"], options["progress"]) == (True, False)
+    assert (options["prepend_bos"], options["progress"]) == ("\n", False)
     assert capital.name in {task.name for task in tasks}
 
 
@@ -289,8 +295,9 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
         with disk_of(10):
             result = call(*command, "--figure", str(page))
             assert (result.exit_code, result.stdout) == (2, wanted)
-            assert result.stderr.startswith(f"error: cannot write {page}: ")
-            assert "Free some space" in result.stderr
+            (said,) = _beside_few_right(result.stderr)
+            assert said.startswith(f"error: cannot write {page}: ")
+            assert "Free some space" in said
             said = refused_line(*command, "--out", str(out))
             assert said.startswith(f"error: cannot write {tmp_path / '.p.csv.journal'}, ")
         assert list(tmp_path.iterdir()) == []

@@ -51,6 +51,8 @@ def run(
     layers: Annotated[
         str | None, typer.Option(help="Only these layers, such as 0,5-8,-1. Default: all.")
     ] = None,
+    bos: opt.BosOption = None,
+    no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
     as_json: opt.JsonOption = False,
@@ -68,7 +70,7 @@ def run(
 
     session.prepare(model, device)
     prompts, targets = _read(prompt, target or [], escapes=escapes)
-    chosen = session.read_layers(layers)
+    chosen, front = session.read_layers(layers), session.read_bos(bos, no_bos=no_bos)
     if output is not None:
         check_output(output, REPORT)
     slips = [
@@ -82,15 +84,17 @@ def run(
     session.warn_of_unknown_words(loaded, "\n".join(prompts))
     wanted = None if not targets else targets[0] if len(targets) == 1 else targets
     with session.quiet(debug=debug):
-        read = read_prompts(as_lens(loaded), prompts)
+        read = read_prompts(as_lens(loaded), prompts, prepend_bos=front)
         _, ra = run_with_ra(loaded, read, target=wanted, layers=chosen, progress=False)
     ra = ra.to("cpu")
     written = None
     if output is not None:
         given = [("--model", model)]
         given += [("--prompt", text) for text in prompts] + [("--target", text) for text in targets]
-        given += [(name, v) for name, v in (("--layers", layers), ("--kind", kind)) if v]
-        command = shlex.join(["ra-lens", "run", *(word for pair in given for word in pair)])
+        chosen_ones = (("--layers", layers), ("--bos", bos), ("--kind", kind))
+        given += [(name, value) for name, value in chosen_ones if value]
+        words = [word for pair in given for word in pair] + ["--no-bos"] * no_bos
+        command = shlex.join(["ra-lens", "run", *words])
         written = _report(loaded, read, ra, output, target=wanted, command=command, debug=debug)
     _tell(ra, loaded, prompts, top=top, written=written, as_json=as_json)
 
@@ -139,6 +143,13 @@ def demo(
 
 def check(
     model: opt.ModelOption = opt.DEMO,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Text to check with. Default: a few of its tokens."),
+    ] = None,
+    escapes: opt.EscapesOption = False,
+    bos: opt.BosOption = None,
+    no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
     as_json: opt.JsonOption = False,
@@ -149,9 +160,16 @@ def check(
     from ra_lens.cli import session, show
 
     session.prepare(model, device)
+    front = session.read_bos(bos, no_bos=no_bos)
+    if prompt is None and front is not None:
+        raise BadInput(
+            f"found {'--no-bos' if no_bos else '--bos'} without a text for it. Add --prompt 'some "
+            "text'; what stands in front by default is told without."
+        )
+    text = None if prompt is None else session.read_text(prompt, escapes=escapes)
     loaded = session.load(model, kind, device, debug=debug)
     with session.quiet(debug=debug):
-        report = check_model(loaded)
+        report = check_model(loaded, prompt=text, prepend_bos=front)
     if as_json:
         made = {name: version(name) for name in ("ra-lens", "transformer-lens", "transformers")}
         show.print_json({**asdict(report), "ok": report.ok, "versions": made})
@@ -206,6 +224,8 @@ def trace(
         typer.Option(help="Share of the residual connection. All layers. Default: measured."),
     ] = None,
     escapes: opt.EscapesOption = False,
+    bos: opt.BosOption = None,
+    no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
     as_json: opt.JsonOption = False,
@@ -230,6 +250,7 @@ def trace(
         "agg_heads": agg_heads,
         "length_norm": length_norm,
     }
+    front = session.read_bos(bos, no_bos=no_bos)
     trace_function = trace_layers if layer == "all" else trace_paths
     how = _how(layer, of_one_layer, follow=follow, residual=residual)
     if output is not None:
@@ -245,6 +266,7 @@ def trace(
     loaded = session.load(model, kind, device, debug=debug)
     session.warn_of_unknown_words(loaded, prompt)
     how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
+    how["prepend_bos"] = front
     with session.quiet(debug=debug):
         found = trace_function(loaded, prompt, **how)
     written = None if output is None else found.save_html(output)

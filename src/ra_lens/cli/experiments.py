@@ -72,13 +72,8 @@ class Setup:
             help="Ask natural questions as their template alone, or as qa: Q: …, newline, A:"
         ),
     ] = "template"
-    bos: Annotated[
-        bool | None,
-        typer.Option(
-            "--bos/--no-bos",
-            help="Put a beginning-of-text token in front. Default: the model's own.",
-        ),
-    ] = None
+    bos: opt.BosOption = None
+    no_bos: opt.NoBosOption = False
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64
     device: opt.DeviceOption = None
     dtype: Annotated[
@@ -122,8 +117,9 @@ class Setup:
             given = METHODS if typed is None else split_values(typed, "--methods")
             own["methods"] = read_methods(given)
         shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
-        bos, size, progress = self.bos, self.batch_size, not self.quiet
-        protocol = Protocol.read(shots, self.split, self.seed, bos, size, self.out, progress)
+        front = session.read_bos(self.bos, no_bos=self.no_bos)
+        size, progress = self.batch_size, not self.quiet
+        protocol = Protocol.read(shots, self.split, self.seed, front, size, self.out, progress)
         tasks = self.tasks()
         model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
         with session.quiet(debug=self.debug):

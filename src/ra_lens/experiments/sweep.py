@@ -154,13 +154,38 @@ def patching_sweep(
         cells = run.cells("n_mean")
         for cell in cells:
             _need_one_length(cell)
-        return run.frame("Patching", cells, _rows, steps=len(list(_steps(run))))
+        return run.frame(
+            "Patching",
+            cells,
+            _rows,
+            steps=len(list(_steps(run))),
+            whole=_unpatched,
+            so="Maps of answers that it does not know may hold nothing to patch with.",
+        )
 
 
 def _steps(run: Run) -> Iterator[tuple[str, float | None]]:
     """Give the maps with their scales, after the unpatched model."""
     yield "none", None
     yield from ((kind, x) for kind in run.settings["kinds"] for x in run.settings["scales"])
+
+
+def _asked(cell: Cell, hooks: FwdHooks) -> Row | list[Row]:
+    """Ask all questions of a cell: a row of their mean, or a list of one for each question."""
+    about = {
+        "n_tokens": cell.questions.prompts.lengths[0],
+        "n_test": len(cell.asked),
+        "prompts_hash": prompts_hash(cell.learned["train"], cell.asked),
+    }
+    answers = cell.marked(cell.questions, lambda _part: hooks)
+    rows = [{**row, **about} for row in cell.scored(answers)]
+    return rows if cell.run.settings.get("each_question") else rows[0]
+
+
+def _unpatched(cell: Cell) -> list[Row]:
+    """Give the rows of the model as it is."""
+    found: Row | list[Row] = cell.unit("none|None", partial(_asked, cell, ()))
+    return found if isinstance(found, list) else [found]
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:
@@ -192,14 +217,7 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
         if scale is not None:
             edit = {name: settings[name] for name in ("renormalise", "at")}
             hooks = patch_hooks(maps(kind), mean().sites, scale=scale, align="left", **edit)
-        about = {
-            "n_tokens": cell.questions.prompts.lengths[0],
-            "n_test": len(cell.asked),
-            "prompts_hash": prompts_hash(learned, cell.asked),
-        }
-        answers = cell.marked(cell.questions, lambda _part: hooks)
-        rows = [{**row, **about} for row in cell.scored(answers)]
-        return rows[0] if of_all else rows
+        return _asked(cell, hooks)
 
     for kind, scale in _steps(cell.run):
         found = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
