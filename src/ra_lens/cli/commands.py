@@ -55,6 +55,7 @@ def run(
     no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     output: Annotated[
         Path | None,
@@ -80,7 +81,7 @@ def run(
     ]
     for hint in dict.fromkeys(slips):
         session.warn("note", hint)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, "\n".join(prompts))
     wanted = None if not targets else targets[0] if len(targets) == 1 else targets
     with session.quiet(debug=debug):
@@ -152,6 +153,7 @@ def check(
     no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -167,7 +169,7 @@ def check(
             "text'; what stands in front by default is told without."
         )
     text = None if prompt is None else session.read_text(prompt, escapes=escapes)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     with session.quiet(debug=debug):
         report = check_model(loaded, prompt=text, prepend_bos=front)
     if as_json:
@@ -228,6 +230,7 @@ def trace(
     no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     output: Annotated[
         Path | None,
@@ -263,7 +266,7 @@ def trace(
         )
     for hint in session.hints(prompt, target, escapes=escapes):
         session.warn("note", hint)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, prompt)
     how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
     how["prepend_bos"] = front

@@ -81,6 +81,7 @@ class Setup:
         typer.Option(help="Number format of the weights."),
     ] = "float32"
     kind: opt.KindOption = None
+    allow_pickle: opt.PickleOption = False
     out: Annotated[
         Path | None,
         typer.Option(
@@ -121,7 +122,14 @@ class Setup:
         size, progress = self.batch_size, not self.quiet
         protocol = Protocol.read(shots, self.split, self.seed, front, size, self.out, progress)
         tasks = self.tasks()
-        model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
+        model = session.load(
+            self.model,
+            self.kind,
+            self.device,
+            debug=self.debug,
+            dtype=self.dtype,
+            allow_pickle=self.allow_pickle,
+        )
         with session.quiet(debug=self.debug):
             return experiment(model, tasks, **vars(protocol), **own)
 

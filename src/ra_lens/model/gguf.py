@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.files import FULL, begins_with, check_input, reason, user_path
+from ra_lens.files import (
+    FULL,
+    begins_with,
+    check_input,
+    reason,
+    tensors_written,
+    user_path,
+)
 from ra_lens.model.hugging_face import first_line, fresh_copy, no_loading_bars
 
 SMOLLM2 = "smollm2-135m"
@@ -221,7 +228,8 @@ def _convert(path: Path, folder: Path) -> None:
         except Exception as error:  # whatever a reader that was not made for this file meets
             raise _refusal(path, header, error) from error
         bar.set_description(f"Converting {path.name}, once: saving")
-        fresh_copy(model, torch.float32).save_pretrained(str(folder))
+        with tensors_written():
+            fresh_copy(model, torch.float32).save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
 
 
@@ -313,6 +321,8 @@ def _complete(config: Any, header: _Header) -> None:
             config.hidden_size // config.num_attention_heads
         )
         _set_rotary(config, partial_rotary_factor=said["rope.dimension_count"] / width)
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = _gemma_scalar(config)
     lost = [f"{name}={said[name]}" for name in _NO_PLACE if said.get(name)]
     scaling, factor = said.get("rope.scaling.type", "none"), said.get("rope.scaling.factor", 1.0)
     if scaling == "linear":
@@ -326,6 +336,14 @@ def _complete(config: Any, header: _Header) -> None:
             f"it has {' and '.join(lost)}, which is not read from a GGUF file, so that its numbers "
             "would be wrong."
         )
+
+
+def _gemma_scalar(config: Any) -> int:
+    """What Gemma's scores are divided by the root of; llama.cpp tells by the number of layers."""
+    of_27b = {"gemma2": 46}.get(config.model_type, 62)
+    if config.num_hidden_layers == of_27b:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
 
 
 def _set_rotary(config: Any, **facts: Any) -> None:
