@@ -8,7 +8,8 @@ perturbation test, and `compare_with_paper` lays results beside the published nu
 from ra_lens.experiments.paper import compare_with_paper, read_paper
 from ra_lens.experiments.perturbation import area_under_curve, perturbation_test
 from ra_lens.experiments.rank import rank_tasks
-from ra_lens.experiments.sweep import PAPER_SCALES, patching_sweep
+from ra_lens.experiments.sweep import patching_sweep
+from ra_lens.scales import PAPER_SCALES
 from ra_lens.tables import read_results, write_results
 
 __all__ = [

@@ -44,16 +44,11 @@ from ra_lens.patching.hooks import Where, check_variant
 from ra_lens.patching.mean import MeanMaps
 from ra_lens.questions import Accuracy, FwdHooks, marked
 from ra_lens.run import run_with_ra
+from ra_lens.scales import PAPER_SCALES
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import SplitRule, Task, same_length_sets
 
 MapName = Literal["ra", "pattern"]
-
-PAPER_SCALES = (
-    3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
-    -25.0, -30.0, -35.0, -40.0, -60.0, -80.0, -100.0, -120.0,
-)  # fmt: skip
-"""The 24 scales of the paper's code, in its order."""
 
 _AT_LEAST, _AT_LEAST_BUILT_IN = 100, 40
 
