@@ -105,7 +105,11 @@ def prompts() -> list[tuple[str, str]]:
 def known(model: Any, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Leave out what has words that the model does not know."""
     lens = as_lens(model)
-    return [pair for pair in pairs if lens.unknown_token_id not in lens.encode("".join(pair), prepend_bos=False)]
+    return [
+        pair
+        for pair in pairs
+        if lens.unknown_token_id not in lens.encode("".join(pair), prepend_bos=False)
+    ]
 
 
 def measure(model: Any, prompt: str, target: str, front: str | None) -> Found:
@@ -129,7 +133,9 @@ def table(rows: list[Found]) -> str:
         "prompts": lambda each: str(len(each)),
         "best scale": lambda each: spread([found.scale for found in each]),
         "p(target) before": lambda each: spread([p(found, 0.0) for found in each]),
-        "p(target) at the best scale": lambda each: spread([p(found, found.scale) for found in each]),
+        "p(target) at the best scale": lambda each: spread(
+            [p(found, found.scale) for found in each]
+        ),
         "p(target) at −30": lambda each: spread([p(found, PAPER) for found in each]),
         "the best scale raises p(target) in": lambda each: count(
             [p(found, found.scale) > p(found, 0.0) for found in each]

@@ -15,7 +15,7 @@ logits where the targets are predicted. No row is padded: prompts of one length 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from ra_lens.head_names import Heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import Layers, as_lens
 from ra_lens.model.sites import MapKind, read_kind
-from ra_lens.numbers import Reals, Whole, places, reals, whole
+from ra_lens.numbers import Real, Reals, Whole, Wholes, places, real, reals, whole
 from ra_lens.padding import of_one_length
 from ra_lens.patching.hooks import Where, check_variant, scaled_hooks
 from ra_lens.patching.mean import MeanMaps
@@ -48,7 +48,7 @@ PAPER_SCALES = (
 """The 24 scales of the paper's code, in its order."""
 
 SCALES = tuple(
-    sorted({*PAPER_SCALES, -0.01, -0.03, -0.3, -200.0, -300.0, -600.0, -1000.0})
+    sorted({*PAPER_SCALES, -0.01, -0.03, -0.3, -200.0, -300.0, -600.0, -1000.0, -3000.0})
 )
 """What `best_scale` tries: the paper's scales, and smaller and larger ones for maps of other sizes.
 
@@ -105,15 +105,15 @@ class BestScale:
         """Whether the best scale is the first or last tried, so that one beyond may be better."""
         return self.scale != 0 and self.scale in (self.scales[0], self.scales[-1])
 
-    def loss_at(self, scale: float) -> float:
+    def loss_at(self, scale: Real) -> float:
         """The mean loss at a scale that was tried; else BadInput."""
         return float(self.losses[self._place(scale)])
 
-    def probability_at(self, scale: float) -> float:
+    def probability_at(self, scale: Real) -> float:
         """The target's mean probability at a scale that was tried; else BadInput."""
         return float(self.probability[:, self._place(scale)].mean())
 
-    def of_prompts(self, which: int | slice | Sequence[int]) -> BestScale:
+    def of_prompts(self, which: Wholes | slice) -> BestScale:
         """The same of one prompt, or of some of them, with their own best scale.
 
         Raises:
@@ -159,7 +159,8 @@ class BestScale:
             lines.append("  the best is the last tried: give scales= beyond it")
         return "\n".join(lines)
 
-    def _place(self, scale: float) -> int:
+    def _place(self, given: Real) -> int:
+        scale = real("scale", given)
         if scale not in self.scales:
             tried = ", ".join(map(scale_name, self.scales))
             raise BadInput(f"found scale={scale}, which was not tried; these were: {tried}.")
