@@ -15,7 +15,7 @@ logits where the targets are predicted. No row is padded: prompts of one length 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,31 @@ A prompt's own map is large, and takes a small scale; the maps of sure answers a
 
 PAPER_SCALE: dict[str, float] = {"ra": -30.0, "pattern": 1.0}
 """The scales that the paper reports, by the kind of map."""
+
+
+def axis_position(scale: float, linear: float) -> float:
+    """Give where on an axis of both signs a scale is drawn: asinh(scale / linear).
+
+    Scales below `linear` are spaced in proportion, scales above it by their logarithm.
+    """
+    return math.asinh(scale / linear)
+
+
+def axis_ticks(
+    scales: Sequence[float], first: Sequence[float], *, linear: float, apart: float = 0.085
+) -> list[float]:
+    """Choose which of the scales are labelled: as many as stay apart, those in `first` first.
+
+    `apart` is a share of the axis.
+    """
+    span = axis_position(max(scales), linear) - axis_position(min(scales), linear) or 1.0
+    wanted = [scale for scale in first if scale in scales]
+    kept: list[float] = []
+    for scale in wanted + sorted(scales, key=abs, reverse=True):
+        place = axis_position(scale, linear)
+        if all(abs(place - axis_position(other, linear)) >= apart * span for other in kept):
+            kept.append(scale)
+    return sorted(kept)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,6 +19,7 @@ from rich.text import Text
 from ra_lens.cli import show
 from ra_lens.experiments.paper import count_cells
 from ra_lens.figures.style import method_styles, metric_name
+from ra_lens.scales import PAPER_SCALE
 from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import scale_name, short, shots_name
 
@@ -28,7 +29,6 @@ _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw",
          "n_tokens", "n_first_tokens", *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
 _MAPS = {"ra": "RA", "pattern": "FA"}
-_PAPER_SCALE = {"ra": -30.0, "pattern": 1.0}
 
 # ---- all experiments ----------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ def _columns(frame: Any) -> dict[str, tuple[str, float | None]]:
         if not scales:
             continue
         few = len(scales) <= 3
-        shown = scales if few else [s for s in scales if s == _PAPER_SCALE[kind]]
+        shown = scales if few else [s for s in scales if s == PAPER_SCALE[kind]]
         columns |= {f"{name} {scale_name(s)}": (kind, s) for s in shown}
         if not few:
             columns[f"{name} best"] = (kind, None)

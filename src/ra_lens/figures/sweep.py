@@ -9,7 +9,6 @@ on an axis whose ticks are labelled with the scales themselves; every scale meas
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from ra_lens.figures.style import (
     value_text,
 )
 from ra_lens.questions import Metric
+from ra_lens.scales import PAPER_SCALE, axis_position, axis_ticks
 from ra_lens.text import scale_name, shots_name
 
 _LINEAR = 0.5
@@ -41,7 +41,6 @@ _MAPS = {
     "ra": ("RA map", "#d55e00", "circle"),
     "pattern": ("FA map", "#0072b2", "square"),
 }
-_PAPER = {"ra": -30.0, "pattern": 1.0}
 _LINES = "#4b5563"
 
 
@@ -138,29 +137,24 @@ def patching_sweep_curve(
 
 def position(scale: float) -> float:
     """Give where on the axis a scale is drawn."""
-    return math.asinh(scale / _LINEAR)
+    return axis_position(scale, _LINEAR)
 
 
 def tick_scales(scales: Sequence[float]) -> list[float]:
     """Choose which of the scales are labelled: as many as stay apart, round ones first."""
-    span = (position(max(scales)) - position(min(scales))) or 1.0
-    wanted = [0.0, min(scales), max(scales), -30.0, 1.0, -10.0, -1.0, -4.0, -60.0, 3.0]
-    kept: list[float] = []
-    for scale in [s for s in wanted if s in scales] + sorted(scales, key=abs, reverse=True):
-        if all(abs(position(scale) - position(other)) >= 0.085 * span for other in kept):
-            kept.append(scale)
-    return sorted(kept)
+    round_ones = (0.0, min(scales), max(scales), -30.0, 1.0, -10.0, -1.0, -4.0, -60.0, 3.0)
+    return axis_ticks(scales, round_ones, linear=_LINEAR)
 
 
 def _line(curve: Any, kind: str, metric: str, said: str, *, first: bool) -> go.Scatter:
     name, colour, symbol = _MAPS[kind]
     scales = [float(s) for s in curve["scale"]]
-    paper = [s == _PAPER[kind] for s in scales]
+    paper = [s == PAPER_SCALE[kind] for s in scales]
     return go.Scatter(
         x=[position(s) for s in scales],
         y=curve[metric].to_numpy(float),
         customdata=scales,
-        text=[scale_name(s) + " (the paper's)" * (s == _PAPER[kind]) for s in scales],
+        text=[scale_name(s) + " (the paper's)" * (s == PAPER_SCALE[kind]) for s in scales],
         mode="lines+markers",
         name=name,
         legendgroup=name,
