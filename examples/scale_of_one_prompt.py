@@ -1,8 +1,8 @@
 """What a prompt's own map does to its prediction: at the best scale, and at the paper's −30.
 
     python examples/scale_of_one_prompt.py                                # the embedded model
-    python examples/scale_of_one_prompt.py --model MODEL                  # a name or a folder
-    python examples/scale_of_one_prompt.py --model MODEL --front "<|endoftext|>"
+    python examples/scale_of_one_prompt.py --model smollm2-135m           # a name or a folder
+    python examples/scale_of_one_prompt.py --model smollm2-135m --front "<|endoftext|>"
 
 Each prompt is run once with its target; its own Reversed Attention, times a scale, is added to its
 own attention, at the pattern and at the scores. The scale with the smallest loss is chosen knowing
@@ -80,7 +80,7 @@ def main(
     model: Annotated[str, typer.Option(help="demo, a name, or a local folder.")] = "demo",
     front: Annotated[
         str | None,
-        typer.Option(help="Text in front of every prompt. Default: what the model prepends."),
+        typer.Option(help="A token in front of every prompt. Default: what the model prepends."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many prompts at most.")] = None,
     verbose: Annotated[bool, typer.Option(help="Also print a line for each prompt.")] = False,
@@ -113,14 +113,12 @@ def known(model: Any, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def measure(model: Any, prompt: str, target: str, front: str | None) -> Found:
-    text = prompt if front is None else front + prompt
-    prepend_bos = None if front is None else False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, ra = run_with_ra(model, text, target=target, prepend_bos=prepend_bos, progress=False)
+        _, ra = run_with_ra(model, prompt, target=target, prepend_bos=front, progress=False)
         found = {
             place: best_scale(
-                model, ra, text, target, at=place, prepend_bos=prepend_bos, progress=False
+                model, ra, prompt, target, at=place, prepend_bos=front, progress=False
             )
             for place in PLACES
         }

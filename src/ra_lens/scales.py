@@ -27,7 +27,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_names import Heads
 from ra_lens.inputs import Given, Mask
-from ra_lens.model import Layers, as_lens
+from ra_lens.model import Layers, PrependBos, as_lens
 from ra_lens.model.sites import MapKind, read_kind
 from ra_lens.numbers import Real, Reals, Whole, Wholes, places, real, reals, whole
 from ra_lens.padding import of_one_length
@@ -207,7 +207,7 @@ def best_scale(
     renormalise: bool = False,
     at: Where = "pattern",
     batch_size: Whole = 32,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     attention_mask: Mask | None = None,
     decoder_input: Given | None = None,
     progress: bool = True,
@@ -236,7 +236,7 @@ def best_scale(
         renormalise: Keep rows of the pattern distributions.
         at: `"pattern"` or `"scores"`.
         batch_size: Rows of a forward pass, a row being one prompt at one scale.
-        prepend_bos: For text: overrides the model's default.
+        prepend_bos: What stands in front of text, as in `run_with_ra`.
         attention_mask: For token ids with padding: 1 at real tokens.
         decoder_input: For encoder-decoders, as in `run_with_ra`.
         progress: False hides the progress bar, which there is for several batches.

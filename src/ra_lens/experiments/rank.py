@@ -29,7 +29,7 @@ from ra_lens.experiments.runner import (
 )
 from ra_lens.heads import HeadScores
 from ra_lens.heads.ranking import find_method
-from ra_lens.model import as_lens
+from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Whole, Wholes, whole
 from ra_lens.tasks import SplitRule
 
@@ -46,7 +46,7 @@ def rank_tasks(
     split: SplitRule = "code",
     answer_in_input: bool = True,
     seed: Whole = 0,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -63,7 +63,7 @@ def rank_tasks(
         answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
             or on the prompt alone.
         seed: Demonstrations, and random orders.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
