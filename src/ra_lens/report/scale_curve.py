@@ -16,7 +16,7 @@ from ra_lens.text import scale_name
 _LINEAR = 0.03
 _FIRST_TICKS = (0.0, -30.0, -3000.0, -1000.0, -1.0, -100.0, -10.0, -0.1, 3.0)
 _WIDTH, _HEIGHT = 460, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 24, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 34, 40
 
 
 def scale_svg(found: BestScale) -> str:
@@ -62,20 +62,21 @@ def scale_svg(found: BestScale) -> str:
         f'y2="{unpatched}"/>',
         f'<polyline points="{points}"/>',
     ]
-    marks = [] if paper not in at or paper == found.scale else [("paper", paper, "the paper’s ")]
-    marks.append(("best", found.scale, "best "))
-    placed: list[tuple[float, float]] = []
-    for kind, scale, name in reversed(marks):
-        text = f"{name}{scale_name(scale)}"
-        where = _beside(x(scale), y(at[scale]), placed)
-        placed.append(where)
-        anchor = "end" if where[0] > _WIDTH - 110 else "start"
-        left = where[0] - 16 if anchor == "end" else where[0]
-        lines += [
-            f'<circle class="{kind}" cx="{x(scale)}" cy="{y(at[scale])}" r="5">'
-            f"<title>{html.text(text)}: {at[scale]:.3g}</title></circle>",
-            f'<text class="{kind} {anchor}" x="{left}" y="{where[1]}">{html.text(text)}</text>',
-        ]
+    names = {"best": (found.scale, f"best, {scale_name(found.scale)}", 5)}
+    if paper in at:
+        names["paper"] = (paper, f"the paper’s {scale_name(paper)}", 8)
+    for kind, (scale, name, radius) in names.items():
+        lines.append(
+            f'<circle class="{kind}" cx="{x(scale)}" cy="{y(at[scale])}" r="{radius}">'
+            f"<title>{html.text(name)}: {at[scale]:.3g}</title></circle>"
+        )
+    left = 86  # of the legend, which stands above, where no name covers the curve
+    for kind, (_, name, radius) in names.items():
+        lines.append(f'<circle class="{kind}" cx="{left}" cy="8" r="{radius - 1}"/>')
+        lines.append(f'<text class="{kind}" x="{left + 12}" y="12">{html.text(name)}</text>')
+        left += 32 + 7 * len(name)
+    lines.append(f'<path class="before" d="M{left - 4} 8h18"/>')
+    lines.append(f'<text x="{left + 20}" y="12">unpatched</text>')
     return "".join([*lines, "</svg>"])
 
 
@@ -85,15 +86,6 @@ def _ceiling(chance: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(chance))
     return min(1.0, next(n * power for n in (1, 2, 5, 10) if n * power >= chance * (1 - 1e-9)))
-
-
-def _beside(x: float, y: float, placed: list[tuple[float, float]]) -> tuple[float, float]:
-    """Choose a place for the name of a mark: beside it, above or below another name."""
-    for lift in (4, -8, 18, -20, 32):
-        where = (x + 8, min(max(y + lift, 12), _HEIGHT - _BOTTOM - 4))
-        if all(abs(where[0] - a) > 110 or abs(where[1] - b) > 13 for a, b in placed):
-            return where
-    return x + 8, y + 4
 
 
 def _said(found: BestScale, at: dict[float, float], paper: float | None) -> str:
