@@ -16,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from ra_lens.errors import BadInput
 from ra_lens.figures.curves import panel_columns
 from ra_lens.figures.style import (
     Layout,
@@ -72,10 +73,16 @@ def patching_sweep_curve(
         the scales and whose `x` is where they are drawn.
 
     Raises:
-        BadInput: not such a frame, several models in it, or an unknown `metric`.
+        BadInput: not such a frame, several models in it, scales that were found, which make no
+            curve, or an unknown `metric`.
     """
     check_metric(metric)
     frame = mean_over_questions(frame)
+    if "train_loss" in frame:
+        raise BadInput(
+            "found a table of scales found on training questions, one for each task, which make no "
+            "curve. Run patching_sweep with scales, or draw best_scale's with scale_curve."
+        )
     check_frame(frame, what="patching_sweep()", columns=[*_CELL, metric], cell=_CELL)
     means: Any = frame.groupby(["n_shots", "map", "scale"], dropna=False)[metric].mean()
     mean: Any = means.reset_index().sort_values("scale")
