@@ -15,7 +15,7 @@ logits where the targets are predicted. No row is padded: prompts of one length 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
-from ra_lens.head_names import Heads
+from ra_lens.head_names import Heads, list_heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import Layers, PrependBos, as_lens
 from ra_lens.model.sites import MapKind, read_kind
@@ -273,6 +273,10 @@ def best_scale(
     bound, read = objective.bind(lens, read)
     positions = bound.positions or []
     read, encoded = read.unpadded(), None if encoded is None else encoded.unpadded()
+    # What every batch reads again: an iterator is empty after the first.
+    heads = None if heads is None else list_heads(heads)
+    layers = list(layers) if isinstance(layers, Iterator) else layers
+    rows = list(rows) if isinstance(rows, Iterator) else rows
     parts = _batches(maps, read, encoded, len(tried), batch_size)
     losses = torch.full((len(read), len(tried)), math.nan, dtype=torch.float64)
     for own, rows_here in _with_progress(parts, show=progress and len(parts) > 1):

@@ -147,8 +147,16 @@ def demo(
         debug=debug,
     )
     extra: dict[str, object] = {} if facts is None else {"patched": facts}
-    told = {"top": 6, "written": written, "as_json": as_json, "extra": extra}
-    _tell(ra, model, [prompt.text], patched=patched, **told)
+    _tell(
+        ra,
+        model,
+        [prompt.text],
+        top=6,
+        patched=patched,
+        written=written,
+        as_json=as_json,
+        extra=extra,
+    )
     for section in [] if as_json else sections:
         show.print_section(section)
 

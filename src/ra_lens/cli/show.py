@@ -243,7 +243,7 @@ def _patch(one: PatchedPrompt) -> list[RenderableType]:
     place = "pattern" if one.at == "pattern" else "attention scores"
     title = f"Patched: R times {scale_name(one.scale)} added to the {place} of every head"
     numbers = ("scale", "p(target)", "its rank")
-    table = new_table(*numbers, "top prediction", right=numbers, title=title)
+    table = new_table(*numbers, "what comes next", right=numbers, title=title)
     rows: list[tuple[float, float | None, int | None, str]] = []
     for scale, side in ((0.0, one.before), (one.scale, one.after)):
         top = " · ".join(f"“{label(text)}” {chance:.3f}" for text, chance in side.top[:2])

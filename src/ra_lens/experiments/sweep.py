@@ -160,8 +160,8 @@ def patching_sweep(
 def _steps(run: Run) -> Iterator[tuple[str, float | Literal["best"] | None]]:
     """Give the maps with their scales, after the unpatched model."""
     yield "none", None
-    scales = run.settings["scales"]
-    tried = [scales] if scales == "best" else scales
+    scales: list[float] | Literal["best"] = run.settings["scales"]
+    tried: list[float | Literal["best"]] = ["best"] if scales == "best" else [*scales]
     yield from ((kind, x) for kind in run.settings["kinds"] for x in tried)
 
 
