@@ -176,7 +176,7 @@ def spread(values: list[float]) -> str:
     marks = torch.tensor(values, dtype=torch.float64).quantile(
         torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
     )
-    middle, low, high = (f"{value:.2g}".replace("-", "−") for value in marks.tolist())
+    middle, low, high = (f"{float(f'{v:.2g}'):g}".replace("-", "−") for v in marks.tolist())
     return f"{middle} [{low}, {high}]"
 
 

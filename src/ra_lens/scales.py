@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -274,7 +274,7 @@ def best_scale(
     positions = bound.positions or []
     read, encoded = read.unpadded(), None if encoded is None else encoded.unpadded()
     # What every batch reads again: an iterator is empty after the first.
-    heads = None if heads is None else list_heads(heads)
+    chosen: Any = None if heads is None else list_heads(heads)
     layers = list(layers) if isinstance(layers, Iterator) else layers
     rows = list(rows) if isinstance(rows, Iterator) else rows
     parts = _batches(maps, read, encoded, len(tried), batch_size)
@@ -286,7 +286,7 @@ def best_scale(
             own.by_layer(kind),
             own.sites,
             factors,
-            heads=heads,
+            heads=chosen,
             layers=layers,
             rows=rows,
             align=align,

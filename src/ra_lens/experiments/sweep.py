@@ -157,12 +157,17 @@ def patching_sweep(
         return run.frame("Patching", cells, _rows, steps=len(list(_steps(run))))
 
 
-def _steps(run: Run) -> Iterator[tuple[str, float | Literal["best"] | None]]:
+_Scale = float | Literal["best"] | None
+
+
+def _steps(run: Run) -> Iterator[tuple[str, _Scale]]:
     """Give the maps with their scales, after the unpatched model."""
     yield "none", None
     scales: list[float] | Literal["best"] = run.settings["scales"]
-    tried: list[float | Literal["best"]] = ["best"] if scales == "best" else [*scales]
-    yield from ((kind, x) for kind in run.settings["kinds"] for x in tried)
+    tried: list[_Scale] = ["best"] if scales == "best" else [*scales]
+    for kind in run.settings["kinds"]:
+        for scale in tried:
+            yield kind, scale
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:
@@ -204,7 +209,7 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
             progress=False,
         )
 
-    def evaluate(kind: str, scale: float | Literal["best"] | None) -> Row | list[Row]:
+    def evaluate(kind: str, scale: _Scale) -> Row | list[Row]:
         hooks: FwdHooks = ()
         of_scale: Row = {}
         if scale == "best":
