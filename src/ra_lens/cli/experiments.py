@@ -285,7 +285,10 @@ def patch(
     *,
     scales: Annotated[
         list[str] | None,
-        typer.Option(help="Factors of the added maps: -30 1. Default: the paper's 24, 3 to -120."),
+        typer.Option(
+            help="Factors of the added maps: -30 1; or best, the one found on the training "
+            "questions. Default: the paper's 24, 3 to -120."
+        ),
     ] = None,
     kinds: Annotated[
         list[str] | None,
@@ -324,7 +327,16 @@ def patch(
     from ra_lens.report.experiments import write_sweep_page
     from ra_lens.tables import mean_over_questions
 
-    factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
+    factors: list[float] | Literal["best"]
+    if scales is not None and split_values(scales, "--scales") == ["best"]:
+        factors = "best"
+        if setup.figure is not None:
+            raise BadInput(
+                "found --figure with --scales best, which gives one scale for each task and no "
+                "curve. Leave one of them out."
+            )
+    else:
+        factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
     maps = ["ra", "pattern"] if kinds is None else split_values(kinds, "--kinds")
     known = get_args(MapName)
     unknown = [name for name in maps if name not in known]

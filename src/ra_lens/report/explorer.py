@@ -29,7 +29,9 @@ from ra_lens.head_names import HeadScore
 from ra_lens.model.sites import MapKind
 from ra_lens.report.predictions import PatchedPrompt, Predictions
 from ra_lens.report.prompt_tokens import prompt_tokens, sides
-from ra_lens.text import label
+from ra_lens.report.scale_curve import scale_svg
+from ra_lens.scales import PAPER_SCALE
+from ra_lens.text import label, scale_name
 
 BYTES_PER_CELL = 4
 
@@ -194,7 +196,7 @@ def _chips(tokens: Sequence[tuple[str, str]], side: str, place: int) -> str:
 
 
 def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
-    scale = f"{patched.scale:g}".replace("-", "−")
+    scale = scale_name(patched.scale)
     target = "" if ra.info.targets is None else label(ra.info.targets[example])
     columns = [f"p(“{target}”)", "Its rank", "Top predictions"]
 
@@ -205,13 +207,26 @@ def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
 
     table = html.Table(
         ("", *columns),
-        (row("As it is", patched.before), row("Patched", patched.after)),
+        (row("As it is", patched.before), row(f"Patched, {scale}", patched.after)),
     )
+    place = "attention" if patched.at == "pattern" else "attention scores"
     note = (
-        f"Patched: {scale} times this prompt’s own R is added to the attention of every head; "
+        f"Patched: {scale} times this prompt’s own R is added to the {place} of every head; "
         "the weights stay as they are."
     )
-    return f"<div><h3>What comes next</h3>{html.table(table)}{html.note(note)}</div>"
+    drawing, found = "", patched.found
+    if found is not None:
+        note += f" Of {len(found.scales)} scales this one makes the loss smallest"
+        note += ", the last tried" * found.at_the_end
+        note += "; it was chosen with the target at hand."
+        paper = PAPER_SCALE["ra"]
+        if paper in found.scales:
+            note += (
+                f" At {scale_name(paper)}, the paper’s scale for a mean over prompts, "
+                f"p(target) is {_percent(found.probability_at(paper))}."
+            )
+        drawing = scale_svg(found)
+    return f"<div><h3>What comes next</h3>{html.table(table)}{drawing}{html.note(note)}</div>"
 
 
 def _percent(share: float) -> str:
