@@ -217,7 +217,8 @@ def _convert(path: Path, folder: Path) -> None:
             bar.set_description(f"Converting {path.name}, once: weights")
             config = AutoConfig.from_pretrained(parent, **where)
             _complete(config, header)
-            model, told = AutoModelForCausalLM.from_pretrained(
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, told = load(
                 parent, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
             _check_all_read(header, told, known)
@@ -301,7 +302,7 @@ _PLACES = {
 }
 # These change what a model computes, and have no place in the configuration of what is read here.
 _NO_PLACE = ("attention.scale", "attention.max_alibi_bias", "embedding_scale", "residual_scale")
-_LLAMA3 = {
+_LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -369,7 +370,8 @@ def _set_llama3(config: Any, factors: list[float]) -> bool:
         return True
     parameters = getattr(config, "rope_parameters", None) or {}
     base = float(parameters.get("rope_theta") or config.rope_theta)
-    _, low, high, context = _LLAMA3.values()
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    context = _LLAMA3["original_max_position_embeddings"]
     for i, found in enumerate(factors):
         turns = context / (2 * math.pi * base ** (i / n))  # of this frequency within the context
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)

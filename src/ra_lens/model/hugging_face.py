@@ -7,6 +7,7 @@ the user's model.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import warnings
 from collections.abc import Generator
@@ -146,7 +147,7 @@ def fresh_copy(model: Any, dtype: torch.dtype, device: str | torch.device | None
 
 def _no_init_weights() -> Any:
     try:
-        from transformers.initialization import no_init_weights
+        home: Any = importlib.import_module("transformers.initialization")
     except ImportError:  # transformers 4
-        from transformers.modeling_utils import no_init_weights
-    return no_init_weights()
+        home = importlib.import_module("transformers.modeling_utils")
+    return home.no_init_weights()
