@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -68,13 +69,15 @@ def check_folder(folder: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Raise BadInput if it is a file with weights: a model needs its folder."""
-    if path.is_file() and path.suffix in ENDINGS:
+    if not os.path.isfile(path):  # nor where a name is too long to be one
+        return
+    if path.suffix in ENDINGS:
         raise BadInput(
             f"{path} holds weights that are pickled, and no configuration. Give the folder with "
             "config.json and tokenizer, and allow_pickle=True, or --allow-pickle, if you trust who "
             "made them."
         )
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         raise BadInput(
             f"{path} holds weights only. Give its folder, with config.json and tokenizer."
         )
