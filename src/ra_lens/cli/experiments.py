@@ -72,6 +72,13 @@ class Setup:
             help="Ask natural questions as their template alone, or as qa: Q: …, newline, A:"
         ),
     ] = "template"
+    demonstrations: Annotated[
+        Literal["own", "shared"],
+        typer.Option(
+            help="Solved examples: own (drawn anew for every question) or shared (the same before "
+            "every question, several times as fast)."
+        ),
+    ] = "own"
     bos: Annotated[
         bool | None,
         typer.Option(
@@ -123,7 +130,8 @@ class Setup:
             own["methods"] = read_methods(given)
         shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
         bos, size, progress = self.bos, self.batch_size, not self.quiet
-        protocol = Protocol.read(shots, self.split, self.seed, bos, size, self.out, progress)
+        shown, out = self.demonstrations, self.out
+        protocol = Protocol.read(shots, self.split, self.seed, bos, size, out, progress, shown)
         tasks = self.tasks()
         model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
         with session.quiet(debug=self.debug):

@@ -45,7 +45,7 @@ from ra_lens.patching.mean import MeanMaps
 from ra_lens.questions import Accuracy, FwdHooks, marked
 from ra_lens.run import run_with_ra
 from ra_lens.targets import sequence_nll
-from ra_lens.tasks import SplitRule, Task, same_length_sets
+from ra_lens.tasks import Demonstrations, SplitRule, Task, same_length_sets
 
 MapName = Literal["ra", "pattern"]
 
@@ -75,6 +75,7 @@ def patching_sweep(
     at: Where = "pattern",
     split: SplitRule = "code",
     seed: Whole = 0,
+    demonstrations: Demonstrations = "own",
     prepend_bos: bool | None = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
@@ -103,6 +104,10 @@ def patching_sweep(
         split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
             for test, as in its text.
         seed: Demonstrations.
+        demonstrations: `"own"`: drawn anew for every question (the paper's way); `"shared"`: the
+            same before every question of a task, drawn once from its train part by the seed. Their
+            keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
+            several times as fast where demonstrations are most of a prompt.
         prepend_bos: Overrides the model's default.
         batch_size: Questions per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
@@ -120,7 +125,9 @@ def patching_sweep(
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
     """
-    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    protocol = Protocol.read(
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+    )
     settings: dict[str, Any] = {
         "kinds": read_some("kinds", kinds, ("ra", "pattern")),
         "scales": _read_scales(scales),
@@ -159,6 +166,7 @@ def _steps(run: Run) -> Iterator[tuple[str, float | None]]:
 def _rows(cell: Cell) -> Iterator[list[Row]]:
     """Give the row of each map and scale."""
     settings, protocol, learned = cell.run.settings, cell.run.protocol, cell.learned["train"]
+    one_variant = [0] * len(cell.asked)
 
     @cache
     def mean() -> MeanMaps:
@@ -179,7 +187,7 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
             edit = {name: settings[name] for name in ("renormalise", "at")}
             hooks = mean().patch_hooks(scale=scale, kind=kind, align="left", **edit)
         return {
-            **marked(cell.marked(cell.questions, lambda _part: hooks)),
+            **marked(cell.marked(cell.questions, lambda _part: hooks, variants=one_variant)),
             "n_tokens": cell.questions.prompts.lengths[0],
             "n_test": len(cell.asked),
             "prompts_hash": prompts_hash(learned, cell.asked),
