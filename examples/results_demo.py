@@ -21,7 +21,7 @@ import typer
 
 from ra_lens import load_demo_model
 from ra_lens.experiments import area_under_curve, patching_sweep, perturbation_test
-from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
+from ra_lens.figures import patching_sweep_curve, perturbation_curves
 from ra_lens.files import write_whole
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results-demo.md"
@@ -54,19 +54,6 @@ def by_method(areas: pd.DataFrame) -> pd.DataFrame:
     """Mean over tasks: rows methods and directions, columns numbers of examples."""
     table = areas.groupby(["method", "direction", "n_shots"]).auc.mean().unstack("n_shots")
     return table.loc[list(ROWS)].set_axis(list(ROWS.values()), axis=0)
-
-
-def by_task(areas: pd.DataFrame) -> pd.DataFrame:
-    """Rows tasks; each cell the areas at the numbers of examples, one after the other."""
-    texts: dict[str, dict[str, str]] = {}
-    for task, of_task in areas.groupby("task", sort=False):
-        texts[str(task)] = {}
-        for key, name in ROWS.items():
-            of_cell = of_task[(of_task.method == key[0]) & (of_task.direction == key[1])]
-            values = of_cell.sort_values("n_shots").auc
-            texts[str(task)][name] = " ".join(f"{v:.2f}".replace("0.", ".") for v in values)
-    columns = [name for name in ROWS.values() if "reversed" not in name and "layer" not in name]
-    return pd.DataFrame(texts).T[[*columns[:1], "RA reversed", *columns[1:]]]
 
 
 def wins(areas: pd.DataFrame) -> pd.DataFrame:
@@ -109,23 +96,6 @@ def patched(sweep: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def patched_by_task(sweep: pd.DataFrame) -> pd.DataFrame:
-    """Rows tasks, without examples: unpatched, RA × −30, FA × 1, and unpatched with examples."""
-    names = sweep.task.drop_duplicates()
-    none = sweep[sweep["map"] == "none"].set_index(["task", "n_shots"]).top1
-    zero = sweep[sweep.n_shots == 0].set_index(["task", "map", "scale"]).top1
-    rows = {
-        name.rpartition("_len_")[0]: {
-            "unpatched": none[name, 0],
-            "RA × −30": zero[name, "ra", -30.0],
-            "FA × 1": zero[name, "pattern", 1.0],
-            **{f"unpatched, {n} shots": none[name, n] for n in (1, 5, 10)},
-        }
-        for name in names
-    }
-    return pd.DataFrame(rows).T
-
-
 def refresh(sections: dict[str, str]) -> None:
     """Put new text between the marks of each section of the document."""
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -137,14 +107,13 @@ def refresh(sections: dict[str, str]) -> None:
     write_whole(DOCUMENT, text)
 
 
-def draw(curves: pd.DataFrame, areas: pd.DataFrame, sweep: pd.DataFrame) -> None:
-    """Write the three figures beside the document."""
+def draw(curves: pd.DataFrame, sweep: pd.DataFrame) -> None:
+    """Write the figures beside the document."""
     folder = DOCUMENT.parent / "figures"
     folder.mkdir(exist_ok=True)
     figures = {
         "perturbation": perturbation_curves(curves, width=1100),
         "patching": patching_sweep_curve(sweep, width=1100),
-        "auc": auc_table(areas, width=1500),
     }
     for name, figure in figures.items():
         figure.write_image(folder / f"demo-{name}.png", scale=1.25)
@@ -164,7 +133,7 @@ def main(
     end = time.perf_counter()
     typer.echo(f"perturbation test {middle - start:.0f} s, patching sweep {end - middle:.0f} s")
     areas = area_under_curve(curves)
-    icl, natural = (areas[areas.kind == kind] for kind in ("icl", "natural"))
+    icl = areas[areas.kind == "icl"]
     full = curves[(curves.share == 1) & (curves.method == "ra") & (curves.direction == "forward")]
     accuracy = full.pivot_table(index="kind", columns="n_shots", values="top1")
     accuracy.index = ["15 in-context tasks", "6 natural questions"]
@@ -172,17 +141,12 @@ def main(
         {
             "accuracy": markdown(accuracy),
             "auc": markdown(by_method(areas)),
-            "auc icl": markdown(by_method(icl)),
-            "auc natural": markdown(by_method(natural)),
             "wins": markdown(wins(icl)),
-            "auc logit": markdown(by_method(area_under_curve(curves, metric="logit_diff")), 2),
-            "auc tasks": markdown(by_task(areas)),
             "patching": markdown(patched(sweep[sweep.kind == "icl"])),
-            "patching tasks": markdown(patched_by_task(sweep)),
         }
     )
     if images:
-        draw(curves, areas, sweep)
+        draw(curves, sweep)
 
 
 if __name__ == "__main__":

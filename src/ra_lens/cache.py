@@ -39,7 +39,7 @@ from ra_lens.text import isolated, label
 if TYPE_CHECKING:
     import pandas as pd
 
-_FORMAT = 1
+_FORMAT = 2  # 1 told only whether BOS was in front, not which token
 _LOSSES = {
     "answer_nll": "−log p of the target",
     "top_prediction": "−log p of the target",
@@ -213,7 +213,7 @@ class RACache:
         if info.str_tokens is not None:
             lengths = list(map(len, info.str_tokens))
             n = f"up to {max(lengths)}" if example is None else lengths[example]
-            found.append(("Tokens", f"{n}{', BOS prepended' * bool(info.bos_prepended)}"))
+            found.append(("Tokens", f"{n}{_in_front(info.prepended)}"))
         own = " (the model's own top prediction; no target was given)"
         own *= info.target_is_top_prediction
         if example is None:
@@ -457,13 +457,19 @@ class RACache:
     def load(path: str | Path) -> RACache:
         """Read a cache written by `save`; BadFile if missing, truncated, or of something else."""
         with read_tensors(path) as (source, tensors, description):
-            if description["format"] != _FORMAT:
+            if description["format"] not in (1, _FORMAT):
                 raise BadFile(
-                    f"{source} has cache format {description['format']}; this ra_lens reads "
+                    f"{source} has cache format {description['format']}; this ra_lens reads 1 and "
                     f"{_FORMAT}. Make the cache again, or install the version that wrote it."
                 )
             found = [Site(**fields) for fields in description["sites"]]
-            info = RunInfo(**{name: _tuples(value) for name, value in description["info"].items()})
+            facts = {name: _tuples(value) for name, value in description["info"].items()}
+            if description["format"] == 1:
+                bos = facts.pop("bos_prepended", None)
+                facts["prepended"] = (
+                    facts["str_tokens"][0][0] if bos else None if bos is None else ""
+                )
+            info = RunInfo(**facts)
             sites = Sites({site.layer: site for site in found}, info.n_layers)
             running, mean = None, description.get("mean")
             if mean is not None:
@@ -565,6 +571,13 @@ class RACache:
 def _shortened(texts: Sequence[str]) -> str:
     shown = [isolated(repr(text)) for text in texts[:3]]
     return ", ".join(shown) + ", …" * (len(texts) > 3)
+
+
+def _in_front(prepended: str | None) -> str:
+    """Say what was put in front of text; nothing where ids were given."""
+    return (
+        "" if prepended is None else f", {label(prepended) if prepended else 'nothing'} prepended"
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.inputs import Given, Mask, TokenIds, read_given
-from ra_lens.model import Lens
+from ra_lens.model import Lens, PrependBos
 
 PaddingSide = Literal["left", "right"]
 
@@ -77,7 +77,7 @@ class Prompts:
     """The examples of one run."""
 
     ids: tuple[tuple[int, ...], ...]
-    bos_prepended: bool | None  # by TransformerLens, in front of text; None where ids were given
+    prepended: str | None  # the token put in front of text, "" for none; None where ids were given
     padding_side: PaddingSide
     width: int = 0  # that every batch is padded to at least (that of a token tensor given)
     texts: tuple[str, ...] | None = None  # where the prompts were given as text
@@ -159,7 +159,7 @@ def read_prompts(
     input: PromptInput,
     *,
     attention_mask: Mask | None = None,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     padding_side: PaddingSide | None = None,
 ) -> Prompts:
     """Turn what the user gave into token ids per example; the options are those of `run_with_ra`.
@@ -181,7 +181,7 @@ def read_prompts(
     if isinstance(given, TokenIds):
         if prepend_bos is not None:
             raise BadInput(
-                f"found prepend_bos={prepend_bos} with token ids, which are read as they are. "
+                f"found prepend_bos={prepend_bos!r} with token ids, which are read as they are. "
                 "Pass text, or put the BOS id into the tensor."
             )
         return _from_tokens(lens, given, side if given.ragged else padding_side)
@@ -201,6 +201,8 @@ def read_prompts(
                 "token, or prepend_bos=True."
             )
         rows.append(row)
+    if isinstance(prepend_bos, str):
+        return Prompts(tuple(rows), prepend_bos, side, texts=given)
     prepended = [_starts_with_bos(lens, t, r) for t, r in zip(given, rows, strict=True)]
     bos = special_id(lens, "bos")
     twice = [i for i, row in enumerate(rows) if prepended[i] and row[1:2] == (bos,)]
@@ -212,7 +214,8 @@ def read_prompts(
             RALensWarning,
             stacklevel=3,
         )
-    return Prompts(tuple(rows), all(prepended), side, texts=given)
+    front = str(lens.tokenizer.bos_token) if all(prepended) else ""
+    return Prompts(tuple(rows), front, side, texts=given)
 
 
 def read_decoder_prompts(lens: Lens, decoder_input: Given | None, n: int) -> Prompts:

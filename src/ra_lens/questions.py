@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ra_lens.errors import RALensWarning, UnsupportedModel
-from ra_lens.model import FwdHooks, Lens
+from ra_lens.model import FwdHooks, Lens, PrependBos
 from ra_lens.padding import together, watched
 from ra_lens.prompts import Prompts, read_prompts
 from ra_lens.shared_prefix import SharedPrefix, same_logits
@@ -70,7 +70,7 @@ class Questions:
 
 
 def read_questions(
-    lens: Lens, prompts: Sequence[Prompt], *, prepend_bos: bool | None = None
+    lens: Lens, prompts: Sequence[Prompt], *, prepend_bos: PrependBos = None
 ) -> Questions:
     """Tokenise the prompts of a task, and their answers as they go on from them.
 
@@ -102,7 +102,7 @@ def _warn_of_unknown_words(lens: Lens, prompts: Sequence[Prompt], read: Prompts)
     texts: dict[str, str] = {}
     for i, (prompt, ids) in enumerate(zip(prompts, read.ids, strict=True)):
         name = _name(prompt, i)
-        if lens.unknown_token_id in ids and name not in texts:
+        if lens.unknown_token_id in ids[bool(read.prepended) :] and name not in texts:
             # All words of a task, so that whichever of its prompts are read, it is one warning.
             pairs = () if prompt.task is None else prompt.task.pairs
             texts[name] = "\n".join([*(f"{p.input} {p.output}" for p in pairs), prompt.text])
@@ -130,6 +130,10 @@ class Marks:
     tied: Int[Tensor, "question *token"]
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
+
+    def __len__(self) -> int:
+        """Give the number of questions."""
+        return len(self.logit_diff)
 
     def part(self, questions: slice | Tensor) -> Marks:
         """The marks of some of the questions."""
@@ -355,7 +359,7 @@ def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:
 
 
 def marked(marks: Marks) -> dict[str, Any]:
-    """Accuracy and logit difference of some answers, as columns of a table."""
+    """Accuracy and logit difference of some answers, mean of all, as columns of a table."""
     return {
         "top1": marks.accuracy(1),
         "top2": marks.accuracy(2),

@@ -30,7 +30,7 @@ from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.model import FwdHooks, Layers, Lens, as_lens
+from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, as_lens
 from ra_lens.model.forward import at_columns
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
@@ -73,7 +73,7 @@ def run_with_ra(
     recompute: bool = False,
     progress: bool = True,
     attention_mask: Mask | None = None,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     padding_side: PaddingSide | None = None,
     decoder_input: Given | None = None,
     softmax_scale: Real | Mapping[int, Real] | None = None,
@@ -129,8 +129,9 @@ def run_with_ra(
         attention_mask: For token ids with padding: 1 at real tokens; it wins over the mask of a
             mapping. Without either, runs of the tokenizer's pad token at the end (or start) of rows
             of a batch count as padding; rows of different lengths have none.
-        prepend_bos: For text: overrides the model's default. False for text that brings its own
-            BOS, such as that of a chat template.
+        prepend_bos: What stands in front of text. None: what TransformerLens prepends by default;
+            True: the tokenizer's BOS; False: nothing, as for text that brings its own BOS, such as
+            that of a chat template; or a token as text, such as `"<|endoftext|>"`, in place of BOS.
         padding_side: Overrides the tokenizer's side.
         decoder_input: For encoder-decoders, whose encoder reads `input`: what the decoder has read
             before the target. Token ids are read as they are, less what their own mask calls
@@ -429,7 +430,7 @@ def _finish(
         str_tokens=_decoded(lens, read.source),
         answer_lengths=bound.answer_lengths,
         starts=tuple(start for r in results for start in r.starts),
-        bos_prepended=read.source.bos_prepended,
+        prepended=read.source.prepended,
         decoder_tokens=None if read.encoded is None else _decoded(lens, read.prompts),
     )
     loss = results[0].loss if scalars else torch.cat([r.loss for r in results])

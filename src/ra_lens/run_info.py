@@ -28,7 +28,7 @@ class RunInfo:
         answer_lengths: How many of each example's last tokens are the answer; None where none is
             appended.
         starts: Column of each example's first token; not 0 with padding on the left.
-        bos_prepended: Whether TransformerLens put a BOS token in front; None if ids were given.
+        prepended: The token put in front of each prompt; empty if none was; None if ids were given.
         decoder_tokens: What the decoder of an encoder-decoder read, answer included, one list per
             example, each from column 0; its encoder read `str_tokens`.
     """
@@ -42,7 +42,7 @@ class RunInfo:
     str_tokens: tuple[tuple[str, ...], ...] | None = None
     answer_lengths: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
-    bos_prepended: bool | None = None
+    prepended: str | None = None
     decoder_tokens: tuple[tuple[str, ...], ...] | None = None
 
     def part(self, examples: Sequence[int]) -> RunInfo:

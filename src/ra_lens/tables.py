@@ -72,6 +72,27 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
+    """Take the mean of what was measured over the questions of an experiment.
+
+    Args:
+        frame: From `perturbation_test` or `patching_sweep` with `each_question=True`, or several
+            of them concatenated.
+
+    Returns:
+        What they give without: a row for all questions together. A table without a column
+        `question` comes back as it is.
+    """
+    if "question" not in frame:
+        return frame
+    measured = [name for name in _MARKS if name in frame]
+    keys = [name for name in _TELLS_APART if name in frame]
+    others = [name for name in frame if name not in (*measured, *keys, "question")]
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    means = groups.agg({**dict.fromkeys(measured, "mean"), **dict.fromkeys(others, "first")})
+    return means.reset_index()[[name for name in frame if name != "question"]]
+
+
 def table_rows(frame: pd.DataFrame) -> dict[str, list[str]]:
     """Give the rows of the table: name to the tasks averaged; an empty list is a gap.
 
@@ -105,8 +126,9 @@ _TEXTS = (
     "experiment", "model", "task", "kind", "method", "direction", "map", "label", "source",
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
-    "accuracy",
+    "accuracy", "prepend_bos",
 )  # fmt: skip
+_BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
 # Columns of each experiment: those that tell its rows apart, and what it measures.
 _NEEDED = {
@@ -114,6 +136,10 @@ _NEEDED = {
     "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
     "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
 }
+_TELLS_APART = (
+    "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
+    "scale", "settings_hash",
+)  # fmt: skip
 _MEASURES = {"ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS}
 MEASURES = ("score", "rank", *_MARKS)
 """Columns of what the experiments measure."""
@@ -149,7 +175,26 @@ def write_results(frame: pd.DataFrame, path: str | Path) -> None:
         if Path(path).suffix.lower() == ".csv":
             frame.to_csv(temporary, index=False)
         else:
-            frame.to_parquet(temporary, index=False)
+            _of_one_kind(frame).to_parquet(temporary, index=False)
+
+
+def _of_one_kind(frame: pd.DataFrame) -> pd.DataFrame:
+    """Write True and False beside tokens in `prepend_bos` as text; Parquet wants one kind."""
+    values = list(frame["prepend_bos"]) if "prepend_bos" in frame else []
+    if not any(isinstance(value, str) for value in values):
+        return frame
+    texts = [value if value is None or value != value else str(value) for value in values]
+    return frame.assign(prepend_bos=pd.Series(texts, index=frame.index, dtype=object))
+
+
+def _with_bools(frame: pd.DataFrame) -> pd.DataFrame:
+    """Read True and False in `prepend_bos`, written as text, as what they were."""
+    column = frame.get("prepend_bos")
+    if column is None or not any(isinstance(value, str) for value in column):
+        return frame
+    values = [_BOOLS.get(value, value) for value in column]
+    # Of bools alone it is a column of bools, as it was.
+    return frame.assign(prepend_bos=pd.Series(values, index=frame.index).infer_objects())
 
 
 def _what(frame: pd.DataFrame) -> str:
@@ -202,5 +247,6 @@ def _read_table(path: Path) -> pd.DataFrame:
             {"float_precision": "round_trip"} if int(pd.__version__.split(".")[0]) < 3 else {}
         )
         texts = dict.fromkeys(_TEXTS, str)  # a hash may look like a number
-        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts, **exact)
-    return pd.read_parquet(path)
+        read = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts, **exact)
+        return _with_bools(read)
+    return _with_bools(pd.read_parquet(path))

@@ -393,7 +393,7 @@ def _continuation(lens: Lens, prompts: Prompts, i: int, answer: str) -> list[int
     # the prompt must stay what it was, so the answer is tokenised alone.
     if prompts.texts is not None:
         n = len(prompts.ids[i])
-        joint = lens.encode(prompts.texts[i] + answer, prepend_bos=prompts.bos_prepended)
+        joint = lens.encode(prompts.texts[i] + answer, prepend_bos=prompts.prepended or False)
         if tuple(joint[:n]) == prompts.ids[i] and len(joint) > n:
             return joint[n:]
     return lens.encode_fragment(answer)

@@ -349,7 +349,13 @@ def test_repr_says_what_is_in_it(ra, shared):
     model = shared("gpt2", KINDS[0])
     _, some = run_with_ra(model, "w4 w5", layers=[0, 2], store="norms")
     said = repr(some)
-    for part in ("1 prompt,", "layers 0, 2", "norms only", "BOS prepended", "top prediction"):
+    for part in (
+        "1 prompt,",
+        "layers 0, 2",
+        "norms only",
+        "<|endoftext|> prepended",
+        "top prediction",
+    ):
         assert part in said
 
 

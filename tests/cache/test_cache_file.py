@@ -141,6 +141,21 @@ def test_a_cache_of_another_format(ra, tmp_path):
         RACache.load(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(("bos", "front"), [(True, "<|endoftext|>"), (False, ""), (None, None)])
+def test_a_cache_of_the_first_format_told_whether_bos_was_in_front(tmp_path, shared, bos, front):
+    given = torch.tensor([[0, 4, 5]]) if bos is None else "w4 w5"
+    _, ra = run_with_ra(shared("gpt2", KINDS[0]), given, target=9, prepend_bos=bos)
+
+    def of_the_first(description):
+        info = {name: v for name, v in description["info"].items() if name != "prepended"}
+        info["bos_prepended"] = bos
+        return json.dumps({**description, "format": 1, "info": info})
+
+    rewritten(ra, tmp_path / "cache", of_the_first)
+    assert RACache.load(tmp_path / "cache").info == ra.info
+    assert ra.info.prepended == front
+
+
 @pytest.mark.parametrize(
     "change",
     [

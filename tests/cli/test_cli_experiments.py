@@ -345,7 +345,7 @@ def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], me
         (["patch", *SMALL, "--scales", ""], "found --scales '', which is empty"),
         (["patch", *SMALL, "--kinds", ""], "found --kinds '', which is empty"),
         (["patch", *SMALL, "--figure", "/no/such/x.html"], "there is no folder /no/such"),
-        (["patch", *SMALL, "--kinds", "fa"], "found --kinds fa; give ra, pattern"),
+        (["patch", *SMALL, "--kinds", "fa"], "found --kinds fa; give some of ra, pattern"),
         (["patch", *SMALL, "--scales", "1", "b"], "found --scales 1 b; give numbers"),
         (["patch", *SMALL, "--length", "99"], "of 99 tokens"),
         (["patch", *SMALL, "--at-least", "9999"], "no 9999 pairs"),

@@ -573,7 +573,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
     refused(perturbed, {"task": ["antonym", "all"]}, "task 'antonym' twice")
     refused(perturbed, {"task": []}, "found no task")
     for options, message in [
-        ({"kinds": []}, r"give 'ra', 'pattern' or both"),
+        ({"kinds": []}, r"give 'ra', 'pattern', 'shuffled', 'grad' or several"),
         ({"scales": []}, r"found scales without a number in it; give at least one"),
         ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
         ({"at_least": 5000}, r"has no 5000 pairs"),

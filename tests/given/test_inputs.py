@@ -93,7 +93,7 @@ def test_every_way_to_hand_over_token_ids_is_the_same_prompt(model, way):
     _, wanted = run_with_ra(model, torch.tensor([ids]), target=11)
     _, ra = run_with_ra(model, WAYS[way](model.tokenizer), target=11)
     assert ra.str_tokens == wanted.str_tokens == [[f"w{i}" for i in ids]]
-    assert ra.info.bos_prepended is None
+    assert ra.info.prepended is None
     assert torch.equal(ra.stack(), wanted.stack())
 
 

@@ -135,7 +135,11 @@ WRONG = [
     (patching_sweep, {"n_mean": 0}, "found n_mean=0; give at least 1"),
     (patching_sweep, {"length": "6"}, "found length='6'; give a whole number"),
     (patching_sweep, {"at": "values"}, "found at='values'; give 'pattern' or 'scores'"),
-    (patching_sweep, {"kinds": np.array(["ra", "fa"])}, "give 'ra', 'pattern' or both"),
+    (
+        patching_sweep,
+        {"kinds": np.array(["ra", "fa"])},
+        "give 'ra', 'pattern', 'shuffled', 'grad' or several",
+    ),
 ]
 
 

@@ -30,7 +30,7 @@ def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:
         targets=tuple(" t" for _ in rows),
         str_tokens=tuple(rows),
         starts=tuple(starts),
-        bos_prepended=True,
+        prepended="<|end|>",
     )
     ra = RACache(sites=sites(), loss=torch.arange(1.0, 1 + len(rows)), info=info)
     for layer in LAYERS:

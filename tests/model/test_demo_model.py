@@ -13,7 +13,8 @@ from transformers import GPT2LMHeadModel
 
 from ra_lens import load_demo_model, run_with_ra
 from ra_lens.errors import BadInput
-from ra_lens.model.loading import demo_model_folder, no_loading_bars
+from ra_lens.model.hugging_face import no_loading_bars
+from ra_lens.model.loading import demo_model_folder
 from ra_lens.tasks import load_task
 from tiny_models import KINDS, relative
 
@@ -41,7 +42,7 @@ def test_every_kind_has_the_same_maps_and_the_right_answers(models):
     for _, other in others:
         assert relative(other.stack(), first.stack()) < 1e-4
     for kind, (logits, ra) in runs.items():
-        assert ra.info.bos_prepended is True
+        assert ra.info.prepended == "<|endoftext|>"
         assert ra.info.model_name == "ra-lens-demo"
         top = [models[kind].to_string([i]) for i in logits[:, -1].argmax(-1).tolist()]
         assert top == ANSWERS

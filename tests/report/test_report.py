@@ -70,7 +70,7 @@ def test_it_tells_the_run(ra: RACache, path: Path) -> None:
     assert write_report(ra, path, top=2, command="ra-lens run -p 'x'", sections=[section]) == path
     page = read(path)
     for wanted in (
-        "Reversed Attention of toy", "Model toy", "0, 2; 3 heads each", "5, BOS prepended",
+        "Reversed Attention of toy", "Model toy", "0, 2; 3 heads each", "5, <|end|> prepended",
         "Target “·t”", "1.0000, −log p of the target; p(target) = 0.368", "p(target) = 0.135",
         "prompt 1 of 2", "means over 2 prompts", "A paragraph.", "Small.",
         "ra-lens run -p 'x'", "transformer-lens", "Red cells would get more attention",

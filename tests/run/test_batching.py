@@ -121,9 +121,9 @@ def test_text_and_ids_of_the_same_prompt_give_the_same(kind, shared):
     _, from_text = run_with_ra(model, text(ids), target="w9")
     _, without_bos = run_with_ra(model, text(ids), target="w9", prepend_bos=False)
     assert from_text.str_tokens == from_ids.str_tokens == [["<s>", *text(ids).split()]]
-    assert from_text.info.bos_prepended is True
-    assert without_bos.info.bos_prepended is False
-    assert from_ids.info.bos_prepended is None
+    assert from_text.info.prepended == "<s>"
+    assert without_bos.info.prepended == ""
+    assert from_ids.info.prepended is None
     assert without_bos["ra", 0].shape == (1, N_HEADS, 6, 6)
     assert relative(from_text.stack(), from_ids.stack()) < 1e-6
 
@@ -132,11 +132,11 @@ def test_text_and_ids_of_the_same_prompt_give_the_same(kind, shared):
 def test_a_bos_written_in_the_prompt_is_told_from_one_prepended(kind, shared):
     model = shared("gpt2", kind)
     _, written = run_with_ra(model, "<|endoftext|> w4 w5", target=9, prepend_bos=False)
-    assert written.info.bos_prepended is False
+    assert written.info.prepended == ""
     assert written.str_tokens == [["<|endoftext|>", "w4", "w5"]]
     _, both = run_with_ra(model, "<|endoftext|> w4 w5", target=9, prepend_bos=True)
     assert both.str_tokens == [["<|endoftext|>", "<|endoftext|>", "w4", "w5"]]
-    assert both.info.bos_prepended is True
+    assert both.info.prepended == "<|endoftext|>"
 
 
 @pytest.mark.parametrize("kind", ANY_KIND)

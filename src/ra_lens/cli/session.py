@@ -24,7 +24,9 @@ from ra_lens.cli.options import DEMO, Kind
 from ra_lens.errors import BadInput
 from ra_lens.files import is_folder
 from ra_lens.model import as_lens, load_model
-from ra_lens.model.loading import load_demo_model, no_loading_bars
+from ra_lens.model.gguf import gguf_file, is_kept
+from ra_lens.model.hugging_face import no_loading_bars
+from ra_lens.model.loading import load_demo_model
 from ra_lens.text import decoded
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -35,9 +37,10 @@ def prepare(model: str, device: str | None) -> None:
     """Keep Hugging Face libraries, not imported yet, off the network if the model is local.
 
     Raises:
-        BadInput: the device does not exist, or torch knows no such kind.
+        BadInput: the device does not exist, torch knows no such kind, or a local model is not
+            there.
     """
-    if model == DEMO or is_folder(model):
+    if model == DEMO or gguf_file(model) is not None or is_folder(model):
         os.environ["HF_HUB_OFFLINE"] = "1"
     if device is None:
         return
@@ -55,11 +58,17 @@ def load(
     *,
     debug: bool,
     dtype: str = "float32",
+    allow_pickle: bool = False,
 ) -> nn.Module:
-    """Load the embedded model, a folder, or a model TransformerLens knows."""
+    """Load the embedded model, a folder, a GGUF file, or a model TransformerLens knows."""
     options: dict[str, Any] = {"kind": kind, "device": device, "dtype": getattr(torch, dtype)}
+    file = gguf_file(name)
+    if file is not None and not is_kept(file):
+        warn("note", f"converting {file.name}, this once; it takes a minute or several.")
     with quiet(debug=debug):
-        return load_demo_model(**options) if name == DEMO else load_model(name, **options)
+        if name == DEMO:
+            return load_demo_model(**options)
+        return load_model(name, allow_pickle=allow_pickle, **options)
 
 
 @contextmanager

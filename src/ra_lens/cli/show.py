@@ -46,7 +46,7 @@ def as_json(
             "n_heads": counts[0] if len(set(counts)) == 1 else list(counts),
         },
         "objective": info.objective,
-        "bos_prepended": info.bos_prepended,
+        "prepended": info.prepended,
         "target_is_top_prediction": info.target_is_top_prediction,
         "top_heads": [
             {"layer": s.layer, "head": s.head, "label": s.label, "ra_norm": s.score}

@@ -27,7 +27,7 @@ _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw",
          "heads_kept", "map", "scale", "layer", "head", "label", "rank", "prompts_hash", "n_test",
          "n_tokens", "n_first_tokens", *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
-_MAPS = {"ra": "RA", "pattern": "FA"}
+_MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA"}
 _PAPER_SCALE = {"ra": -30.0, "pattern": 1.0}
 
 # ---- all experiments ----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def _columns(frame: Any) -> dict[str, tuple[str, float | None]]:
         if not scales:
             continue
         few = len(scales) <= 3
-        shown = scales if few else [s for s in scales if s == _PAPER_SCALE[kind]]
+        shown = scales if few else [s for s in scales if s == _PAPER_SCALE.get(kind)]
         columns |= {f"{name} {scale_name(s)}": (kind, s) for s in shown}
         if not few:
             columns[f"{name} best"] = (kind, None)

@@ -2,21 +2,26 @@
 
 `rank_tasks`, `perturbation_test` and `patching_sweep` take a model and tasks; with `out=` they
 write the table and, when they are killed, go on where they stopped. `area_under_curve` sums up a
-perturbation test, and `compare_with_paper` lays results beside the published numbers.
+perturbation test, `bootstrap_intervals` says how sure its numbers are, and `compare_with_paper`
+lays results beside the published numbers.
 """
 
+from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
 from ra_lens.experiments.paper import compare_with_paper, read_paper
 from ra_lens.experiments.perturbation import area_under_curve, perturbation_test
 from ra_lens.experiments.rank import rank_tasks
 from ra_lens.experiments.sweep import PAPER_SCALES, patching_sweep
-from ra_lens.tables import read_results, write_results
+from ra_lens.tables import mean_over_questions, read_results, write_results
 
 __all__ = [
     "PAPER_SCALES",
     "area_under_curve",
+    "bootstrap_intervals",
     "compare_with_paper",
+    "mean_over_questions",
     "patching_sweep",
     "perturbation_test",
+    "question_areas",
     "rank_tasks",
     "read_paper",
     "read_results",

@@ -34,7 +34,7 @@ from ra_lens.errors import BadFile, BadInput, RALensWarning
 from ra_lens.experiments.perturbation import Rule, area_under_curve
 from ra_lens.files import check_input, user_path
 from ra_lens.questions import Metric
-from ra_lens.tables import problem_of
+from ra_lens.tables import mean_over_questions, problem_of
 
 _KEY = ["model", "task", "kind", "n_shots", "method", "direction", "scale", "metric"]
 _SAME = {"CM": "CM1"}  # what tables 1 and 2 print, and what the others call it
@@ -275,6 +275,7 @@ def _patching_cells(frame: Any, metric: Metric, _rule: Rule) -> Any:
     problem = problem_of(frame, ["model", "task", "kind", "n_shots", "map", "scale", metric])
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of patching_sweep().")
+    frame = mean_over_questions(frame)
     scales = frame["scale"].astype(float)
     return frame[["model", "task", "kind", "n_shots"]].assign(
         method=[_MAPS.get(name, name) for name in frame["map"]],

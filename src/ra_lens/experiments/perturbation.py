@@ -48,17 +48,18 @@ from ra_lens.experiments.runner import (
     read_tasks,
 )
 from ra_lens.heads.ranking import find_method
-from ra_lens.model import Lens, as_lens
+from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
 from ra_lens.patching.masking import mask_hooks, need_heads
-from ra_lens.questions import Accuracy, Metric, marked
-from ra_lens.tables import problem_of
+from ra_lens.questions import Accuracy, Metric
+from ra_lens.tables import mean_over_questions, problem_of
 from ra_lens.tasks import Demonstrations, SplitRule
 
 Rule = Literal["trapezoid", "mean"]
 Direction = Literal["forward", "reversed"]
 
-_CURVE = ["model", "task", "kind", "n_shots", "method", "direction"]
+CURVE = ["model", "task", "kind", "n_shots", "method", "direction"]
+"""Columns that tell one order of heads from another."""
 
 
 def perturbation_test(
@@ -70,6 +71,7 @@ def perturbation_test(
     step: Real = 0.1,
     directions: Sequence[Direction] = ("forward", "reversed"),
     random_orders: Whole = 20,
+    each_question: bool = False,
     n_rank: Whole = 25,
     n_test: Whole | None = None,
     rank_shots: Whole | None = None,
@@ -78,7 +80,7 @@ def perturbation_test(
     accuracy: Accuracy = "first token",
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -93,6 +95,9 @@ def perturbation_test(
         step: Share of the heads unmasked at a time; 1/step is a whole number.
         directions: `"forward"`: most important first; `"reversed"`: least important first.
         random_orders: How many orders to draw for random methods; they have no direction.
+        each_question: Give a row for each test question, numbered in the column `question`, in
+            place of their mean: for `bootstrap_intervals`. Everything that reads such a table takes
+            the means itself (`mean_over_questions`).
         n_rank: Prompts per ranking.
         n_test: Test questions at most. Default: the whole test part.
         rank_shots: Demonstrations in the prompts that heads are ranked with. Default: as many as
@@ -109,7 +114,7 @@ def perturbation_test(
             same before every question of a task, drawn once from its train part by the seed. Their
             keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
             several times as fast where demonstrations are most of a prompt.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
@@ -138,6 +143,8 @@ def perturbation_test(
         "n_rank": whole("n_rank", n_rank, least=1),
         "n_test": whole_or_none("n_test", n_test, least=1),
         "rank_shots": whole_or_none("rank_shots", rank_shots, least=0),
+        # It came later: without it the results of before are found.
+        **({"each_question": True} if each_question else {}),
     }
     lens = as_lens(model)
     need_heads(lens)
@@ -179,21 +186,23 @@ def _curves(cell: Cell) -> Iterator[list[Row]]:
             order = order[::-1]
         return _evaluate(cell, order, [i * n_heads // steps for i in range(1, steps)])
 
-    first, last = cell.unit("ends", partial(_evaluate, cell, [], [0, n_heads]))
+    ends: list[Row] = cell.unit("ends", partial(_evaluate, cell, [], [0, n_heads]))
+    each = len(ends) // 2  # rows of one number of heads: one, or one for each question
     prompts = prompts_hash(cell.asked, *cell.learned.values())
     for method, draw, direction in _orders(cell.run):
         key = f"curve|{method}|{direction}|{draw}"
         inner = cell.unit(key, partial(curve, method, draw, direction))
         about = {"method": method, "direction": direction, "draw": draw}
+        points = [*ends[:each], *inner, *ends[each:]]
         rows = [
-            {**about, "share": share, **point, "n_test": len(cell.asked)}
-            for share, point in zip(shares, [first, *inner, last], strict=True)
+            {**about, "share": shares[i // each], **point, "n_test": len(cell.asked)}
+            for i, point in enumerate(points)
         ]
         yield cell.rows(rows, prompts_hash=prompts)
 
 
 def _evaluate(cell: Cell, order: Sequence[tuple[int, int]], kept: Sequence[int]) -> list[Row]:
-    """Ask all questions with the first `kept` heads of the order, for each number of heads."""
+    """Ask all questions with the first `kept` heads of the order; a row or more for each number."""
     sites, n = cell.run.lens.sites, len(cell.asked)
     # Place of each head in the order, [layer, head]; any order does for none and all.
     place = torch.zeros(sites.shape, dtype=torch.long)
@@ -207,8 +216,9 @@ def _evaluate(cell: Cell, order: Sequence[tuple[int, int]], kept: Sequence[int])
         variants=heads.tolist(),
     )
     return [
-        {"heads_kept": k, **marked(marks.part(slice(i * n, (i + 1) * n)))}
+        {"heads_kept": k, **row}
         for i, k in enumerate(kept)
+        for row in cell.scored(marks.part(slice(i * n, (i + 1) * n)))
     ]
 
 
@@ -252,19 +262,27 @@ def area_under_curve(
         BadInput: not a frame of perturbation curves, an unknown rule, or a curve that does not
             reach from 0 to 1.
     """
-    problem = problem_of(frame, [*_CURVE, "draw", "share", metric])
+    areas = areas_of_curves(mean_over_questions(frame), [*CURVE, "draw"], metric=metric, rule=rule)
+    grouped = areas.groupby(CURVE, sort=False)
+    return grouped.agg(
+        auc=("auc", "mean"), auc_low=("auc", "min"), auc_high=("auc", "max"), draws=("auc", "size")
+    ).reset_index()
+
+
+def areas_of_curves(
+    frame: pd.DataFrame, keys: list[str], *, metric: Metric, rule: Rule
+) -> pd.DataFrame:
+    """Take the area `auc` under each curve, which are told apart by the columns `keys`."""
+    problem = problem_of(frame, [*keys, "share", metric])
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of perturbation_test().")
     if rule not in ("trapezoid", "mean"):
         raise BadInput(f"found rule={rule!r}; give 'trapezoid' or 'mean'.")
     areas: list[dict[str, Any]] = []
-    for key, curve in frame.groupby([*_CURVE, "draw"], sort=False):
-        names = curve.iloc[0][[*_CURVE, "draw"]].to_dict()
+    for key, curve in frame.groupby(keys, sort=False):
+        names = curve.iloc[0][keys].to_dict()
         areas.append({**names, "auc": _area(curve, metric, rule, key)})
-    grouped = pd.DataFrame(areas, columns=[*_CURVE, "draw", "auc"]).groupby(_CURVE, sort=False)
-    return grouped.agg(
-        auc=("auc", "mean"), auc_low=("auc", "min"), auc_high=("auc", "max"), draws=("auc", "size")
-    ).reset_index()
+    return pd.DataFrame(areas, columns=[*keys, "auc"])
 
 
 def _area(curve: pd.DataFrame, metric: str, rule: Rule, key: object) -> float:

@@ -29,7 +29,7 @@ from ra_lens.experiments.runner import (
 )
 from ra_lens.heads import HeadScores
 from ra_lens.heads.ranking import find_method
-from ra_lens.model import as_lens
+from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Whole, Wholes, whole
 from ra_lens.tasks import Demonstrations, SplitRule
 
@@ -47,7 +47,7 @@ def rank_tasks(
     answer_in_input: bool = True,
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -68,7 +68,7 @@ def rank_tasks(
             same before every question of a task, drawn once from its train part by the seed. Their
             keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
             several times as fast where demonstrations are most of a prompt.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.

@@ -32,9 +32,9 @@ from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
 from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ranking import Part, find_method
-from ra_lens.model import Lens
+from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
-from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, read_questions
+from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
 from ra_lens.tasks import (
     Demonstrations,
@@ -65,7 +65,7 @@ class Protocol:
     shots: list[int]
     split: SplitRule
     seed: int
-    prepend_bos: bool | None
+    prepend_bos: PrependBos
     batch_size: int
     out: str | Path | None
     progress: bool
@@ -77,7 +77,7 @@ class Protocol:
         shots: Wholes = SHOTS,
         split: SplitRule = "code",
         seed: Whole = 0,
-        prepend_bos: bool | None = None,
+        prepend_bos: PrependBos = None,
         batch_size: Whole = 64,
         out: str | Path | None = None,
         progress: bool = True,
@@ -130,11 +130,13 @@ def read_methods(methods: str | Sequence[str]) -> list[str]:
     return [find_method(name).name for name in given]
 
 
-def read_some(name: str, given: Iterable[Choice], both: tuple[Choice, Choice]) -> list[Choice]:
-    """Read one or both of two choices."""
+def read_some(name: str, given: Iterable[Choice], choices: tuple[Choice, ...]) -> list[Choice]:
+    """Read one or several of some choices."""
     some = list(given)
-    if not some or len(set(some)) < len(some) or set(some) - set(both):
-        raise BadInput(f"found {name}={given!r}; give {both[0]!r}, {both[1]!r} or both.")
+    if not some or len(set(some)) < len(some) or set(some) - set(choices):
+        *others, last = map(repr, choices)
+        several = "both" if len(others) == 1 else "several"
+        raise BadInput(f"found {name}={given!r}; give {', '.join(others)}, {last} or {several}.")
     return some
 
 
@@ -312,13 +314,15 @@ class Cell:
         questions: Questions,
         hooks_of: Callable[[list[int]], FwdHooks],
         *,
-        variants: Sequence[int],
+        variants: Sequence[int] | None = None,
     ) -> Marks:
         """Ask questions, with the hooks of each batch, and mark the answers.
 
-        Questions of one variant have the same hooks; shared demonstrations run once for each.
+        Questions of one variant have the same hooks (None: all have); shared demonstrations run
+        once for each.
         """
         shared = self.run.protocol.demonstrations == "shared"
+        variants = [0] * len(questions) if variants is None else variants
         return ask(
             self.run.lens,
             questions,
@@ -327,6 +331,13 @@ class Cell:
             batch_size=self.run.protocol.batch_size,
             variants=variants if shared else None,
         )
+
+    def scored(self, marks: Marks) -> list[Row]:
+        """Give what is measured of some answers: the mean, or a row for each if that was asked."""
+        if not self.run.settings.get("each_question"):
+            return [marked(marks)]
+        each = (marks.part(slice(i, i + 1)) for i in range(len(marks)))
+        return [{"question": i, **marked(one)} for i, one in enumerate(each)]
 
     def rows(self, values: Iterable[Row], **made: Any) -> list[Row]:
         """Make rows of a table: of which cell, the values, what is marked, how they were made."""
@@ -426,7 +437,7 @@ def _task_facts(task: Task) -> dict[str, str]:
     }
 
 
-def _task_settings(lens: Lens, task: Task, prepend_bos: bool | None) -> dict[str, Any]:
+def _task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str, Any]:
     """Tell what a task is to a model: the tokens read are among it."""
     first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
     tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]

@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import pandas as pd
-from torch import nn
+from torch import Tensor, nn
 
 from ra_lens.errors import BadInput
 from ra_lens.experiments.runner import (
@@ -38,16 +38,17 @@ from ra_lens.experiments.runner import (
     read_some,
     read_tasks,
 )
-from ra_lens.model import Lens, as_lens
+from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
-from ra_lens.patching.hooks import Where, check_variant
+from ra_lens.patching.controls import Control, control_maps
+from ra_lens.patching.hooks import Where, check_variant, patch_hooks
 from ra_lens.patching.mean import MeanMaps
-from ra_lens.questions import Accuracy, FwdHooks, marked
+from ra_lens.questions import Accuracy, FwdHooks
 from ra_lens.run import run_with_ra
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Demonstrations, SplitRule, Task, same_length_sets
 
-MapName = Literal["ra", "pattern"]
+MapName = Literal["ra", "pattern", "shuffled", "grad"]
 
 PAPER_SCALES = (
     3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
@@ -70,13 +71,14 @@ def patching_sweep(
     length: Whole | None = None,
     at_least: Whole | None = None,
     answer_tokens: Whole = 1,
+    each_question: bool = False,
     accuracy: Accuracy = "first token",
     renormalise: bool = False,
     at: Where = "pattern",
     split: SplitRule = "code",
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
@@ -87,7 +89,8 @@ def patching_sweep(
         model: A HookedTransformer or TransformerBridge.
         task: A task, the name of a built-in one, `"all"`, or several.
         scales: What the mean maps are multiplied by.
-        kinds: `"ra"` (Reversed Attention), `"pattern"` (forward attention).
+        kinds: `"ra"` (Reversed Attention), `"pattern"` (forward attention); and two controls as
+            large as RA, `"shuffled"` and `"grad"` (see `ra_lens.patching.controls`).
         shots: Numbers of demonstrations.
         n_mean: Training questions whose maps are averaged.
         n_test: Test questions at most. Default: the whole test part.
@@ -97,6 +100,8 @@ def patching_sweep(
             built-in tasks, whose lists are shorter.
         answer_tokens: Tokens of the answers, with their leading space; 1, as published. Digits are
             2 where a tokenizer makes the space a token of its own.
+        each_question: Give a row for each test question, numbered in the column `question`, in
+            place of their mean, as in `perturbation_test`.
         accuracy: What counts as right: the `"first token"` of the answer (the paper's), or the
             whole `"answer"`, as in `perturbation_test`.
         renormalise: Set negative attention to 0 and let rows keep their sum; not the paper's.
@@ -108,7 +113,7 @@ def patching_sweep(
             same before every question of a task, drawn once from its train part by the seed. Their
             keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
             several times as fast where demonstrations are most of a prompt.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Questions per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
@@ -129,7 +134,7 @@ def patching_sweep(
         shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
     )
     settings: dict[str, Any] = {
-        "kinds": read_some("kinds", kinds, ("ra", "pattern")),
+        "kinds": read_some("kinds", kinds, get_args(MapName)),
         "scales": _read_scales(scales),
         "n_mean": whole("n_mean", n_mean, least=1),
         "n_test": whole_or_none("n_test", n_test, least=1),
@@ -140,6 +145,8 @@ def patching_sweep(
     answer_tokens = whole("answer_tokens", answer_tokens, least=1)
     if answer_tokens > 1:  # it came later: without it the results of before are found
         settings["answer_tokens"] = answer_tokens
+    if each_question:
+        settings["each_question"] = True
     check_variant(at, renormalise=renormalise)
     lens = as_lens(model)
     sets = [
@@ -166,7 +173,7 @@ def _steps(run: Run) -> Iterator[tuple[str, float | None]]:
 def _rows(cell: Cell) -> Iterator[list[Row]]:
     """Give the row of each map and scale."""
     settings, protocol, learned = cell.run.settings, cell.run.protocol, cell.learned["train"]
-    one_variant = [0] * len(cell.asked)
+    of_all = not settings.get("each_question")
 
     @cache
     def mean() -> MeanMaps:
@@ -181,22 +188,31 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
         )
         return ra.mean()
 
-    def evaluate(kind: str, scale: float | None) -> Row:
+    @cache
+    def maps(kind: str) -> dict[int, Tensor]:
+        if kind in get_args(Control):
+            return control_maps(mean(), cast("Control", kind), seed=protocol.seed)
+        return {layer: mean()[kind, layer] for layer in mean().sites}
+
+    def evaluate(kind: str, scale: float | None) -> Row | list[Row]:
         hooks: FwdHooks = ()
         if scale is not None:
             edit = {name: settings[name] for name in ("renormalise", "at")}
-            hooks = mean().patch_hooks(scale=scale, kind=kind, align="left", **edit)
-        return {
-            **marked(cell.marked(cell.questions, lambda _part: hooks, variants=one_variant)),
+            hooks = patch_hooks(maps(kind), mean().sites, scale=scale, align="left", **edit)
+        about = {
             "n_tokens": cell.questions.prompts.lengths[0],
             "n_test": len(cell.asked),
             "prompts_hash": prompts_hash(learned, cell.asked),
         }
+        answers = cell.marked(cell.questions, lambda _part: hooks)
+        rows = [{**row, **about} for row in cell.scored(answers)]
+        return rows[0] if of_all else rows
 
     for kind, scale in _steps(cell.run):
         found = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
         at = float("nan") if scale is None else scale
-        yield cell.rows([{"map": kind, "scale": at, **found}])
+        rows: list[Row] = [found] if of_all else found
+        yield cell.rows([{"map": kind, "scale": at, **row} for row in rows])
 
 
 def _need_one_length(cell: Cell) -> None:
@@ -216,7 +232,7 @@ def _one_length(
     length: int | None,
     at_least: int | None,
     answer_tokens: int,
-    prepend_bos: bool | None,
+    prepend_bos: PrependBos,
 ) -> Task:
     if at_least is None:
         at_least = _AT_LEAST_BUILT_IN if task.source == "builtin" else _AT_LEAST

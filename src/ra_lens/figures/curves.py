@@ -32,6 +32,7 @@ from ra_lens.figures.style import (
     value_text,
 )
 from ra_lens.questions import Metric
+from ra_lens.tables import mean_over_questions
 from ra_lens.text import shots_name
 
 Facet = Literal["n_shots", "task"]
@@ -68,6 +69,7 @@ def perturbation_curves(
     check_metric(metric)
     if facet not in ("n_shots", "task"):
         raise BadInput(f"found facet={facet!r}; give 'n_shots' or 'task'.")
+    frame = mean_over_questions(frame)
     check_frame(frame, what="perturbation_test()", columns=[*_CELL, metric], cell=_CELL)
     values = sorted(frame["n_shots"].unique()) if facet == "n_shots" else frame["task"].unique()
     names = [shots_name(int(v)) if facet == "n_shots" else plotly_text(str(v)) for v in values]

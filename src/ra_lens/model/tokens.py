@@ -10,6 +10,9 @@ from torch import nn
 from ra_lens.errors import BadInput
 from ra_lens.text import bytes_of, isolated, pieces_as_read, whole_text
 
+PrependBos = bool | str | None
+"""In front of text: the model's default (None), BOS (True), nothing (False), or a token as text."""
+
 
 class Tokens:
     """From text to token ids and back."""
@@ -69,13 +72,54 @@ class Tokens:
         it = "them" if len(words) > 1 else "it"
         return f"{named}; its tokenizer reads {it} as {self.tokenizer.unk_token}"
 
-    def encode(self, text: str, *, prepend_bos: bool | None) -> list[int]:
-        """Token ids of a prompt, exactly as the model's own `to_tokens` gives them."""
+    def encode(self, text: str, *, prepend_bos: PrependBos) -> list[int]:
+        """Token ids of a prompt, exactly as the model's own `to_tokens` gives them.
+
+        A token given as text stands in front in place of BOS; BOS itself as text is the same as
+        True, so that a text is read again alike from what stood in front of it.
+        """
         self._need_tokenizer()
+        if isinstance(prepend_bos, str):
+            token = self.token_in_front(prepend_bos)
+            if token == getattr(self.tokenizer, "bos_token_id", None):
+                ids = self.encode(text, prepend_bos=True)
+                if ids[:1] == [token]:
+                    return ids
+            return [token, *self.encode(text, prepend_bos=False)]
+        if type(prepend_bos) in (int, float):  # an id, perhaps, which would pass for True
+            raise BadInput(
+                f"found prepend_bos={prepend_bos!r}; give True (BOS), False (nothing), None (the "
+                "model's default), or a token as text, such as '<|endoftext|>'."
+            )
         options: dict[str, Any] = {} if prepend_bos is None else {"prepend_bos": prepend_bos}
         return self._model.to_tokens(whole_text("text", text), truncate=False, **options)[
             0
         ].tolist()
+
+    def token_in_front(self, text: str) -> int:
+        """Id of a token that is to stand in front of prompts, given as text."""
+        self._need_tokenizer()
+        given = whole_text("prepend_bos", text)
+        known = self.tokenizer.get_added_vocab().get(given)
+        ids = self.encode_fragment(given) if known is None else [known]
+        if len(ids) != 1:
+            pieces = " + ".join(isolated(repr(piece)) for piece in self.decode_each(ids))
+            pieces = f" ({pieces})" * bool(ids)
+            raise BadInput(
+                f"found prepend_bos={given!r}, which is {len(ids)} tokens of {self.name}{pieces}. "
+                f"Give one token{self._special_tokens()}, True for BOS, or False for nothing."
+            )
+        if ids[0] == self.unknown_token_id and given != self.tokenizer.unk_token:
+            raise BadInput(
+                f"found prepend_bos={given!r}, which {self.name} does not know: its tokenizer "
+                f"reads it as {self.tokenizer.unk_token}. Give a token of its vocabulary"
+                f"{self._special_tokens()}, True for BOS, or False for nothing."
+            )
+        return ids[0]
+
+    def _special_tokens(self) -> str:
+        named = list(dict.fromkeys(map(str, self.tokenizer.all_special_tokens)))[:4]
+        return f", such as {' or '.join(map(repr, named))}" if named else ""
 
     def encode_fragment(self, text: str) -> list[int]:
         """Token ids of a piece of text in the middle of a prompt: no special tokens."""

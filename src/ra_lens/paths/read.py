@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel, one_of
 from ra_lens.inputs import Mask, TokenIds, read_given
-from ra_lens.model import Layers, Lens, Site, as_lens
+from ra_lens.model import Layers, Lens, PrependBos, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
 from ra_lens.numbers import Whole, whole_or_none, wholes
 from ra_lens.padding import batches, watched
@@ -67,7 +67,7 @@ def read_maps(
     metric: Any = None,
     example: Whole | None = None,
     attention_mask: Mask | None = None,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
     bos_token_id: Whole | None = None,
     batch_size: Whole | None = None,
 ) -> list[PromptMaps]:
@@ -86,8 +86,9 @@ def read_maps(
         metric: The same, as a function of the logits.
         example: For a cache or a tensor: only this one.
         attention_mask: For token ids: 1 at real tokens. For a tensor: 0 where no path may go.
-        prepend_bos: For text: overrides the model's default.
-        bos_token_id: What counts as BOS. Default: the tokenizer's.
+        prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
+        bos_token_id: What counts as BOS. Default: what was put in front of text, or the
+            tokenizer's.
         batch_size: Prompts per forward pass. Default: all at once.
 
     Raises:
@@ -120,14 +121,14 @@ def read_maps(
         lens, maps = _from_activation_cache(source, follow, layers, example)
         if prompts is None:
             return maps
-        rows = read_prompts(lens, prompts, prepend_bos=prepend_bos).ids
+        read = read_prompts(lens, prompts, prepend_bos=prepend_bos)
         lengths = [len(one.tokens) for one in maps]
-        if [len(row) for row in rows] != lengths:
+        if list(read.lengths) != lengths:
             raise BadInput(
-                f"found prompts of {[len(row) for row in rows]} tokens for maps of {lengths}. Give "
+                f"found prompts of {list(read.lengths)} tokens for maps of {lengths}. Give "
                 "the prompt that the maps were made from, or its token ids."
             )
-        return _named(lens, maps, rows, bos_token_id)
+        return _named(lens, maps, read, bos_token_id)
     if not isinstance(source, nn.Module):
         raise BadInput(
             f"found a {type(source).__name__} to trace; give a TransformerLens model, an RACache, "
@@ -144,13 +145,13 @@ def read_maps(
     read = read_prompts(lens, prompts, attention_mask=attention_mask, prepend_bos=prepend_bos)
     if follow not in GRADIENT:
         maps = _from_forward(lens, sites, read, follow, batch_size)
-        return _named(lens, maps, read.ids, bos_token_id)
+        return _named(lens, maps, read, bos_token_id)
     objective = as_objective(target, metric)
-    rows = objective.bind(lens, read)[1].ids  # with the answers that were read
+    answered = objective.bind(lens, read)[1]  # with the answers that were read
     _, cache = run_with_ra(
         lens.module, read, target=objective, layers=layers, batch_size=batch_size, progress=False
     )
-    return _named(lens, _from_cache(cache, follow, None, None), rows, bos_token_id)
+    return _named(lens, _from_cache(cache, follow, None, None), answered, bos_token_id)
 
 
 def refuse(what: str, **given: object) -> None:
@@ -250,7 +251,7 @@ def _from_cache(
             own = {layer: m[:, span, span] for layer, m in own.items()}
         one = _unnamed(own, follow, cache.info.model_name, sites)
         if known is not None:
-            bos = _places(known[i], known[i][0]) if cache.info.bos_prepended else frozenset[int]()
+            bos = _places(known[i], known[i][0]) if cache.info.prepended else frozenset[int]()
             one = replace(one, tokens=tuple(known[i]), bos=bos)
         found.append(one)
     return found
@@ -344,16 +345,19 @@ def _unnamed(
 
 
 def _named(
-    lens: Lens,
-    maps: list[PromptMaps],
-    rows: Sequence[tuple[int, ...]],
-    bos_token_id: int | None,
+    lens: Lens, maps: list[PromptMaps], prompts: Prompts, bos_token_id: int | None
 ) -> list[PromptMaps]:
-    """Give maps the tokens of their prompts."""
-    bos = getattr(lens.tokenizer, "bos_token_id", None) if bos_token_id is None else bos_token_id
+    """Give maps the tokens of their prompts; what was put in front of text counts as BOS."""
+    bos = bos_token_id
+    if bos is None:
+        bos = (
+            prompts.ids[0][0]
+            if prompts.prepended
+            else getattr(lens.tokenizer, "bos_token_id", None)
+        )
     return [
         replace(one, tokens=lens.decode_each(ids), token_ids=ids, bos=_places(ids, bos))
-        for one, ids in zip(maps, rows, strict=True)
+        for one, ids in zip(maps, prompts.ids, strict=True)
     ]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ra_lens.errors import BadInput, one_of
 from ra_lens.head_names import Head, layer_and_index
 from ra_lens.inputs import Mask, read_given
-from ra_lens.model import Layers
+from ra_lens.model import Layers, PrependBos
 from ra_lens.numbers import Real, Whole, as_whole, real, real_or_none, whole, whole_or_none
 from ra_lens.paths.read import PromptMaps, Source, read_maps, refuse, refuse_later_tokens
 from ra_lens.paths.result import GRADIENT, Follow, Step, TracedPath, TraceResult
@@ -49,7 +49,7 @@ def trace_paths(
     target: Any = None,
     metric: Any = None,
     example: Whole = 0,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
 ) -> TraceResult:
     """Trace paths through one layer's map, from a token back to an earlier one, and so on.
 
@@ -75,13 +75,14 @@ def trace_paths(
         length_norm: Divides a score by the number of steps to a power: `none`, `avg_logprob`
             (1), `sqrt` (½), `pow:α`.
         stop_at_bos: End at a BOS token also past position 0.
-        bos_token_id: What counts as BOS. Default: the tokenizer's.
+        bos_token_id: What counts as BOS. Default: what was put in front of text, or the
+            tokenizer's.
         attention_mask: For token ids with padding, as in `run_with_ra`: positions then count real
             tokens. For a tensor of weights: 0 where no path may go.
         target: For R of a model: what the loss asks for, as in `run_with_ra`.
         metric: The same, as a function of the logits.
         example: For a cache or tensor of several: which one.
-        prepend_bos: For text: overrides the model's default.
+        prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
 
     Raises:
         BadInput: an option out of range or that does not go with the source.
@@ -162,7 +163,7 @@ def trace_layers(
     target: Any = None,
     metric: Any = None,
     example: Whole = 0,
-    prepend_bos: bool | None = None,
+    prepend_bos: PrependBos = None,
 ) -> TraceResult:
     """Trace paths through all layers: which head moved what from where, layer by layer.
 
@@ -185,7 +186,7 @@ def trace_layers(
         target: For Reversed Attention of a model: what the loss asks for.
         metric: The same, as a function of the logits.
         example: For a cache of several: which one.
-        prepend_bos: For text: overrides the model's default.
+        prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
 
     Returns:
         A trace whose `heads()` go into `patch_hooks(heads=...)`.

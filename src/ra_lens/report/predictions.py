@@ -104,11 +104,6 @@ def patched_predictions(
     lens = as_lens(model)
     prompts = _read(lens, input, ra)
     n = len(prompts)
-    if n != ra.batch_size:
-        raise BadInput(
-            f"found {n} prompts for a cache of {ra.batch_size}. Give the prompts that "
-            "run_with_ra was given."
-        )
     targets = one_each(answers_given("target", target), n)
     if len(targets) != n:
         raise BadInput(
@@ -137,11 +132,16 @@ def patched_predictions(
 
 
 def _read(lens: Lens, input: PromptInput, ra: RACache) -> Prompts:
-    if isinstance(input, Prompts):
-        return input
-    given = read_given("prompt", input)
-    as_text = None if isinstance(given, TokenIds) else ra.info.bos_prepended
-    return read_prompts(lens, given, prepend_bos=as_text)
+    given = input if isinstance(input, Prompts) else read_given("prompt", input)
+    if len(given) != ra.batch_size:
+        raise BadInput(
+            f"found {len(given)} prompts for a cache of {ra.batch_size}. Give the prompts that "
+            "run_with_ra was given."
+        )
+    if isinstance(given, Prompts):
+        return given
+    front = None if isinstance(given, TokenIds) else ra.info.prepended
+    return read_prompts(lens, given, prepend_bos=False if front == "" else front)
 
 
 def _predictions(

