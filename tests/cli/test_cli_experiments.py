@@ -464,3 +464,16 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
 def test_help_names_the_options_and_is_fast(command: str) -> None:
     text = done_without(HEAVY, command, "--help").stdout
     assert ("--paper" if command == "compare" else "--shots") in text
+
+
+def test_demonstrations_are_shared_where_that_is_asked(model: Any, tmp_path: Path) -> None:
+    out, small = tmp_path / "a.csv", {"shots": [2], "n_test": 6, "progress": False}
+    command = ["--shots", "2", "--demonstrations", "shared", "-o", str(out)]
+    done("perturb", *SMALL, *command, "--methods", "index", "--n-rank", "3", "--step", "0.5")
+    wanted = perturbation_test(
+        model, "antonym", methods="index", n_rank=3, step=0.5, demonstrations="shared", **small
+    )
+    found = read_results(out)
+    assert list(found["demonstrations"]) == list(wanted["demonstrations"]) == ["shared"] * 6
+    assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-4)
+    assert call("perturb", *SMALL, "--demonstrations", "mine").exit_code == 2

@@ -42,6 +42,7 @@ from ra_lens.model.loading import demo_model_folder
 from ra_lens.patching.controls import control_maps
 from ra_lens.questions import mark
 from ra_lens.scales import SCALES
+from ra_lens.shared_prefix import SharedPrefix
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
 from refused import refused
@@ -649,3 +650,75 @@ def test_scales_that_were_found_make_no_curve_and_are_found_again(demo, tmp_path
 def test_the_scales_are_those_of_the_paper():
     assert len(PAPER_SCALES) == len(set(PAPER_SCALES)) == 24
     assert {-30.0, 1.0, 0.0, 3.0, -120.0} <= set(PAPER_SCALES)
+
+
+# ---- shared demonstrations ----------------------------------------------------------------------
+
+SHARED = {"shots": 3, "n_test": 6, "demonstrations": "shared"}
+COLUMNS = ["top1", "top2", "top3", "logit_diff"]
+
+
+def perturbed(model, **options):
+    return perturbation_test(
+        model,
+        "antonym",
+        methods=["index", "cm1"],
+        n_rank=4,
+        step=0.25,
+        **SHARED,
+        **QUIET,
+        **options,
+    )
+
+
+def patched(model, **options):
+    return patching_sweep(
+        model, "antonym", scales=[-30, 1], n_mean=4, at_least=20, **SHARED, **QUIET, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [perturbed, patched])
+@pytest.mark.parametrize("kind", ANY_KIND)
+@pytest.mark.parametrize("accuracy", ["first token", "answer"])
+def test_shared_demonstrations_run_once_and_give_what_they_give_in_full(
+    run, kind, accuracy, monkeypatch
+):
+    model, read = load_demo_model(kind=kind, device="cpu"), []
+
+    def noted(self, *args, **options):
+        read.append(len(self.ids))
+        return own(self, *args, **options)
+
+    own = SharedPrefix.read
+    monkeypatch.setattr(SharedPrefix, "read", noted)
+    found = run(model, accuracy=accuracy)
+    assert len(read) >= 5
+    assert min(read) > 15
+    monkeypatch.setattr(SharedPrefix, "of", staticmethod(lambda *_: None))
+    wanted = run(model, accuracy=accuracy)
+    assert list(found) == list(wanted)
+    np.testing.assert_allclose(found[COLUMNS], wanted[COLUMNS], atol=1e-4)
+    assert found["prompts_hash"].equals(wanted["prompts_hash"])
+    assert found[COLUMNS].nunique().min() > 1
+
+
+def test_demonstrations_are_a_setting_where_they_are_shared(demo, tmp_path):
+    own = same_out(demo, tmp_path, shots=2)
+    assert "demonstrations" not in own
+    again = same_out(demo, tmp_path, shots=2, demonstrations="own")
+    assert again["settings_hash"].equals(own["settings_hash"])
+    with pytest.raises(BadInput, match="other settings"):
+        same_out(demo, tmp_path, shots=2, demonstrations="shared")
+    there = {"shots": 2, "demonstrations": "shared", "out": tmp_path / "b.csv"}
+    shared = same_out(demo, tmp_path, **there)
+    assert set(shared["demonstrations"]) == {"shared"}
+    assert not shared["prompts_hash"].equals(own["prompts_hash"])
+    again = same_out(demo, tmp_path, **there)
+    assert list(again) == list(shared)
+    np.testing.assert_allclose(again[COLUMNS], shared[COLUMNS])
+    ranked = rank_tasks(demo, "antonym", methods="index", n_rank=3, shots=2,
+                        demonstrations="shared", **QUIET)  # fmt: skip
+    assert set(ranked["demonstrations"]) == {"shared"}
+    for function in (perturbation_test, patching_sweep, rank_tasks):
+        with pytest.raises(BadInput, match="found demonstrations='mine'; give 'own'"):
+            function(demo, "antonym", demonstrations="mine", **QUIET)

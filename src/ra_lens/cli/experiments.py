@@ -72,6 +72,13 @@ class Setup:
             help="Ask natural questions as their template alone, or as qa: Q: …, newline, A:"
         ),
     ] = "template"
+    demonstrations: Annotated[
+        Literal["own", "shared"],
+        typer.Option(
+            help="Solved examples: own (drawn anew for every question) or shared (the same before "
+            "every question, several times as fast)."
+        ),
+    ] = "own"
     bos: opt.BosOption = None
     no_bos: opt.NoBosOption = False
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64
@@ -118,9 +125,9 @@ class Setup:
             given = METHODS if typed is None else split_values(typed, "--methods")
             own["methods"] = read_methods(given)
         shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
-        front = session.read_bos(self.bos, no_bos=self.no_bos)
-        size, progress = self.batch_size, not self.quiet
-        protocol = Protocol.read(shots, self.split, self.seed, front, size, self.out, progress)
+        front, progress = session.read_bos(self.bos, no_bos=self.no_bos), not self.quiet
+        size, out, shown = self.batch_size, self.out, self.demonstrations
+        protocol = Protocol.read(shots, self.split, self.seed, front, size, out, progress, shown)
         tasks = self.tasks()
         model = session.load(
             self.model,

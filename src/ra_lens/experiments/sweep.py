@@ -48,7 +48,7 @@ from ra_lens.questions import Accuracy, FwdHooks
 from ra_lens.run import run_with_ra
 from ra_lens.scales import PAPER_SCALES, BestScale, best_scale
 from ra_lens.targets import sequence_nll
-from ra_lens.tasks import SplitRule, Task, same_length_sets
+from ra_lens.tasks import Demonstrations, SplitRule, Task, same_length_sets
 
 MapName = Literal["ra", "pattern", "shuffled", "grad"]
 
@@ -73,6 +73,7 @@ def patching_sweep(
     at: Where = "pattern",
     split: SplitRule = "code",
     seed: Whole = 0,
+    demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
@@ -107,6 +108,10 @@ def patching_sweep(
         split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
             for test, as in its text.
         seed: Demonstrations.
+        demonstrations: `"own"`: drawn anew for every question (the paper's way); `"shared"`: the
+            same before every question of a task, drawn once from its train part by the seed. Their
+            keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
+            several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Questions per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
@@ -125,7 +130,9 @@ def patching_sweep(
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
     """
-    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    protocol = Protocol.read(
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+    )
     settings: dict[str, Any] = {
         "kinds": read_some("kinds", kinds, get_args(MapName)),
         "scales": _read_scales(scales),
