@@ -57,7 +57,7 @@ for generation in GENERATIONS:
 
     @nox.session(name=f"tests-{generation}")
     def tests(session: nox.Session, generation: str = generation) -> None:
-        """The whole suite, checking the shapes that the code states."""
+        """The whole suite, checking the shapes that the code states, with the real model."""
         run = with_real_model(session, generation)
         run("python", "-m", "pytest", "--check-shapes", "--every-model", *session.posargs)
 

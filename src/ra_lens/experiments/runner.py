@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar, get_args
 
 import pandas as pd
@@ -36,7 +39,17 @@ from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
-from ra_lens.tasks import Prompt, Split, SplitRule, Task, load_task, task_names
+from ra_lens.tasks import (
+    Demonstrations,
+    Prompt,
+    Split,
+    SplitRule,
+    Task,
+    check_demonstrations,
+    load_task,
+    task_names,
+)
+from ra_lens.text import short, shots_name
 
 Tasks = str | Task | Iterable[str | Task]
 Row = dict[str, Any]
@@ -44,6 +57,8 @@ Choice = TypeVar("Choice", bound=str)
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
+
+_FEW = 0.3  # share of right answers of a whole model, below which there is little to measure
 
 METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
 """The paper's methods."""
@@ -60,6 +75,7 @@ class Protocol:
     batch_size: int
     out: str | Path | None
     progress: bool
+    demonstrations: Demonstrations = "own"
 
     @classmethod
     def read(
@@ -71,15 +87,17 @@ class Protocol:
         batch_size: Whole = 64,
         out: str | Path | None = None,
         progress: bool = True,
+        demonstrations: Demonstrations = "own",
     ) -> Protocol:
-        """Read the arguments, or raise where they are no whole numbers or too small."""
+        """Read the arguments, or raise where they are no whole numbers, too small or unknown."""
+        check_demonstrations(demonstrations)
         counts = wholes("shots", shots)
         if min(counts) < 0 or len(set(counts)) < len(counts):
             raise BadInput(
                 f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
             )
         seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
-        return cls(counts, split, seed, prepend_bos, batch_size, out, progress)
+        return cls(counts, split, seed, prepend_bos, batch_size, out, progress, demonstrations)
 
 
 def read_tasks(task: Tasks) -> list[Task]:
@@ -168,7 +186,7 @@ class Run:
                 if self.accuracy is not None:
                     n = self.settings["n_test"]
                     n = None if n is None else min(n, len(split.test))
-                    asked = split.prompts("test", shots=k, n=n, seed=self.protocol.seed)
+                    asked = split.prompts("test", shots=k, n=n, **self._drawn)
                 shots = self.settings.get("rank_shots")
                 learned: dict[Part, list[Prompt]] = {
                     part: self._learned(split, part, k if shots is None else shots, count)
@@ -186,8 +204,13 @@ class Run:
                 f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
                 f"pairs. Give {count}={len(split.train)} or less."
             )
-        seed, drawn = self.protocol.seed, part == "valid"
-        return split.prompts(part, shots=shots, n=n, seed=seed, with_replacement=drawn)
+        drawn = part == "valid"
+        return split.prompts(part, shots=shots, n=n, with_replacement=drawn, **self._drawn)
+
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        """How demonstrations are drawn."""
+        return {"seed": self.protocol.seed, "demonstrations": self.protocol.demonstrations}
 
     def read(self, prompts: Sequence[Prompt]) -> Questions:
         """Tokenise prompts and their answers."""
@@ -235,11 +258,19 @@ class Run:
         rows: Callable[[Cell], Iterator[list[Row]]],
         *,
         steps: int,
+        whole: Callable[[Cell], list[Row]] | None = None,
+        so: str = "",
     ) -> pd.DataFrame:
-        """Compute the rows of every cell, which come in some steps, and write the table of them."""
+        """Compute the rows of every cell, which come in some steps, and write the table of them.
+
+        Where answers are marked, `whole` gives those of the whole model as it is, which are told
+        before all else; a warning of cells where few are right says `so`.
+        """
         found: list[Row] = []
         total = len(cells) * steps
         with tqdm(total=total, desc=title, disable=not self.protocol.progress) as bar:
+            if whole is not None:
+                self._tell_accuracy(cells, whole, bar, so)
             for cell in cells:
                 bar.set_postfix_str(f"{cell.task.name}, shots: {cell.shots}")
                 for some in rows(cell):
@@ -249,6 +280,33 @@ class Run:
         if self.protocol.out is not None:
             write_results(frame, self.protocol.out)
         return frame
+
+    def _tell_accuracy(
+        self, cells: Sequence[Cell], whole: Callable[[Cell], list[Row]], bar: Any, so: str
+    ) -> None:
+        """Say how the whole model answers, a line for each task, and warn where few are right."""
+        few: list[str] = []
+        for task, of_task in groupby(cells, key=lambda cell: cell.task.name):
+            told: list[str] = []
+            poor: list[str] = []
+            for cell in of_task:
+                bar.set_postfix_str(f"whole model: {task}, shots: {cell.shots}")
+                accuracy = fmean(row["top1"] for row in whole(cell))
+                told.append(f"{short(accuracy)} with {shots_name(cell.shots)}")
+                if accuracy < _FEW:
+                    poor.append(told[-1])
+            if poor:
+                few.append(f"{task} ({', '.join(poor)})")
+            if self.protocol.progress:
+                bar.write(f"Whole model, {task}: accuracy {', '.join(told)}", file=sys.stderr)
+        if few:
+            warnings.warn(
+                f"the whole model answers less than {short(_FEW)} of the questions right: "
+                f"{'; '.join(few)}. {so} Take tasks that the model can do, more examples (shots), "
+                "or another token in front (prepend_bos=, --bos).",
+                RALensWarning,
+                stacklevel=4,
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,14 +350,27 @@ class Cell:
             progress=protocol.progress,
         )
 
-    def marked(self, questions: Questions, hooks_of: Callable[[list[int]], FwdHooks]) -> Marks:
-        """Ask questions, with the hooks of each batch, and mark the answers."""
+    def marked(
+        self,
+        questions: Questions,
+        hooks_of: Callable[[list[int]], FwdHooks],
+        *,
+        variants: Sequence[int] | None = None,
+    ) -> Marks:
+        """Ask questions, with the hooks of each batch, and mark the answers.
+
+        Questions of one variant have the same hooks (None: all have); shared demonstrations run
+        once for each.
+        """
+        shared = self.run.protocol.demonstrations == "shared"
+        variants = [0] * len(questions) if variants is None else variants
         return ask(
             self.run.lens,
             questions,
             hooks_of,
             accuracy=self.run.accuracy or "first token",
             batch_size=self.run.protocol.batch_size,
+            variants=variants if shared else None,
         )
 
     def scored(self, marks: Marks) -> list[Row]:
@@ -355,8 +426,9 @@ def experiment(
         "seed": protocol.seed,
         "prepend_bos": protocol.prepend_bos,
         "batch_size": protocol.batch_size,
-        # It came later: without it the results of before are found.
+        # They came later: without them the results of before are found.
         **({"accuracy": accuracy} if accuracy == "answer" else {}),
+        **({"demonstrations": "shared"} if protocol.demonstrations == "shared" else {}),
         "tasks": [_task_settings(lens, task, protocol.prepend_bos) for task in tasks],
         "shots": protocol.shots,
     }

@@ -69,7 +69,7 @@ def check_folder(folder: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Raise BadInput if it is a file with weights: a model needs its folder."""
-    if not os.path.isfile(path):  # which says no to a name that is too long, too
+    if not os.path.isfile(path):  # nor where a name is too long to be one
         return
     if path.suffix in ENDINGS:
         raise BadInput(
