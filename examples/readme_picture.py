@@ -21,10 +21,12 @@ from ra_lens.text import label
 PICTURE = Path(__file__).parents[1] / "docs" / "figures" / "italy.png"
 PROMPT = "I like Italy and France. I visited the city of"
 ANSWERS = (" Paris", " Rome")
+IN_FRONT = "<|endoftext|>"  # this model's BOS is a token of chats
 
 
 def main() -> None:
-    _, ra = run_with_ra(load_model("smollm2-135m"), [PROMPT] * 2, target=list(ANSWERS))
+    model, prompts = load_model("smollm2-135m"), [PROMPT] * len(ANSWERS)
+    _, ra = run_with_ra(model, prompts, target=list(ANSWERS), prepend_bos=IN_FRONT)
     (head,) = ra.apply_slice_to_batch_dim(0).top_heads(1)
     panels: list[tuple[str, Any]] = [
         (f"{head.label}: attention A", head_map(ra, head, kind="pattern"))
