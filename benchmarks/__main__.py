@@ -23,6 +23,7 @@ NAMES = (
     "recompute",
     "mediation",
     "perturbation",
+    "demonstrations",
     "growth",
     "startup",
     "gpu",

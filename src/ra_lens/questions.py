@@ -17,8 +17,9 @@ Cost: one forward pass without gradients, unembedding one position per question 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from ra_lens.errors import RALensWarning, UnsupportedModel
 from ra_lens.model import FwdHooks, Lens, PrependBos
 from ra_lens.padding import together, watched
 from ra_lens.prompts import Prompts, read_prompts
+from ra_lens.shared_prefix import SharedPrefix, same_logits
 from ra_lens.targets import ids_of
 from ra_lens.tasks import Prompt
 
@@ -206,59 +208,149 @@ def mark(logits: Float[Tensor, "question d_vocab"], answers: Int[Tensor, "questi
 def ask(
     lens: Lens,
     questions: Questions,
-    hooks_of: Callable[[list[int]], FwdHooks] | None = None,
+    hooks_of: HooksOf | None = None,
     *,
     accuracy: Accuracy = "first token",
     batch_size: int = 32,
+    variants: Sequence[int] | None = None,
 ) -> Marks:
     """Ask every question and mark the first token of each answer, or the whole.
 
     Questions of like length are asked together, so that little is padded. `hooks_of` gives the
     hooks of a batch, told which questions are in it.
+
+    With `variants` the tokens that questions begin with run once for each variant: it tells, for
+    each question, which of several changed models is asked. The hooks of all questions of a variant
+    are then the same, and in a batch each row has those of its question. Where the logits come out
+    otherwise than in full, or it cannot be done, all questions run in full.
     """
     whole = accuracy == "answer"
-    answers = [answer if whole else answer[:1] for answer in questions.answers]
-    prompts = questions.with_answers if whole else questions.prompts
-    order: list[int] = []
-    parts: list[Marks] = []
-    for some in together(lens, prompts):
-        group = torch.tensor(by_length(prompts, some))
-        # As few batches as can be, of like size: a small last one would pad the others for nothing.
-        for batch in group.tensor_split(-(-len(some) // batch_size)):
-            part = batch.tolist()
-            hooks = () if hooks_of is None else hooks_of(part)
-            own = [answers[i] for i in part]
-            parts.append(_ask_answers(lens, prompts.chosen(part), own, hooks))
-            order += part
-    asked = torch.tensor(order).argsort()  # back to the order given
-    return Marks.joined(parts).part(asked)
-
-
-def _ask_answers(
-    lens: Lens, prompts: Prompts, answers: Sequence[tuple[int, ...]], fwd_hooks: FwdHooks
-) -> Marks:
-    """Mark each token of answers where it is predicted; `prompts` hold all but the last."""
-    width = max(map(len, answers))
-    # Shorter answers repeat their last token, whose marks are then left out.
-    steps = [[min(step, len(answer) - 1) for step in range(width)] for answer in answers]
-    positions = [
-        [n - len(answer) + step for step in row]
-        for n, answer, row in zip(prompts.lengths, answers, steps, strict=True)
-    ]
-    ids = [[answer[step] for step in row] for answer, row in zip(answers, steps, strict=True)]
-    logits = logits_at(lens, prompts, positions, fwd_hooks)
-    marks = mark(logits.flatten(0, 1), torch.tensor(ids).flatten())
-    theirs = torch.arange(width) < torch.tensor([len(answer) for answer in answers]).unsqueeze(1)
-
-    def by_token(values: Tensor, beyond: int | float) -> Tensor:
-        return values.reshape(theirs.shape).where(theirs, torch.tensor(beyond).to(values))
-
-    return Marks(
-        above=by_token(marks.above, 0),
-        tied=by_token(marks.tied, 0),
-        logit_diff=by_token(marks.logit_diff, float("inf")).amin(dim=1),
-        probability=by_token(marks.probability, 1).prod(dim=1),
+    asked = _Asked(
+        lens,
+        questions.with_answers if whole else questions.prompts,
+        [answer if whole else answer[:1] for answer in questions.answers],
+        hooks_of or (lambda _part: ()),
+        batch_size,
     )
+    shared = None if variants is None else SharedPrefix.of(lens, questions.prompts)
+    found = None if shared is None else asked.after(shared, variants or ())
+    done = set(shared.members) if shared is not None and found is not None else set[int]()
+    found = [*(found or ()), *asked.in_full([i for i in range(len(questions)) if i not in done])]
+    order = torch.tensor([i for part, _ in found for i in part]).argsort()  # as they were given
+    return Marks.joined([marks for _, marks in found]).part(order)
+
+
+HooksOf = Callable[[list[int]], FwdHooks]
+Part = tuple[list[int], Marks]
+"""Which questions were asked in a batch, and how they were answered."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked; `prompts` hold the answers but for their last token."""
+
+    lens: Lens
+    prompts: Prompts
+    answers: Sequence[tuple[int, ...]]
+    hooks_of: HooksOf
+    batch_size: int
+
+    def in_full(self, which: Sequence[int]) -> list[Part]:
+        """Ask questions, of which all tokens run."""
+        if not which:
+            return []
+        groups = together(self.lens, self.prompts.chosen(which))
+        return [
+            (part, self._marked(part, self._logits(part)))
+            for group in groups
+            for part in self._batches(self.prompts, [which[i] for i in group])
+        ]
+
+    def after(self, shared: SharedPrefix, variants: Sequence[int]) -> list[Part] | None:
+        """Ask the questions that begin with shared tokens, which run once for each variant.
+
+        None where that cannot be done, or comes out otherwise than in full.
+        """
+        rest, found, n = shared.rest(self.prompts), list[Part](), len(shared.ids)
+        by_variant: dict[int, list[int]] = {}
+        for i in shared.members:
+            by_variant.setdefault(variants[i], []).append(i)
+        names = list(by_variant)
+        try:
+            for start in range(0, len(names), self.batch_size):
+                row = {name: k for k, name in enumerate(names[start : start + self.batch_size])}
+                prefix = shared.read(len(row), self.hooks_of([by_variant[name][0] for name in row]))
+                for part in self._batches(rest, [i for name in row for i in by_variant[name]]):
+                    rows = [row[variants[i]] for i in part]
+                    positions = [[at - n for at in of_one] for of_one in self._positions(part)]
+                    hooks = self.hooks_of(part)
+                    logits = shared.logits_at(prefix, rows, rest.chosen(part), positions, hooks)
+                    compare = partial(self._as_in_full, part, logits)
+                    if not shared.proven(rest.chosen(part), hooks, compare):
+                        return None
+                    found.append((part, self._marked(part, logits)))
+        except Exception:
+            # If it was not the prefix that failed, it is raised again in full.
+            return None
+        return found
+
+    def _as_in_full(self, part: Sequence[int], logits: Tensor) -> bool:
+        """Whether the shortest and the longest question of a batch come out as in full."""
+        return all(
+            same_logits(
+                logits[row : row + 1, : self._width([part[row]])], self._logits([part[row]])
+            )
+            for row in sorted({0, len(part) - 1})
+        )
+
+    def _batches(self, prompts: Prompts, some: Sequence[int]) -> Iterator[list[int]]:
+        """Split questions into batches of like length.
+
+        They are as few as can be, of like size: a small last one would pad the others for nothing.
+        """
+        order = torch.tensor(by_length(prompts, some))
+        for batch in order.tensor_split(-(-len(order) // self.batch_size)):
+            yield batch.tolist()
+
+    def _logits(self, part: Sequence[int]) -> Float[Tensor, "question token d_vocab"]:
+        hooks = self.hooks_of(list(part))
+        return logits_at(self.lens, self.prompts.chosen(part), self._positions(part), hooks)
+
+    def _width(self, part: Sequence[int]) -> int:
+        return max(len(self.answers[i]) for i in part)
+
+    def _steps(self, part: Sequence[int]) -> list[list[int]]:
+        # Shorter answers repeat their last token, whose marks are then left out.
+        lengths, width = [len(self.answers[i]) for i in part], self._width(part)
+        return [[min(step, n - 1) for step in range(width)] for n in lengths]
+
+    def _positions(self, part: Sequence[int]) -> list[list[int]]:
+        """Where each token of the answers is predicted."""
+        first = [self.prompts.lengths[i] - len(self.answers[i]) for i in part]
+        steps = self._steps(part)
+        return [[n + step for step in row] for n, row in zip(first, steps, strict=True)]
+
+    def _marked(
+        self, part: Sequence[int], logits: Float[Tensor, "question token d_vocab"]
+    ) -> Marks:
+        """Mark each token of the answers by the logits where it is predicted."""
+        answers, width = [self.answers[i] for i in part], self._width(part)
+        ids = [
+            [answer[step] for step in row]
+            for answer, row in zip(answers, self._steps(part), strict=True)
+        ]
+        marks = mark(logits.flatten(0, 1), torch.tensor(ids).flatten())
+        theirs = torch.arange(width) < torch.tensor([len(own) for own in answers]).unsqueeze(1)
+
+        def by_token(values: Tensor, beyond: int | float) -> Tensor:
+            return values.reshape(theirs.shape).where(theirs, torch.tensor(beyond).to(values))
+
+        return Marks(
+            above=by_token(marks.above, 0),
+            tied=by_token(marks.tied, 0),
+            logit_diff=by_token(marks.logit_diff, float("inf")).amin(dim=1),
+            probability=by_token(marks.probability, 1).prod(dim=1),
+        )
 
 
 def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from benchmarks import mediation, perturbation
+from benchmarks import demonstrations, mediation, perturbation
 from benchmarks.timing import low_high
 from ra_lens.model import load_folder
 from saved_models import randomise
@@ -67,3 +67,12 @@ def test_the_perturbation_test_has_the_same_logit_differences_either_way():
     assert len(rows) == 2
     assert all(apart < 1e-3 for *_, apart in rows)
     assert_within(table, "ratio", "spread")
+
+
+def test_shared_demonstrations_give_the_same_numbers_as_in_full():
+    table = demonstrations.measure(rounds=2, quick=True)
+    rows = checked(table)
+    assert {row[0] for row in rows} == set(demonstrations.WHAT)
+    for *_, apart in rows:
+        assert apart < 1e-4
+    assert_within(table, "own / shared", "spread")

@@ -24,6 +24,7 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments.paper import compare_with_paper
+from ra_lens.text import scale_name
 
 SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
 PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",
@@ -161,6 +162,29 @@ def test_several_tasks_have_their_mean(tmp_path: Path) -> None:
         mean = next(m for m in found["means"] if m["direction"] == direction)
         assert (mean["tasks"], mean["auc"]) == (2, pytest.approx(sum(values) / 2))
     assert "natural/country-capital" in page.read_text()
+
+
+def test_patch_finds_the_scale_and_says_it_by_task_and_shots(model: Any) -> None:
+    words = ["patch", *SMALL, "--shots", "0", "1", "--scales", "best", "--n-mean", "4"]
+    frame = patching_sweep(
+        model, "antonym", scales="best", shots=(0, 1), n_mean=4, n_test=6, progress=False
+    )
+    text = done(*words)
+    assert "RA found" in text
+    for _, row in frame[frame["map"] != "none"].iterrows():
+        assert f"{two(row['top1'])} at {scale_name(row['scale'])}" in text
+    assert "smallest loss on the training questions" in text
+    assert "best on these same test questions" not in text
+    facts = json.loads(done(*words, "--json"))
+    assert facts["scales"] == "best"
+    found = [cell["scale"] for cell in facts["cells"]]
+    wanted = [None if math.isnan(scale) else scale for scale in frame["scale"]]
+    assert found == wanted
+    losses = [cell["train_loss"] for cell in facts["cells"] if cell["map"] == "ra"]
+    assert losses == pytest.approx(frame[frame["map"] == "ra"]["train_loss"].tolist())
+    refused = refused_line(*words, "--figure", "a.html")
+    assert "found --figure with --scales best, which gives one scale for each task" in refused
+    assert "found --scales best -30; give numbers" in refused_line(*words[:-2], "-30")
 
 
 def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,3 +464,16 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
 def test_help_names_the_options_and_is_fast(command: str) -> None:
     text = done_without(HEAVY, command, "--help").stdout
     assert ("--paper" if command == "compare" else "--shots") in text
+
+
+def test_demonstrations_are_shared_where_that_is_asked(model: Any, tmp_path: Path) -> None:
+    out, small = tmp_path / "a.csv", {"shots": [2], "n_test": 6, "progress": False}
+    command = ["--shots", "2", "--demonstrations", "shared", "-o", str(out)]
+    done("perturb", *SMALL, *command, "--methods", "index", "--n-rank", "3", "--step", "0.5")
+    wanted = perturbation_test(
+        model, "antonym", methods="index", n_rank=3, step=0.5, demonstrations="shared", **small
+    )
+    found = read_results(out)
+    assert list(found["demonstrations"]) == list(wanted["demonstrations"]) == ["shared"] * 6
+    assert found["logit_diff"].tolist() == pytest.approx(wanted["logit_diff"].tolist(), abs=1e-4)
+    assert call("perturb", *SMALL, "--demonstrations", "mine").exit_code == 2

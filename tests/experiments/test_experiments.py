@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from folded import fold
-from ra_lens import load_demo_model, load_task, run_with_ra
+from ra_lens import load_demo_model, load_task, patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     PAPER_SCALES,
@@ -29,15 +29,20 @@ from ra_lens.experiments import (
     perturbation_test,
     rank_tasks,
     read_results,
+    sweep,
 )
 from ra_lens.experiments import runner as runner_module
 from ra_lens.experiments.journal import journal_path, settings_hash
 from ra_lens.experiments.runner import weights_hash
+from ra_lens.figures import patching_sweep_curve
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import ranking as registry_of_methods
 from ra_lens.model import as_lens
 from ra_lens.model.loading import demo_model_folder
+from ra_lens.patching.controls import control_maps
 from ra_lens.questions import mark
+from ra_lens.scales import SCALES
+from ra_lens.shared_prefix import SharedPrefix
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
 from refused import refused
@@ -581,6 +586,139 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["ra", "shuffled"])
+def test_a_scale_is_found_on_the_questions_averaged_and_on_no_other(demo, kind, monkeypatch):
+    options = {"shots": 1, "n_mean": 3, "n_test": 5, "kinds": [kind], **QUIET}
+    asked = []
+    find = sweep.best_scale
+
+    def watched(model, maps, prompts, targets, **options):
+        asked.append((prompts, options))
+        return find(model, maps, prompts, targets, **options)
+
+    monkeypatch.setattr(sweep, "best_scale", watched)
+    frame = patching_sweep(demo, "choose_middle_of_3", scales="best", at_least=20, **options)
+    [(prompts, _)] = asked
+    [none, best] = [row for _, row in frame.iterrows()]
+    assert (none["map"], best["map"]) == ("none", kind)
+    task = load_task("choose_middle_of_3")
+    sets = same_length_sets(task, lambda text: demo.to_tokens(text)[0].tolist(), at_least=20)
+    split = max(sets.values(), key=lambda one: len(one.pairs)).split()
+    learned = split.prompts("train", shots=1, n=3, seed=0)
+    tests = {prompt.text for prompt in split.prompts("test", shots=1, seed=0)}
+    assert prompts == [prompt.text for prompt in learned]
+    assert not tests & set(prompts)
+    # The losses of the questions averaged by hand, prompt by prompt.
+    _, ra = run_with_ra(demo, prompts, target=sequence_nll([p.answer for p in learned]))
+    maps = {layer: ra.mean()["ra", layer] for layer in ra.layers}
+    if kind == "shuffled":
+        maps = control_maps(ra.mean(), "shuffled", seed=0)
+    losses = {}
+    for scale in SCALES:
+        each = []
+        for prompt in learned:
+            tokens = demo.to_tokens(prompt.text + prompt.answer)
+            hooks = patch_hooks(maps, ra.sites, scale=scale)
+            with torch.no_grad(), demo.hooks(fwd_hooks=hooks):
+                log_p = demo(tokens)[0, -2].double().log_softmax(-1)
+            each.append(-float(log_p[tokens[0, -1]]))
+        losses[scale] = sum(each) / len(each)
+    wanted = min(losses, key=losses.__getitem__)
+    assert best["scale"] == wanted
+    assert best["train_loss"] == pytest.approx(losses[wanted], rel=1e-4, abs=1e-6)
+    assert best["train_loss_unpatched"] == pytest.approx(losses[0.0], rel=1e-4)
+    assert math.isnan(none["train_loss"])
+    # The test questions are answered as at that scale when it is given.
+    given = patching_sweep(demo, "choose_middle_of_3", scales=wanted, at_least=20, **options)
+    assert best["top1"] == given["top1"].iloc[1]
+    assert best["logit_diff"] == given["logit_diff"].iloc[1]
+    assert set(frame["scales"]) == {"best"}
+
+
+def test_scales_that_were_found_make_no_curve_and_are_found_again(demo, tmp_path):
+    options = {"shots": 0, "n_mean": 3, "n_test": 3, "out": tmp_path / "found.csv", **QUIET}
+    frame = patching_sweep(demo, "capitalize", scales="best", **options)
+    again = patching_sweep(demo, "capitalize", scales="best", **options)
+    assert again["scale"].tolist()[1:] == frame["scale"].tolist()[1:]
+    assert read_results(tmp_path / "found.csv")["train_loss"].notna().sum() == 2
+    with pytest.raises(BadInput, match="one for each task, which make no curve"):
+        patching_sweep_curve(frame)
+    with pytest.raises(BadInput, match="found scales='most'; give a number, or several"):
+        patching_sweep(demo, "capitalize", scales="most", **QUIET)
+
+
 def test_the_scales_are_those_of_the_paper():
     assert len(PAPER_SCALES) == len(set(PAPER_SCALES)) == 24
     assert {-30.0, 1.0, 0.0, 3.0, -120.0} <= set(PAPER_SCALES)
+
+
+# ---- shared demonstrations ----------------------------------------------------------------------
+
+SHARED = {"shots": 3, "n_test": 6, "demonstrations": "shared"}
+COLUMNS = ["top1", "top2", "top3", "logit_diff"]
+
+
+def perturbed(model, **options):
+    return perturbation_test(
+        model,
+        "antonym",
+        methods=["index", "cm1"],
+        n_rank=4,
+        step=0.25,
+        **SHARED,
+        **QUIET,
+        **options,
+    )
+
+
+def patched(model, **options):
+    return patching_sweep(
+        model, "antonym", scales=[-30, 1], n_mean=4, at_least=20, **SHARED, **QUIET, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [perturbed, patched])
+@pytest.mark.parametrize("kind", ANY_KIND)
+@pytest.mark.parametrize("accuracy", ["first token", "answer"])
+def test_shared_demonstrations_run_once_and_give_what_they_give_in_full(
+    run, kind, accuracy, monkeypatch
+):
+    model, read = load_demo_model(kind=kind, device="cpu"), []
+
+    def noted(self, *args, **options):
+        read.append(len(self.ids))
+        return own(self, *args, **options)
+
+    own = SharedPrefix.read
+    monkeypatch.setattr(SharedPrefix, "read", noted)
+    found = run(model, accuracy=accuracy)
+    assert len(read) >= 5
+    assert min(read) > 15
+    monkeypatch.setattr(SharedPrefix, "of", staticmethod(lambda *_: None))
+    wanted = run(model, accuracy=accuracy)
+    assert list(found) == list(wanted)
+    np.testing.assert_allclose(found[COLUMNS], wanted[COLUMNS], atol=1e-4)
+    assert found["prompts_hash"].equals(wanted["prompts_hash"])
+    assert found[COLUMNS].nunique().min() > 1
+
+
+def test_demonstrations_are_a_setting_where_they_are_shared(demo, tmp_path):
+    own = same_out(demo, tmp_path, shots=2)
+    assert "demonstrations" not in own
+    again = same_out(demo, tmp_path, shots=2, demonstrations="own")
+    assert again["settings_hash"].equals(own["settings_hash"])
+    with pytest.raises(BadInput, match="other settings"):
+        same_out(demo, tmp_path, shots=2, demonstrations="shared")
+    there = {"shots": 2, "demonstrations": "shared", "out": tmp_path / "b.csv"}
+    shared = same_out(demo, tmp_path, **there)
+    assert set(shared["demonstrations"]) == {"shared"}
+    assert not shared["prompts_hash"].equals(own["prompts_hash"])
+    again = same_out(demo, tmp_path, **there)
+    assert list(again) == list(shared)
+    np.testing.assert_allclose(again[COLUMNS], shared[COLUMNS])
+    ranked = rank_tasks(demo, "antonym", methods="index", n_rank=3, shots=2,
+                        demonstrations="shared", **QUIET)  # fmt: skip
+    assert set(ranked["demonstrations"]) == {"shared"}
+    for function in (perturbation_test, patching_sweep, rank_tasks):
+        with pytest.raises(BadInput, match="found demonstrations='mine'; give 'own'"):
+            function(demo, "antonym", demonstrations="mine", **QUIET)

@@ -98,10 +98,10 @@ def test_effects_are_those_of_full_passes_and_blocks_before_a_head_are_skipped(
     model.tokenizer.padding_side = side
     with calls(model) as counts:
         found = rank_heads(model, QUESTIONS, method="cm1", batch_size=4, progress=False)
-    # The shortest and longest question padded and alone; 3 questions as they are; a row of each
-    # layer in full; then 3 batches of 12 rows per layer.
+    # The shortest and longest question padded and alone; 3 questions as they are, each the only one
+    # of its batches; a row of each layer in full; then 3 batches of 4 rows per layer.
     rows = len(QUESTIONS) * N_HEADS
-    assert counts == [3 + 2 + rows // 4 * (layer + 1) for layer in range(N_LAYERS)]
+    assert counts == [3 + 3 + 1 + rows // 4 * (layer + 1) for layer in range(N_LAYERS)]
     wanted = in_full(model, QUESTIONS, zeroed)
     assert float((found.scores - wanted).abs().max()) < 1e-5
     assert relative(found.scores, wanted) < 1e-4

@@ -226,8 +226,9 @@ def test_an_edit_after_the_last_attention_counts(kind, shared):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_functions_are_the_same_and_half_precision_keeps_its_own(kind, dtype, fresh):
-    model = fresh("gpt2", kind, dtype)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_functions_are_the_same_and_half_precision_keeps_its_own(arch, kind, dtype, fresh):
+    model = fresh(arch, kind, dtype)
     with torch.no_grad():
         own = model(IDS)
         with as_lens(model).running(None):
@@ -250,6 +251,41 @@ def test_a_hook_inside_a_norm_still_edits_it(point, kind, shared):
     logits, _ = run_with_ra(model, IDS, target=TARGET, fwd_hooks=[hook])
     assert relative(logits[:, -1], wanted) < 2e-6
     assert relative(plain, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("point", ["hook_pre", "hook_pre_linear", "hook_post"])
+def test_a_hook_inside_a_gated_mlp_still_edits_it(point, kind, shared):
+    model = shared("llama", kind)
+    name = f"blocks.1.mlp.{point}"
+    if name not in model.hook_dict:
+        pytest.skip(f"no hook point {name}")
+
+    def halve(value, hook):
+        return value / 2
+
+    with torch.no_grad():
+        wanted = model.run_with_hooks(IDS, fwd_hooks=[(name, halve)])
+        plain = model(IDS)
+        with as_lens(model).running(None, [(name, halve)]):
+            found = model(IDS)
+    assert relative(found, wanted) < 2e-6
+    assert relative(plain, wanted) > 1e-3
+
+
+@pytest.mark.skipif("HookedTransformer" not in KINDS, reason="no HookedTransformer here")
+def test_a_gated_mlp_copies_no_weights(shared):
+    model = shared("llama", "HookedTransformer")
+    with (
+        torch.no_grad(),
+        as_lens(model).running(None),
+        torch.profiler.profile(record_shapes=True) as profile,
+    ):
+        model(IDS)
+    shapes = {tuple(model.blocks[0].mlp.W_in.shape), tuple(model.blocks[0].mlp.W_out.shape)}
+    copied = [e for e in profile.events() if e.name == "aten::copy_"]
+    assert copied
+    assert not [e for e in copied if shapes & {tuple(s) for s in e.input_shapes}]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -257,6 +257,70 @@ def test_every_query_gets_demonstrations_of_its_own() -> None:
     assert len(shown) == len(split.train)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_shared_demonstrations_are_the_same_for_every_query_and_none_of_them(part) -> None:
+    pairs = tuple(Pair(str(i // 2), f"w{i}") for i in range(80))  # every input twice
+    split = Task("twice", "icl", pairs, "Q: ", "\nA:").split()
+    options = {"shots": 4, "n": 5, "demonstrations": "shared"}
+    prompts = split.prompts(part, **options)
+    assert [prompt.query for prompt in prompts] == list(getattr(split, part)[:5])
+    (shown,) = {prompt.demonstrations for prompt in prompts}
+    assert len(set(shown)) == 4
+    assert set(shown) <= set(split.train)
+    assert not {pair.input for pair in shown} & {prompt.query.input for prompt in prompts}
+    assert split.prompts(part, **options) == prompts
+    others = [split.prompts(part, **options, seed=seed)[0].demonstrations for seed in range(20)]
+    assert others[0] == shown
+    assert len(set(others)) == 20
+    if part != "train":  # of train those are shown that are not asked
+        assert split.prompts(part, **{**options, "n": 2}) == prompts[:2]
+        every = {pair.input for pair in getattr(split, part)}
+        assert not {pair.input for pair in shown} & every
+
+
+def test_shared_demonstrations_of_a_sample_are_none_of_its_queries() -> None:
+    task = numbered(12)
+    prompts = task.sample(8, shots=4, seed=3, demonstrations="shared")
+    assert [p.query for p in prompts] == [p.query for p in task.sample(8, seed=3)]
+    (shown,) = {prompt.demonstrations for prompt in prompts}
+    assert set(shown) == set(task.pairs) - {prompt.query for prompt in prompts}
+    assert task.sample(8, shots=4, seed=3) != prompts
+
+
+@pytest.mark.parametrize("name", ["antonym", "country-capital"])
+def test_shared_demonstrations_of_built_in_tests_end_in_a_step_rarely_seen(name: str) -> None:
+    task = load_task(name)
+    split = task.split()
+    prompts = split.prompts("test", shots=5, demonstrations="shared")
+    (shown,) = {prompt.demonstrations for prompt in prompts}
+    unseen = [
+        sum(is_held_out_adjacency(task, pair, query) for query in split.test)
+        for pair in split.train
+    ]
+    assert unseen[split.train.index(shown[-1])] == max(unseen)
+    assert len(set(unseen)) > 1
+
+
+def test_shared_demonstrations_that_cannot_be_are_refused() -> None:
+    task = numbered(20)
+    for make, where in (
+        (lambda: task.sample(18, shots=3, demonstrations="shared"), "task 'own' has 2 pairs"),
+        (
+            lambda: task.split().prompts("train", shots=3, n=12, demonstrations="shared"),
+            "the train part of task 'own' has 2 pairs",
+        ),
+    ):
+        with pytest.raises(BadInput) as info:
+            make()
+        assert where in str(info.value)
+        assert "Ask for fewer shots or fewer questions, or take demonstrations='own'" in str(
+            info.value
+        )
+    for call in (task.sample, task.split().prompts):
+        with pytest.raises(BadInput, match="found demonstrations='mine'; give 'own'"):
+            call(*([3] if call == task.sample else ["test"]), demonstrations="mine")
+
+
 def test_queries_drawn_with_replacement_repeat_and_do_not_depend_on_the_shots() -> None:
     split = numbered(60).split()
     drawn = split.prompts("valid", n=200, seed=3, with_replacement=True)

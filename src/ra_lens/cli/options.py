@@ -38,6 +38,14 @@ KindOption = Annotated[
         help="TransformerLens class. Default: the one installed; HookedTransformer first."
     ),
 ]
+PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read pickled weights (pytorch_model.bin, .pt), which can run any code, where a model "
+        "has no safetensors.",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
 ]

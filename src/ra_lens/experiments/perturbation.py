@@ -53,7 +53,7 @@ from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
 from ra_lens.patching.masking import mask_hooks, need_heads
 from ra_lens.questions import Accuracy, Metric
 from ra_lens.tables import mean_over_questions, problem_of
-from ra_lens.tasks import SplitRule
+from ra_lens.tasks import Demonstrations, SplitRule
 
 Rule = Literal["trapezoid", "mean"]
 Direction = Literal["forward", "reversed"]
@@ -79,6 +79,7 @@ def perturbation_test(
     answer_in_input: bool = True,
     accuracy: Accuracy = "first token",
     seed: Whole = 0,
+    demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
@@ -109,6 +110,10 @@ def perturbation_test(
             `"answer"`, as a greedy decode gives it. The first says nothing where all answers of a
             task begin with one token, as digits after a space do in many tokenizers.
         seed: Demonstrations, and random orders.
+        demonstrations: `"own"`: drawn anew for every question (the paper's way); `"shared"`: the
+            same before every question of a task, drawn once from its train part by the seed. Their
+            keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
+            several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
@@ -128,7 +133,9 @@ def perturbation_test(
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
     """
     tasks, names = read_tasks(task), read_methods(methods)
-    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    protocol = Protocol.read(
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+    )
     settings: dict[str, Any] = {
         "directions": read_some("directions", directions, ("forward", "reversed")),
         "steps": _read_step(real("step", step)),
@@ -223,6 +230,7 @@ def _evaluate(cell: Cell, order: Sequence[tuple[int, int]], kept: Sequence[int])
     marks = cell.marked(
         cell.questions.repeated(len(kept)),
         lambda part: mask_hooks(sites, place < heads[part, None, None]),
+        variants=heads.tolist(),
     )
     return [
         {"heads_kept": k, **row}

@@ -31,7 +31,7 @@ from ra_lens.heads import HeadScores
 from ra_lens.heads.ranking import find_method
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Whole, Wholes, whole
-from ra_lens.tasks import SplitRule
+from ra_lens.tasks import Demonstrations, SplitRule
 
 _COLUMNS = ["method", "draw", "layer", "head", "label", "score", "rank"]
 
@@ -46,6 +46,7 @@ def rank_tasks(
     split: SplitRule = "code",
     answer_in_input: bool = True,
     seed: Whole = 0,
+    demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
     batch_size: Whole = 64,
     out: str | Path | None = None,
@@ -63,6 +64,10 @@ def rank_tasks(
         answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
             or on the prompt alone.
         seed: Demonstrations, and random orders.
+        demonstrations: `"own"`: drawn anew for every question (the paper's way); `"shared"`: the
+            same before every question of a task, drawn once from its train part by the seed. Their
+            keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
+            several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
@@ -77,7 +82,9 @@ def rank_tasks(
         UnsupportedModel: a model whose attention cannot be read.
     """
     tasks, names = read_tasks(task), read_methods(methods)
-    protocol = Protocol.read(shots, split, seed, prepend_bos, batch_size, out, progress)
+    protocol = Protocol.read(
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+    )
     n_rank = whole("n_rank", n_rank, least=1)
     with experiment(
         "ranking",

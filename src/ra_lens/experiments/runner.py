@@ -39,7 +39,16 @@ from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
-from ra_lens.tasks import Prompt, Split, SplitRule, Task, load_task, task_names
+from ra_lens.tasks import (
+    Demonstrations,
+    Prompt,
+    Split,
+    SplitRule,
+    Task,
+    check_demonstrations,
+    load_task,
+    task_names,
+)
 from ra_lens.text import short, shots_name
 
 Tasks = str | Task | Iterable[str | Task]
@@ -66,6 +75,7 @@ class Protocol:
     batch_size: int
     out: str | Path | None
     progress: bool
+    demonstrations: Demonstrations = "own"
 
     @classmethod
     def read(
@@ -77,15 +87,17 @@ class Protocol:
         batch_size: Whole = 64,
         out: str | Path | None = None,
         progress: bool = True,
+        demonstrations: Demonstrations = "own",
     ) -> Protocol:
-        """Read the arguments, or raise where they are no whole numbers or too small."""
+        """Read the arguments, or raise where they are no whole numbers, too small or unknown."""
+        check_demonstrations(demonstrations)
         counts = wholes("shots", shots)
         if min(counts) < 0 or len(set(counts)) < len(counts):
             raise BadInput(
                 f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
             )
         seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
-        return cls(counts, split, seed, prepend_bos, batch_size, out, progress)
+        return cls(counts, split, seed, prepend_bos, batch_size, out, progress, demonstrations)
 
 
 def read_tasks(task: Tasks) -> list[Task]:
@@ -174,7 +186,7 @@ class Run:
                 if self.accuracy is not None:
                     n = self.settings["n_test"]
                     n = None if n is None else min(n, len(split.test))
-                    asked = split.prompts("test", shots=k, n=n, seed=self.protocol.seed)
+                    asked = split.prompts("test", shots=k, n=n, **self._drawn)
                 shots = self.settings.get("rank_shots")
                 learned: dict[Part, list[Prompt]] = {
                     part: self._learned(split, part, k if shots is None else shots, count)
@@ -192,8 +204,13 @@ class Run:
                 f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
                 f"pairs. Give {count}={len(split.train)} or less."
             )
-        seed, drawn = self.protocol.seed, part == "valid"
-        return split.prompts(part, shots=shots, n=n, seed=seed, with_replacement=drawn)
+        drawn = part == "valid"
+        return split.prompts(part, shots=shots, n=n, with_replacement=drawn, **self._drawn)
+
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        """How demonstrations are drawn."""
+        return {"seed": self.protocol.seed, "demonstrations": self.protocol.demonstrations}
 
     def read(self, prompts: Sequence[Prompt]) -> Questions:
         """Tokenise prompts and their answers."""
@@ -333,14 +350,27 @@ class Cell:
             progress=protocol.progress,
         )
 
-    def marked(self, questions: Questions, hooks_of: Callable[[list[int]], FwdHooks]) -> Marks:
-        """Ask questions, with the hooks of each batch, and mark the answers."""
+    def marked(
+        self,
+        questions: Questions,
+        hooks_of: Callable[[list[int]], FwdHooks],
+        *,
+        variants: Sequence[int] | None = None,
+    ) -> Marks:
+        """Ask questions, with the hooks of each batch, and mark the answers.
+
+        Questions of one variant have the same hooks (None: all have); shared demonstrations run
+        once for each.
+        """
+        shared = self.run.protocol.demonstrations == "shared"
+        variants = [0] * len(questions) if variants is None else variants
         return ask(
             self.run.lens,
             questions,
             hooks_of,
             accuracy=self.run.accuracy or "first token",
             batch_size=self.run.protocol.batch_size,
+            variants=variants if shared else None,
         )
 
     def scored(self, marks: Marks) -> list[Row]:
@@ -396,8 +426,9 @@ def experiment(
         "seed": protocol.seed,
         "prepend_bos": protocol.prepend_bos,
         "batch_size": protocol.batch_size,
-        # It came later: without it the results of before are found.
+        # They came later: without them the results of before are found.
         **({"accuracy": accuracy} if accuracy == "answer" else {}),
+        **({"demonstrations": "shared"} if protocol.demonstrations == "shared" else {}),
         "tasks": [_task_settings(lens, task, protocol.prepend_bos) for task in tasks],
         "shots": protocol.shots,
     }

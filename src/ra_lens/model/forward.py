@@ -10,7 +10,8 @@ a hook in between.
 
 * `gelu_new` is written as eight operations in Hugging Face and TransformerLens, layer norm as eight
   in TransformerLens, and a backward pass keeps most of what comes between. torch has each in one.
-* HookedTransformer copies its unembedding in every forward pass, for the rounding of bfloat16.
+* HookedTransformer copies its unembedding in every forward pass, for the rounding of bfloat16, and
+  since TransformerLens 3 the three weights of a gated MLP.
 
 The Hugging Face model inside a TransformerBridge (`without_bridge`). A bridge puts its own
 components in the place of the Hugging Face modules, and keeps each module in the component. With
@@ -123,18 +124,39 @@ def fused(modules: list[nn.Module]) -> Generator[None, None, None]:
     """Run the modules that have a faster equal as that, while the context is open."""
     with ExitStack() as stack:
         for module in modules:
-            found = _faster_equal(module)
-            if found is not None:
-                name, faster = found
+            for name, faster in _faster_equals(module):
                 either = partial(_in_full_precision, faster, getattr(module, name))
                 stack.enter_context(with_forward({module: either}, name))
         yield
 
 
+def _faster_equals(module: Any) -> list[tuple[str, Function]]:
+    """Attributes of a module that have a faster equal, and these equals."""
+    if "forward" in vars(module):  # somebody's own, as accelerate puts it there
+        return []
+    some = [_faster_equal(module), _gated_mlp(module)]
+    return [found for found in some if found is not None]
+
+
+def _gated_mlp(module: Any) -> tuple[str, Function] | None:
+    """A gated MLP of HookedTransformer, without copies of its weights in another layout."""
+    kind = type(module)
+    ours = kind.__module__.startswith("transformer_lens.components")
+    if not ours or kind.__name__ != "GatedMLP" or module.cfg.is_layer_norm_activation():
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.to(module.W_gate.device)
+        gate = module.act_fn(module.hook_pre(functional.linear(x, module.W_gate.T)))
+        linear = module.hook_pre_linear(functional.linear(x, module.W_in.T))
+        inside = module.hook_post(gate * linear + module.b_in)
+        return functional.linear(inside, module.W_out.T, module.b_out)
+
+    return "forward", forward
+
+
 def _faster_equal(module: Any) -> tuple[str, Function] | None:
     """Attribute of a module that has a faster equal, and that equal."""
-    if "forward" in vars(module):  # somebody's own, as accelerate puts it there
-        return None
     kind = type(module)
     if kind.__name__ == "NewGELUActivation":  # transformers
         return "forward", partial(functional.gelu, approximate="tanh")

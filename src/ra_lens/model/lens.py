@@ -236,11 +236,13 @@ class Lens(Tokens):
         tokens: Int[Tensor, "batch pos"],
         attention_mask: Bool[Tensor, "batch pos"],
         encoded: TokensAndMask | None = None,
+        past: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Run the model and return its logits (at the columns of `running`, if any).
 
         The mask is True at real tokens. In an encoder-decoder, these are what the decoder reads,
-        and `encoded` is what the encoder does.
+        and `encoded` is what the encoder does. `past` are the model's options for tokens that come
+        after others (`ra_lens.model.prefix`), in the place of the mask.
         """
         self.refuse_meta()
         options: dict[str, Any] = {}
@@ -254,7 +256,9 @@ class Lens(Tokens):
             if not bool(attention_mask.all()):
                 options["decoder_attention_mask"] = attention_mask.long()
             tokens, attention_mask = encoded
-        if self._guesses_mask or not bool(attention_mask.all()):
+        if past is not None:
+            options.update(past)
+        elif self._guesses_mask or not bool(attention_mask.all()):
             options["attention_mask"] = attention_mask.long()
         # A backward pass puts back what was kept when it is over.
         kept = nullcontext() if torch.is_grad_enabled() else self.tensors_put_back()
@@ -278,10 +282,11 @@ class Lens(Tokens):
         columns: Int[Tensor, "batch read"] | None = None,
         fwd_hooks: FwdHooks = (),
         encoded: TokensAndMask | None = None,
+        past: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Run the model once and give its logits at some columns of `tokens`; None: everywhere."""
         with self.running(columns, fwd_hooks) as everywhere:
-            logits = self.forward(tokens, attention_mask, encoded)
+            logits = self.forward(tokens, attention_mask, encoded, past)
         return at_columns(logits, columns) if everywhere and columns is not None else logits
 
     def look(

@@ -26,6 +26,7 @@ from ra_lens.tasks.builtin import (
     task_names,
 )
 from ra_lens.tasks.task import (
+    Demonstrations,
     Pair,
     Part,
     Prompt,
@@ -34,10 +35,12 @@ from ra_lens.tasks.task import (
     Task,
     TaskKind,
     Unseen,
+    check_demonstrations,
     same_length_sets,
 )
 
 __all__ = [
+    "Demonstrations",
     "Pair",
     "Part",
     "Prompt",
@@ -46,6 +49,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "Unseen",
+    "check_demonstrations",
     "held_out_prompts",
     "is_held_out_adjacency",
     "is_held_out_query",

@@ -28,6 +28,7 @@ from ra_lens.text import whole_text
 TaskKind = Literal["icl", "natural"]
 SplitRule = Literal["code", "text"]
 Part = Literal["train", "valid", "test"]
+Demonstrations = Literal["own", "shared"]
 T = TypeVar("T")
 
 
@@ -209,7 +210,14 @@ class Task:
             opening=self.opening if opening is None else opening,
         )
 
-    def sample(self, n: Whole, *, shots: Whole = 0, seed: Whole = 0) -> list[Prompt]:
+    def sample(
+        self,
+        n: Whole,
+        *,
+        shots: Whole = 0,
+        seed: Whole = 0,
+        demonstrations: Demonstrations = "own",
+    ) -> list[Prompt]:
         """Return `n` prompts, the same for the same arguments on every machine.
 
         Queries do not repeat until every pair was asked. Demonstrations are drawn anew for each
@@ -220,18 +228,27 @@ class Task:
             n: how many prompts, at least 1.
             shots: how many demonstrations in front of each question.
             seed: another seed gives other queries in another order, with other demonstrations.
+            demonstrations: "own": as above. "shared": the same ones before every question, drawn
+                once from the pairs whose input no question of these has.
 
         Raises:
-            BadInput: `n` or `shots` is out of range, or one of the three is no whole number.
+            BadInput: `n` or `shots` is out of range, or one of the three is no whole number; too
+                few pairs beside the questions to share; no such `demonstrations`.
         """
         n, shots, seed = whole("n", n), whole("shots", shots), whole("seed", seed)
         _check_sizes(n, shots)
+        check_demonstrations(demonstrations)
         if not self.pairs:
             raise BadInput(f"Task {self.name!r} has no pairs; at least 1 is needed to ask for.")
         order: list[Pair] = []
         while len(order) < n:
             rng = random.Random(stable_int(self.name, seed, "queries", len(order)))
             order += draw(rng, self.pairs, len(self.pairs))
+        if demonstrations == "shared":
+            rng = random.Random(stable_int(self.name, seed, shots, "shared demonstrations"))
+            others = _shared_others(f"task {self.name!r}", self.pairs, order[:n], shots)
+            shown = draw(rng, others, shots)
+            return [self.build(query, shown) for query in order[:n]]
         prompts: list[Prompt] = []
         for i, query in enumerate(order[:n]):
             rng = random.Random(stable_int(self.name, seed, "demonstrations", i))
@@ -345,6 +362,7 @@ class Split:
         n: Whole | None = None,
         seed: Whole = 0,
         with_replacement: bool = False,
+        demonstrations: Demonstrations = "own",
     ) -> list[Prompt]:
         """Return prompts that ask for the pairs of one part, after demonstrations from `train`.
 
@@ -357,6 +375,12 @@ class Split:
         never saw in front of that query, wherever `train` has one: see
         `ra_lens.tasks.is_held_out_adjacency`.
 
+        With `demonstrations="shared"` the same ones stand in front of every query. They are drawn
+        once, from the pairs of `train` whose input no query has: no pair of the part for "valid"
+        and "test", which makes them the same for every `n`, and none of the `n` asked for "train".
+        The last one before the test queries of a built-in task is one that was never seen in front
+        of as many of the part's pairs as can be.
+
         Args:
             part: "train", "valid" or "test".
             shots: how many demonstrations in front of each question.
@@ -364,11 +388,13 @@ class Split:
             seed: another seed gives other demonstrations (and queries, where they are drawn).
             with_replacement: draw the queries at random, so that one may come twice and `n` may be
                 larger than the part. The queries do not depend on `shots`.
+            demonstrations: "own": drawn anew for each query; "shared": the same for all.
 
         Raises:
             BadInput: there is no such part, `n` or `shots` is out of range, or a number is no
-                whole one.
+                whole one; too few pairs beside the queries to share; no such `demonstrations`.
         """
+        check_demonstrations(demonstrations)
         shots, n, seed = whole("shots", shots), whole_or_none("n", n), whole("seed", seed)
         if part not in get_args(Part):
             raise BadInput(f"part={part!r}; needed is 'train', 'valid' or 'test'.")
@@ -393,6 +419,10 @@ class Split:
         unseen = task.unseen if part == "test" and shots else None
         # Where test questions are unseen themselves, so is every step to them.
         step = None if unseen is None or unseen.query is not None else unseen.step
+        if demonstrations == "shared":
+            asked = queries if part == "train" else pairs
+            shown = self._shared(part, asked, shots, seed, step)
+            return [task.build(query, shown) for query in queries]
         prompts: list[Prompt] = []
         for i, query in enumerate(queries):
             others = _others(f"the train part of task {task.name!r}", self.train, query, shots)
@@ -408,6 +438,49 @@ class Split:
                 shown = draw(rng, others, shots)
             prompts.append(task.build(query, shown))
         return prompts
+
+    def _shared(
+        self,
+        part: Part,
+        asked: Sequence[Pair],
+        shots: int,
+        seed: int,
+        step: Callable[[Pair, Pair], bool] | None,
+    ) -> list[Pair]:
+        """Draw the demonstrations that stand in front of every query."""
+        name = self.task.name
+        others = _shared_others(f"the train part of task {name!r}", self.train, asked, shots)
+        rng = random.Random(stable_int(name, part, seed, shots, "shared demonstrations"))
+        if step is None:
+            return draw(rng, others, shots)
+        unseen = [sum(step(pair, query) for query in asked) for pair in others]
+        last = pick(rng, [i for i, n in enumerate(unseen) if n == max(unseen)])
+        rest = [*others[:last], *others[last + 1 :]]
+        return [*draw(rng, rest, shots - 1), others[last]]
+
+
+def check_demonstrations(demonstrations: Demonstrations) -> None:
+    """Refuse another word than the two there are."""
+    if demonstrations not in get_args(Demonstrations):
+        raise BadInput(
+            f"found demonstrations={demonstrations!r}; give 'own' (drawn anew for every question) "
+            "or 'shared' (the same before every question)."
+        )
+
+
+def _shared_others(
+    where: str, pairs: Sequence[Pair], queries: Sequence[Pair], shots: int
+) -> list[Pair]:
+    """Give the pairs that may be shown in front of all queries: those with another input."""
+    inputs = {query.input for query in queries}
+    others = [pair for pair in pairs if pair.input not in inputs]
+    if shots > len(others):
+        raise BadInput(
+            f"shots={shots} with demonstrations='shared', but {where} has {len(others)} pairs "
+            f"beside the {len(inputs)} that are asked. Ask for fewer shots or fewer questions, or "
+            "take demonstrations='own'."
+        )
+    return others
 
 
 def _check_sizes(n: int, shots: int) -> None:
