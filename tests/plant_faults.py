@@ -87,11 +87,18 @@ FAULTS = (
         '("scale_attn", lambda divisor: 1.0 / float(divisor))',
         '("scale_attn", float)',
     ),
+    Fault("best scale is the worst", "scales", "return min(tried)[-1]", "return max(tried)[-1]"),
     Fault(
-        "scale of a patch is ascent",
+        "probability of an answer is that of a mean token",
         "scales",
-        "= -30.0,\n    top:",
-        "= 30.0,\n    top:",
+        "(-losses * lengths.unsqueeze(1)).exp()",
+        "(-losses).exp()",
+    ),
+    Fault(
+        "scales of a batch go to other rows",
+        "scales",
+        "addition * self._each.to(addition)[:, None, None, None]",
+        "addition * self._each.flip(0).to(addition)[:, None, None, None]",
     ),
     Fault(
         "norms are sums of absolute values",

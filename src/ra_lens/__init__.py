@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from ra_lens.patching import patch_hooks
     from ra_lens.paths import trace_paths
     from ra_lens.run import run_with_ra
+    from ra_lens.scales import best_scale
     from ra_lens.tasks import load_task
 
 _HOMES = {
     "RACache": "ra_lens.cache",
+    "best_scale": "ra_lens.scales",
     "check_model": "ra_lens.check",
     "get_ra_caching_hooks": "ra_lens.hooks",
     "load_demo_model": "ra_lens.model.loading",
@@ -36,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "RACache",
+    "best_scale",
     "check_model",
     "get_ra_caching_hooks",
     "load_demo_model",

@@ -500,6 +500,31 @@ class RACache:
 
         return write_report(self, path, **options)
 
+    def show(self, **options: Any) -> None:
+        """Show the maps of every head in a notebook's cell, as a cache in the last line does.
+
+        Outside of notebooks, and before the backward pass, what `print` says of the cache.
+
+        Args:
+            **options: Those of `ra_lens.report.inline_report`: `examples`, `sign`, `top`,
+                `max_tokens`, `max_megabytes`, `height`.
+
+        Raises:
+            BadInput: an option that cannot be.
+        """
+        from ra_lens.report.inline import display
+
+        display(self, **options)
+
+    def _repr_html_(self) -> str | None:
+        """Draw the cache for a notebook, which asks for it; where only text is shown nobody does.
+
+        `_repr_mimebundle_` would be asked for in terminals too, and draw in vain.
+        """
+        from ra_lens.report.inline import cell_of
+
+        return cell_of(self)
+
     # ---- filling, by a run ----------------------------------------------------------------------
 
     def _put(self, layer: int, kind: MapKind, value: Tensor) -> None:

@@ -30,13 +30,22 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, RALensError, UnsupportedModel
-from ra_lens.model import FwdHooks, Lens, Site, as_lens
+from ra_lens.model import (
+    Front,
+    FwdHooks,
+    Lens,
+    PrependBos,
+    Site,
+    as_lens,
+    default_front,
+)
 from ra_lens.model.values import attention_output
 from ra_lens.padding import padding_is_hidden
 from ra_lens.patching import patch_hooks
 from ra_lens.patching.masking import by_head
 from ra_lens.prompts import PaddingSide, PromptInput, Prompts, read_decoder_prompts, read_prompts
 from ra_lens.run import run_with_ra
+from ra_lens.text import isolated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,6 +99,12 @@ class ModelReport:
         padded_left: How prompts of different lengths run that are padded on the left: `together`,
             or `by length` where padding changes what the model computes. None: not tried.
         padded_right: The same for padding on the right.
+        prepended: The token that TransformerLens puts in front of text by default; empty if none;
+            None without a tokenizer.
+        tokenizer_prepends: What the tokenizer itself, as it was published, puts there; None if that
+            cannot be told.
+        prepends_chat_token: Whether `prepended` belongs to chats: whether it stands literally in
+            the tokenizer's chat template. `<|endoftext|>`, which ends any text, does not count.
         problems: Reasons not to trust maps or patches.
         notes: What else to know.
     """
@@ -102,6 +117,9 @@ class ModelReport:
     logits_error: float | None
     padded_left: Padded | None
     padded_right: Padded | None
+    prepended: str | None
+    tokenizer_prepends: str | None
+    prepends_chat_token: bool
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -119,6 +137,9 @@ class ModelReport:
         if self.logits_error is not None:
             lines.append(f"Logits against Hugging Face's own: {self.logits_error:.1e}")
         lines += _padding_lines(self)
+        if self.prepended is not None:
+            chat = ", a token of chats" * self.prepends_chat_token
+            lines.append(f"In front of text: {_quoted(self.prepended)}{chat}")
         lines += [f"Note: {note}." for note in self.notes]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         if self.ok:
@@ -131,6 +152,26 @@ class ModelReport:
 
         rows = [{**asdict(site), "notes": "; ".join(site.notes)} for site in self.sites]
         return pd.DataFrame(rows).assign(model=self.model, model_class=self.model_class)
+
+
+def _quoted(token: str) -> str:
+    return isolated(repr(token)) if token else "nothing"
+
+
+def _notes_on_front(front: Front | None) -> list[str]:
+    if front is None or front.own is None or front.own == front.token:
+        return []
+    if not front.token:
+        return [
+            f"the tokenizer itself puts {_quoted(front.own)} in front of text, TransformerLens "
+            "nothing: prepend_bos=True puts it there"
+        ]
+    other = f" or prepend_bos={front.separator!r}" * bool(front.separator)
+    better = f"; plain text may be answered better with prepend_bos=False{other}"
+    return [
+        f"TransformerLens puts {_quoted(front.token)} in front of text, the tokenizer itself puts "
+        f"{_quoted(front.own)} there{better * front.is_strange}"
+    ]
 
 
 def _padding_lines(report: ModelReport) -> list[str]:
@@ -206,24 +247,33 @@ _reports: weakref.WeakKeyDictionary[nn.Module, dict[object, ModelReport]] = (
 )
 
 
-def check_model(model: nn.Module, *, prompt: PromptInput | None = None) -> ModelReport:
+def check_model(
+    model: nn.Module, *, prompt: PromptInput | None = None, prepend_bos: PrependBos = None
+) -> ModelReport:
     """Check on a few tokens what ra_lens can do with a model, and how.
 
     Args:
         model: A HookedTransformer or TransformerBridge, in eval mode.
         prompt: Text or token ids to check with, several of one length at most. Default: eight
             tokens of the vocabulary.
+        prepend_bos: For a prompt that is text: what stands in front of it, as in `run_with_ra`.
 
     Returns:
         A report with one row per attention layer; `print` shows it as a table.
 
     Raises:
-        BadInput: a prompt that cannot be read, or prompts of different lengths.
+        BadInput: a prompt that cannot be read, prompts of different lengths, or `prepend_bos`
+            without a prompt.
         UnsupportedModel: not such a model, or one whose attention cannot be read at all.
     """
     lens = as_lens(model)
     if prompt is not None:
-        return _check(lens, prompt)
+        return _check(lens, prompt, prepend_bos)
+    if prepend_bos is not None:
+        raise BadInput(
+            f"found prepend_bos={prepend_bos!r} without a prompt for it to stand in front of. Give "
+            "prompt= as text, or leave it out."
+        )
     remembered = _reports.setdefault(model, {})
     state = lens.state
     if state not in remembered:
@@ -231,8 +281,8 @@ def check_model(model: nn.Module, *, prompt: PromptInput | None = None) -> Model
     return remembered[state]
 
 
-def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
-    trial = _Trial(lens, prompt)
+def _check(lens: Lens, prompt: PromptInput | None, prepend_bos: PrependBos = None) -> ModelReport:
+    trial = _Trial(lens, prompt, prepend_bos)
     allowed, sites = trial.allowed, lens.sites
     shown, logits = trial.look()
     cache = trial.run(trial.prompts, metric=_loss)
@@ -285,6 +335,8 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
         )
     if folded:
         notes.append("value biases are folded into output biases: masking heads leaves them behind")
+    front = default_front(lens)
+    notes += _notes_on_front(front)
     if trial.unknown_scales:
         notes.append("the softmax scale of some layers is unknown: give softmax_scale=")
     return ModelReport(
@@ -296,6 +348,9 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
         logits_error=error,
         padded_left=padded.get("left"),
         padded_right=padded.get("right"),
+        prepended=None if front is None else front.token,
+        tokenizer_prepends=None if front is None else front.own,
+        prepends_chat_token=front is not None and front.is_chat_token,
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -307,7 +362,7 @@ def _check(lens: Lens, prompt: PromptInput | None) -> ModelReport:
 class _Trial:
     """A model, and the few tokens that it is tried on."""
 
-    def __init__(self, lens: Lens, prompt: PromptInput | None) -> None:
+    def __init__(self, lens: Lens, prompt: PromptInput | None, prepend_bos: PrependBos) -> None:
         def spread(n: int) -> tuple[int, ...]:
             step = max(1, lens.d_vocab // (7 * n + 3))
             return tuple((i * 7 + 3) * step % lens.d_vocab for i in range(n))
@@ -317,7 +372,7 @@ class _Trial:
         self.unknown_scales = {i: 1.0 for i, site in lens.sites.items() if site.scale is None}
         given = (spread(min(_LENGTH, lens.n_ctx)),)
         if prompt is not None:
-            given = read_prompts(lens, prompt).ids
+            given = read_prompts(lens, prompt, prepend_bos=prepend_bos).ids
         lengths = sorted(map(len, given))
         if lengths[0] != lengths[-1]:
             raise BadInput(

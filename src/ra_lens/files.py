@@ -166,19 +166,26 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
     """Write a safetensors file with a JSON description in its header, in place of another only."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with whole_file(path, CACHE) as temporary:
         own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        try:
+        with tensors_written():
             save_file(own, temporary, metadata={_HEADER: json.dumps(description)})
-        except SafetensorError as error:
-            # A class of its own for what the system says, "... (os error 28)".
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+@contextmanager
+def tensors_written() -> Generator[None, None, None]:
+    """Raise OSError where safetensors has an error of its own for what the system says."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:  # "... (os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 @contextmanager

@@ -8,17 +8,18 @@ laid out, and its mask says where.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.inputs import Given, Mask, TokenIds, read_given
-from ra_lens.model import Lens, PrependBos
+from ra_lens.model import Lens, PrependBos, default_front
 
 PaddingSide = Literal["left", "right"]
 
@@ -214,6 +215,8 @@ def read_prompts(
             RALensWarning,
             stacklevel=3,
         )
+    elif prepend_bos is None:
+        _warn_of_a_chat_token(lens)
     front = str(lens.tokenizer.bos_token) if all(prepended) else ""
     return Prompts(tuple(rows), front, side, texts=given)
 
@@ -262,6 +265,30 @@ def _starts_with_bos(lens: Lens, text: str, row: tuple[int, ...]) -> bool:
         return False
     written = text.startswith(getattr(lens.tokenizer, "bos_token", None) or "\0")
     return not written or len(row) > len(lens.encode(text, prepend_bos=False))
+
+
+_looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _warn_of_a_chat_token(lens: Lens) -> None:
+    """Warn, once for each model, of a chat token in front that its tokenizer does not put there."""
+    if lens.module in _looked_at:
+        return
+    _looked_at.add(lens.module)
+    front = default_front(lens)
+    if front is None or not front.is_strange:
+        return
+    itself = "" if front.own is None else ", which its tokenizer itself does not put there"
+    token = repr(front.separator)
+    other = f", or prepend_bos={token} (--bos {token}), which stands between documents"
+    other *= bool(front.separator)
+    warnings.warn(
+        f"TransformerLens puts {front.token!r} in front of text for {lens.name}: a token of its "
+        f"chats{itself}. It may do better on plain text with prepend_bos=False (--no-bos){other}. "
+        "prepend_bos=True keeps the token, without this warning.",
+        RALensWarning,
+        stacklevel=4,
+    )
 
 
 def _from_tokens(

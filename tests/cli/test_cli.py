@@ -31,7 +31,10 @@ from ra_lens.model import ModelKind, as_lens
 from ra_lens.patching import Where
 from ra_lens.paths.result import Follow
 from ra_lens.questions import Metric
+from ra_lens.report import patched_predictions
+from ra_lens.scales import SCALES
 from ra_lens.tasks import SplitRule
+from ra_lens.text import scale_name
 from tiny_models import KINDS, N_HEADS, N_LAYERS, every_model
 
 PROMPT = "w5 w7 w9 w4 w6"
@@ -524,8 +527,8 @@ def test_version_is_that_of_the_package() -> None:
 
 def test_every_option_is_in_the_help() -> None:
     text = done_without(HEAVY, "run", "--help", env={**os.environ, "COLUMNS": "140"}).stdout
-    for option in ("--model", "--prompt", "--target", "--top", "--layers", "--kind", "--device",
-                   "--json", "--output", "--debug", "--escapes"):  # fmt: skip
+    for option in ("--model", "--prompt", "--target", "--top", "--layers", "--scale", "--at",
+                   "--kind", "--device", "--json", "--output", "--debug", "--escapes"):  # fmt: skip
         assert option in text
 
 
@@ -555,23 +558,129 @@ def test_the_patched_prediction_is_what_the_hooks_give() -> None:
     found = patched_prediction(model, averaged=6, tested=5, scale=-3.0)
     prompts = load_task(found["task"]).sample(11)
     texts, answers = [p.text for p in prompts], [p.answer for p in prompts]
-    assert found["prompt"] == texts[6]
     _, ra = run_with_ra(model, texts[:6], target=answers[:6])
     with torch.no_grad():
         before = model(model.to_tokens(texts[6:]))[:, -1]
         with model.hooks(fwd_hooks=ra.mean().patch_hooks(scale=-3.0)):
             after = model(model.to_tokens(texts[6:]))[:, -1]
     ids = torch.tensor([model.to_single_token(answer) for answer in answers[6:]])
+    losses = -before.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    assert bool((losses > 0.3).all())
+    shown = int(losses.argsort()[2])  # the median of five, all of which are open
+    assert (found["prompt"], found["answer"]) == (texts[6 + shown], answers[6 + shown])
+    assert (found["scale"], found["scale_found"]) == (-3.0, False)
     for logits, one, accuracy in (
         (before, found["before"], found["accuracy_before"]),
         (after, found["after"], found["accuracy_after"]),
     ):
         assert one["probability"] == pytest.approx(
-            logits[0].softmax(-1)[ids[0]].item(), rel=1e-3, abs=1e-7
+            logits[shown].softmax(-1)[ids[shown]].item(), rel=1e-3, abs=1e-7
         )
-        assert one["rank"] == 1 + int((logits[0] > logits[0, ids[0]]).sum())
+        assert one["rank"] == 1 + int((logits[shown] > logits[shown, ids[shown]]).sum())
         assert accuracy == pytest.approx((logits.argmax(-1) == ids).float().mean().item())
     assert found["before"]["probability"] != found["after"]["probability"]
+
+
+def test_the_scale_of_the_patched_prediction_is_found_on_the_questions_averaged() -> None:
+    from ra_lens import load_demo_model, load_task
+    from ra_lens.report.predictions import as_section, patched_prediction
+    from ra_lens.scales import SCALES
+
+    model: Any = load_demo_model(device="cpu")
+    found = patched_prediction(model, averaged=4, tested=3)
+    prompts = load_task(found["task"]).sample(4)
+    texts, answers = [p.text for p in prompts], [p.answer for p in prompts]
+    _, ra = run_with_ra(model, texts, target=answers)
+    ids = torch.tensor([[model.to_single_token(answer)] for answer in answers])
+    losses: dict[float, float] = {}
+    for scale in SCALES:
+        with torch.no_grad(), model.hooks(fwd_hooks=ra.mean().patch_hooks(scale=scale)):
+            logits = model(model.to_tokens(texts))[:, -1]
+        losses[scale] = -float(logits.log_softmax(-1).gather(1, ids).mean())
+    assert found["scale"] == min(losses, key=lambda scale: losses[scale])
+    assert found["prompt"] not in texts
+    (note,) = as_section(found).notes
+    assert "was found on the 4 questions averaged" in note
+
+
+def test_the_question_of_the_demo_is_a_typical_open_one() -> None:
+    from ra_lens import load_demo_model, load_task
+    from ra_lens.report.predictions import demo_prompt, typical_open
+
+    def of(*losses: float) -> int:
+        return typical_open(torch.tensor(losses, dtype=torch.float64).neg().exp())
+
+    assert of(0.1, 5.0, 0.2, 0.4, 2.0) == 4  # 0.4, 2 and 5 are open
+    assert of(0.1, 5.0, 0.4) == 2
+    assert of(0.1, 0.29, 0.2) == 1  # none is open: the nearest to it
+    model: Any = load_demo_model(device="cpu")
+    prompts = load_task("choose_middle_of_3").sample(48, shots=1, seed=0)
+    losses: list[float] = []
+    with torch.no_grad():
+        for prompt in prompts:
+            log_p = model(model.to_tokens(prompt.text))[0, -1].log_softmax(-1)
+            losses.append(-float(log_p[model.to_single_token(prompt.answer)]))
+    still_open = sorted(loss for loss in losses if loss > 0.3)
+    wanted = prompts[losses.index(still_open[(len(still_open) - 1) // 2])]
+    assert demo_prompt(model) == wanted
+
+
+def test_demo_opens_with_an_answer_that_a_patch_changes(tmp_path: Path) -> None:
+    result = call("demo", "-o", str(tmp_path / "demo.html"), "--json")
+    facts = json.loads(result.stdout)
+    assert facts["loss"] > 0.3
+    before, after = facts["own_patch"]["before"], facts["own_patch"]["after"]
+    assert before["rank"] > 1
+    assert after["rank"] == 1
+    assert facts["patched"]["accuracy_after"] > facts["patched"]["accuracy_before"]
+    text = call("demo", "-o", str(tmp_path / "demo.html")).stdout
+    flat = " ".join(text.split())
+    assert "those whose loss is above 0.3 are open; this is the one of their median loss" in flat
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert "those whose loss is above 0.3 are open" in page
+    assert '<svg class="scales"' in page
+
+
+def test_run_patches_each_prompt_at_its_best_scale_and_says_so(tiny: str, shared: Any) -> None:
+    prompts = [PROMPT, "w9 w8 w7"]
+    words = ["run", "-m", tiny, "-p", prompts[0], "-p", prompts[1], "-t", " w8"]
+    model = shared("gpt2", KINDS[0])
+    _, ra = run_with_ra(model, prompts, target=" w8")
+    wanted = patched_predictions(model, prompts, ra, target=" w8")
+    found = json.loads(call(*words, "--json").stdout)["prompts"]
+    for one, patched in zip(found, wanted, strict=True):
+        own = one["own_patch"]
+        assert (own["scale"], own["at"]) == (patched.scale, "pattern")
+        assert own["after"]["probability"] == pytest.approx(patched.after.target, rel=1e-4)
+        assert own["before"]["top"][0]["token"] == patched.before.top[0][0]
+        assert [row["scale"] for row in own["scales"]] == list(SCALES)
+        assert patched.found is not None
+        losses = [row["loss"] for row in own["scales"]]
+        assert losses == pytest.approx(patched.found.losses.tolist(), rel=1e-4)
+    text = call(*words).stdout
+    for patched in wanted:
+        scale = scale_name(patched.scale)
+        assert f"Patched: R times {scale} added to the pattern of every head" in text
+    assert "the smallest loss of 32 scales" in text
+
+
+def test_a_scale_is_taken_or_no_patch_made_where_that_is_asked_for(
+    tiny: str, tmp_path: Path
+) -> None:
+    words = ["run", "-m", tiny, "-p", PROMPT, "-t", " w8"]
+    own = json.loads(call(*words, "--scale", "-3", "--at", "scores", "--json").stdout)["own_patch"]
+    assert (own["scale"], own["at"]) == (-3.0, "scores")
+    assert "scales" not in own
+    path = tmp_path / "none.html"
+    result = call(*words, "--scale", "none", "-o", str(path))
+    assert "Patched" not in result.stdout
+    page = path.read_text(encoding="utf-8")
+    assert "What comes next" not in page
+    assert "--scale none" in page
+    assert "own_patch" not in json.loads(call(*words, "--scale", "none", "--json").stdout)
+    for wrong in ("most", "nan", "inf"):
+        line = refused_line(*words, "--scale", wrong)
+        assert f"found --scale {wrong}; give best, a number such as -30, or none." in line
 
 
 def test_a_task_without_enough_questions_is_refused() -> None:

@@ -24,6 +24,7 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments.paper import compare_with_paper
+from ra_lens.text import scale_name
 
 SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
 PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",
@@ -45,8 +46,14 @@ def two(value: float) -> str:
 def done(*arguments: str) -> str:
     result = call(*arguments)
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
+    assert _beside_few_right(result.stderr) == []
     return result.stdout
+
+
+def _beside_few_right(stderr: str) -> list[str]:
+    """Lines but for the warning that the embedded model does few antonyms without an example."""
+    few = "warning: the whole model answers less than .30 of the questions right: antonym"
+    return [line for line in stderr.splitlines() if not line.startswith(few)]
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +164,29 @@ def test_several_tasks_have_their_mean(tmp_path: Path) -> None:
     assert "natural/country-capital" in page.read_text()
 
 
+def test_patch_finds_the_scale_and_says_it_by_task_and_shots(model: Any) -> None:
+    words = ["patch", *SMALL, "--shots", "0", "1", "--scales", "best", "--n-mean", "4"]
+    frame = patching_sweep(
+        model, "antonym", scales="best", shots=(0, 1), n_mean=4, n_test=6, progress=False
+    )
+    text = done(*words)
+    assert "RA found" in text
+    for _, row in frame[frame["map"] != "none"].iterrows():
+        assert f"{two(row['top1'])} at {scale_name(row['scale'])}" in text
+    assert "smallest loss on the training questions" in text
+    assert "best on these same test questions" not in text
+    facts = json.loads(done(*words, "--json"))
+    assert facts["scales"] == "best"
+    found = [cell["scale"] for cell in facts["cells"]]
+    wanted = [None if math.isnan(scale) else scale for scale in frame["scale"]]
+    assert found == wanted
+    losses = [cell["train_loss"] for cell in facts["cells"] if cell["map"] == "ra"]
+    assert losses == pytest.approx(frame[frame["map"] == "ra"]["train_loss"].tolist())
+    refused = refused_line(*words, "--figure", "a.html")
+    assert "found --figure with --scales best, which gives one scale for each task" in refused
+    assert "found --scales best -30; give numbers" in refused_line(*words[:-2], "-30")
+
+
 def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
@@ -179,11 +209,11 @@ def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> No
     assert (options["answer_in_input"], options["prepend_bos"]) == (False, False)
     assert (options["split"], options["seed"], options["n_rank"]) == ("text", 7, 9)
     assert (options["batch_size"], options["progress"]) == (3, True)
-    call("rank", "-t", "natural", "--bos", "-q")
+    call("rank", "-t", "natural", "--bos", r"\n", "-q")
     tasks, options = seen[1]
     assert len(tasks) == 6
     assert {task.separator for task in tasks} == {"\n\n"}
-    assert (options["prepend_bos"], options["progress"]) == (True, False)
+    assert (options["prepend_bos"], options["progress"]) == ("\n", False)
     assert capital.name in {task.name for task in tasks}
 
 
@@ -289,8 +319,9 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
         with disk_of(10):
             result = call(*command, "--figure", str(page))
             assert (result.exit_code, result.stdout) == (2, wanted)
-            assert result.stderr.startswith(f"error: cannot write {page}: ")
-            assert "Free some space" in result.stderr
+            (said,) = _beside_few_right(result.stderr)
+            assert said.startswith(f"error: cannot write {page}: ")
+            assert "Free some space" in said
             said = refused_line(*command, "--out", str(out))
             assert said.startswith(f"error: cannot write {tmp_path / '.p.csv.journal'}, ")
         assert list(tmp_path.iterdir()) == []

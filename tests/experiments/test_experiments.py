@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from folded import fold
-from ra_lens import load_demo_model, load_task, run_with_ra
+from ra_lens import load_demo_model, load_task, patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     PAPER_SCALES,
@@ -29,15 +29,19 @@ from ra_lens.experiments import (
     perturbation_test,
     rank_tasks,
     read_results,
+    sweep,
 )
 from ra_lens.experiments import runner as runner_module
 from ra_lens.experiments.journal import journal_path, settings_hash
 from ra_lens.experiments.runner import weights_hash
+from ra_lens.figures import patching_sweep_curve
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import ranking as registry_of_methods
 from ra_lens.model import as_lens
 from ra_lens.model.loading import demo_model_folder
+from ra_lens.patching.controls import control_maps
 from ra_lens.questions import mark
+from ra_lens.scales import SCALES
 from ra_lens.shared_prefix import SharedPrefix
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
@@ -580,6 +584,67 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
     ]:
         refused(partial(patching_sweep, demo, "capitalize", **QUIET), options, message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["ra", "shuffled"])
+def test_a_scale_is_found_on_the_questions_averaged_and_on_no_other(demo, kind, monkeypatch):
+    options = {"shots": 1, "n_mean": 3, "n_test": 5, "kinds": [kind], **QUIET}
+    asked = []
+    find = sweep.best_scale
+
+    def watched(model, maps, prompts, targets, **options):
+        asked.append((prompts, options))
+        return find(model, maps, prompts, targets, **options)
+
+    monkeypatch.setattr(sweep, "best_scale", watched)
+    frame = patching_sweep(demo, "choose_middle_of_3", scales="best", at_least=20, **options)
+    [(prompts, _)] = asked
+    [none, best] = [row for _, row in frame.iterrows()]
+    assert (none["map"], best["map"]) == ("none", kind)
+    task = load_task("choose_middle_of_3")
+    sets = same_length_sets(task, lambda text: demo.to_tokens(text)[0].tolist(), at_least=20)
+    split = max(sets.values(), key=lambda one: len(one.pairs)).split()
+    learned = split.prompts("train", shots=1, n=3, seed=0)
+    tests = {prompt.text for prompt in split.prompts("test", shots=1, seed=0)}
+    assert prompts == [prompt.text for prompt in learned]
+    assert not tests & set(prompts)
+    # The losses of the questions averaged by hand, prompt by prompt.
+    _, ra = run_with_ra(demo, prompts, target=sequence_nll([p.answer for p in learned]))
+    maps = {layer: ra.mean()["ra", layer] for layer in ra.layers}
+    if kind == "shuffled":
+        maps = control_maps(ra.mean(), "shuffled", seed=0)
+    losses = {}
+    for scale in SCALES:
+        each = []
+        for prompt in learned:
+            tokens = demo.to_tokens(prompt.text + prompt.answer)
+            hooks = patch_hooks(maps, ra.sites, scale=scale)
+            with torch.no_grad(), demo.hooks(fwd_hooks=hooks):
+                log_p = demo(tokens)[0, -2].double().log_softmax(-1)
+            each.append(-float(log_p[tokens[0, -1]]))
+        losses[scale] = sum(each) / len(each)
+    wanted = min(losses, key=losses.__getitem__)
+    assert best["scale"] == wanted
+    assert best["train_loss"] == pytest.approx(losses[wanted], rel=1e-4, abs=1e-6)
+    assert best["train_loss_unpatched"] == pytest.approx(losses[0.0], rel=1e-4)
+    assert math.isnan(none["train_loss"])
+    # The test questions are answered as at that scale when it is given.
+    given = patching_sweep(demo, "choose_middle_of_3", scales=wanted, at_least=20, **options)
+    assert best["top1"] == given["top1"].iloc[1]
+    assert best["logit_diff"] == given["logit_diff"].iloc[1]
+    assert set(frame["scales"]) == {"best"}
+
+
+def test_scales_that_were_found_make_no_curve_and_are_found_again(demo, tmp_path):
+    options = {"shots": 0, "n_mean": 3, "n_test": 3, "out": tmp_path / "found.csv", **QUIET}
+    frame = patching_sweep(demo, "capitalize", scales="best", **options)
+    again = patching_sweep(demo, "capitalize", scales="best", **options)
+    assert again["scale"].tolist()[1:] == frame["scale"].tolist()[1:]
+    assert read_results(tmp_path / "found.csv")["train_loss"].notna().sum() == 2
+    with pytest.raises(BadInput, match="one for each task, which make no curve"):
+        patching_sweep_curve(frame)
+    with pytest.raises(BadInput, match="found scales='most'; give a number, or several"):
+        patching_sweep(demo, "capitalize", scales="most", **QUIET)
 
 
 def test_the_scales_are_those_of_the_paper():

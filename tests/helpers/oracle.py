@@ -216,6 +216,28 @@ class Oracle:
         gradients, seen = self.seen(ids, loss, pattern_deltas, **inputs)
         return gradients, [one.pattern for one in seen]
 
+    def all_gradients(
+        self, ids: Tensor, loss: Loss, sites: Sequence[int]
+    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """dL/dS, A and dL/dA of some sites, each [batch, head, query, key], by autograd."""
+        added = {site: torch.zeros((), dtype=torch.float64) for site in sites}
+
+        def edit(site: int, pattern: Tensor) -> Tensor:
+            if site not in added:
+                return pattern
+            added[site] = torch.zeros_like(pattern, requires_grad=True)
+            return pattern + added[site]
+
+        with torch.enable_grad(), self._open(ids, None, edit, {}) as (run, seen):
+            total = loss(run())
+        by_site = {one.site: one for one in seen}
+        asked = [by_site[site].scores for site in sites] + [added[site] for site in sites]
+        found = torch.autograd.grad(total, asked)
+        return {
+            site: (found[i], by_site[site].pattern, found[len(sites) + i])
+            for i, site in enumerate(sites)
+        }
+
     def ra(self, ids: Tensor, loss: Loss, scales: Sequence[float]) -> list[Tensor]:
         """R per layer: dL/d(q·k) = scale · dL/dS."""
         gradients, _ = self.score_gradients(ids, loss)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from html.parser import HTMLParser
 from typing import Any
+
+import numpy as np
 
 EVIL = "</script><script>alert(1)</script>"
 HOSTILE = (
@@ -55,3 +58,14 @@ class Page(HTMLParser):
 
     def maps(self) -> dict[str, str]:
         return {str(a["data-map"]): text for a, text in self.blocks() if "data-map" in a}
+
+
+def lower_triangles(text: str, limit: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A and R of a page's block, read without the package: halves, row by row."""
+    flat = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
+    both = []
+    for part, factor in ((flat[: len(flat) // 2], 1.0), (flat[len(flat) // 2 :], limit)):
+        square = np.full((n, n), np.nan)
+        square[np.tril_indices(n)] = part * factor
+        both.append(square)
+    return both[0], both[1]

@@ -11,7 +11,7 @@ import pytest
 
 from .files import METADATA, NOTEBOOKS, ROOT, code_cells, joined, n_figures, read, texts
 
-OTHERS = {"importlib", "random", "pandas", "plotly", "torch", "transformer_lens"}
+OTHERS = {"warnings", "importlib", "random", "pandas", "plotly", "torch", "transformer_lens"}
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

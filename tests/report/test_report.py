@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import re
 import stat
@@ -18,7 +19,7 @@ import torch
 from plotly.offline import get_plotlyjs
 
 from made_caches import lower, make
-from pages import EVIL, HOSTILE, Page
+from pages import EVIL, HOSTILE, Page, lower_triangles
 from ra_lens import files as file_module
 from ra_lens import run_with_ra
 from ra_lens.cache import RACache
@@ -36,7 +37,10 @@ from ra_lens.report import (
 )
 from ra_lens.report.explorer import pack
 from ra_lens.report.prompt_tokens import prompt_tokens
+from ra_lens.report.scale_curve import scale_svg
 from ra_lens.run_info import RunInfo
+from ra_lens.scales import SCALES, BestScale
+from refused import unchecked
 from tiny_models import KINDS
 
 
@@ -52,17 +56,6 @@ def path(tmp_path: Path) -> Path:
 
 def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
-
-
-def lower_triangles(text: str, limit: float, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """A and R of a page's block, read without the package: halves, row by row."""
-    flat = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
-    both = []
-    for part, factor in ((flat[: len(flat) // 2], 1.0), (flat[len(flat) // 2 :], limit)):
-        square = np.full((n, n), np.nan)
-        square[np.tril_indices(n)] = part * factor
-        both.append(square)
-    return both[0], both[1]
 
 
 def test_it_tells_the_run(ra: RACache, path: Path) -> None:
@@ -340,14 +333,58 @@ def test_predictions_are_those_of_the_model_before_and_after(shared: Any, target
         assert found[i].after.target > found[i].before.target  # a small step of descent
 
 
-def test_the_patch_is_the_papers_step_where_no_scale_is_given(shared: Any) -> None:
+@pytest.mark.parametrize("at", ["pattern", "scores"])
+def test_the_scale_is_the_best_for_each_prompt_where_none_is_given(shared: Any, at: Any) -> None:
+    model = shared("gpt2", KINDS[0])
+    prompts, targets = ["w5 w7", "w4 w6 w8"], [" w8", " w9"]
+    _, ra = run_with_ra(model, prompts, target=targets)
+    found = patched_predictions(model, prompts, ra, target=targets, at=at)
+    scales = set[float]()
+    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        one = ra.apply_slice_to_batch_dim([i]).mean()
+        losses: dict[float, float] = {}
+        with torch.no_grad():
+            for scale in SCALES:
+                hooks = one.patch_hooks(scale=scale, at=at)
+                logits = model.run_with_hooks(model.to_tokens(prompt), fwd_hooks=hooks)[0, -1]
+                losses[scale] = -float(logits.log_softmax(-1)[model.to_single_token(target)])
+        best = min(losses, key=lambda scale: losses[scale])
+        assert (found[i].scale, found[i].at) == (best, at)
+        assert found[i].after.target == pytest.approx(math.exp(-losses[best]), rel=1e-4)
+        curve = found[i].found
+        assert curve is not None
+        assert curve.losses.tolist() == pytest.approx(list(losses.values()), rel=1e-4)
+        scales.add(best)
+    assert scales != {-30.0}
+
+
+def test_a_given_scale_is_taken_and_no_other_tried(shared: Any) -> None:
     model = shared("gpt2", KINDS[0])
     _, ra = run_with_ra(model, "w5 w7", target=" w8")
-    one = patched_predictions(model, "w5 w7", ra, target=" w8")[0]
+    one = patched_predictions(model, "w5 w7", ra, target=" w8", scale=-30.0)[0]
     with torch.no_grad():
         hooks = ra.mean().patch_hooks(scale=-30.0)
         logits = model.run_with_hooks(model.to_tokens("w5 w7"), fwd_hooks=hooks)[0, -1]
     assert one.after.target == pytest.approx(logits.softmax(-1)[8].item(), rel=1e-4)
+    assert (one.scale, one.found) == (-30.0, None)
+    with pytest.raises(BadInput, match="found scale='worst'; give a number, or 'best'"):
+        unchecked(patched_predictions)(model, "w5 w7", ra, target=" w8", scale="worst")
+
+
+def test_answers_of_one_token_are_appended_too_beside_those_of_several(shared: Any) -> None:
+    # The maps of all of them are then of prompt and answer.
+    model = shared("gpt2", KINDS[0])
+    prompts, targets = ["w5 w7", "w4 w6"], [" w8", " w9 w10"]
+    _, ra = run_with_ra(model, prompts, target=targets)
+    one, two = patched_predictions(model, prompts, ra, target=targets)
+    for found in (one, two):
+        before, after = found.before.target, found.after.target
+        assert before is not None
+        assert after is not None
+        assert after > before
+    with torch.no_grad():
+        chances = model(model.to_tokens("w5 w7"))[0, -1].softmax(-1)
+    assert one.before.target == pytest.approx(float(chances[8]), rel=1e-4)
 
 
 def test_the_probability_of_several_tokens_is_that_of_all_of_them(shared: Any) -> None:
@@ -367,8 +404,51 @@ def test_predictions_stand_in_the_page(ra: RACache, path: Path) -> None:
     write_report(ra, path, examples=[0], patched=[PatchedPrompt(-30.0, before, after)])
     text = read(path).text
     assert "As it is 25.0 % 1 “·Rome” 25.0 % · “·Oslo” 0.120 %" in text
-    assert "Patched 75.0 % 1 “·Rome” 75.0 %" in text
+    assert "Patched, −30 75.0 % 1 “·Rome” 75.0 %" in text
+    assert "<svg" not in path.read_text(encoding="utf-8")  # no other scale was tried
     assert "−30 times this prompt’s own R" in text
+
+
+def test_the_curve_stands_in_the_page_with_the_best_scale_and_the_papers(
+    ra: RACache, path: Path
+) -> None:
+    losses = torch.tensor([[6.0, 4.0, 1.0, 0.5, 2.0]], dtype=torch.float64)
+    found = BestScale((-3000.0, -30.0, -4.0, -0.5, 0.0), losses, (-losses).exp())
+    side = Predictions(((" Rome", 0.25),), 0.25, 1)
+    patched = PatchedPrompt(-0.5, side, side, "scores", found)
+    write_report(ra, path, examples=[0], patched=[patched])
+    page = read(path)
+    assert "−0.5 times this prompt’s own R is added to the attention scores" in page.text
+    assert "Of 5 scales this one makes the loss smallest; it was chosen" in page.text
+    assert "At −30, the paper’s scale for a mean over prompts, p(target) is 1.83 %" in page.text
+    assert "best, −0.5" in page.text
+    assert "the paper’s −30" in page.text
+    [line] = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
+    places = [tuple(map(float, point.split(","))) for point in str(line).split()]
+    assert len(places) == 5
+    assert [x for x, _ in places] == sorted(x for x, _ in places)
+    # asinh(s / 0.03), from the first scale to the last; a probability is up to the axis of 1.
+    across = [math.asinh(s / 0.03) for s in found.scales]
+    shares = [(a - across[0]) / (across[-1] - across[0]) for a in across]
+    (x0, _), (x1, _) = places[0], places[-1]
+    assert [x for x, _ in places] == pytest.approx([x0 + s * (x1 - x0) for s in shares], abs=0.1)
+    rules = [float(str(a["y1"])) for t, a in page.tags if t == "line" and a.get("class") == "rule"]
+    floor, ceiling = max(rules), min(rules)
+    heights = [(floor - y) / (floor - ceiling) for _, y in places]
+    assert heights == pytest.approx((-losses[0]).exp().tolist(), abs=1e-3)
+    marks = [a for t, a in page.tags if t == "circle" and a.get("r") in ("5", "8")]
+    centres = {str(a["class"]): (float(str(a["cx"])), float(str(a["cy"]))) for a in marks}
+    assert centres == {"best": places[3], "paper": places[1]}
+
+
+def test_small_probabilities_have_an_axis_of_their_own(ra: RACache, path: Path) -> None:
+    losses = torch.tensor([[9.0, 8.0]], dtype=torch.float64)
+    svg = scale_svg(BestScale((-1.0, 0.0), losses, (-losses).exp()))
+    assert ">0.05 %<" in svg
+    nothing = torch.tensor([[math.nan, 1e6]], dtype=torch.float64)
+    assert ">100 %<" in scale_svg(BestScale((-1.0, 0.0), nothing, (-nothing).exp()))
+    paper_is_best = BestScale((-30.0, 0.0), losses.flip(1), (-losses.flip(1)).exp())
+    assert "best, −30" in scale_svg(paper_is_best)
 
 
 def test_predictions_of_other_prompts_are_refused(ra: RACache, shared: Any, path: Path) -> None:

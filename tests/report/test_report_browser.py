@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from browser import Seen, opening
+from explorer_cells import NUMBER, ShownCell, same_cells, shown_cells, value, wanted_cells
 from made_caches import make
 from made_frames import sweep
 from pages import EVIL, HOSTILE
@@ -20,12 +21,6 @@ from ra_lens.model import Site, Sites
 from ra_lens.report import PatchedPrompt, Predictions, Section, write_report
 from ra_lens.report.experiments import write_sweep_page
 from ra_lens.run_info import RunInfo
-
-NUMBER = r"[+−]?\d[\d.]*(?:e[−+]?\d+)?"
-
-
-def value(text: str) -> float:
-    return float(text.replace("−", "-"))
 
 
 class Opened(Seen):
@@ -43,16 +38,8 @@ class Opened(Seen):
     def choose(self, layer: int, head: int) -> None:
         self.page.click(f"[data-head='{layer}.{head}']")
 
-    def cells(self) -> list[tuple[int, int, float, float, str]]:
-        """Rows of the table of cells: query, key, −R, A, what descent wants."""
-        rows = self.page.locator("#ra-cells tbody tr").evaluate_all(
-            "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
-        )
-        found = []
-        for where, r, a, wants in rows:
-            query, key = re.findall(r"\((\d+)\)(?= →|$)", where)
-            found.append((int(query), int(key), value(r), value(a), wants))
-        return found
+    def cells(self) -> list[ShownCell]:
+        return shown_cells(self.page)
 
     def readout(self) -> str:
         return str(self.page.text_content("#ra-readout"))
@@ -78,25 +65,6 @@ class Opened(Seen):
 def open_page(browser: Any) -> Iterator[Callable[..., Opened]]:
     with opening(browser, Opened, quiet=False) as get:
         yield get
-
-
-def wanted_cells(ra: RACache, layer: int, head: int, example: int, n: int) -> Any:
-    r, a = (ra[kind, layer][example, head, :n, :n] for kind in ("ra", "pattern"))
-    order = r.abs().flatten().argsort(descending=True)[:10].tolist()
-    cells = [divmod(i, n) for i in order]
-    return [
-        (q, k, -r[q, k].item(), a[q, k].item(), "more" if r[q, k] < 0 else "less")
-        for q, k in cells
-        if r[q, k] != 0
-    ]
-
-
-def same_cells(found: Any, wanted: Any) -> None:
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert one[:2] == other[:2]
-        assert one[2:4] == pytest.approx(other[2:4], rel=6e-3)
-        assert one[4] == other[4]
 
 
 def test_a_click_on_a_head_shows_its_maps(open_page: Callable[..., Opened], tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_a_cache_has_the_norms_of_the_heads_that_there_are(model: Any, tmp_path:
 def test_the_report_holds_no_head_that_is_not_there(model: Any) -> None:
     _, ra = run_with_ra(model, PROMPTS[0].text, target=5)
     shown = choose(ra, [0], max_tokens=10, max_bytes=10**6)
-    assert shown.stored == len(shown.heads) == 12
+    assert len(shown.mapped) == len(shown.heads) == 12
     written = explorer(ra, shown, sign="descent", top=3, patched=())
     data = written.split('id="ra-data">')[1].split("</script>")[0]
     held = json.loads(data)

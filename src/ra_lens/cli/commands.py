@@ -5,6 +5,7 @@ What a command computes with is imported in its body, so that `--help` answers a
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -51,8 +52,21 @@ def run(
     layers: Annotated[
         str | None, typer.Option(help="Only these layers, such as 0,5-8,-1. Default: all.")
     ] = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="What each prompt's own maps are multiplied by and added to its attention: best, "
+            "which costs a forward pass at 32 scales; a number; or none, for no patch."
+        ),
+    ] = "best",
+    at: Annotated[
+        opt.Where, typer.Option(help="What maps are added to: the pattern, or the scores.")
+    ] = "pattern",
+    bos: opt.BosOption = None,
+    no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     output: Annotated[
         Path | None,
@@ -60,7 +74,7 @@ def run(
     ] = None,
     debug: opt.DebugOption = False,
 ) -> None:
-    """Run prompts; show the loss, the heads its gradient reaches most, and where it moves them."""
+    """Run prompts: the loss, the heads its gradient reaches, where it moves them, and a patch."""
     from ra_lens.cli import session
     from ra_lens.model import as_lens
     from ra_lens.prompts import read_prompts
@@ -68,7 +82,8 @@ def run(
 
     session.prepare(model, device)
     prompts, targets = _read(prompt, target or [], escapes=escapes)
-    chosen = session.read_layers(layers)
+    chosen, factor = session.read_layers(layers), _read_scale(scale)
+    front = session.read_bos(bos, no_bos=no_bos)
     if output is not None:
         check_output(output, REPORT)
     slips = [
@@ -78,21 +93,25 @@ def run(
     ]
     for hint in dict.fromkeys(slips):
         session.warn("note", hint)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, "\n".join(prompts))
     wanted = None if not targets else targets[0] if len(targets) == 1 else targets
     with session.quiet(debug=debug):
-        read = read_prompts(as_lens(loaded), prompts)
+        read = read_prompts(as_lens(loaded), prompts, prepend_bos=front)
         _, ra = run_with_ra(loaded, read, target=wanted, layers=chosen, progress=False)
     ra = ra.to("cpu")
+    patched = _patched(loaded, read, ra, target=wanted, scale=factor, at=at, debug=debug)
     written = None
     if output is not None:
         given = [("--model", model)]
         given += [("--prompt", text) for text in prompts] + [("--target", text) for text in targets]
-        given += [(name, v) for name, v in (("--layers", layers), ("--kind", kind)) if v]
-        command = shlex.join(["ra-lens", "run", *(word for pair in given for word in pair)])
-        written = _report(loaded, read, ra, output, target=wanted, command=command, debug=debug)
-    _tell(ra, loaded, prompts, top=top, written=written, as_json=as_json)
+        chosen_ones = (("--layers", layers), ("--bos", bos), ("--kind", kind))
+        given += [(name, value) for name, value in chosen_ones if value]
+        given += [("--scale", scale)] * (scale != "best") + [("--at", at)] * (at != "pattern")
+        words = [word for pair in given for word in pair] + ["--no-bos"] * no_bos
+        command = shlex.join(["ra-lens", "run", *words])
+        written = _report(loaded, read, ra, output, patched=patched, command=command, debug=debug)
+    _tell(ra, loaded, prompts, top=top, patched=patched, written=written, as_json=as_json)
 
 
 def demo(
@@ -112,35 +131,54 @@ def demo(
     session.prepare(opt.DEMO, device)
     check_output(output, REPORT)
     model = session.load(opt.DEMO, kind, device, debug=debug)
-    prompt = predictions.few_shot_prompt()
     with session.quiet(debug=debug):
+        prompt = predictions.demo_prompt(model)
         _, ra = run_with_ra(model, prompt.text, target=prompt.answer, progress=False)
         try:
-            patched = predictions.patched_prediction(model)
-        except UnsupportedModel:  # `_report` meets the same and prints it
-            patched = None
+            facts = predictions.patched_prediction(model)
+        except UnsupportedModel:  # `_patched` meets the same and prints it
+            facts = None
     ra = ra.to("cpu")
-    sections = [] if patched is None else [predictions.as_section(patched)]
+    patched = _patched(model, prompt.text, ra, target=prompt.answer, debug=debug)
+    sections = [predictions.why_this_prompt()]
+    sections += [] if facts is None else [predictions.as_section(facts)]
     written = _report(
         model,
         prompt.text,
         ra,
         output,
-        target=prompt.answer,
+        patched=patched,
         command="ra-lens demo",
         sections=sections,
         debug=debug,
     )
-    extra: dict[str, object] = {} if patched is None else {"patched": patched}
-    _tell(ra, model, [prompt.text], top=6, written=written, as_json=as_json, extra=extra)
+    extra: dict[str, object] = {} if facts is None else {"patched": facts}
+    _tell(
+        ra,
+        model,
+        [prompt.text],
+        top=6,
+        patched=patched,
+        written=written,
+        as_json=as_json,
+        extra=extra,
+    )
     for section in [] if as_json else sections:
         show.print_section(section)
 
 
 def check(
     model: opt.ModelOption = opt.DEMO,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="Text to check with. Default: a few of its tokens."),
+    ] = None,
+    escapes: opt.EscapesOption = False,
+    bos: opt.BosOption = None,
+    no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     debug: opt.DebugOption = False,
 ) -> None:
@@ -149,9 +187,16 @@ def check(
     from ra_lens.cli import session, show
 
     session.prepare(model, device)
-    loaded = session.load(model, kind, device, debug=debug)
+    front = session.read_bos(bos, no_bos=no_bos)
+    if prompt is None and front is not None:
+        raise BadInput(
+            f"found {'--no-bos' if no_bos else '--bos'} without a text for it. Add --prompt 'some "
+            "text'; what stands in front by default is told without."
+        )
+    text = None if prompt is None else session.read_text(prompt, escapes=escapes)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     with session.quiet(debug=debug):
-        report = check_model(loaded)
+        report = check_model(loaded, prompt=text, prepend_bos=front)
     if as_json:
         made = {name: version(name) for name in ("ra-lens", "transformer-lens", "transformers")}
         show.print_json({**asdict(report), "ok": report.ok, "versions": made})
@@ -206,8 +251,11 @@ def trace(
         typer.Option(help="Share of the residual connection. All layers. Default: measured."),
     ] = None,
     escapes: opt.EscapesOption = False,
+    bos: opt.BosOption = None,
+    no_bos: opt.NoBosOption = False,
     kind: opt.KindOption = None,
     device: opt.DeviceOption = None,
+    allow_pickle: opt.PickleOption = False,
     as_json: opt.JsonOption = False,
     output: Annotated[
         Path | None,
@@ -230,6 +278,7 @@ def trace(
         "agg_heads": agg_heads,
         "length_norm": length_norm,
     }
+    front = session.read_bos(bos, no_bos=no_bos)
     trace_function = trace_layers if layer == "all" else trace_paths
     how = _how(layer, of_one_layer, follow=follow, residual=residual)
     if output is not None:
@@ -242,9 +291,10 @@ def trace(
         )
     for hint in session.hints(prompt, target, escapes=escapes):
         session.warn("note", hint)
-    loaded = session.load(model, kind, device, debug=debug)
+    loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, prompt)
     how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
+    how["prepend_bos"] = front
     with session.quiet(debug=debug):
         found = trace_function(loaded, prompt, **how)
     written = None if output is None else found.save_html(output)
@@ -272,29 +322,63 @@ def _read(
     return read[:n], read[n:]
 
 
+def _read_scale(text: str) -> float | Literal["best"] | None:
+    """Read `--scale`; None for no patch."""
+    if text == "best":
+        return "best"
+    if text == "none":
+        return None
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise BadInput(f"found --scale {text}; give best, a number such as -30, or none.")
+    return scale
+
+
+def _patched(
+    model: nn.Module,
+    prompts: PromptInput,
+    ra: RACache,
+    *,
+    target: str | list[str] | None,
+    scale: float | Literal["best"] | None = "best",
+    at: opt.Where = "pattern",
+    debug: bool,
+) -> tuple[PatchedPrompt, ...]:
+    """Patch each prompt with its own maps; print to standard error where that cannot be."""
+    from ra_lens.cli.session import quiet, warn
+    from ra_lens.report import patched_predictions
+
+    if scale is None:
+        return ()
+    try:
+        with quiet(debug=debug):
+            return patched_predictions(model, prompts, ra, target=target, scale=scale, at=at)
+    except UnsupportedModel as error:  # its patterns can be read but not edited
+        warn("warning", f"no patched prediction: {error}")
+        return ()
+
+
 def _report(
     model: nn.Module,
     prompts: PromptInput,
     ra: RACache,
     path: Path,
     *,
-    target: str | list[str] | None,
+    patched: Sequence[PatchedPrompt],
     command: str,
     sections: Sequence[Section] = (),
     debug: bool,
 ) -> Path:
     """Write the report of a run; print to standard error what it has to leave out."""
     from ra_lens.cli.session import quiet, warn
-    from ra_lens.report import patched_predictions, write_report
+    from ra_lens.report import write_report
     from ra_lens.report.write import traces_of_run
 
-    patched: tuple[PatchedPrompt, ...] = ()
     traces: list[TraceResult] = []
     with quiet(debug=debug):
-        try:
-            patched = patched_predictions(model, prompts, ra, target=target)
-        except UnsupportedModel as error:  # its patterns can be read but not edited
-            warn("warning", f"no patched prediction: {error}")
         try:
             if ra.batch_size == 1:  # paths are of one prompt
                 traces = traces_of_run(ra, model, prompts)
@@ -311,6 +395,7 @@ def _tell(
     prompts: Sequence[str],
     *,
     top: int,
+    patched: Sequence[PatchedPrompt],
     written: Path | None,
     as_json: bool,
     extra: dict[str, Any] | None = None,
@@ -319,10 +404,10 @@ def _tell(
     from ra_lens.cli import show
 
     if as_json:
-        facts = {**show.as_json(ra, model, prompts, top=top), **(extra or {})}
+        facts = {**show.as_json(ra, model, prompts, top=top, patched=patched), **(extra or {})}
         show.print_json({**facts, "report": None if written is None else str(written)})
         return
-    show.print_run(ra, model, top=top)
+    show.print_run(ra, model, top=top, patched=patched)
     if written is not None:
         typer.echo(f"Report: {written}")
 

@@ -79,13 +79,8 @@ class Setup:
             "every question, several times as fast)."
         ),
     ] = "own"
-    bos: Annotated[
-        bool | None,
-        typer.Option(
-            "--bos/--no-bos",
-            help="Put a beginning-of-text token in front. Default: the model's own.",
-        ),
-    ] = None
+    bos: opt.BosOption = None
+    no_bos: opt.NoBosOption = False
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64
     device: opt.DeviceOption = None
     dtype: Annotated[
@@ -93,6 +88,7 @@ class Setup:
         typer.Option(help="Number format of the weights."),
     ] = "float32"
     kind: opt.KindOption = None
+    allow_pickle: opt.PickleOption = False
     out: Annotated[
         Path | None,
         typer.Option(
@@ -129,11 +125,18 @@ class Setup:
             given = METHODS if typed is None else split_values(typed, "--methods")
             own["methods"] = read_methods(given)
         shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
-        bos, size, progress = self.bos, self.batch_size, not self.quiet
-        shown, out = self.demonstrations, self.out
-        protocol = Protocol.read(shots, self.split, self.seed, bos, size, out, progress, shown)
+        front, progress = session.read_bos(self.bos, no_bos=self.no_bos), not self.quiet
+        size, out, shown = self.batch_size, self.out, self.demonstrations
+        protocol = Protocol.read(shots, self.split, self.seed, front, size, out, progress, shown)
         tasks = self.tasks()
-        model = session.load(self.model, self.kind, self.device, debug=self.debug, dtype=self.dtype)
+        model = session.load(
+            self.model,
+            self.kind,
+            self.device,
+            debug=self.debug,
+            dtype=self.dtype,
+            allow_pickle=self.allow_pickle,
+        )
         with session.quiet(debug=self.debug):
             return experiment(model, tasks, **vars(protocol), **own)
 
@@ -289,7 +292,10 @@ def patch(
     *,
     scales: Annotated[
         list[str] | None,
-        typer.Option(help="Factors of the added maps: -30 1. Default: the paper's 24, 3 to -120."),
+        typer.Option(
+            help="Factors of the added maps: -30 1; or best, the one found on the training "
+            "questions. Default: the paper's 24, 3 to -120."
+        ),
     ] = None,
     kinds: Annotated[
         list[str] | None,
@@ -328,7 +334,16 @@ def patch(
     from ra_lens.report.experiments import write_sweep_page
     from ra_lens.tables import mean_over_questions
 
-    factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
+    factors: list[float] | Literal["best"]
+    if scales is not None and split_values(scales, "--scales") == ["best"]:
+        factors = "best"
+        if setup.figure is not None:
+            raise BadInput(
+                "found --figure with --scales best, which gives one scale for each task and no "
+                "curve. Leave one of them out."
+            )
+    else:
+        factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
     maps = ["ra", "pattern"] if kinds is None else split_values(kinds, "--kinds")
     known = get_args(MapName)
     unknown = [name for name in maps if name not in known]

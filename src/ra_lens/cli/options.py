@@ -38,9 +38,27 @@ KindOption = Annotated[
         help="TransformerLens class. Default: the one installed; HookedTransformer first."
     ),
 ]
+PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read pickled weights (pytorch_model.bin, .pt), which can run any code, where a model "
+        "has no safetensors.",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
 ]
+BosOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bos",
+        metavar="TOKEN",
+        help="Token to put in front of text, such as '<|endoftext|>'. Default: what "
+        "TransformerLens puts there.",
+    ),
+]
+NoBosOption = Annotated[bool, typer.Option("--no-bos", help="Put nothing in front of text.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 DebugOption = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and what other libraries print.")

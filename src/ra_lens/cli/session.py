@@ -23,7 +23,7 @@ from torch import nn
 from ra_lens.cli.options import DEMO, Kind
 from ra_lens.errors import BadInput
 from ra_lens.files import is_folder
-from ra_lens.model import as_lens, load_model
+from ra_lens.model import PrependBos, as_lens, load_model
 from ra_lens.model.gguf import gguf_file, is_kept
 from ra_lens.model.hugging_face import no_loading_bars
 from ra_lens.model.loading import load_demo_model
@@ -118,6 +118,16 @@ def read_text(text: str, *, escapes: bool) -> str:
         text = _standard_input().removesuffix("\n")
     text = text.removeprefix("\ufeff")
     return unescaped(text) if escapes else text
+
+
+def read_bos(bos: str | None, *, no_bos: bool) -> PrependBos:
+    """Read what is to stand in front of text; None is the model's default."""
+    if bos is not None and no_bos:
+        raise BadInput(
+            f"found --bos {bos} and --no-bos; give --bos with the token to put in front of text, "
+            "or --no-bos for nothing."
+        )
+    return False if no_bos else None if bos is None else unescaped(bos)
 
 
 def _standard_input() -> str:

@@ -19,16 +19,22 @@ from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
-from ra_lens.report import Section
+from ra_lens.report import PatchedPrompt, Predictions, Section
 from ra_lens.report.prompt_tokens import prompt_tokens
-from ra_lens.text import isolated, label, shorten, visible
+from ra_lens.scales import PAPER_SCALE
+from ra_lens.text import isolated, label, scale_name, shorten, visible
 
 _LABEL = 14
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)
 
 
 def as_json(
-    ra: RACache, model: nn.Module, prompts: Sequence[str], *, top: int
+    ra: RACache,
+    model: nn.Module,
+    prompts: Sequence[str],
+    *,
+    top: int,
+    patched: Sequence[PatchedPrompt] = (),
 ) -> dict[str, object]:
     """Give a run as plain data; `ra` is R itself, negative where descent wants more.
 
@@ -54,6 +60,8 @@ def as_json(
         ],
     }
     each = [_example_json(ra, prompt, i, top=top) for i, prompt in enumerate(prompts)]
+    for example, one in zip(each, patched, strict=bool(patched)):
+        example["own_patch"] = _patched_json(one)
     return {**facts, **(each[0] if len(each) == 1 else {"prompts": each})}
 
 
@@ -81,6 +89,33 @@ def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[s
     }
 
 
+def _patched_json(one: PatchedPrompt) -> dict[str, object]:
+    """Give a prompt's patch with its own maps; NaN, of a patched model, is null."""
+
+    def side(found: Predictions) -> dict[str, object]:
+        top = [{"token": text, "probability": chance} for text, chance in found.top]
+        return {"probability": found.target, "rank": found.rank, "top": top}
+
+    facts: dict[str, object] = {
+        "scale": one.scale,
+        "at": one.at,
+        "before": side(one.before),
+        "after": side(one.after),
+    }
+    if one.found is not None:
+        losses, chances = one.found.loss_per_prompt[0], one.found.probability[0]
+        rows = zip(one.found.scales, losses.tolist(), chances.tolist(), strict=True)
+        facts["scales"] = [
+            {
+                "scale": scale,
+                "loss": loss if math.isfinite(loss) else None,
+                "probability": chance if math.isfinite(chance) else None,
+            }
+            for scale, loss, chance in rows
+        ]
+    return facts
+
+
 def print_json(facts: Mapping[str, object]) -> None:
     """Print one JSON object."""
     typer.echo(json.dumps(facts, indent=2, allow_nan=False))
@@ -105,8 +140,10 @@ def new_table(*columns: str, right: Collection[str] = (), title: str | None = No
     return table
 
 
-def print_run(ra: RACache, model: nn.Module, *, top: int) -> None:
-    """Print the facts of a run, its top heads, and the strongest map of each prompt."""
+def print_run(
+    ra: RACache, model: nn.Module, *, top: int, patched: Sequence[PatchedPrompt] = ()
+) -> None:
+    """Print the facts of a run, its top heads, and each prompt's strongest map and patch."""
     console = new_console()
     several = ra.batch_size > 1
     facts = [_facts(ra, model, i) for i in range(ra.batch_size)]
@@ -114,7 +151,9 @@ def print_run(ra: RACache, model: nn.Module, *, top: int) -> None:
     parts += [_heads(ra, top), ""]
     for i in range(ra.batch_size):
         parts += [Text(f"Prompt {i + 1}", style="bold")] if several else []
-        parts += [*_map(_strongest_head(ra, i), console.width), *[""] * several]
+        parts += _map(_strongest_head(ra, i), console.width)
+        parts += ["", *_patch(patched[i])] if patched else []
+        parts += [""] * several
     for part in parts:
         console.print(part)
 
@@ -197,6 +236,36 @@ def _map(maps: HeadMaps, width: int) -> list[RenderableType]:
         table.add_row(Text(query), "→", Text(key), f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", wants)
     grid = _grid(maps, width)
     return [table] if grid is None else [table, "", grid]
+
+
+def _patch(one: PatchedPrompt) -> list[RenderableType]:
+    """Tell what comes next before and after a patch, with the paper's scale beside the best."""
+    place = "pattern" if one.at == "pattern" else "attention scores"
+    title = f"Patched: R times {scale_name(one.scale)} added to the {place} of every head"
+    numbers = ("scale", "p(target)", "its rank")
+    table = new_table(*numbers, "what comes next", right=numbers, title=title)
+    rows: list[tuple[float, float | None, int | None, str]] = []
+    for scale, side in ((0.0, one.before), (one.scale, one.after)):
+        top = " · ".join(f"“{label(text)}” {chance:.3f}" for text, chance in side.top[:2])
+        rows.append((scale, side.target, side.rank, top))
+    found, paper = one.found, PAPER_SCALE["ra"]
+    if found is not None and paper in found.scales and one.scale != paper:
+        rows.append((paper, found.probability_at(paper), None, ""))
+    for scale, chance, rank, top in rows:
+        table.add_row(
+            Text(scale_name(scale)),
+            "" if chance is None else f"{chance:.3g}",
+            "" if rank is None else str(rank),
+            Text(top),
+        )
+    if found is None:
+        return [table]
+    beyond = ", the last tried" * found.at_the_end
+    note = (
+        f"{scale_name(one.scale)}: the smallest loss of {len(found.scales)} scales{beyond}, found "
+        f"with the target at hand; {scale_name(paper)}: the paper's, for a mean over prompts."
+    )
+    return [table, Text(note, style="dim")]
 
 
 def _grid(maps: HeadMaps, width: int) -> Text | None:

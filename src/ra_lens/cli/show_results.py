@@ -19,16 +19,17 @@ from rich.text import Text
 from ra_lens.cli import show
 from ra_lens.experiments.paper import count_cells
 from ra_lens.figures.style import method_styles, metric_name
+from ra_lens.scales import PAPER_SCALE
 from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import scale_name, short, shots_name
 
 _METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
 _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",
          "heads_kept", "map", "scale", "layer", "head", "label", "rank", "prompts_hash", "n_test",
-         "n_tokens", "n_first_tokens", *_METRIC_COLUMNS}  # fmt: skip
+         "n_tokens", "n_first_tokens", "train_loss", "train_loss_unpatched",
+         *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
 _MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA"}
-_PAPER_SCALE = {"ra": -30.0, "pattern": 1.0}
 
 # ---- all experiments ----------------------------------------------------------------------------
 
@@ -178,7 +179,12 @@ def print_sweep(frame: pd.DataFrame, *, metric: str) -> None:
             table.add_row(Text(row), "/".join(plainly), *cells)
         _print(table, "")
     _print(Text(f"{beside}: without a map, with so many shots.", style="dim"))
-    if any(scale is None for _, scale in columns.values()):
+    if _found(frame):
+        note = (
+            "found: at the scale of the smallest loss on the training questions, by task and shots."
+        )
+        _print(Text(note, style="dim"))
+    elif any(scale is None for _, scale in columns.values()):
         note = "best: the scale that is best on these same test questions."
         _print(Text(note, style="dim"))
 
@@ -190,7 +196,8 @@ def sweep_facts(frame: pd.DataFrame, *, metric: str) -> dict[str, Any]:
         **{metric: (metric, "mean")}, tasks=("task", "nunique")
     )
     answers = _answer_columns(frame)
-    columns = ["task", "kind", *cell, *_METRIC_COLUMNS, "n_test", "n_tokens", *answers]
+    of_scale = ["train_loss", "train_loss_unpatched"] if _found(frame) else []
+    columns = ["task", "kind", *cell, *_METRIC_COLUMNS, "n_test", "n_tokens", *answers, *of_scale]
     return {
         "metric": metric,
         "cells": _records(frame[columns]),
@@ -205,15 +212,28 @@ def _columns(frame: Any) -> dict[str, tuple[str, float | None]]:
         scales = sorted({float(s) for s in frame[frame["map"] == kind]["scale"]})
         if not scales:
             continue
+        if _found(frame):
+            columns[f"{name} found"] = (kind, None)
+            continue
         few = len(scales) <= 3
-        shown = scales if few else [s for s in scales if s == _PAPER_SCALE.get(kind)]
+        shown = scales if few else [s for s in scales if s == PAPER_SCALE.get(kind)]
         columns |= {f"{name} {scale_name(s)}": (kind, s) for s in shown}
         if not few:
             columns[f"{name} best"] = (kind, None)
     return columns
 
 
+def _found(frame: Any) -> bool:
+    """Whether each scale was found on training questions."""
+    return "train_loss" in frame
+
+
 def _cell(part: Any, metric: str, kind: str, scale: float | None) -> str:
+    if _found(part):
+        of_map: Any = part[part["map"] == kind]
+        scales = of_map["scale"].unique().tolist()
+        at = f" at {scale_name(scales[0])}" if len(scales) == 1 else ""
+        return f"{_number(float(of_map[metric].mean()), metric)}{at}"
     means = part[part["map"] == kind].groupby("scale")[metric].mean()
     if scale is not None:
         return _number(means.get(scale, math.nan), metric)

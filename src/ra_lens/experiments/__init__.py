@@ -10,7 +10,8 @@ from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
 from ra_lens.experiments.paper import compare_with_paper, read_paper
 from ra_lens.experiments.perturbation import area_under_curve, perturbation_test
 from ra_lens.experiments.rank import rank_tasks
-from ra_lens.experiments.sweep import PAPER_SCALES, patching_sweep
+from ra_lens.experiments.sweep import patching_sweep
+from ra_lens.scales import PAPER_SCALES
 from ra_lens.tables import mean_over_questions, read_results, write_results
 
 __all__ = [

@@ -162,7 +162,14 @@ def perturbation_test(
         if run.finished is not None:
             return run.finished
         steps = len(list(_orders(run)))
-        return run.frame("Perturbation test", run.cells("n_rank"), _curves, steps=steps)
+        return run.frame(
+            "Perturbation test",
+            run.cells("n_rank"),
+            _curves,
+            steps=steps,
+            whole=lambda cell: _ends(cell)[1],
+            so="An area under nothing ranks nothing.",
+        )
 
 
 def _orders(run: Run) -> Iterator[tuple[str, int, str]]:
@@ -172,6 +179,16 @@ def _orders(run: Run) -> Iterator[tuple[str, int, str]]:
             yield from ((method, draw, "none") for draw in range(run.settings["random_orders"]))
         else:
             yield from ((method, 0, direction) for direction in run.settings["directions"])
+
+
+def _ends(cell: Cell) -> tuple[list[Row], list[Row]]:
+    """Give the rows of no head and those of all heads, the whole model: the same for every order.
+
+    Of each number of heads there is one row, or one for each question.
+    """
+    n_heads = sum(cell.run.lens.sites.n_heads)
+    ends: list[Row] = cell.unit("ends", partial(_evaluate, cell, [], [0, n_heads]))
+    return ends[: len(ends) // 2], ends[len(ends) // 2 :]
 
 
 def _curves(cell: Cell) -> Iterator[list[Row]]:
@@ -186,14 +203,14 @@ def _curves(cell: Cell) -> Iterator[list[Row]]:
             order = order[::-1]
         return _evaluate(cell, order, [i * n_heads // steps for i in range(1, steps)])
 
-    ends: list[Row] = cell.unit("ends", partial(_evaluate, cell, [], [0, n_heads]))
-    each = len(ends) // 2  # rows of one number of heads: one, or one for each question
+    none, every = _ends(cell)
+    each = len(none)  # rows of one number of heads: one, or one for each question
     prompts = prompts_hash(cell.asked, *cell.learned.values())
     for method, draw, direction in _orders(cell.run):
         key = f"curve|{method}|{direction}|{draw}"
         inner = cell.unit(key, partial(curve, method, draw, direction))
         about = {"method": method, "direction": direction, "draw": draw}
-        points = [*ends[:each], *inner, *ends[each:]]
+        points = [*none, *inner, *every]
         rows = [
             {**about, "share": shares[i // each], **point, "n_test": len(cell.asked)}
             for i, point in enumerate(points)

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar, get_args
 
 import pandas as pd
@@ -46,6 +49,7 @@ from ra_lens.tasks import (
     load_task,
     task_names,
 )
+from ra_lens.text import short, shots_name
 
 Tasks = str | Task | Iterable[str | Task]
 Row = dict[str, Any]
@@ -53,6 +57,8 @@ Choice = TypeVar("Choice", bound=str)
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
+
+_FEW = 0.3  # share of right answers of a whole model, below which there is little to measure
 
 METHODS = ("ra", "fa", "cm1", "cm2", "index", "random")
 """The paper's methods."""
@@ -252,11 +258,19 @@ class Run:
         rows: Callable[[Cell], Iterator[list[Row]]],
         *,
         steps: int,
+        whole: Callable[[Cell], list[Row]] | None = None,
+        so: str = "",
     ) -> pd.DataFrame:
-        """Compute the rows of every cell, which come in some steps, and write the table of them."""
+        """Compute the rows of every cell, which come in some steps, and write the table of them.
+
+        Where answers are marked, `whole` gives those of the whole model as it is, which are told
+        before all else; a warning of cells where few are right says `so`.
+        """
         found: list[Row] = []
         total = len(cells) * steps
         with tqdm(total=total, desc=title, disable=not self.protocol.progress) as bar:
+            if whole is not None:
+                self._tell_accuracy(cells, whole, bar, so)
             for cell in cells:
                 bar.set_postfix_str(f"{cell.task.name}, shots: {cell.shots}")
                 for some in rows(cell):
@@ -266,6 +280,33 @@ class Run:
         if self.protocol.out is not None:
             write_results(frame, self.protocol.out)
         return frame
+
+    def _tell_accuracy(
+        self, cells: Sequence[Cell], whole: Callable[[Cell], list[Row]], bar: Any, so: str
+    ) -> None:
+        """Say how the whole model answers, a line for each task, and warn where few are right."""
+        few: list[str] = []
+        for task, of_task in groupby(cells, key=lambda cell: cell.task.name):
+            told: list[str] = []
+            poor: list[str] = []
+            for cell in of_task:
+                bar.set_postfix_str(f"whole model: {task}, shots: {cell.shots}")
+                accuracy = fmean(row["top1"] for row in whole(cell))
+                told.append(f"{short(accuracy)} with {shots_name(cell.shots)}")
+                if accuracy < _FEW:
+                    poor.append(told[-1])
+            if poor:
+                few.append(f"{task} ({', '.join(poor)})")
+            if self.protocol.progress:
+                bar.write(f"Whole model, {task}: accuracy {', '.join(told)}", file=sys.stderr)
+        if few:
+            warnings.warn(
+                f"the whole model answers less than {short(_FEW)} of the questions right: "
+                f"{'; '.join(few)}. {so} Take tasks that the model can do, more examples (shots), "
+                "or another token in front (prepend_bos=, --bos).",
+                RALensWarning,
+                stacklevel=4,
+            )
 
 
 @dataclass(frozen=True, eq=False)

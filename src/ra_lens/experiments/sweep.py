@@ -3,7 +3,8 @@
 The maps of 25 training questions of one length are averaged entry by entry, multiplied by a scale
 and added to the attention of every head on the test questions. Maps are taken on prompt and answer,
 with the mean cross-entropy over the answer as the loss, separately for each number of
-demonstrations. The published scales are −30 for RA, a descent step, and +1 for forward attention.
+demonstrations. The published scales are −30 for RA, a descent step, and +1 for forward attention;
+or a scale is found on the training questions (`ra_lens.best_scale`).
 
 Questions of one length: pairs whose answer is one token (or another number of tokens, the same for
 all), grouped by the number of tokens of prompt and answer (`ra_lens.tasks.same_length_sets`); the
@@ -45,16 +46,11 @@ from ra_lens.patching.hooks import Where, check_variant, patch_hooks
 from ra_lens.patching.mean import MeanMaps
 from ra_lens.questions import Accuracy, FwdHooks
 from ra_lens.run import run_with_ra
+from ra_lens.scales import PAPER_SCALES, BestScale, best_scale
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Demonstrations, SplitRule, Task, same_length_sets
 
 MapName = Literal["ra", "pattern", "shuffled", "grad"]
-
-PAPER_SCALES = (
-    3.0, 2.0, 1.0, 0.5, 0.0, -0.1, 0.25, -0.5, -1.0, -2.0, -4.0, -6.0, -8.0, -10.0, -15.0, -20.0,
-    -25.0, -30.0, -35.0, -40.0, -60.0, -80.0, -100.0, -120.0,
-)  # fmt: skip
-"""The 24 scales of the paper's code, in its order."""
 
 _AT_LEAST, _AT_LEAST_BUILT_IN = 100, 40
 
@@ -63,7 +59,7 @@ def patching_sweep(
     model: nn.Module,
     task: Tasks,
     *,
-    scales: Reals = PAPER_SCALES,
+    scales: Reals | Literal["best"] = PAPER_SCALES,
     kinds: Sequence[MapName] = ("ra", "pattern"),
     shots: Wholes = SHOTS,
     n_mean: Whole = 25,
@@ -88,7 +84,10 @@ def patching_sweep(
     Args:
         model: A HookedTransformer or TransformerBridge.
         task: A task, the name of a built-in one, `"all"`, or several.
-        scales: What the mean maps are multiplied by.
+        scales: What the mean maps are multiplied by. `"best"`: for each task, number of
+            demonstrations and kind of map the one scale at which the loss of the questions
+            averaged is smallest, of those that `best_scale` tries; no test question is read for
+            it. Costs 32 forward passes of each question averaged.
         kinds: `"ra"` (Reversed Attention), `"pattern"` (forward attention); and two controls as
             large as RA, `"shuffled"` and `"grad"` (see `ra_lens.patching.controls`).
         shots: Numbers of demonstrations.
@@ -123,7 +122,8 @@ def patching_sweep(
         `top3`, `logit_diff`, `accuracy` and `n_first_tokens` as in `perturbation_test`; map
         `"none"` is the unpatched model, whose rows with demonstrations are the n-shot accuracy;
         `n_tokens` of the questions as read, without their answer (the name of a set counts it);
-        then what is needed to repeat it.
+        then what is needed to repeat it. Where scales are found: `train_loss` at the scale and
+        `train_loss_unpatched`, mean −log p of the answers of the questions averaged.
 
     Raises:
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
@@ -161,19 +161,52 @@ def patching_sweep(
         cells = run.cells("n_mean")
         for cell in cells:
             _need_one_length(cell)
-        return run.frame("Patching", cells, _rows, steps=len(list(_steps(run))))
+        return run.frame(
+            "Patching",
+            cells,
+            _rows,
+            steps=len(list(_steps(run))),
+            whole=_unpatched,
+            so="Maps of answers that it does not know may hold nothing to patch with.",
+        )
 
 
-def _steps(run: Run) -> Iterator[tuple[str, float | None]]:
+_Scale = float | Literal["best"] | None
+
+
+def _steps(run: Run) -> Iterator[tuple[str, _Scale]]:
     """Give the maps with their scales, after the unpatched model."""
     yield "none", None
-    yield from ((kind, x) for kind in run.settings["kinds"] for x in run.settings["scales"])
+    scales: list[float] | Literal["best"] = run.settings["scales"]
+    tried: list[_Scale] = ["best"] if scales == "best" else [*scales]
+    for kind in run.settings["kinds"]:
+        for scale in tried:
+            yield kind, scale
+
+
+def _asked(cell: Cell, hooks: FwdHooks, **about: Any) -> Row | list[Row]:
+    """Ask all questions of a cell: a row of their mean, or a list of one for each question."""
+    about |= {
+        "n_tokens": cell.questions.prompts.lengths[0],
+        "n_test": len(cell.asked),
+        "prompts_hash": prompts_hash(cell.learned["train"], cell.asked),
+    }
+    answers = cell.marked(cell.questions, lambda _part: hooks)
+    rows = [{**row, **about} for row in cell.scored(answers)]
+    return rows if cell.run.settings.get("each_question") else rows[0]
+
+
+def _unpatched(cell: Cell) -> list[Row]:
+    """Give the rows of the model as it is."""
+    found: Row | list[Row] = cell.unit("none|None", partial(_asked, cell, ()))
+    return found if isinstance(found, list) else [found]
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:
     """Give the row of each map and scale."""
     settings, protocol, learned = cell.run.settings, cell.run.protocol, cell.learned["train"]
     of_all = not settings.get("each_question")
+    edit = {name: settings[name] for name in ("renormalise", "at")}
 
     @cache
     def mean() -> MeanMaps:
@@ -194,24 +227,39 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
             return control_maps(mean(), cast("Control", kind), seed=protocol.seed)
         return {layer: mean()[kind, layer] for layer in mean().sites}
 
-    def evaluate(kind: str, scale: float | None) -> Row | list[Row]:
+    def found(kind: str) -> BestScale:
+        sites = mean().sites
+        as_ra = {sites[layer].map_name("ra"): value for layer, value in maps(kind).items()}
+        return best_scale(
+            cell.run.lens.module,
+            MeanMaps(sites, mean().count, as_ra),
+            [prompt.text for prompt in learned],
+            sequence_nll([prompt.answer for prompt in learned]),
+            **edit,
+            batch_size=protocol.batch_size,
+            prepend_bos=protocol.prepend_bos,
+            progress=False,
+        )
+
+    def evaluate(kind: str, scale: _Scale) -> Row | list[Row]:
         hooks: FwdHooks = ()
+        of_scale: Row = {}
+        if scale == "best":
+            best = found(kind)
+            scale = best.scale
+            of_scale = {
+                "scale": scale,
+                "train_loss": best.loss,
+                "train_loss_unpatched": best.unpatched_loss,
+            }
         if scale is not None:
-            edit = {name: settings[name] for name in ("renormalise", "at")}
             hooks = patch_hooks(maps(kind), mean().sites, scale=scale, align="left", **edit)
-        about = {
-            "n_tokens": cell.questions.prompts.lengths[0],
-            "n_test": len(cell.asked),
-            "prompts_hash": prompts_hash(learned, cell.asked),
-        }
-        answers = cell.marked(cell.questions, lambda _part: hooks)
-        rows = [{**row, **about} for row in cell.scored(answers)]
-        return rows[0] if of_all else rows
+        return _asked(cell, hooks, **of_scale)
 
     for kind, scale in _steps(cell.run):
-        found = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
+        given = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
         at = float("nan") if scale is None else scale
-        rows: list[Row] = [found] if of_all else found
+        rows: list[Row] = [given] if of_all else given
         yield cell.rows([{"map": kind, "scale": at, **row} for row in rows])
 
 
@@ -257,7 +305,9 @@ def _one_length(
     return every[chosen]
 
 
-def _read_scales(scales: Reals) -> list[float]:
+def _read_scales(scales: Reals | Literal["best"]) -> list[float] | Literal["best"]:
+    if isinstance(scales, str) and scales == "best":
+        return "best"
     given = reals("scales", scales)
     if len(set(given)) < len(given):
         raise BadInput(f"found scales={given}; give each once.")

@@ -17,6 +17,7 @@ from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.maps import Sign, head_map, head_maps
 from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
+from ra_lens.figures.scale_curve import scale_curve
 from ra_lens.figures.style import Layout
 from ra_lens.figures.sweep import patching_sweep_curve
 from ra_lens.figures.token_row import token_row
@@ -34,5 +35,6 @@ __all__ = [
     "perturbation_curves",
     "query_key_pull",
     "save_figure",
+    "scale_curve",
     "token_row",
 ]

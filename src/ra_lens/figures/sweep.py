@@ -9,7 +9,6 @@ on an axis whose ticks are labelled with the scales themselves; every scale meas
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from typing_extensions import Unpack
 
+from ra_lens.errors import BadInput
 from ra_lens.figures.curves import panel_columns
 from ra_lens.figures.style import (
     Layout,
@@ -31,6 +31,7 @@ from ra_lens.figures.style import (
     value_text,
 )
 from ra_lens.questions import Metric
+from ra_lens.scales import PAPER_SCALE, axis_position, axis_ticks
 from ra_lens.tables import mean_over_questions
 from ra_lens.text import scale_name, shots_name
 
@@ -44,7 +45,6 @@ _MAPS = {
     "shuffled": ("RA map, rows shuffled", "#cc79a7", "x"),
     "grad": ("G, as large as RA", "#009e73", "diamond"),
 }
-_PAPER = {"ra": -30.0, "pattern": 1.0}
 _LINES = "#4b5563"
 
 
@@ -73,10 +73,16 @@ def patching_sweep_curve(
         the scales and whose `x` is where they are drawn.
 
     Raises:
-        BadInput: not such a frame, several models in it, or an unknown `metric`.
+        BadInput: not such a frame, several models in it, scales that were found, which make no
+            curve, or an unknown `metric`.
     """
     check_metric(metric)
     frame = mean_over_questions(frame)
+    if "train_loss" in frame:
+        raise BadInput(
+            "found a table of scales found on training questions, one for each task, which make no "
+            "curve. Run patching_sweep with scales, or draw best_scale's with scale_curve."
+        )
     check_frame(frame, what="patching_sweep()", columns=[*_CELL, metric], cell=_CELL)
     means: Any = frame.groupby(["n_shots", "map", "scale"], dropna=False)[metric].mean()
     mean: Any = means.reset_index().sort_values("scale")
@@ -142,24 +148,19 @@ def patching_sweep_curve(
 
 def position(scale: float) -> float:
     """Give where on the axis a scale is drawn."""
-    return math.asinh(scale / _LINEAR)
+    return axis_position(scale, _LINEAR)
 
 
 def tick_scales(scales: Sequence[float]) -> list[float]:
     """Choose which of the scales are labelled: as many as stay apart, round ones first."""
-    span = (position(max(scales)) - position(min(scales))) or 1.0
-    wanted = [0.0, min(scales), max(scales), -30.0, 1.0, -10.0, -1.0, -4.0, -60.0, 3.0]
-    kept: list[float] = []
-    for scale in [s for s in wanted if s in scales] + sorted(scales, key=abs, reverse=True):
-        if all(abs(position(scale) - position(other)) >= 0.085 * span for other in kept):
-            kept.append(scale)
-    return sorted(kept)
+    round_ones = (0.0, min(scales), max(scales), -30.0, 1.0, -10.0, -1.0, -4.0, -60.0, 3.0)
+    return axis_ticks(scales, round_ones, linear=_LINEAR)
 
 
 def _line(curve: Any, kind: str, metric: str, said: str, *, first: bool) -> go.Scatter:
     name, colour, symbol = _MAPS[kind]
     scales = [float(s) for s in curve["scale"]]
-    paper = [s == _PAPER.get(kind) for s in scales]
+    paper = [s == PAPER_SCALE.get(kind) for s in scales]
     return go.Scatter(
         x=[position(s) for s in scales],
         y=curve[metric].to_numpy(float),

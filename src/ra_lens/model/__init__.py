@@ -6,12 +6,14 @@ attachment points that collecting gradients needs.
 """
 
 from ra_lens.model.attention import find_sites
+from ra_lens.model.front import Front, default_front
 from ra_lens.model.lens import FwdHooks, Lens, ModelKind, as_lens
 from ra_lens.model.loading import available_kinds, load_demo_model, load_folder, load_model
 from ra_lens.model.sites import Gate, Layers, Side, Site, Sites, spell_layers
 from ra_lens.model.tokens import PrependBos
 
 __all__ = [
+    "Front",
     "FwdHooks",
     "Gate",
     "Layers",
@@ -23,6 +25,7 @@ __all__ = [
     "Sites",
     "as_lens",
     "available_kinds",
+    "default_front",
     "find_sites",
     "load_demo_model",
     "load_folder",

@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from ra_lens.errors import BadFile, BadInput
-from ra_lens.files import FULL, begins_with, check_input, reason, user_path
+from ra_lens.files import (
+    FULL,
+    begins_with,
+    check_input,
+    reason,
+    tensors_written,
+    user_path,
+)
 from ra_lens.model.hugging_face import first_line, fresh_copy, no_loading_bars
 
 SMOLLM2 = "smollm2-135m"
@@ -51,7 +58,7 @@ def gguf_file(name: str | Path) -> Path | None:
     if name == SMOLLM2:
         return _smollm2()
     path = user_path(name)
-    if path.suffix.lower() != _ENDING or path.is_dir():
+    if path.suffix.lower() != _ENDING or os.path.isdir(path):
         return None
     check_input(path, "Give the path of a GGUF file.")
     return path
@@ -210,7 +217,8 @@ def _convert(path: Path, folder: Path) -> None:
             bar.set_description(f"Converting {path.name}, once: weights")
             config = AutoConfig.from_pretrained(parent, **where)
             _complete(config, header)
-            model, told = AutoModelForCausalLM.from_pretrained(
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, told = load(
                 parent, config=config, dtype=torch.float32, output_loading_info=True, **where
             )
             _check_all_read(header, told, known)
@@ -221,7 +229,8 @@ def _convert(path: Path, folder: Path) -> None:
         except Exception as error:  # whatever a reader that was not made for this file meets
             raise _refusal(path, header, error) from error
         bar.set_description(f"Converting {path.name}, once: saving")
-        fresh_copy(model, torch.float32).save_pretrained(str(folder))
+        with tensors_written():
+            fresh_copy(model, torch.float32).save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
 
 
@@ -293,7 +302,7 @@ _PLACES = {
 }
 # These change what a model computes, and have no place in the configuration of what is read here.
 _NO_PLACE = ("attention.scale", "attention.max_alibi_bias", "embedding_scale", "residual_scale")
-_LLAMA3 = {
+_LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -313,6 +322,8 @@ def _complete(config: Any, header: _Header) -> None:
             config.hidden_size // config.num_attention_heads
         )
         _set_rotary(config, partial_rotary_factor=said["rope.dimension_count"] / width)
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = _gemma_scalar(config)
     lost = [f"{name}={said[name]}" for name in _NO_PLACE if said.get(name)]
     scaling, factor = said.get("rope.scaling.type", "none"), said.get("rope.scaling.factor", 1.0)
     if scaling == "linear":
@@ -326,6 +337,14 @@ def _complete(config: Any, header: _Header) -> None:
             f"it has {' and '.join(lost)}, which is not read from a GGUF file, so that its numbers "
             "would be wrong."
         )
+
+
+def _gemma_scalar(config: Any) -> int:
+    """What Gemma's scores are divided by the root of; llama.cpp tells by the number of layers."""
+    of_27b = {"gemma2": 46}.get(config.model_type, 62)
+    if config.num_hidden_layers == of_27b:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
 
 
 def _set_rotary(config: Any, **facts: Any) -> None:
@@ -351,7 +370,8 @@ def _set_llama3(config: Any, factors: list[float]) -> bool:
         return True
     parameters = getattr(config, "rope_parameters", None) or {}
     base = float(parameters.get("rope_theta") or config.rope_theta)
-    _, low, high, context = _LLAMA3.values()
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    context = _LLAMA3["original_max_position_embeddings"]
     for i, found in enumerate(factors):
         turns = context / (2 * math.pi * base ** (i / n))  # of this frequency within the context
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)

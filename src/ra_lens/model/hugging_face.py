@@ -7,6 +7,7 @@ the user's model.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import warnings
 from collections.abc import Generator
@@ -58,7 +59,7 @@ def as_plain(model: nn.Module) -> Any:
     """
     from transformers import PreTrainedModel
 
-    if hasattr(model, "merge_and_unload"):  # a PeftModel, around a model of transformers
+    if hasattr(model, "get_base_model"):  # a PeftModel, around a model of transformers
         model = _merged(model)
     elif isinstance(model, PreTrainedModel) and any(map(_is_adapter, model.modules())):
         model = _merged_in_place(model)
@@ -146,33 +147,7 @@ def fresh_copy(model: Any, dtype: torch.dtype, device: str | torch.device | None
 
 def _no_init_weights() -> Any:
     try:
-        from transformers.initialization import no_init_weights
+        home: Any = importlib.import_module("transformers.initialization")
     except ImportError:  # transformers 4
-        from transformers.modeling_utils import no_init_weights
-    return no_init_weights()
-
-
-@contextmanager
-def weights_read(*, allow_pickle: bool) -> Generator[None]:
-    """Have transformers read safetensors only, unless pickled weights are allowed.
-
-    TransformerLens has no option that says so, and not all that is given to its classes reaches
-    transformers.
-    """
-    if allow_pickle:
-        yield
-        return
-    from transformers import PreTrainedModel
-
-    theirs: Any = PreTrainedModel.__dict__["from_pretrained"]
-
-    def from_pretrained(cls: Any, *given: Any, **options: Any) -> Any:
-        if options.get("use_safetensors") is None and "gguf_file" not in options:
-            options["use_safetensors"] = True
-        return theirs.__func__(cls, *given, **options)
-
-    setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(PreTrainedModel, "from_pretrained", theirs)  # noqa: B010
+        home = importlib.import_module("transformers.modeling_utils")
+    return home.no_init_weights()

@@ -34,10 +34,10 @@ from ra_lens.model.hugging_face import (
     first_line,
     fresh_copy,
     no_loading_bars,
-    weights_read,
     write_config,
 )
 from ra_lens.model.lens import ModelKind
+from ra_lens.model.pickled import advice, check_file, check_folder, check_name, weights_read
 
 
 def available_kinds() -> tuple[ModelKind, ...]:
@@ -105,6 +105,7 @@ def load_model(
         return model
     if is_folder(user_path(name)):
         return load_folder(name, allow_pickle=allow_pickle, **options)
+    check_file(user_path(name))
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise BadInput(
             f"there is no folder {str(name)!r}. Give a folder with a config.json, or a GGUF file."
@@ -121,6 +122,8 @@ def _load_name(
     allow_pickle: bool,
 ) -> nn.Module:
     where = None if device is None else str(device)
+    if not allow_pickle:
+        check_name(name)
 
     def load(chosen: ModelKind) -> nn.Module:
         cls = _class_of(chosen)
@@ -134,9 +137,10 @@ def _load_name(
             # cannot be downloaded cannot be by either.
             kind_of_error = BadInput if isinstance(error, OSError) else _CannotConvert
             raise kind_of_error(
-                f"{chosen} could not load {name!r}: {first_line(error)} Give a name that "
-                "TransformerLens knows and that can be downloaded, a local folder with "
-                "config.json, weights and tokenizer, or call load_demo_model()."
+                f"{chosen} could not load {name!r}: {first_line(error)} "
+                f"{advice(error, allow_pickle=allow_pickle)}Give a name that TransformerLens "
+                "knows and that can be downloaded, a local folder with config.json, weights and "
+                "tokenizer, or call load_demo_model()."
             ) from error
 
     return _first_that_loads(kind, load)
@@ -162,6 +166,8 @@ def load_folder(
             f"{path} has no config.json. A model folder holds config.json, the weights and the "
             "tokenizer, as Hugging Face's save_pretrained writes them."
         )
+    if not allow_pickle:
+        check_folder(path)
 
     def load(chosen: ModelKind) -> nn.Module:
         with weights_read(allow_pickle=allow_pickle):
@@ -273,6 +279,7 @@ def _hooked_transformer_from_folder(
         ) from error
     try:
         cfg = _hooked_transformer_config(conversion, path, device, dtype)
+        _correct_config(cfg, hf_model)
         state_dict = conversion.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=dtype)
         model = _class_of("HookedTransformer")(cfg, tokenizer, move_to_device=False)
         model.load_and_process_state_dict(
@@ -286,10 +293,51 @@ def _hooked_transformer_from_folder(
         where = f" in {path}" if weights is None else ""
         raise _CannotConvert(
             f"HookedTransformer cannot convert the model{where} "
-            f"({type(hf_model).__name__}): {type(error).__name__}: {str(error)[:300]}. "
-            "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."
+            f"({type(hf_model).__name__}): {type(error).__name__}: {str(error)[:300]}. {_AS_BRIDGE}"
         ) from error
-    return nn.Module.to(model, device)  # its own `to` prints
+    nn.Module.to(model, device)  # its own `to` prints
+    off = _difference(model, hf_model)
+    if off > _TOLERANCE.get(dtype, 1e-3):
+        raise _CannotConvert(
+            f"HookedTransformer loses something of the model {type(hf_model).__name__}: its logits "
+            f"on a few tokens are off by {off:.2g} of their deviation. {_AS_BRIDGE}"
+        )
+    return model
+
+
+_AS_BRIDGE = (
+    "Load it as a TransformerBridge: kind='TransformerBridge' (TransformerLens 3 or newer)."
+)
+# Half precision rounds differently in the two; what a lost setting does is larger.
+_TOLERANCE = {torch.float16: 0.5, torch.bfloat16: 0.5}
+
+
+def _correct_config(cfg: Any, hf_model: Any) -> None:
+    """Give a HookedTransformer the settings that TransformerLens 2 loses, or refuse."""
+    rotary: dict[str, Any] = getattr(hf_model.config, "rope_parameters", None) or {}
+    base = rotary.get("rope_theta", getattr(hf_model.config, "rope_theta", None))
+    if cfg.positional_embedding_type == "rotary" and base is not None:
+        cfg.rotary_base = base
+    scaling = rotary or getattr(hf_model.config, "rope_scaling", None) or {}
+    if scaling.get("rope_type") == "llama3":
+        cfg.use_NTK_by_parts_rope = True
+        cfg.NTK_by_parts_factor = scaling["factor"]
+        cfg.NTK_by_parts_low_freq_factor = scaling["low_freq_factor"]
+        cfg.NTK_by_parts_high_freq_factor = scaling["high_freq_factor"]
+        cfg.NTK_original_ctx_len = scaling["original_max_position_embeddings"]
+    window = getattr(hf_model.config, "sliding_window", None)
+    unused = getattr(hf_model.config, "use_sliding_window", True) is False
+    if window and window < cfg.n_ctx and not unused and not cfg.use_local_attn:
+        raise ValueError(f"its attention is limited to a window of {window} tokens")
+
+
+def _difference(model: Any, hf_model: Any) -> float:
+    """By how much of their deviation the logits of two models differ on a few tokens, at most."""
+    ids = torch.arange(min(12, model.cfg.n_ctx))[None] * 7919 % model.cfg.d_vocab
+    with torch.no_grad():
+        found = model.eval()(ids.to(model.cfg.device)).float().cpu()
+        wanted = hf_model(ids).logits.float()
+    return float((found - wanted).abs().max() / wanted.std())
 
 
 def _hooked_transformer_config(conversion: Any, path: Path, device: str, dtype: torch.dtype) -> Any:

@@ -116,7 +116,40 @@ def patch_hooks(
         UnsupportedModel: a layer of which it is not known whether an edit changes anything, or
             `renormalise` or `at="scores"` where the pattern is only observed.
     """
-    factor = real("scale", scale)
+    if isinstance(scale, str):
+        raise BadInput(
+            f"found scale={scale!r}; a patch adds a number times a map. Which number lowers the "
+            "loss depends on prompts and targets, which are not known here: "
+            "ra_lens.best_scale(model, maps, prompts, targets).scale finds it."
+        )
+    return scaled_hooks(
+        maps,
+        sites,
+        real("scale", scale),
+        heads=heads,
+        layers=layers,
+        rows=rows,
+        align=align,
+        renormalise=renormalise,
+        at=at,
+        attention_mask=attention_mask,
+    )
+
+
+def scaled_hooks(
+    maps: Mapping[int, Tensor],
+    sites: Mapping[int, Site],
+    factor: float | Float[Tensor, "example"],
+    *,
+    heads: Heads = None,
+    layers: Layers = None,
+    rows: Rows = None,
+    align: Align = "exact",
+    renormalise: bool = False,
+    at: Where = "pattern",
+    attention_mask: Tensor | None = None,
+) -> HookPairs:
+    """`patch_hooks`, with a factor for all examples of a batch or one for each."""
     one_of("align", align, ALIGNMENTS)
     check_variant(at, renormalise=renormalise)
     _check_maps(maps, sites)

@@ -81,11 +81,19 @@ class MeanMaps:
             BadInput: options that cannot be used, or heads, layers or rows there are no maps for.
             UnsupportedModel: a layer where this cannot be added exactly.
         """
+        return patch_hooks(self.by_layer(kind), self.sites, scale=scale, **options)
+
+    def by_layer(self, kind: str = "ra") -> dict[int, Float[Tensor, "head query key"]]:
+        """Give the mean maps of one kind by layer.
+
+        Raises:
+            NotStored: that kind was not averaged.
+        """
         names = {layer: s.map_name(read_kind(kind)) for layer, s in self.sites.items()}
         maps = {layer: self._maps[name] for layer, name in names.items() if name in self._maps}
         if not maps:
             raise NotStored(f"found no mean maps of kind {kind!r}: {', '.join(self._maps)}.")
-        return patch_hooks(maps, self.sites, scale=scale, **options)
+        return maps
 
 
 @dataclass(eq=False)

@@ -168,12 +168,15 @@ class Placed(NamedTuple):
 
 
 class Addition:
-    """`scale · map` of one layer, for patterns of any length that the alignment allows."""
+    """`scale · map` of one layer, for patterns of any length that the alignment allows.
+
+    The scale is one for all examples, or one for each.
+    """
 
     def __init__(
         self,
         value: Float[Tensor, "*batch head query key"],
-        scale: float,
+        scale: float | Float[Tensor, "example"],
         *,
         site: Site,
         heads: Bool[Tensor, "head"],
@@ -181,7 +184,11 @@ class Addition:
         placer: Placer,
     ) -> None:
         """Scale the map and drop the heads and query rows that were not chosen."""
-        scaled = scale * value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        # Scales of examples come in where the map is added: a copy of it for each of them would
+        # otherwise be kept for all layers at once.
+        self._each = scale if isinstance(scale, Tensor) else None
+        scaled = wide if isinstance(scale, Tensor) else scale * wide
         maps = scaled.where((heads[:, None] & rows).to(value.device)[..., None], 0.0)
         maps = maps.tril() if site.causal and not site.cross else maps
         self._maps = maps.reshape(-1, *value.shape[-3:])
@@ -208,12 +215,16 @@ class Addition:
             rows = index[:, -n_queries:]
             reached = (rows >= 0) & self._rows[rows.clamp(min=0)]
         self._check(n_examples, n_heads, len(reached))
+        if self._each is not None:
+            reached = reached & (self._each != 0)[:, None]
         if not bool(reached.any()):
             return None
         self._maps = addition = self._maps.to(device)
         as_it_is = n_queries == n_keys == self._n_tokens
         if index is not None and not (as_it_is and bool((index == torch.arange(n_keys)).all())):
             addition = place(addition, index.to(device), n_queries, causal=self._site.causal)
+        if self._each is not None:
+            addition = addition * self._each.to(addition)[:, None, None, None]
         meant = reached[:, None, :, None] & self._heads[:, None, None]
         return Placed(addition, meant.to(device))
 
@@ -233,7 +244,9 @@ class Addition:
                 f"found a pattern of {n_heads} heads at {self._site.label}, but the map to add "
                 f"has {self._maps.shape[1]}. Use maps of the same model."
             )
-        for what, n in (("maps", self._maps.shape[0]), ("rows of attention_mask", n_masked)):
+        n_scales = 1 if self._each is None else len(self._each)
+        found = (self._maps.shape[0], n_masked, n_scales)
+        for what, n in zip(("maps", "rows of attention_mask", "scales"), found, strict=True):
             if n not in (1, n_examples):
                 raise BadInput(
                     f"found {n_examples} examples at {self._site.label}, but {n} {what}. Run "

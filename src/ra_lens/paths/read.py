@@ -45,6 +45,7 @@ class PromptMaps:
         bos: Positions of BOS tokens.
         usable: For a tensor of weights: where a path may go. None: everywhere.
         later: Layers whose tokens also attend to later ones, which `trace_layers` refuses.
+        prepended: The token put in front of text; empty if none was; None where that is not known.
     """
 
     tokens: tuple[str, ...]
@@ -55,6 +56,7 @@ class PromptMaps:
     bos: frozenset[int] = frozenset()
     usable: Bool[np.ndarray, "pos"] | None = None
     later: tuple[str, ...] = ()
+    prepended: str | None = None
 
 
 def read_maps(
@@ -252,7 +254,8 @@ def _from_cache(
         one = _unnamed(own, follow, cache.info.model_name, sites)
         if known is not None:
             bos = _places(known[i], known[i][0]) if cache.info.prepended else frozenset[int]()
-            one = replace(one, tokens=tuple(known[i]), bos=bos)
+            front = cache.info.prepended
+            one = replace(one, tokens=tuple(known[i]), bos=bos, prepended=front)
         found.append(one)
     return found
 
@@ -356,7 +359,13 @@ def _named(
             else getattr(lens.tokenizer, "bos_token_id", None)
         )
     return [
-        replace(one, tokens=lens.decode_each(ids), token_ids=ids, bos=_places(ids, bos))
+        replace(
+            one,
+            tokens=lens.decode_each(ids),
+            token_ids=ids,
+            bos=_places(ids, bos),
+            prepended=prompts.prepended,
+        )
         for one, ids in zip(maps, prompts.ids, strict=True)
     ]
 

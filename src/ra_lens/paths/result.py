@@ -39,6 +39,7 @@ _FOLLOW = {
 _METADATA = (
     "seq_len", "target_pos", "layer", "layers", "top_beam", "top_k", "follow", "search",
     "length_norm", "agg_heads", "model_name",
+    "prepended",
 )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ class TraceResult:
         length_norm: How scores of paths of different lengths were compared.
         agg_heads: How heads were put together: `mean`, `max`, a head; `none` across layers.
         model_name: Where the maps are from.
+        prepended: The token put in front of text; empty if none was; None where that is not known.
     """
 
     seq_len: int
@@ -135,6 +137,7 @@ class TraceResult:
     length_norm: str = "none"
     agg_heads: str | int = "mean"
     model_name: str = "unknown"
+    prepended: str | None = None
 
     @property
     def is_layered(self) -> bool:

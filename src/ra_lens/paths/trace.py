@@ -146,6 +146,7 @@ def trace_paths(
         length_norm=length_norm,
         agg_heads=agg if head is None else head,
         model_name=maps.model_name,
+        prepended=maps.prepended,
     )
 
 
@@ -246,6 +247,7 @@ def trace_layers(
         follow=follow,
         agg_heads="none",
         model_name=maps.model_name,
+        prepended=maps.prepended,
     )
 
 

@@ -1,7 +1,11 @@
-"""One self-contained HTML file that shows a run: open it anywhere, offline, years later."""
+"""One self-contained HTML file that shows a run: open it anywhere, offline, years later.
+
+`inline_report` gives the same explorer for one cell of a notebook.
+"""
 
 from ra_lens.files import check_output
 from ra_lens.html import Table
+from ra_lens.report.inline import inline_report
 from ra_lens.report.predictions import PatchedPrompt, Predictions, patched_predictions
 from ra_lens.report.sections import Section
 from ra_lens.report.write import write_report
@@ -12,6 +16,7 @@ __all__ = [
     "Section",
     "Table",
     "check_output",
+    "inline_report",
     "patched_predictions",
     "write_report",
 ]

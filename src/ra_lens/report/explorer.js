@@ -33,7 +33,10 @@
   const BROKEN = "#e0a800";  // a number that is not one, where there should be one
   const darkQuery = matchMedia("(prefers-color-scheme: dark)");
   let printing = false;
-  const palette = () => SCALES[darkQuery.matches && !printing ? "dark" : "light"];
+  // In a notebook the page around decides, not the system: frame_inside.js notes it here.
+  const isDark = () => (document.documentElement.dataset.theme
+    ?? (darkQuery.matches ? "dark" : "light")) === "dark";
+  const palette = () => SCALES[isDark() && !printing ? "dark" : "light"];
   const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 
   function mix(stops, share) {
@@ -251,7 +254,9 @@
   const tokenAt = (token, position) => [isolated(token), ` (${position})`];
   function showMaps() {
     const maps = state.head && mapsOf(state.head);
-    $("ra-maps").hidden = !maps;
+    for (const part of [$("ra-maps"), $("ra-own"), $("ra-scale").parentElement]) {
+      part.hidden = !maps;
+    }
     if (!maps) return;
     for (const which of ["a", "r"]) draw(which, maps);
     const limit = limitR(maps);
@@ -350,7 +355,7 @@
     const where = /^\d+$/.test(layer.name) ? "" : ` (${layer.name}, head ${head.split(".")[1]})`;
     $("ra-title").textContent = `${nameOf(head)}${where}: rank ${rank} of ${ranked().length}`
       + `, ‖R‖ = ${digits(norm)} (${percent(norm / total)} of all heads)`
-      + (maps ? "" : "; its maps are not in this file");
+      + (maps ? "" : "; its maps are not here");
     $("ra-name-a").textContent = "Attention A: what the model does";
     $("ra-name-r").textContent = minus
       ? "−R: where descent moves attention" : "R: the gradient; descent goes the other way";
@@ -520,6 +525,7 @@
   $("ra-after").addEventListener("click", step(1));
   const again = () => { showMaps(); shade(); };
   darkQuery.addEventListener("change", again);
+  addEventListener("themechange", again);
   addEventListener("beforeprint", () => { printing = true; again(); });
   addEventListener("afterprint", () => { printing = false; again(); });
   let width = 0;

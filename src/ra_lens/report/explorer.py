@@ -29,7 +29,9 @@ from ra_lens.head_names import HeadScore
 from ra_lens.model.sites import MapKind
 from ra_lens.report.predictions import PatchedPrompt, Predictions
 from ra_lens.report.prompt_tokens import prompt_tokens, sides
-from ra_lens.text import label
+from ra_lens.report.scale_curve import scale_svg
+from ra_lens.scales import PAPER_SCALE
+from ra_lens.text import label, scale_name
 
 BYTES_PER_CELL = 4
 
@@ -41,19 +43,24 @@ class Shown:
     Attributes:
         examples: Which examples.
         heads: The heads, most important first, over the mean norm of all examples.
-        stored: How many of `heads` have their maps in the page.
+        mapped: Those of them whose maps are in the page.
         max_tokens: So many of the last tokens are rows and columns of maps.
     """
 
     examples: tuple[int, ...]
     heads: tuple[HeadScore, ...]
-    stored: int
+    mapped: tuple[HeadScore, ...]
     max_tokens: int
+
+    @property
+    def cut(self) -> int:
+        """How many heads are shown by their norms only."""
+        return len(self.heads) - len(self.mapped)
 
 
 def choose(ra: RACache, examples: Sequence[int], *, max_tokens: int, max_bytes: int) -> Shown:
     """Choose how many heads' maps go into a page of limited size, most important heads first."""
-    heads = ra.top_heads(len(ra.layers) * ra.n_heads)
+    heads = tuple(ra.top_heads(len(ra.layers) * ra.n_heads))
     sizes = {layer: sum(_cells(ra, layer, i, max_tokens) for i in examples) for layer in ra.layers}
     total, stored = 0, 0
     for head in heads:
@@ -61,7 +68,7 @@ def choose(ra: RACache, examples: Sequence[int], *, max_tokens: int, max_bytes: 
         if total > max_bytes and stored:
             break
         stored += 1
-    return Shown(tuple(examples), tuple(heads), stored, max_tokens)
+    return Shown(tuple(examples), heads, heads[:stored], max_tokens)
 
 
 def _cells(ra: RACache, layer: int, example: int, max_tokens: int) -> int:
@@ -82,9 +89,15 @@ def pack(maps: HeadMaps) -> str:
 
 
 def explorer(
-    ra: RACache, shown: Shown, *, sign: str, top: int, patched: Sequence[PatchedPrompt]
+    ra: RACache,
+    shown: Shown,
+    *,
+    sign: str,
+    top: int,
+    patched: Sequence[PatchedPrompt],
+    note: str = "",
 ) -> str:
-    """Write it: HTML, then the data."""
+    """Write it: HTML with a note below the grid, then the data."""
     norms = {kind: _norms(ra, kind) for kind in ("ra", "pattern")}
     counts = ra.sites.n_heads
     data: dict[str, Any] = {
@@ -101,7 +114,7 @@ def explorer(
     blocks: list[str] = []
     for place, example in enumerate(shown.examples):
         maps: dict[str, Any] = {}
-        for head in shown.heads[: shown.stored]:
+        for head in shown.mapped:
             found = head_of_example(ra, head, example=example, max_tokens=shown.max_tokens)
             key = f"{head.layer}.{head.head}"
             site = ra.sites[head.layer]
@@ -122,7 +135,7 @@ def explorer(
             }
         )
     script = f'<script type="application/json" id="ra-data">{html.data(data)}</script>'
-    return "\n".join([_frame(ra, shown, patched), *blocks, script])
+    return "\n".join([_frame(ra, shown, patched, note), *blocks, script])
 
 
 def _norms(ra: RACache, kind: MapKind) -> Float[Tensor, "batch layer head"]:
@@ -138,12 +151,8 @@ def _rounded(norms: Float[Tensor, "layer head"], counts: Sequence[int]) -> list[
     ]
 
 
-def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt]) -> str:
-    n, left = len(shown.examples), len(shown.heads) - shown.stored
-    note = (
-        f"This file holds the maps of the {shown.stored} heads with the largest norms; the other "
-        f"{left} are shown by their norms only."
-    )
+def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt], note: str) -> str:
+    n = len(shown.examples)
     mean = '<option value="mean">‖R‖, mean of all prompts</option>'
     choices = (f'<option value="{i}">prompt {i + 1} of {n}</option>' for i in range(n))
     return Template(html.resource("ra_lens.report", "explorer.html")).substitute(
@@ -151,7 +160,8 @@ def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt]) -> str:
         choices="".join(choices),
         prompts="\n".join(_prompt(ra, shown, i, patched) for i in range(n)),
         mean=mean if n > 1 else "",
-        note=html.note(note) if left else "",
+        note=html.note(note) if note else "",
+        choose=" Choose one to see its maps." if shown.mapped else "",
     )
 
 
@@ -163,7 +173,8 @@ def _prompt(ra: RACache, shown: Shown, place: int, patched: Sequence[PatchedProm
     chips = ""
     for side, name in zip(read, ("encoder", "decoder"), strict=False):
         chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
-        chips += _chips(prompt_tokens(ra, example, side, target=side == last), side, place)
+        tokens = prompt_tokens(ra, example, side, target=side == last)
+        chips += _chips(tokens, side, place) if tokens else ""
     after = _predictions(ra, example, patched[place]) if patched else ""
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (
@@ -185,7 +196,7 @@ def _chips(tokens: Sequence[tuple[str, str]], side: str, place: int) -> str:
 
 
 def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
-    scale = f"{patched.scale:g}".replace("-", "−")
+    scale = scale_name(patched.scale)
     target = "" if ra.info.targets is None else label(ra.info.targets[example])
     columns = [f"p(“{target}”)", "Its rank", "Top predictions"]
 
@@ -196,13 +207,26 @@ def _predictions(ra: RACache, example: int, patched: PatchedPrompt) -> str:
 
     table = html.Table(
         ("", *columns),
-        (row("As it is", patched.before), row("Patched", patched.after)),
+        (row("As it is", patched.before), row(f"Patched, {scale}", patched.after)),
     )
+    place = "attention" if patched.at == "pattern" else "attention scores"
     note = (
-        f"Patched: {scale} times this prompt’s own R is added to the attention of every head; "
+        f"Patched: {scale} times this prompt’s own R is added to the {place} of every head; "
         "the weights stay as they are."
     )
-    return f"<div><h3>What comes next</h3>{html.table(table)}{html.note(note)}</div>"
+    drawing, found = "", patched.found
+    if found is not None:
+        note += f" Of {len(found.scales)} scales this one makes the loss smallest"
+        note += ", the last tried" * found.at_the_end
+        note += "; it was chosen with the target at hand."
+        paper = PAPER_SCALE["ra"]
+        if paper in found.scales:
+            note += (
+                f" At {scale_name(paper)}, the paper’s scale for a mean over prompts, "
+                f"p(target) is {_percent(found.probability_at(paper))}."
+            )
+        drawing = scale_svg(found)
+    return f"<div><h3>What comes next</h3>{html.table(table)}{drawing}{html.note(note)}</div>"
 
 
 def _percent(share: float) -> str:

@@ -20,12 +20,13 @@ def prompt_tokens(
     """Give the tokens of an example as shown, the target's last, each with a kind.
 
     The kind is `''`, `special`, `target` or, for a target that the model has not read, `target
-    next`.
+    next`. Of a cache that was told no tokens the positions are given, if it has maps to count them.
     """
     info = ra.info
     rows = info.tokens_of(side)
-    if rows is None:  # the cache was not told; positions stand for tokens
-        shown = [(f"#{i}", "") for i in range(ra["ra", ra.layers[0]].shape[-1])]
+    if rows is None:
+        n = next((maps.shape[-1] for maps in ra.values()), 0)
+        shown = [(f"#{i}", "") for i in range(n)]
     else:
         shown = [(visible(token), "") for token in rows[example]]
     if shown and info.prepended and side == "input":

@@ -12,40 +12,23 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, RALensError
 from ra_lens.files import REPORT, check_output, write_whole
-from ra_lens.head_maps import head_of_example, read_example
+from ra_lens.head_maps import head_of_example
 from ra_lens.html import Table, facts, resource
-from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
+from ra_lens.numbers import Real, Whole, Wholes
 from ra_lens.paths import TraceResult, trace_layers
 from ra_lens.paths.result import Follow
 from ra_lens.prompts import PromptInput
 from ra_lens.report.explorer import Shown, choose, explorer
 from ra_lens.report.predictions import PatchedPrompt
 from ra_lens.report.sections import Section, page
+from ra_lens.report.view import Sign, heading_of, how_to_read, read_view
 from ra_lens.text import label
-
-Sign = Literal["descent", "gradient"]
-
-_READ = {
-    "descent": (
-        "The maps show −R: where one step of gradient descent on this loss would move attention. "
-        "Red cells would get more attention, blue ones less."
-    ),
-    "gradient": (
-        "The maps show R, the gradient itself: descent would lower attention at red cells and "
-        "raise it at blue ones."
-    ),
-}
-_ALWAYS = (
-    "Rows are the tokens that attend (queries), columns the tokens attended to (keys). The entries "
-    "of a row of R add up to 0: attention is moved, not made. R is 0 wherever A is."
-)
 
 
 def write_report(
@@ -90,38 +73,31 @@ def write_report(
         NotStored: the maps were not kept.
     """
     check_output(path, REPORT)
-    every = range(ra.batch_size)
-    asked = every if examples is None else wholes("examples", examples, none_at_all=True)
-    chosen = [read_example(ra, example) for example in asked]
-    if not chosen:
-        raise BadInput("found examples=[]; give at least one, or leave it out for all.")
-    if sign not in _READ:
-        raise BadInput(f"found sign={sign!r}; give 'descent' (shows −R) or 'gradient' (shows R).")
-    top, max_tokens = whole("top", top), whole("max_tokens", max_tokens)
-    max_megabytes = real("max_megabytes", max_megabytes)
-    if top < 1:
-        raise BadInput(f"found top={top}; give the number of heads to show, at least 1.")
-    if max_tokens < 1 or max_megabytes <= 0:
+    view = read_view(
+        ra,
+        examples=examples,
+        sign=sign,
+        top=top,
+        max_tokens=max_tokens,
+        max_megabytes=max_megabytes,
+    )
+    if patched and len(patched) != len(view.examples):
         raise BadInput(
-            f"found max_tokens={max_tokens}, max_megabytes={max_megabytes}; give positive numbers."
+            f"found patched predictions of {len(patched)} prompts for a report on "
+            f"{len(view.examples)}. Give one per prompt shown."
         )
-    if patched and len(patched) != len(chosen):
-        raise BadInput(
-            f"found patched predictions of {len(patched)} prompts for a report on {len(chosen)}. "
-            "Give one per prompt shown."
-        )
-    in_base64 = 3 / 4 * max_megabytes * 1e6
-    shown = choose(ra, chosen, max_tokens=max_tokens, max_bytes=int(in_base64))
+    in_base64 = int(3 / 4 * view.max_bytes)
+    shown = choose(ra, view.examples, max_tokens=view.max_tokens, max_bytes=in_base64)
     body = [
         facts(ra.model_facts()),
-        explorer(ra, shown, sign=sign, top=top, patched=patched),
-        _top_heads(ra, shown, top),
+        explorer(ra, shown, sign=sign, top=view.top, patched=patched, note=_left_out(shown)),
+        _top_heads(ra, shown, view.top),
         *([_paths(traces)] if traces else []),
         *sections,
-        Section("How to read the maps", (_READ[sign], _ALWAYS)),
+        Section("How to read the maps", how_to_read(sign)),
         _made(command),
     ]
-    heading = title or f"Reversed Attention of {ra.info.model_name}"
+    heading = title or heading_of(ra)
     style, script = (resource("ra_lens.report", f"explorer.{end}") for end in ("css", "js"))
     return write_whole(path, page(heading, body, styles=[style], scripts=[script]), REPORT)
 
@@ -149,6 +125,15 @@ def traces_of_run(ra: RACache, model: nn.Module, prompt: PromptInput) -> list[Tr
     if reason is not None and not found:
         raise reason
     return found
+
+
+def _left_out(shown: Shown) -> str:
+    if not shown.cut:
+        return ""
+    return (
+        f"This file holds the maps of the {len(shown.mapped)} heads with the largest norms; the "
+        f"other {shown.cut} are shown by their norms only."
+    )
 
 
 def _top_heads(ra: RACache, shown: Shown, top: int) -> Section:
