@@ -45,13 +45,18 @@ def low_high(shown: str | None) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def interleaved(routes: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, Times]:
+def interleaved(
+    routes: dict[str, Callable[[], object]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
     """Run each route `rounds` times, taking turns, after a first round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     for number in range(rounds + 1):
         for name, run in routes.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: Times(values) for name, values in seconds.items()}

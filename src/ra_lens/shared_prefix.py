@@ -135,7 +135,7 @@ def _shared_ids(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def same_logits(
-    found: Float[Tensor, "prompt *read d_vocab"], wanted: Float[Tensor, "prompt *read d_vocab"]
+    found: Float[Tensor, "*some d_vocab"], wanted: Float[Tensor, "*some d_vocab"]
 ) -> bool:
     """Whether logits are the same but for rounding, which is another in a batch of another shape.
 
