@@ -80,7 +80,7 @@ def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
             of them concatenated.
 
     Returns:
-        What they give without: a row for all questions together. A table without a column
+        What they give without, a row for all questions together. A table without a column
         `question` comes back as it is.
     """
     if "question" not in frame:

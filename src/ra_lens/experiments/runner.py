@@ -45,10 +45,10 @@ from ra_lens.tasks import (
     Split,
     SplitRule,
     Task,
-    check_demonstrations,
     load_task,
     task_names,
 )
+from ra_lens.tasks.task import check_demonstrations
 from ra_lens.text import short, shots_name
 
 Tasks = str | Task | Iterable[str | Task]

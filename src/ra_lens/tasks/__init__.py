@@ -35,7 +35,6 @@ from ra_lens.tasks.task import (
     Task,
     TaskKind,
     Unseen,
-    check_demonstrations,
     same_length_sets,
 )
 
@@ -49,7 +48,6 @@ __all__ = [
     "Task",
     "TaskKind",
     "Unseen",
-    "check_demonstrations",
     "held_out_prompts",
     "is_held_out_adjacency",
     "is_held_out_query",
