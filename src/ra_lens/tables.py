@@ -89,7 +89,7 @@ def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
     keys = [name for name in _TELLS_APART if name in frame]
     others = [name for name in frame if name not in (*measured, *keys, "question")]
     groups = frame.groupby(keys, sort=False, dropna=False)
-    means = groups.agg({**dict.fromkeys(measured, "mean"), **dict.fromkeys(others, "first")})
+    means: Any = groups.agg({**dict.fromkeys(measured, "mean"), **dict.fromkeys(others, "first")})
     return means.reset_index()[[name for name in frame if name != "question"]]
 
 

@@ -17,6 +17,8 @@ the interval of a difference between two columns is that of a paired comparison.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -49,7 +51,7 @@ def question_areas(
             "perturbation_test(..., each_question=True)."
         )
     areas = areas_of_curves(frame, [*CURVE, "draw", "question"], metric=metric, rule=rule)
-    means = areas.groupby([*CURVE, "question"], sort=False)["auc"].mean()
+    means: Any = areas.groupby([*CURVE, "question"], sort=False)["auc"].mean()
     return means.reset_index()
 
 
