@@ -206,6 +206,11 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def examples(n: Any) -> str:
+    """Name a number of examples."""
+    return f"{n} example" if n == 1 else f"{n} examples"
+
+
 def share(value: float) -> str:
     """A share, or a difference of two, without the zero in front."""
     return f"{value:.2f}".replace("0.", ".").replace("-", "−")
@@ -220,7 +225,7 @@ def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows tasks, columns numbers of examples; the best first."""
     means = frame.groupby(["task", "n_shots"]).top1.mean().unstack("n_shots")
     ordered = means.sort_values(5, ascending=False)
-    return ordered.map(share).rename(columns=lambda n: f"{n} examples")
+    return ordered.map(share).rename(columns=examples)
 
 
 def able(frame: pd.DataFrame) -> list[str]:
@@ -240,7 +245,7 @@ def areas_table(wide: pd.DataFrame) -> pd.DataFrame:
     """Rows orders, columns numbers of examples: mean area over tasks with its interval."""
     found: dict[str, pd.Series] = {}
     for shots, part in wide.groupby(level="n_shots"):
-        found[f"{shots} examples"] = bootstrap_intervals(part).apply(with_interval, axis=1)
+        found[examples(shots)] = bootstrap_intervals(part).apply(with_interval, axis=1)
     return pd.DataFrame(found).set_axis(list(ORDERS.values()), axis=0)
 
 
@@ -359,12 +364,15 @@ def main(
     curves = joined(job for job in perturbed if job.task in there)
     sweep = joined(job for job in patched if job.path.exists())
     done = {"perturbation test": (there, can), "patching sweep": (set(sweep.task), patched)}
-    for name, (some, every) in done.items():
-        if len(some) < len(every):
-            typer.echo(f"The {name} is there for {len(some)} of {len(every)} tasks only.")
+    said = [
+        f"The {name} is here for {len(some)} of {len(every)} tasks."
+        for name, (some, every) in done.items()
+    ]
+    typer.echo(" ".join(said))
     accuracy, logits = by_question(curves, "top1"), by_question(curves, "logit_diff")
     refresh(
         {
+            "done": " ".join(said),
             "accuracy": markdown(accuracies(survey)),
             "areas": markdown(areas_table(accuracy)),
             "areas logit": markdown(areas_table(logits)),
