@@ -10,6 +10,8 @@ from patches import IDS, POS, TARGET, keeping, logits_with, pattern_of
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.head_names import HeadScore
+from ra_lens.patching.hooks import scaled_hooks
+from refused import unchecked
 from tiny_models import (
     ANY_KIND,
     CASES,
@@ -155,11 +157,9 @@ def test_options_outside_their_choices_are_said(case, mean):
     maps, (options, needed) = mean("gpt2", KINDS[0]), BAD[case]
     with pytest.raises(BadInput, match=needed):
         if case == "a number":
-            inner = type(maps.sites).choose_heads
-            getattr(inner, "__wrapped__", inner)(maps.sites, 3)
+            unchecked(type(maps.sites).choose_heads)(maps.sites, 3)
         else:
-            unchecked = getattr(patch_hooks, "__wrapped__", patch_hooks)
-            unchecked({0: maps["ra", 0]}, maps.sites, scale=SCALE, **options)
+            unchecked(scaled_hooks)({0: maps["ra", 0]}, maps.sites, SCALE, **options)
 
 
 def test_maps_that_cannot_be_added_are_said(mean):

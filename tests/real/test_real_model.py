@@ -40,7 +40,7 @@ def forget() -> Iterator[None]:
 
 @cache
 def collected(kind: Any, target: str) -> Any:
-    return run_with_ra(real_model(kind), PROMPT, target=target)[1]
+    return run_with_ra(real_model(kind), PROMPT, target=target, prepend_bos=True)[1]
 
 
 def token(kind: Any, text: str) -> int:
@@ -127,7 +127,8 @@ def test_accuracies_of_masked_heads_are_those_of_hugging_face(kind):
     """The first half of the heads kept: rows of W_O of the others are zeroed."""
     n, task = 4, load_task("singular-plural")
     options = {"methods": "index", "directions": ["forward"], "shots": 1, "n_test": n}
-    table = perturbation_test(real_model(kind), task, step=0.5, progress=False, **options)
+    options |= {"prepend_bos": True, "progress": False}
+    table = perturbation_test(real_model(kind), task, step=0.5, **options)
     heads = HFHeads(real_folder())
     every = [(layer, head) for layer in range(heads.n_layers) for head in range(N_HEADS)]
     model = real_model(kind)
