@@ -212,8 +212,8 @@ def examples(n: Any) -> str:
 
 
 def share(value: float) -> str:
-    """A share, or a difference of two, without the zero in front."""
-    return f"{value:.2f}".replace("0.", ".").replace("-", "−")
+    """A share or another number with two digits, without a zero in front."""
+    return re.sub(r"\b0\.", ".", f"{value:.2f}").replace("-", "−")
 
 
 def with_interval(row: Any) -> str:
