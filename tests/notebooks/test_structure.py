@@ -45,6 +45,11 @@ def test_every_cell_was_run_in_order_without_an_error_or_a_warning(path):
     assert sum(bool(texts(cell)) for cell in cells) >= 3
 
 
+def test_it_shows_what_the_real_model_says(path):
+    said = "".join(text for cell in code_cells(read(path)) for text in texts(cell))
+    assert said.count("SmolLM2-135M-Instruct.Q4_1: 30 layers of 9 heads") == 1
+
+
 def test_every_figure_is_an_image_too(path):
     shown = [o["data"] for c in code_cells(read(path)) for o in c["outputs"] if "data" in o]
     figures = [data for data in shown if "application/vnd.plotly.v1+json" in data]
