@@ -265,9 +265,11 @@ def _hooked_transformer_from_folder(
 
     conversion: Any = importlib.import_module("transformer_lens.loading_from_pretrained")
     here: dict[str, Any] = {"local_files_only": True}
+    # To be compared with: transformers 4 forgets GPT-2's scale by layer in other attention.
+    eager: dict[str, Any] = {"attn_implementation": "eager", "dtype": dtype}
     try:
         if weights is None:
-            hf_model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, **here)
+            hf_model = AutoModelForCausalLM.from_pretrained(str(path), **eager, **here)
         else:
             hf_model = fresh_copy(weights, dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path), **here)
@@ -334,8 +336,10 @@ def _correct_config(cfg: Any, hf_model: Any) -> None:
 def _difference(model: Any, hf_model: Any) -> float:
     """By how much of their deviation the logits of two models differ on a few tokens, at most."""
     ids = torch.arange(min(12, model.cfg.n_ctx))[None] * 7919 % model.cfg.d_vocab
-    with torch.no_grad():
-        found = model.eval()(ids.to(model.cfg.device)).float().cpu()
+    device = torch.device(model.cfg.device)
+    exact = torch.autocast(device.type, enabled=False), torch.autocast("cpu", enabled=False)
+    with torch.no_grad(), exact[0], exact[1]:
+        found = model.eval()(ids.to(device)).float().cpu()
         wanted = hf_model(ids).logits.float()
     return float((found - wanted).abs().max() / wanted.std())
 
