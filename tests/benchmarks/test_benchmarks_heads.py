@@ -69,6 +69,7 @@ def test_the_perturbation_test_has_the_same_logit_differences_either_way():
     assert_within(table, "ratio", "spread")
 
 
+@pytest.mark.every_model
 def test_shared_demonstrations_give_the_same_numbers_as_in_full():
     table = demonstrations.measure(rounds=2, quick=True)
     rows = checked(table)

@@ -95,7 +95,9 @@ def reused(model, *, accuracy="first token", side="right"):
     return sum(counts) <= most
 
 
-@pytest.mark.parametrize("accuracy", ["first token", "answer"])
+@pytest.mark.parametrize(
+    "accuracy", ["first token", pytest.param("answer", marks=pytest.mark.every_model)]
+)
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_answers_are_those_of_prompts_in_full(arch, kind, accuracy, shared):
     model = shared(arch, kind)
@@ -158,6 +160,7 @@ def in_full(model, prompts, at):
     return effects
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("batch_size", [3, 64])
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_effects_of_heads_are_those_of_prompts_in_full(arch, kind, batch_size, shared, monkeypatch):
@@ -209,7 +212,7 @@ def test_hooks_on_the_model_see_whole_prompts(arch, kind, fresh):
     assert all(n_queries == n_keys for n_queries, n_keys in seen)
 
 
-@pytest.mark.parametrize("method", ["cm1", "cm1_last"])
+@pytest.mark.parametrize("method", ["cm1", pytest.param("cm1_last", marks=pytest.mark.every_model)])
 @pytest.mark.parametrize(("arch", "kind"), [("llama", kind) for kind in KINDS])
 def test_nothing_is_left_behind(arch, kind, method, fresh):
     model = fresh(arch, kind)
