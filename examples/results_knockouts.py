@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ import pandas as pd
 import torch
 import typer
 
-from ra_lens import load_model
+from ra_lens import load_demo_model, load_model
 from ra_lens.experiments import knockout_test, read_results
 
 RESULTS = Path(__file__).parent / "results-knockouts"
@@ -74,8 +75,8 @@ def run_all(results: Path, source: str) -> None:
         if job.path(results).exists():
             continue
         if model is None or model[0] != job.model:
-            name = source if job.model == "smollm2-135m" else job.model
-            model = job.model, load_model(name, device="cpu")
+            load = load_demo_model if job.model == "demo" else partial(load_model, source)
+            model = job.model, load(device="cpu")
         start = time.perf_counter()
         job.run(model[1], results)
         typer.echo(f"{job.model}, {job.part}, {job.task}: {time.perf_counter() - start:.0f} s")

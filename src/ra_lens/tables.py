@@ -136,8 +136,21 @@ _NEEDED = {
     "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
     "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
     "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
-    "knockout": ("model", "task", "kind", "n_shots", "question", "what", "cut", "drawn", "layer",
-                 "window", "head", "query", "keys"),
+    "knockout": (
+        "model",
+        "task",
+        "kind",
+        "n_shots",
+        "question",
+        "what",
+        "cut",
+        "drawn",
+        "layer",
+        "window",
+        "head",
+        "query",
+        "keys",
+    ),
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",

@@ -19,7 +19,7 @@ Foretold, in nats, positive where the loss rises:
     minus_ra      −Σ R~
     input_grad    −Σ x·∂L/∂x over the tokens looked at, x being what goes into the first block
     end           dL/dt at t = 1, where all is cut: one more backward pass
-    ends          mean of `predicted` and `end`, the trapezoid of two backward passes
+    trapezoid     mean of `predicted` and `end`: two backward passes
     gauss_n       Σ w_i dL/dt at n points t_i of a cut made by and by (Gauss-Legendre)
 
 and, not signed, so to be compared with the size of the change: `pattern`, Σ A; `grad`, Σ |G|;
@@ -128,12 +128,12 @@ def knockout_test(
 
     Returns:
         One row per cut: `task`, `n_shots`, `question`; `what` (`edge` or `set`), `cut`, `drawn`
-        (`random`, `strongest`; `span`, `span and first`, `first`); the first `layer` and how many (`window`); `head` and
-        `key`, −1 for all heads and several keys; `query`; `keys` as text; `query_token`,
-        `key_tokens`; `first`, whether the first token is among the keys; `loss` before the cut and
-        `measured`, what the cut adds to it, both from the model's own logits; and what is foretold,
-        in the columns of `ra_lens.experiments.knockout` (NaN where the model does not show what it
-        takes). Then what is needed to repeat it.
+        (`random`, `strongest`; `span`, `span and first`, `first`); the first `layer` and how many,
+        `window`; `head` and `key`, −1 for all heads and several keys; `query`; `keys` as text;
+        `query_token`, `key_tokens`; `first`, whether the first token is among the keys; `loss`
+        before the cut and `measured`, what the cut adds to it, both from the model's own logits;
+        and what is foretold, in the columns of `ra_lens.experiments.knockout` (NaN where the model
+        does not show what it takes). Then what is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
@@ -235,7 +235,7 @@ class _Measuring:
                 one[name] = value
         if settings["ends"]:
             for one, row in zip(found, rows, strict=True):
-                one["ends"] = (row["predicted"] + one["end"]) / 2
+                one["trapezoid"] = (row["predicted"] + one["end"]) / 2
         return found
 
 

@@ -57,7 +57,7 @@ FORECASTS = (
     Forecast("grad", "|G|", signed=False),
     Forecast("value", "A·‖v W_O‖", signed=False),
     Forecast("end", "slope at the cut"),
-    Forecast("ends", "mean of both slopes"),
+    Forecast("trapezoid", "mean of both slopes"),
 )
 """What is foretold of a cut, in the order of tables; steps (`gauss_2`, …) come after it."""
 
