@@ -109,17 +109,8 @@ class CutQuestions:
         return found
 
     def slopes(self, cuts: Sequence[Cut], share: float) -> Float[Tensor, "cut"]:
-        """Give dL/dt of each cut where a `share` t of it is made, in float64.
-
-        Raises:
-            UnsupportedModel: a model in float16, whose gradients would be 0 or infinite.
-        """
+        """Give dL/dt of each cut where a `share` t of it is made, in float64."""
         lens = self._lens
-        if lens.in_float16:
-            raise UnsupportedModel(
-                f"{lens.name} is in float16, in which the loss cannot be differentiated by the "
-                "share of a cut. Load it in float32 or bfloat16, or leave steps= and ends= out."
-            )
         found = torch.zeros(len(cuts), dtype=torch.float64)
         wide = torch.promote_types(lens.dtype, torch.float32)
         for group, which in self._batches(cuts):
@@ -225,6 +216,15 @@ class _Group:
             logits = self._lens.logits_at(*batch.model_input, batch.last, hooks)[:, 0]
         self._lens.refuse_nan(logits)
         return logits
+
+
+def refuse_slopes(lens: Lens) -> None:
+    """Raise for a model in float16, whose gradients would be 0 or infinite here and there."""
+    if lens.in_float16:
+        raise UnsupportedModel(
+            f"{lens.name} is in float16, in which the loss cannot be differentiated by the share "
+            "of a cut. Load it in float32 or bfloat16, or leave steps= and ends= out."
+        )
 
 
 def refuse_two_texts(lens: Lens) -> None:

@@ -46,7 +46,13 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, UnsupportedModel, one_of
-from ra_lens.experiments.cuts import Cut, CutQuestions, gauss_points, refuse_two_texts
+from ra_lens.experiments.cuts import (
+    Cut,
+    CutQuestions,
+    gauss_points,
+    refuse_slopes,
+    refuse_two_texts,
+)
 from ra_lens.experiments.runner import (
     Cell,
     Protocol,
@@ -159,6 +165,8 @@ def knockout_test(
         "steps_of": steps_of,
         "n_test": whole("n_test", n_test, least=1),
     }
+    if settings["steps"] or settings["ends"]:
+        refuse_slopes(lens)
     if not settings["n_edges"] and not settings["n_sets"]:
         raise BadInput("found n_edges=0 and n_sets=0, which cut nothing. Give one of them.")
     with experiment("knockout", lens, tasks, protocol, accuracy="first token", **settings) as run:
@@ -380,7 +388,9 @@ def _input_gradient(lens: Lens, prompts: Prompts, answer: int) -> Float[Tensor, 
         (grad,) = torch.autograd.grad(loss, leaves, allow_unused=True)
     if grad is None:
         return None
-    return -(leaves[0].detach()[0].float() * grad[0].float()).sum(dim=-1).double().cpu()
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    product = leaves[0].detach()[0].to(wide) * grad[0].to(wide)
+    return -product.sum(dim=-1).cpu()
 
 
 # ---- what is drawn ------------------------------------------------------------------------------
