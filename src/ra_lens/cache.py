@@ -67,6 +67,12 @@ _LOSSES = {
     "logit_diff": "logit of the wrong answer − logit of the right one",
     "custom": "a metric of the user's own",
 }
+_UNITS = {
+    "answer_nll": "nats",
+    "top_prediction": "nats",
+    "sequence_nll": "nats",
+    "logit_diff": "logits",
+}
 
 
 @dataclass(eq=False)
@@ -273,6 +279,11 @@ class RACache:
                 text += f"; p(target) = {math.exp(-loss):.3g}"
             found.append(("Loss", text))
         return found
+
+    @property
+    def loss_unit(self) -> str:
+        """Unit of the loss: `nats` for −log p, `logits`, or of others `units of the loss`."""
+        return _UNITS.get(self.info.objective, "units of the loss")
 
     def loss_of(self, example: Whole) -> float:
         """Loss of an example; of the whole batch where a metric gave one number for it."""
