@@ -14,7 +14,7 @@ runs. `save_figure(figure, "figure.pdf")` writes PNG, SVG, PDF or HTML. Images n
 
 from ra_lens.figures.auc_table import auc_table
 from ra_lens.figures.curves import perturbation_curves
-from ra_lens.figures.flow import Effect, flow_map
+from ra_lens.figures.flow import flow_map
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.maps import Sign, head_map, head_maps
@@ -26,7 +26,6 @@ from ra_lens.figures.sweep import patching_sweep_curve
 from ra_lens.figures.token_row import token_row
 
 __all__ = [
-    "Effect",
     "Layout",
     "Sign",
     "auc_table",

@@ -144,7 +144,7 @@ def explorer(
             blocks.append(
                 f'<script type="text/plain" data-map="{place}.{key}">{pack(found)}</script>'
             )
-        facts = {
+        facts: dict[str, Any] = {
             "norms": _rounded(norms["ra"][example], counts),
             "attention": _rounded(norms["pattern"][example], counts),
             "maps": maps,
