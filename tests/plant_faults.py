@@ -165,7 +165,19 @@ FAULTS = (
         'return -maps.ra if sign == "descent"',
         'return maps.ra if sign == "descent"',
     ),
-    Fault("the page shows R as −R", "signs", "facts.limit * (minus ? -1 : 1)", "facts.limit"),
+    Fault("the page shows R as −R", "signs", "minus ? -gradient : gradient", "gradient"),
+    Fault(
+        "what blocking does has R's sign in the page",
+        "signs",
+        "? -gradient / (scale * (1 - share))",
+        "? gradient / (scale * (1 - share))",
+    ),
+    Fault(
+        "the page divides what blocking does by 1 − A where A has no digits left",
+        "formula",
+        "share <= 0.5 ? -gradient",
+        "share <= 1 ? -gradient",
+    ),
     Fault(
         "descent said to lower what it raises",
         "signs",

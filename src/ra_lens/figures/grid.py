@@ -102,8 +102,8 @@ def head_grid(
         raise BadInput(f"found order={order!r}; give 'index' or 'score'.")
     top = whole("top", top)
     given: list[Scores] = [scores] if isinstance(scores, RACache | HeadScores) else list(scores)
-    names: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
-    kinds = [read_kind(name) for name in names]
+    asked: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
+    kinds: list[MapKind] = [read_kind(one) for one in asked]
     panels = [panel for one in given for panel in _panels(one, kinds)]
     if not panels:
         raise BadInput("found nothing to show. Give a cache, or scores from rank_heads().")
