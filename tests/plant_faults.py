@@ -425,7 +425,7 @@ FAULTS = (
         "files for the owner only",
         "files",
         "temporary.chmod(_mode(destination))",
-        "temporary.chmod(0o600)",
+        "temporary.chmod(_mode(destination) & 0o600)",
     ),
     Fault(
         "the name none read as missing",
