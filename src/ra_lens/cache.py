@@ -444,8 +444,8 @@ class RACache:
                 cut were not there. A row that would have nothing left stays as it is.
 
         Returns:
-            Change of the loss of each example, in its unit, positive where it rises: per row
-            −Σ R~ / (1 − Σ A), or −Σ A·G, summed over rows, heads and layers.
+            Change of the loss of each example, in its unit, positive where it rises. It is
+            −Σ R~ / (1 − Σ A) per row, or −Σ A·G, summed over rows, heads and layers.
 
         Raises:
             BadInput: heads, layers, positions or texts that are not there.
