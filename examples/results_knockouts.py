@@ -112,13 +112,13 @@ def cell(row: Any, measure: str = "spearman") -> str:
     return f"{share(row[measure])} [{low}, {high}]"
 
 
-def foretold(frame: pd.DataFrame) -> Any:
+def foretold(frame: Any) -> Any:
     """The agreement of what one backward pass foretells, of all rows together."""
-    found = knockout_agreement(frame, by=())
+    found: Any = knockout_agreement(frame, by=())
     return found[found.method == "predicted"].iloc[0]
 
 
-def parts(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, float, float]]:
+def parts(frame: Any) -> dict[str, tuple[Any, float, float]]:
     """Parts of a table, with the ρ and the share of right signs aimed at (0: none)."""
     edges, sets = (frame[frame.what == what] for what in ("edge", "set"))
     found = {
@@ -135,7 +135,7 @@ def parts(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, float, float]]:
     return found
 
 
-def aims(frame: pd.DataFrame) -> pd.DataFrame:
+def aims(frame: Any) -> pd.DataFrame:
     """Rows parts: what was aimed at, and what was measured."""
     rows: dict[str, dict[str, str]] = {}
     for name, (part, aim, aim_sign) in parts(frame).items():
@@ -153,20 +153,21 @@ def aims(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def methods(frame: pd.DataFrame) -> pd.DataFrame:
+def methods(frame: Any) -> pd.DataFrame:
     """Rows methods, columns parts: ρ."""
-    columns: dict[str, pd.Series] = {}
+    columns: dict[str, Any] = {}
     for name, (part, *_) in parts(frame).items():
         if ":" not in name:
-            found = knockout_agreement(part, by=()).set_index("label")
+            found: Any = knockout_agreement(part, by=()).set_index("label")
             columns[name] = found.apply(cell, axis=1)
     order = [one.label for one in forecasts_of(frame)]
     return pd.DataFrame(columns).reindex(order)
 
 
-def further(frame: pd.DataFrame) -> pd.DataFrame:
+def further(frame: Any) -> pd.DataFrame:
     """Rows kinds of sets and widths, columns what takes more backward passes: ρ."""
-    found = knockout_agreement(frame[frame.what == "set"], by=("drawn", "window"))
+    sets: Any = frame[frame.what == "set"]
+    found: Any = knockout_agreement(sets, by=("drawn", "window"))
     found = found[found.method.isin(FURTHER)]
     rows: dict[str, dict[str, str]] = {}
     for drawn, kind in KINDS.items():
@@ -177,7 +178,7 @@ def further(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def by_task(frame: pd.DataFrame) -> pd.DataFrame:
+def by_task(frame: Any) -> pd.DataFrame:
     """Rows tasks, columns parts: ρ of what is foretold."""
     rows: dict[str, dict[str, str]] = {}
     for task in frame.task.unique():
@@ -188,11 +189,11 @@ def by_task(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def of_edges(frame: pd.DataFrame) -> pd.DataFrame:
+def of_edges(frame: Any) -> pd.DataFrame:
     """Rows methods, columns all single edges and saturated ones: ρ, signs, r."""
-    columns: dict[str, pd.Series] = {}
+    columns: dict[str, Any] = {}
     for name, part in (("", frame), (", A ≥ .8", frame[frame.pattern >= SATURATED])):
-        found = knockout_agreement(part, by=()).set_index("label")
+        found: Any = knockout_agreement(part, by=()).set_index("label")
         columns[f"ρ{name}"] = found.apply(cell, axis=1)
         if not name:
             columns["signs right"] = found.apply(cell, axis=1, measure="sign")

@@ -327,7 +327,7 @@ class _Maps:
 
     def of(self, heads: Mapping[int, Sequence[int]], query: int, keys: Sequence[int]) -> Row:
         """What rivals say of a cut, and A."""
-        found = dict.fromkeys(("a_grad", "minus_ra", "pattern", "grad"), 0.0)
+        found: Row = {"a_grad": 0.0, "minus_ra": 0.0, "pattern": 0.0, "grad": 0.0}
         value = 0.0
         for layer, some in heads.items():
             at = torch.tensor(some)[:, None], query, torch.tensor(keys)[None]

@@ -93,7 +93,8 @@ def knockout_scatter(
     _check(frame)
     known = {one.column: one for one in forecasts_of(frame)}
     one_of("forecast", forecast, tuple(known))
-    frame = frame[frame[forecast].notna()]
+    cuts: Any = frame[frame[forecast].notna()]
+    frame = cuts
     found = knockout_agreement(frame, by=("what", "window"), resamples=1)
     rho = found[found["method"] == forecast].set_index(["what", "window"])["spearman"]
     groups: list[tuple[str, int]] = sorted(rho.index)
@@ -203,7 +204,8 @@ def knockout_curves(
     if part.empty:
         raise BadInput(f"found a table without a cut of {what}s. Run knockout_test(n_{what}s=...).")
     if by == "pattern":
-        classes = pd.cut(part["pattern"].clip(upper=1.0), _SIZES, labels=_class_names())
+        held: Any = part["pattern"].clip(upper=1.0)
+        classes: Any = pd.cut(held, _SIZES, labels=_class_names())
         part = part.assign(pattern_class=classes.astype(str))
     column = "pattern_class" if by == "pattern" else by
     kinds = [kind for kind in _KINDS if kind in set(part["drawn"])] if by == "window" else [""]

@@ -14,6 +14,7 @@ from ra_lens.figures import (
     patching_sweep_curve,
     perturbation_curves,
 )
+from ra_lens.figures.knockouts import By
 from ra_lens.figures.style import metric_name
 from ra_lens.files import PAGE, check_output, write_whole
 from ra_lens.html import facts
@@ -86,13 +87,14 @@ def write_knockout_page(frame: pd.DataFrame, path: str | Path) -> Path:
     for cut in dict.fromkeys(frame["cut"].astype(str)):
         part: Any = frame[frame["cut"] == cut]
         name = "Renormalised cuts" if cut == "renormalised" else "Plain cuts"
+        shown: list[tuple[str, str, By]] = [
+            ("edge", "Single edges by layer", "layer"),
+            ("edge", "Single edges by attention", "pattern"),
+            ("set", "Sets by the number of layers", "window"),
+        ]
         curves = [
             (title, (knockout_curves(part, by=by),))
-            for what, title, by in (
-                ("edge", "Single edges by layer", "layer"),
-                ("edge", "Single edges by attention", "pattern"),
-                ("set", "Sets by the number of layers", "window"),
-            )
+            for what, title, by in shown
             if bool((part["what"] == what).any())
         ]
         sections.append(
