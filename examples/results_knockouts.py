@@ -21,7 +21,8 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from results_real import markdown, share
+from results_real import markdown as as_markdown
+from results_real import share
 
 from ra_lens import load_demo_model, load_model
 from ra_lens.experiments import knockout_agreement, knockout_test, read_results
@@ -55,7 +56,7 @@ class Job:
 
     def run(self, model: torch.nn.Module, results: Path) -> None:
         """Compute the table."""
-        options = {"n_test": QUESTIONS, "shots": 1, **self.options}
+        options: dict[str, Any] = {"n_test": QUESTIONS, "shots": 1, **self.options}
         if self.model != "demo":
             options["prepend_bos"] = IN_FRONT
         knockout_test(model, self.task, **options, out=self.path(results), progress=False)
@@ -112,6 +113,11 @@ def cell(row: Any, measure: str = "spearman") -> str:
     return f"{share(row[measure])} [{low}, {high}]"
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown, to which the bars of |G| are no ends of cells."""
+    return as_markdown(table.rename(index=lambda name: str(name).replace("|", r"\|")))
+
+
 def foretold(frame: Any) -> Any:
     """The agreement of what one backward pass foretells, of all rows together."""
     found: Any = knockout_agreement(frame, by=())
@@ -125,7 +131,7 @@ def parts(frame: Any) -> dict[str, tuple[Any, float, float]]:
         "single edges": (edges, 0.95, 0.97),
         "single edges, A ≥ .8": (edges[edges.pattern >= SATURATED], 0.85, 0.0),
     }
-    for window in sorted(sets.window.unique()):
+    for window in sorted(map(int, sets.window.unique())):
         name = f"sets in {window} layer{'s' * (window != 1)}"
         aim = {1: 0.9, 5: 0.8}.get(window, 0.0)
         of_window = sets[sets.window == window]
@@ -172,7 +178,7 @@ def further(frame: Any) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for drawn, kind in KINDS.items():
         of_kind = found[found.drawn == drawn]
-        for window in sorted(of_kind.window.unique()):
+        for window in sorted(map(int, of_kind.window.unique())):
             part = of_kind[of_kind.window == window].set_index("label")
             rows[f"{kind}, {window}"] = {name: cell(row) for name, row in part.iterrows()}
     return pd.DataFrame(rows).T
