@@ -213,9 +213,9 @@ class _Group:
     def _run(self, prompts: Prompts, hooks: FwdHooks = ()) -> Float[Tensor, "row d_vocab"]:
         batch = prompts.lay_out(self._lens)
         with watched(self._lens, batch):
-            logits = self._lens.logits_at(*batch.model_input, batch.last, hooks)[:, 0]
+            logits = self._lens.logits_at(*batch.model_input, batch.last, hooks)
         self._lens.refuse_nan(logits)
-        return logits
+        return logits[:, 0]
 
 
 def refuse_slopes(lens: Lens) -> None:
