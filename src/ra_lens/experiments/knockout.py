@@ -133,12 +133,12 @@ def knockout_test(
         progress: False hides the progress bar.
 
     Returns:
-        One row per cut: `task`, `n_shots`, `question`; `what` (`edge` or `set`), `cut`, `drawn`
-        (`random`, `strongest`; `span`, `span and first`, `first`); the first `layer` and how many,
-        `window`; `head` and `key`, −1 for all heads and several keys; `query`; `keys` as text;
-        `query_token`, `key_tokens`; `first`, whether the first token is among the keys; `loss`
-        before the cut and `measured`, what the cut adds to it, both from the model's own logits;
-        and what is foretold, in the columns of `ra_lens.experiments.knockout` (NaN where the model
+        A table with one row per cut. Its columns are `task`, `n_shots`, `question`; `what` (`edge`
+        or `set`), `cut`, `drawn` (`random`, `strongest`; `span`, `span and first`, `first`); the
+        first `layer` and how many, `window`; `head` and `key`, −1 for all heads and several keys;
+        `query`; `keys` as text; `query_token`, `key_tokens`; `first`, whether the first token is
+        among the keys; `loss` before the cut and `measured`, what the cut adds to it, both from
+        the model's own logits; and what is foretold, in the columns of `ra_lens.experiments.knockout` (NaN where the model
         does not show what it takes). Then what is needed to repeat it.
 
     Raises:
