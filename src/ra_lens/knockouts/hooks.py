@@ -6,6 +6,9 @@
 
 An attention sink takes part in the renormalising. A row that would have nothing left stays as it
 is, as its softmax would have no keys.
+
+Where the model only shows its pattern, A′ − A is added through z: see
+`ra_lens.patching.through_z`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from ra_lens.model import Site, Sites, as_lens
 from ra_lens.numbers import Real, real
 from ra_lens.patching.hooks import HookPairs
 from ra_lens.patching.place import map_indices, read_mask
+from ra_lens.patching.through_z import ThroughZ, need_values
 
 Cuts = Edge | EdgeSet | Iterable["Edge | EdgeSet | Iterable[Edge]"]
 
@@ -39,6 +43,12 @@ def knockout_hooks(
     attention_mask: Tensor | None = None,
 ) -> HookPairs:
     """Forward hooks that cut edges of attention.
+
+    Where an edit of hook_pattern is discarded (`site.observe_only`: OPT, GPT-J and others on the
+    TransformerBridge), the same cut is made through z, which costs three products of a pattern
+    with the values, and is checked in every forward pass. It needs all values in that pass: with a
+    key/value cache only tokens of which nothing is cut can follow; else it raises, and `generate`
+    needs `use_past_kv_cache=False`.
 
         edges = ra.edges(queries=-1, keys="Beats Music", layers=range(10, 16))
         with model.hooks(fwd_hooks=knockout_hooks(model, edges)):
@@ -58,12 +68,16 @@ def knockout_hooks(
 
     Returns:
         `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`, `run_with_hooks`, `run_with_ra`
-        or `model.generate`; they compose with other hooks in the order of registration. Tokens
-        generated after the prompt keep their attention, unless the set has no end.
+        or `model.generate`; they compose with other hooks in the order of registration. Where the
+        cut is made through z, they must come before hooks that change z. Tokens generated after
+        the prompt keep their attention, unless the set has no end.
 
     Raises:
-        BadInput: edges that this model does not have, or of another number of examples than is run.
-        UnsupportedModel: a layer of which it is not known whether an edit changes anything.
+        BadInput: edges that this model does not have, or of another number of examples than is
+            run; the latter from the hooks.
+        UnsupportedModel: a layer of which it is not known whether an edit changes anything, or
+            whose pattern is only shown, without the values; from the hooks, where the cut cannot
+            be made exactly.
     """
     lens = as_lens(model)
     cuts = read_cuts(edges, lens.sites)
@@ -80,6 +94,20 @@ def _hooks(site: Site, cuts: EdgeSet, places: _Places, do: Callable[..., Tensor]
             f"it is not known whether an edit of hook_pattern at layer {site.layer} changes "
             "anything in this model. run_with_ra finds out: run it once before."
         )
+
+    if site.observe_only:
+        need_values(site, "no edge can be cut", "Cut edges of other layers.")
+
+        def difference(
+            shape: Sequence[int], device: torch.device, pattern: Callable[[], Tensor]
+        ) -> Tensor | None:
+            marks = places.marks(cuts, site, shape)
+            if marks is None:
+                return None
+            before = pattern()
+            return do(before, marks.to(device)) - before
+
+        return ThroughZ(site, "cut", difference).pairs()
 
     def cut(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
         marks = places.marks(cuts, site, pattern.shape)
