@@ -4,8 +4,9 @@
                        edges of the row: the softmax with their scores at −∞
     not renormalised   A′ = 0 at the edges, A elsewhere
 
-An attention sink takes part in the renormalising. A row that would have nothing left stays as it
-is, as its softmax would have no keys.
+An attention sink takes part in the renormalising, and so does whatever else a row lacks to 1, such
+as edges cut before without renormalising. A row that would have nothing left stays as it is, as its
+softmax would have no keys.
 
 Where the model only shows its pattern, A′ − A is added through z: see
 `ra_lens.patching.through_z`.
@@ -82,8 +83,14 @@ def knockout_hooks(
     lens = as_lens(model)
     cuts = read_cuts(edges, lens.sites)
     _check_sides([lens.sites[layer] for layer in cuts.layers], attention_mask)
-    places = _Places(read_mask(attention_mask))
     share = amount if isinstance(amount, Tensor) and amount.ndim else real("amount", amount)
+    if isinstance(share, Tensor) and share.ndim > 1:
+        raise BadInput(
+            f"found an amount of shape {tuple(share.shape)}. Give a number, or a tensor with one "
+            "for each example."
+        )
+    n_amounts = len(share) if isinstance(share, Tensor) else 1
+    places = _Places(read_mask(attention_mask), n_amounts)
     do = partial(without, renormalise=renormalise, amount=share)
     return [pair for layer in cuts.layers for pair in _hooks(lens.sites[layer], cuts, places, do)]
 
@@ -142,8 +149,8 @@ def without(
 class _Places:
     """Positions of the tokens in rows and columns of patterns, kept for all layers of a pass."""
 
-    def __init__(self, mask: Bool[Tensor, "example pos"] | None) -> None:
-        self._mask = mask
+    def __init__(self, mask: Bool[Tensor, "example pos"] | None, n_amounts: int) -> None:
+        self._mask, self._n_amounts = mask, n_amounts
         self._last: tuple[tuple[int, int], Int[Tensor, "some key"]] | None = None
 
     def marks(
@@ -156,7 +163,8 @@ class _Places:
         else:
             keys = self._keys(site, n_queries, n_keys)
             queries = keys[:, -n_queries:]
-        for what, n in (("edges", len(cuts.rows)), ("rows of attention_mask", len(keys))):
+        found = (len(cuts.rows), len(keys), self._n_amounts)
+        for what, n in zip(("edges", "rows of attention_mask", "amounts"), found, strict=True):
             if n not in (1, n_examples):
                 raise BadInput(
                     f"found {n_examples} examples at {site.label}, but {what} of {n}. Run as many "
