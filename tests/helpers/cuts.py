@@ -47,7 +47,8 @@ def without(pattern: torch.Tensor, cut: torch.Tensor, *, renormalise: bool) -> t
     if not renormalise:
         return after
     # log A is the scores but for a constant of the row.
-    left = torch.where(cut, -torch.inf, pattern.clamp(min=1e-300).log()).softmax(dim=-1)
+    log = pattern.clamp(min=torch.finfo(pattern.dtype).tiny).log()
+    left = torch.where(cut, -torch.inf, log).softmax(dim=-1)
     left = left * pattern.sum(dim=-1, keepdim=True)
     return torch.where(after.sum(dim=-1, keepdim=True) > 0, left, pattern)
 

@@ -183,6 +183,15 @@ class EdgeSet:
                     of_example[list(box.heads[layer])] |= cells
         return found
 
+    def ends_before(self, layer: int, first: int) -> bool:
+        """Whether no query of a layer stands at position `first` or later."""
+        return all(
+            box.queries.onward is None and max(box.queries.some, default=-1) < first
+            for boxes in self.rows
+            for box in boxes
+            if layer in box.heads
+        )
+
     def __or__(self, other: EdgeSet) -> EdgeSet:
         """Join two sets, of as many examples, or one of them for all."""
         n = max(len(self.rows), len(other.rows))

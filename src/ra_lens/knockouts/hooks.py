@@ -158,6 +158,15 @@ class _Places:
     ) -> Bool[Tensor, "some head query key"] | None:
         """The edges to cut in a pattern of this shape; None: none."""
         n_examples, n_heads, n_queries, n_keys = shape
+        # With a window a key/value cache may hold fewer keys than there were tokens.
+        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
+            if self._mask is None and cuts.ends_before(site.layer, n_keys - n_queries):
+                return None
+            raise UnsupportedModel(
+                f"{site.label} attends to the last {site.window} tokens, and its key/value "
+                "cache has dropped earlier ones, so positions cannot be told. Generate with "
+                "use_past_kv_cache=False."
+            )
         if site.cross:
             queries, keys = torch.arange(n_queries)[None], torch.arange(n_keys)[None]
         else:
@@ -174,13 +183,6 @@ class _Places:
         return marks if bool(marks.any()) else None
 
     def _keys(self, site: Site, n_queries: int, n_keys: int) -> Int[Tensor, "some key"]:
-        # With a window a key/value cache may hold fewer keys than there were tokens.
-        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
-            raise UnsupportedModel(
-                f"{site.label} attends to the last {site.window} tokens, and its key/value "
-                "cache has dropped earlier ones, so positions cannot be told. Generate with "
-                "use_past_kv_cache=False."
-            )
         if self._last is None or self._last[0] != (n_queries, n_keys):
             index = map_indices(
                 sys.maxsize, n_queries, n_keys, align="left", mask=self._mask, layer=site.layer

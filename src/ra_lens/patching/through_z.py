@@ -173,6 +173,7 @@ class ThroughZ:
         """The pattern that the layer is using, as the changes before this one left it."""
         now.z = _before(z, ledger)
         found = patterns_in_use(z.shape[0], z.shape[2], z.shape[1])
+        found = [one for one in found if bool((one >= 0).all())]  # which queries are not
         n_keys = now.values.shape[1]
         fitting = [one for one in found if one.shape[-1] == n_keys]
         if not fitting:
@@ -180,9 +181,9 @@ class ThroughZ:
             if longer is not None:
                 raise self._cached(*longer.shape[-2:])
             raise UnsupportedModel(
-                f"hook_pattern of {self._site.label} is observe-only in this model, and nothing "
+                f"hook_pattern of {self._site.label} is observe-only in this model, and no pattern "
                 f"of shape {(z.shape[0], z.shape[2], z.shape[1], n_keys)} was found in the "
-                "attention that is running, so its pattern cannot be changed. Load it with "
+                "attention that is running, so it cannot be changed. Load it with "
                 "attn_implementation='eager' and without torch.compile, or as a "
                 "HookedTransformer (TransformerLens 2 or 3)."
             )
