@@ -240,6 +240,12 @@ class Oracle:
             for i, site in enumerate(sites)
         }
 
+    def gradient(self, by: Tensor, ids: Tensor, loss: Loss, edit: Edit, **inputs: Any) -> Tensor:
+        """Gradient of the loss by what an edit of the patterns makes use of."""
+        with torch.enable_grad(), self._open(ids, None, edit, inputs) as (run, _seen):
+            (found,) = torch.autograd.grad(loss(run()), [by])
+        return found
+
     def ra(self, ids: Tensor, loss: Loss, scales: Sequence[float]) -> list[Tensor]:
         """R per layer: dL/d(q·k) = scale · dL/dS."""
         gradients, _ = self.score_gradients(ids, loss)
