@@ -110,6 +110,8 @@ def test_a_set_of_a_cache_cuts_what_its_edges_cut(arch, kind, shared):
 def test_top_edges_are_cut_of_each_example(shared):
     model, ra = routed("gpt2", KINDS[0], shared)
     best = ra.top_edges(3)
+    with pytest.raises(BadInput, match=r"edges of several examples in one list.*by_example\(\)"):
+        knockout_hooks(model, best)
     found = logits_with(model, knockout_hooks(model, best.by_example()))
     for i, own in enumerate(best.by_example()):
         assert len(own) == 3

@@ -46,7 +46,7 @@ def knockout_hooks(
     """Forward hooks that cut edges of attention.
 
     Where an edit of hook_pattern is discarded (`site.observe_only`: OPT, GPT-J and others on the
-    TransformerBridge), the same cut is made through z, which costs three products of a pattern
+    TransformerBridge), the same cut is made through z, which costs two products of a pattern
     with the values, and is checked in every forward pass. It needs all values in that pass: with a
     key/value cache only tokens of which nothing is cut can follow; else it raises, and `generate`
     needs `use_past_kv_cache=False`.
@@ -57,9 +57,10 @@ def knockout_hooks(
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        edges: What is cut: an `Edge`, several, such as `ra.top_edges(5)`, or an `EdgeSet` from
-            `ra.edges(...)`. Or a list with one of these for each example of the batch that is run,
-            an empty list where nothing is cut.
+        edges: What is cut: an `Edge`, several, such as `ra.top_edges(5)` of one prompt, or an
+            `EdgeSet` from `ra.edges(...)`. Or a list with one of these for each example of the
+            batch that is run, such as `ra.top_edges(5).by_example()`, an empty list where nothing
+            is cut.
         renormalise: Whether the other keys of a row get what the cut ones had, as if those were not
             there.
         amount: How far the cut is made: A + amount · (A′ − A), from 0, nothing, to 1. A number, or
@@ -234,6 +235,11 @@ def _row(given: Any, sites: Sites) -> EdgeSet:
         raise BadInput(
             f"found {wrong[0]!r} among the edges. Give Edge(layer, head, query, key), what "
             "ra.top_edges() gives, or a set from ra.edges()."
+        )
+    if len({edge.example for edge in edges}) > 1:
+        raise BadInput(
+            "found edges of several examples in one list, whose edges are cut in every example. "
+            "Give a list for each: ra.top_edges(5).by_example()."
         )
     return EdgeSet((tuple(_box(edge, sites) for edge in edges),))
 

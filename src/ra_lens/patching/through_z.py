@@ -16,8 +16,8 @@ A change that depends on the pattern, as a cut does, takes it from the layer tha
 shown afterwards, to the bit. Changes of one layer follow each other: each sees the pattern as those
 before it left it.
 
-Cost: two products of a pattern with the values, and V and z kept until the pattern is shown; a
-pattern more for what was changed so far.
+Cost: two products of a pattern with the values, and V and z kept until the pattern is shown, and a
+pattern for what was changed so far.
 """
 
 from __future__ import annotations
