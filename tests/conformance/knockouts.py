@@ -29,22 +29,31 @@ Cell = tuple[int, int, int, int]  # layer, head, query, key
 
 @dataclass(frozen=True)
 class Direction:
-    """Some edges of one example, how they are moved, and what a cache foretells of that per t."""
+    """Some edges of one example, how they are moved, and what a cache foretells of that per t.
+
+    `size` is what the edges do one by one, without regard to sign: in a set they may cancel out,
+    which their rounding does not.
+    """
 
     example: int
     cells: tuple[Cell, ...]
     how: How
     foretold: float = float("nan")
+    size: float = float("nan")
 
 
-def chosen_cells(patterns: Mapping[int, Tensor], example: int, seed: int) -> list[Cell]:
-    """Two edges of each of two layers, with attention on them and on others of their row."""
-    generator = torch.Generator().manual_seed(seed)
-    layers = list(patterns)
+def chosen_cells(ra: Any, example: int) -> list[Cell]:
+    """Two edges of each of two layers, with attention on them and on others of their row.
+
+    Of the half that matters more; many, such as those of other queries in the last layer, do not.
+    """
+    generator = torch.Generator().manual_seed(example)
+    layers = list(ra.sites)
     found: list[Cell] = []
     for layer in dict.fromkeys([layers[0], layers[-1]]):
-        pattern = patterns[layer][example]
-        fit = ((pattern > 0.02) & (pattern < 0.8)).nonzero().tolist()
+        pattern, size = ra["pattern", layer][example], ra["ra", layer][example].abs()
+        fitting = (pattern > 0.02) & (pattern < 0.8) & (size > 0)
+        fit = (fitting & (size >= size[fitting].median())).nonzero().tolist()
         # Rows of their own, so that a set leaves something of each.
         for i in torch.randperm(len(fit), generator=generator).tolist():
             head, query, key = fit[i]
@@ -75,7 +84,7 @@ def directions(ra: Any, n_examples: int = 2) -> list[Direction]:
     patterns = {layer: ra["pattern", layer] for layer in ra.sites}
     found: list[Direction] = []
     for example in range(n_examples):
-        for cell in chosen_cells(patterns, example, seed=example):
+        for cell in chosen_cells(ra, example):
             layer, *place = cell
             at = (example, *place)
             values = {
@@ -83,12 +92,16 @@ def directions(ra: Any, n_examples: int = 2) -> list[Direction]:
                 "cut": ra["cut", layer][at],
                 "weaken": -ra["ra", layer][at] / ra.sites[layer].scale,
             }
-            found += [Direction(example, (cell,), how, float(values[how])) for how in get_args(How)]
+            found += [
+                Direction(example, (cell,), how, float(values[how]), abs(float(values[how])))
+                for how in get_args(How)
+            ]
         cells = chosen_set(patterns, example)
         edges = as_set(ra, {example: cells}, n_examples)
         for how in ("knockout", "cut"):
             value = ra.knockout(edges=edges, renormalise=how == "knockout")[example]
-            found.append(Direction(example, tuple(cells), how, float(value)))
+            alone = (abs(float(ra[how, layer][(example, *place)])) for layer, *place in cells)
+            found.append(Direction(example, tuple(cells), how, float(value), sum(alone)))
     return found
 
 
@@ -152,11 +165,12 @@ def slopes(
 
 
 def foretelling_error(every: Sequence[Direction], measured: Tensor) -> float:
-    """Largest error of each way to move edges, relative to the size of what is measured there."""
+    """Largest error of each way to move edges, relative to the size of what they do."""
     errors: list[float] = []
     for how in get_args(How):
         mine = [i for i, one in enumerate(every) if one.how == how]
         foretold = torch.tensor([every[i].foretold for i in mine], dtype=torch.float64)
         wanted = measured[mine].double()
-        errors.append(float((foretold - wanted).norm() / wanted.norm()))
+        size = torch.tensor([every[i].size for i in mine], dtype=torch.float64)
+        errors.append(float((foretold - wanted).norm() / size.norm()))
     return max(errors)

@@ -108,9 +108,10 @@ your own: `ra_lens.check_model(model)`.
 - **Knockouts**: first what a cache foretells of cutting edges, single ones and a set, renormalised
   and not, and of weakening one: against central differences of the loss of Hugging Face's model in
   float64, whose softmax output is moved that way (against its gradient, where that model does not
-  run in float64). Error relative to what is measured; the limit is 1e-5. Then the error of the
-  logits with such edges cut by `knockout_hooks`, against the same cut of Hugging Face's softmax
-  output, relative to what the cut changed; the limit is 1e-4. Cuts take the route of patches.
+  run in float64). Error relative to what the edges do one by one; the limit is 1e-5. Then that of
+  the logits with such edges cut by `knockout_hooks`, against the same cut of Hugging Face's
+  softmax output, relative to what the cut changed; the limit is 1e-4. Cuts take the route of
+  patches.
 - **Scale**: the softmax scale of each layer (once, if all have the same), the factor measured
   between the products of queries and keys and the softmax input.
 - **bf16**, **fp16**: error of R of a model of that type, against R in float32. Where a router picks
