@@ -176,9 +176,23 @@ FAULTS = (
     Fault(
         "the page shows R as −R",
         "signs",
-        "facts.limit * (minus ? -1 : 1)",
-        "facts.limit",
+        "minus ? -gradient : gradient",
+        "gradient",
         "tests/report/test_report_browser.py",
+    ),
+    Fault(
+        "what blocking does has R's sign in the page",
+        "signs",
+        "? -gradient / (scale * (1 - share))",
+        "? gradient / (scale * (1 - share))",
+        "tests/report/test_knockouts_browser.py",
+    ),
+    Fault(
+        "the page divides what blocking does by 1 − A where A has no digits left",
+        "formula",
+        "share <= 0.5 ? -gradient",
+        "share <= 1 ? -gradient",
+        "tests/report/test_knockouts_browser.py",
     ),
     Fault(
         "descent said to lower what it raises",
