@@ -504,8 +504,8 @@ FAULTS = (
     Fault(
         "a knockout is not renormalised",
         "knockouts",
-        "torch.where(pattern < 1, -step / (1 - pattern), 0.0)",
-        "torch.where(pattern < 1, -step, 0.0)",
+        "torch.where(pattern >= 1, 0.0, -step / (1 - pattern))",
+        "torch.where(pattern >= 1, 0.0, -step)",
         "tests/knockouts/test_predict.py",
     ),
     Fault(
