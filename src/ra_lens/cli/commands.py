@@ -221,13 +221,16 @@ def trace(
         opt.Follow | None,
         typer.Option(
             help="pattern: attention; value_norm: times the norm of what heads write; more, less, "
-            "abs: where descent wants more or less attention, or both. "
+            "abs: where descent wants more or less attention, or both; knockout: edges that the "
+            "loss would miss. "
             "Default: value_norm through all layers, pattern in one."
         ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="For more, less and abs: what the loss asks for."),
+        typer.Option(
+            "--target", "-t", help="For more, less, abs and knockout: what the loss asks for."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of paths.")] = 5,
     search: Annotated[

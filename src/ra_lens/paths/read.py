@@ -1,7 +1,7 @@
 """Read the maps of prompts from a model, a cache or a tensor, as numpy arrays.
 
 A model is run (one forward pass without gradients for the pattern and value norms; `run_with_ra`
-for Reversed Attention). An `RACache`, a TransformerLens `ActivationCache` or a tensor of attention
+for Reversed Attention and knockouts). An `RACache`, a TransformerLens `ActivationCache` or a tensor of attention
 weights is read as it is.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel, one_of
 from ra_lens.inputs import Mask, TokenIds, read_given
+from ra_lens.knockouts.predict import knockout_map
 from ra_lens.model import Layers, Lens, PrependBos, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
 from ra_lens.numbers import Whole, whole_or_none, wholes
@@ -84,7 +85,7 @@ def read_maps(
         follow: What is going to be followed, as in `trace_paths`; `value_norm` as in
             `trace_layers`.
         layers: Only these; negative counts from the last. Default: all.
-        target: For Reversed Attention of a model: one for all prompts, or one each.
+        target: For Reversed Attention and knockouts of a model: one for all prompts, or one each.
         metric: The same, as a function of the logits.
         example: For a cache or a tensor: only this one.
         attention_mask: For token ids: 1 at real tokens. For a tensor: 0 where no path may go.
@@ -241,8 +242,9 @@ def _from_cache(
         )
     sites = cache.sites.choose(layers)
     _check_sites(sites, follow, cache.info.model_name)
-    kind = "ra" if follow in GRADIENT else "pattern"
-    maps = {layer: _batched(cache[kind, layer], cache.has_batch_dim) for layer in sites}
+    maps = {
+        layer: _batched(_followed(cache, layer, follow), cache.has_batch_dim) for layer in sites
+    }
     known, starts = cache.info.str_tokens, cache.info.starts
     found: list[PromptMaps] = []
     for i in _examples(cache.batch_size, example):
@@ -258,6 +260,13 @@ def _from_cache(
             one = replace(one, tokens=tuple(known[i]), bos=bos, prepended=front)
         found.append(one)
     return found
+
+
+def _followed(cache: RACache, layer: int, follow: Follow) -> Float[Tensor, "*batch head query key"]:
+    if follow == "knockout":
+        step = cache["ra", layer] / cache.sites[layer].need_scale()
+        return knockout_map(cache["pattern", layer], step)
+    return cache["ra" if follow in GRADIENT else "pattern", layer]
 
 
 def _from_activation_cache(
@@ -283,7 +292,7 @@ def _from_activation_cache(
 
 
 def _from_tensor(weights: Tensor, follow: Follow, example: int | None) -> list[PromptMaps]:
-    """Read attention weights, or R: `[query, key]`, `[head, query, key]`, or batches of those."""
+    """Read attention weights, R or knockouts: `[query, key]`, `[head, query, key]`, or batches of those."""
     if follow == "value_norm":
         raise BadInput("found follow='value_norm' with a tensor; give the model.")
     maps = _batched(weights, weights.ndim > 2)

@@ -25,16 +25,22 @@ from ra_lens.text import label, shorten, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-Follow = Literal["pattern", "more", "less", "abs", "value_norm"]
+Follow = Literal["pattern", "more", "less", "abs", "knockout", "value_norm"]
 StepKind = Literal["attention", "head", "residual"]
 
-GRADIENT = ("more", "less", "abs")
+REVERSED = ("more", "less", "abs")
+"""What follows R, whose sign says more or less."""
+
+GRADIENT = (*REVERSED, "knockout")
+"""What needs a loss."""
+
 _FOLLOW = {
     "pattern": "attention",
     "value_norm": "attention × norm of what is written",
     "more": "where descent wants more attention (−R)",
     "less": "where descent wants less attention (R)",
     "abs": "where descent changes attention (|R|)",
+    "knockout": "edges whose cut raises the loss (−R~/(1−A))",
 }
 _METADATA = (
     "seq_len", "target_pos", "layer", "layers", "top_beam", "top_k", "follow", "search",
@@ -53,7 +59,8 @@ class Step:
         layer: Layer of the step.
         head: The head; None where heads are aggregated, and for the residual connection.
         weight: What is multiplied along the path, in (0, 1].
-        value: What the map says there: A, the norm written, or −R (negative: descent wants less).
+        value: What the map says there: A, the norm written, −R (negative: descent wants less), or
+            by how much cutting the edge would raise the loss, in its unit (nats).
         kind: `attention` (heads aggregated, or one chosen), `head` or `residual`.
     """
 
@@ -116,7 +123,7 @@ class TraceResult:
         top_k: Steps considered from each token, the heaviest; None: all.
         tokens: What the model read.
         beams: The paths, best first.
-        follow: What was followed: `pattern`, `more`, `less`, `abs` or `value_norm`.
+        follow: What was followed: `pattern`, `more`, `less`, `abs`, `knockout` or `value_norm`.
         search: `exact` or `beam`.
         length_norm: How scores of paths of different lengths were compared.
         agg_heads: How heads were put together: `mean`, `max`, a head; `none` across layers.
@@ -328,7 +335,7 @@ def page_data(trace: TraceResult) -> dict[str, Any]:
             f"{trace.search} search."
         ),
         "layered": trace.is_layered,
-        "signed": trace.follow in GRADIENT,
+        "signed": trace.follow in REVERSED,
         "tokens": [visible(token) for token in trace.tokens],
         "target": _id(top, trace.target_pos),
         "nodes": [
@@ -369,6 +376,9 @@ def _beam_data(trace: TraceResult, beam: TracedPath) -> dict[str, Any]:
 def _value(trace: TraceResult, step: Step) -> str:
     if step.kind == "residual" or trace.follow == "pattern":
         return ""
+    if trace.follow == "knockout":
+        of_heads = ", mean of heads" * (trace.agg_heads == "mean")
+        return f", loss {step.value:+.3g} without it{of_heads}"
     name = "norm" if trace.follow == "value_norm" else "−R"
     return f", {name} {step.value:.3g}"
 

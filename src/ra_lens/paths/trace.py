@@ -58,7 +58,7 @@ def trace_paths(
 
     Args:
         source: A TransformerLens model; an `RACache`; an `ActivationCache`; attention weights
-            (R, where that is followed) as a tensor `[query, key]`, `[head, query, key]` or
+            (R or knockouts, where those are followed) as a tensor `[query, key]`, `[head, query, key]` or
             `[batch, head, query, key]`; or one of `ra_lens.paths.read_maps`.
         prompt: For a model: text, or token ids, as `run_with_ra` takes them. For an
             `ActivationCache` or a tensor: the ids, if tokens are to be named. An `RACache` knows.
@@ -66,11 +66,12 @@ def trace_paths(
         layer: The layer; negative counts from the last (of those that were read).
         follow: `pattern`: forward attention. Or Reversed Attention: `more` goes where descent
             wants more attention (−R, its positive part), `less` where it wants less, `abs` both.
-            Default: `pattern`, or what maps were read for.
+            `knockout`: along edges that the loss would miss, by how much cutting each would raise
+            it, to first order (−R~ / (1 − A), its positive part). Default: `pattern`, or what maps were read for.
         search: `exact`: the best paths there are. `beam`: those that beam search finds.
         top_beam: How many paths (and the width of the beam).
         top_k: From each token only so many of its heaviest steps. Default: all; 5 for `beam`.
-        min_attn: Steps of less weight are not taken. For R, weights are shares of the largest row.
+        min_attn: Steps of less weight are not taken. Of R and knockouts, weights are shares of the largest row.
         agg_heads: Heads put together by `mean` or `max`, or one: its index, or `"L2H3"`.
         length_norm: Divides a score by the number of steps to a power: `none`, `avg_logprob`
             (1), `sqrt` (½), `pow:α`.
@@ -79,7 +80,7 @@ def trace_paths(
             tokenizer's.
         attention_mask: For token ids with padding, as in `run_with_ra`: positions then count real
             tokens. For a tensor of weights: 0 where no path may go.
-        target: For R of a model: what the loss asks for, as in `run_with_ra`.
+        target: For R and knockouts of a model: what the loss asks for, as in `run_with_ra`.
         metric: The same, as a function of the logits.
         example: For a cache or tensor of several: which one.
         prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
@@ -179,12 +180,12 @@ def trace_layers(
         layers: Only these; what the others do stays in place. Default: all.
         follow: `value_norm`: attention × norm of the value as it is written into the stream
             (‖A v W_O‖). `pattern`: attention alone. `more`, `less`, `abs`: Reversed Attention.
-            Default: `value_norm`, or what maps were read for.
+            `knockout`: edges that the loss would miss, as in `trace_paths`. Default: `value_norm`, or what maps were read for.
         top_beam: How many paths.
         residual: Share of the residual connection at each token, instead of what `follow` gives it.
         must_move: Leave out the paths that never leave the target.
         attention_mask: For token ids: 1 at real tokens.
-        target: For Reversed Attention of a model: what the loss asks for.
+        target: For Reversed Attention and knockouts of a model: what the loss asks for.
         metric: The same, as a function of the logits.
         example: For a cache of several: which one.
         prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
