@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ra_lens.experiments import perturbation_test
     from ra_lens.heads import rank_heads
     from ra_lens.hooks import get_ra_caching_hooks
+    from ra_lens.knockouts import knockout_hooks
     from ra_lens.model import load_model
     from ra_lens.model.loading import load_demo_model
     from ra_lens.patching import patch_hooks
@@ -26,6 +27,7 @@ _HOMES = {
     "best_scale": "ra_lens.scales",
     "check_model": "ra_lens.check",
     "get_ra_caching_hooks": "ra_lens.hooks",
+    "knockout_hooks": "ra_lens.knockouts",
     "load_demo_model": "ra_lens.model.loading",
     "load_model": "ra_lens.model",
     "load_task": "ra_lens.tasks",
@@ -41,6 +43,7 @@ __all__ = [
     "best_scale",
     "check_model",
     "get_ra_caching_hooks",
+    "knockout_hooks",
     "load_demo_model",
     "load_model",
     "load_task",

@@ -1,12 +1,20 @@
 """`RACache`: the maps of one run, read like a TransformerLens `ActivationCache`.
 
-Three kinds of map per attention layer, each `[batch, head, query, key]`:
+Three kinds of map per attention layer are stored, each `[batch, head, query, key]`:
 
 * `ra`, full name `blocks.{layer}.attn.hook_ra` (in an encoder-decoder
   `decoder_blocks.1.cross_attn.hook_ra` and so on): Reversed Attention R. Positive: descent lowers
   this attention; negative: descent raises it.
 * `pattern`, `….hook_pattern`: A, as the softmax made it, before any edit by a hook.
 * `pattern_grad`, `….hook_pattern_grad`: G = ∂L/∂A.
+
+Two more are made from these when they are asked for, in float32 at least. Both foretell, to first
+order and in the unit of the loss, what cutting an edge does to it; positive where it rises, so
+that the answer needs the edge (formulas, proof and limits: `ra_lens.knockouts.predict`):
+
+* `knockout`, `….hook_knockout`: −R~ / (1 − A), the row renormalised, with R~ = R / scale. 0 where
+  an edge is all that its row has, which cannot be cut so.
+* `cut`, `….hook_cut`: −A ⊙ G, the row not renormalised.
 
 In a cache that `run_with_ra` made, rows and columns of padding are 0. Norms are kept whatever is
 stored. `save` writes one safetensors file, which cannot run code, with a JSON description.
@@ -27,9 +35,21 @@ from torch import Tensor, nn
 from ra_lens.collect import Store, reversed_attention
 from ra_lens.errors import BadFile, BadInput, NotStored
 from ra_lens.files import read_tensors, write_tensors
-from ra_lens.head_names import Head, HeadScore, layer_and_index, spell_head
-from ra_lens.model import Site, Sites, as_lens
-from ra_lens.model.sites import MAP_KINDS, MapKind, read_kind, spell_counts, table
+from ra_lens.head_names import Head, Heads, HeadScore, layer_and_index, spell_head
+from ra_lens.knockouts.edges import Edges, EdgeSet, Tokens
+from ra_lens.knockouts.predict import cut_map, knockout_map
+from ra_lens.knockouts.read import effect_of, flow_of, set_of, strongest
+from ra_lens.model import Layers, Site, Sites, as_lens
+from ra_lens.model.sites import (
+    MAP_KINDS,
+    STORED_KINDS,
+    MapKind,
+    StoredKind,
+    read_kind,
+    read_stored_kind,
+    spell_counts,
+    table,
+)
 from ra_lens.numbers import Whole, as_whole, is_several, places, whole, whole_or_none
 from ra_lens.patching.mean import MeanMaps, RunningMean
 from ra_lens.run_info import RunInfo
@@ -70,8 +90,8 @@ class RACache:
     store: Store = "maps"
     has_batch_dim: bool = True
     _maps: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
-    _norms: dict[tuple[MapKind, int], Tensor] = field(
-        default_factory=dict[tuple[MapKind, int], Tensor], repr=False
+    _norms: dict[tuple[StoredKind, int], Tensor] = field(
+        default_factory=dict[tuple[StoredKind, int], Tensor], repr=False
     )
     _running: RunningMean | None = field(default=None, repr=False)
 
@@ -80,28 +100,48 @@ class RACache:
     def __getitem__(
         self, key: str | tuple[str, SupportsIndex]
     ) -> Float[Tensor, "*batch head query key"]:
-        """Give a map by name: `ra["ra", 5]`, `ra["pattern", -1]`, `ra["blocks.5.attn.hook_ra"]`.
+        """Give a map by name: `ra["ra", 5]`, `ra["knockout", -1]`, `ra["blocks.5.attn.hook_ra"]`.
 
         Raises:
             NotStored: that map is not here; the message says what is.
         """
         name = self.sites.name(key)
-        if name not in self._maps:
+        if name in self._maps:
+            return self._maps[name]
+        made = self._made_from(name)
+        if made is None:
             raise NotStored(self._why_not(key))
-        return self._maps[name]
+        kind, site, parts = made
+        missing = [part for part in parts if site.map_name(part) not in self._maps]
+        if missing:
+            raise NotStored(
+                f"{kind!r} is made from {parts[0]!r} and {parts[1]!r}; {self._why_not(missing[0])}"
+            )
+        pattern, other = (self._maps[site.map_name(part)] for part in parts)
+        if kind == "cut":
+            return cut_map(pattern, other)
+        wide = other.to(torch.promote_types(other.dtype, torch.float32))
+        return knockout_map(pattern, wide / site.need_scale())
 
     def __contains__(self, key: object) -> bool:
-        """Tell whether a map is stored, by either form of name."""
-        match key:
-            case str():
-                return key in self._maps
-            case (str() as kind, layer):
-                try:
-                    return self.sites.name((kind, layer)) in self._maps
-                except NotStored:
-                    return False
-            case _:
-                return False
+        """Tell whether a map can be had, by either form of name."""
+        try:
+            name = self.sites.name(key)
+        except NotStored:
+            return False
+        made = self._made_from(name)
+        if name in self._maps or made is None:
+            return name in self._maps
+        return all(made[1].map_name(part) in self._maps for part in made[2])
+
+    def _made_from(self, name: str) -> tuple[MapKind, Site, tuple[StoredKind, StoredKind]] | None:
+        """What a map that is not stored itself is made from; None where it is no such map."""
+        for site in self.sites.values():
+            if name == site.map_name("knockout"):
+                return "knockout", site, ("pattern", "ra")
+            if name == site.map_name("cut"):
+                return "cut", site, ("pattern", "pattern_grad")
+        return None
 
     def __len__(self) -> int:
         """Give the number of maps stored."""
@@ -193,7 +233,7 @@ class RACache:
 
     def __repr__(self) -> str:
         """Say what is in the cache."""
-        kinds = [k for k in MAP_KINDS if any((k, layer) in self for layer in self.layers)]
+        kinds = [k for k in STORED_KINDS if any((k, layer) in self for layer in self.layers)]
         held = f"{', '.join(kinds)}, {self.n_bytes / 1e6:.2f} MB" if kinds else f"{self.store} only"
         n = self.batch_size
         return (
@@ -271,7 +311,13 @@ class RACache:
             raise NotStored("this cache is empty: run the backward pass first.")
         kind = read_kind(kind)
         device = next(iter(self._norms.values())).device
-        return table([self._norms[kind, layer].to(device) for layer in self.layers])
+        rows = [
+            self[kind, layer].flatten(start_dim=-2).norm(dim=-1)
+            if kind in ("knockout", "cut")
+            else self._norms[kind, layer]
+            for layer in self.layers
+        ]
+        return table([row.to(device) for row in rows])
 
     def top_heads(self, k: Whole = 10, kind: MapKind = "ra") -> list[HeadScore]:
         """Give the `k` heads with the largest norm, averaged over the examples."""
@@ -283,23 +329,31 @@ class RACache:
             HeadScore(*every[int(i)], float(v)) for v, i in zip(values[:k], order[:k], strict=True)
         ]
 
-    def mean(self) -> MeanMaps:
-        """Average every map over the examples, entry by entry (paper section 5.3).
+    def mean(self, *kinds: MapKind) -> MeanMaps:
+        """Average maps over the examples, entry by entry (paper section 5.3).
+
+        Args:
+            *kinds: Kinds of map. Default: those stored.
 
         Raises:
             BadInput: examples of different lengths, whose positions do not correspond.
             NotStored: the maps were not stored.
         """
+        chosen = [read_kind(kind) for kind in kinds]
         if self._running is not None:
-            return self._running.result()
+            mean = self._running.result()
+            for kind in chosen:
+                mean.by_layer(kind)
+            return mean
         if not self._maps:
             raise NotStored(self._why_not("ra"))
         running = RunningMean(self.sites, self.batch_size)
         for site in self.sites.values():
             queries = self.info.common_span(site.query_side)
             keys = self.info.common_span(site.key_side)
-            for name in filter(self._maps.__contains__, map(site.map_name, MAP_KINDS)):
-                value = self._maps[name]
+            stored = filter(self._maps.__contains__, map(site.map_name, STORED_KINDS))
+            for name in map(site.map_name, chosen) if chosen else stored:
+                value = self[name]
                 batched = value if self.has_batch_dim else value.unsqueeze(0)
                 running.add(name, batched[..., queries, keys])
         return running.result()
@@ -311,10 +365,11 @@ class RACache:
         import pandas as pd  # late, as it takes long to import
 
         index = pd.MultiIndex.from_tuples(every, names=["prompt", "layer", "head"])
+        first = self.layers[0]
         norms = {
             f"{kind}_norm": self.norms(kind)[..., self.sites.places].flatten().tolist()
             for kind in MAP_KINDS
-            if (kind, self.layers[0]) in self._norms
+            if (kind, first) in self._norms or (kind, first) in self
         }
         frame = pd.DataFrame(norms, index=index).reset_index()
         losses = [self.loss_of(i) for i in range(n)]
@@ -322,6 +377,114 @@ class RACache:
         targets = self.info.targets or (None,) * n
         frame["target"] = [targets[i] for i in frame["prompt"]]
         return frame
+
+    # ---- knockouts ------------------------------------------------------------------------------
+
+    def edges(
+        self,
+        *,
+        heads: Heads = None,
+        layers: Layers = None,
+        queries: Tokens = None,
+        keys: Tokens = None,
+    ) -> EdgeSet:
+        """Choose edges: from some queries to some keys, in some heads, of every example.
+
+            ra.edges(queries=-1, keys="Beats Music", layers=range(10, 16))
+
+        Args:
+            heads: Labels like `"L3H5"`, `(layer, head)` pairs or `HeadScore`s; one or several.
+                Default: all.
+            layers: Layers; with `heads` those of them that lie in these. Default: all.
+            queries: Tokens that look: positions within each example (negative: from its end), a
+                slice, or a text, which stands for all tokens that it covers, each time that it
+                occurs; one or several. Default: all.
+            keys: Tokens looked at, in the same way.
+
+        Returns:
+            A set for `knockout_hooks`. What has no end, all tokens or a slice without one, goes on
+            with those that the model generates.
+
+        Raises:
+            BadInput: heads, layers, positions or texts that are not there.
+        """
+        choice = {"heads": heads, "layers": layers, "queries": queries, "keys": keys}
+        return set_of(self, **choice)
+
+    def knockout(
+        self,
+        *,
+        heads: Heads = None,
+        layers: Layers = None,
+        queries: Tokens = None,
+        keys: Tokens = None,
+        edges: EdgeSet | None = None,
+        renormalise: bool = True,
+    ) -> Float[Tensor, "*batch"]:
+        """Foretell what cutting a set of edges does to the loss, to first order.
+
+        Args:
+            heads: The edges to cut, as in `edges`.
+            layers: The same.
+            queries: The same.
+            keys: The same.
+            edges: Instead of these, a set that is there already.
+            renormalise: Whether each row gives what is cut to its other keys, as if those that are
+                cut were not there. A row that would have nothing left stays as it is.
+
+        Returns:
+            Change of the loss of each example, in its unit, positive where it rises: per row
+            −Σ R~ / (1 − Σ A), or −Σ A·G, summed over rows, heads and layers.
+
+        Raises:
+            BadInput: heads, layers, positions or texts that are not there.
+            NotStored: the maps were not kept.
+        """
+        choice = {"heads": heads, "layers": layers, "queries": queries, "keys": keys}
+        if edges is None:
+            edges = set_of(self, **choice)
+        elif any(value is not None for value in choice.values()):
+            raise BadInput("found edges= beside heads, layers, queries or keys. Give one of them.")
+        return effect_of(self, edges, renormalise=renormalise)
+
+    def top_edges(self, k: Whole = 10, *, by: MapKind = "knockout", bos: bool = False) -> Edges:
+        """Give the `k` edges of each example that matter most, the largest first.
+
+        Args:
+            k: How many of each example.
+            by: What they are ordered by, without regard to its sign: a kind of map. `"knockout"`:
+                the foretold change of the loss when the edge is cut.
+            bos: Whether edges to the token that was put in front of a text count. Many heads rest
+                there, and cutting that is seldom what is asked about.
+
+        Returns:
+            Records with tokens and values; `to_dataframe()` makes a table of them.
+
+        Raises:
+            NotStored: the maps were not kept.
+        """
+        return strongest(self, whole("k", k, least=1), by=read_kind(by), bos=bos)
+
+    def flow(
+        self, *, queries: Tokens = -1, by: MapKind = "knockout", heads: Heads = None
+    ) -> Float[Tensor, "*batch layer key"]:
+        """Sum a map over heads, and over the rows of some queries: what enters them, from where.
+
+        Args:
+            queries: Tokens that look, as in `edges`. Default: the last one of each example.
+            by: A kind of map. `"knockout"`: the foretold change of the loss if a layer's heads,
+                one by one, could not look at the key.
+            heads: Only these. Default: all.
+
+        Returns:
+            Layers in the order of `layers`, keys as the columns of the maps.
+
+        Raises:
+            BadInput: heads or tokens that are not there, or an encoder-decoder, whose layers have
+                keys of different texts.
+            NotStored: the maps were not kept.
+        """
+        return flow_of(self, queries=queries, by=read_kind(by), heads=heads)
 
     # ---- making others --------------------------------------------------------------------------
 
@@ -491,7 +654,7 @@ class RACache:
                     running.add(name, value.unsqueeze(0))
                 else:
                     kind, _, layer = name.partition("/")
-                    cache._norms[read_kind(kind), int(layer)] = value
+                    cache._norms[read_stored_kind(kind), int(layer)] = value
             return cache
 
     def to_html(self, path: str | Path, **options: Any) -> Path:
@@ -527,13 +690,13 @@ class RACache:
 
     # ---- filling, by a run ----------------------------------------------------------------------
 
-    def _put(self, layer: int, kind: MapKind, value: Tensor) -> None:
+    def _put(self, layer: int, kind: StoredKind, value: Tensor) -> None:
         """Add a map (`[batch, head, query, key]`) and its norms."""
         self._put_norms(layer, kind, value)
         self._keep(layer, kind, value)
 
     def _put_norms(
-        self, layer: int, kind: MapKind, value: Tensor, device: str | torch.device | None = None
+        self, layer: int, kind: StoredKind, value: Tensor, device: str | torch.device | None = None
     ) -> Float[Tensor, "batch head"]:
         """Add the norms of a map; gives them where it is, and only they move to `device`."""
         norms = value.flatten(start_dim=-2).norm(dim=-1)
@@ -542,7 +705,7 @@ class RACache:
             self.loss = torch.full(norms.shape[:1], float("nan"))
         return norms
 
-    def _keep(self, layer: int, kind: MapKind, value: Tensor) -> None:
+    def _keep(self, layer: int, kind: StoredKind, value: Tensor) -> None:
         """Add a map without its norms."""
         self._maps[self.sites[layer].map_name(kind)] = value
 

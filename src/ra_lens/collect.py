@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
 from ra_lens.model import Lens, Site
 from ra_lens.model.blocks import recomputed
-from ra_lens.model.sites import MapKind
+from ra_lens.model.sites import StoredKind
 
 Store = Literal["maps", "norms", "mean"]
 
-Deliver = Callable[[Site, dict[MapKind, Tensor]], None]
+Deliver = Callable[[Site, dict[StoredKind, Tensor]], None]
 # Takes the gradient at a pattern, gives that at its scores.
 Receive = Callable[[Tensor], Tensor]
 # Takes a pattern and the gradient at it.
@@ -96,7 +96,7 @@ class _SoftmaxTap(torch.autograd.Function):
         return step.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
-def _discard(_site: Site, _maps: dict[MapKind, Tensor]) -> None:
+def _discard(_site: Site, _maps: dict[StoredKind, Tensor]) -> None:
     """Drop maps that arrive when the run is over."""
 
 

@@ -18,7 +18,7 @@ from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Deliver, Store
 from ra_lens.errors import BadInput, one_of
 from ra_lens.model import Layers, Side, Site, Sites, as_lens
-from ra_lens.model.sites import MapKind
+from ra_lens.model.sites import StoredKind
 from ra_lens.numbers import Real
 from ra_lens.patching.mean import RunningMean
 from ra_lens.prompts import Batch
@@ -86,7 +86,7 @@ class Recorder:
             self._sums = RunningMean(self.sites)
         sides: dict[Side, Batch] = {"input": encoded or batch, "decoder": batch}
 
-        def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
+        def deliver(site: Site, maps: dict[StoredKind, Tensor]) -> None:
             queries, keys = sides[site.query_side], sides[site.key_side]
             for kind, value in maps.items():
                 laid_out = _laid_out(value, queries, keys)
@@ -95,7 +95,7 @@ class Recorder:
         return deliver
 
     def receive(
-        self, site: Site, kind: MapKind, value: Tensor, tokens: tuple[slice, ...] = ()
+        self, site: Site, kind: StoredKind, value: Tensor, tokens: tuple[slice, ...] = ()
     ) -> None:
         """Keep what was asked for of a map; a mean is that of its rows and columns of `tokens`."""
         norms = self.cache._put_norms(site.layer, kind, value, device=self.device)
@@ -203,7 +203,7 @@ def get_ra_caching_hooks(
     recorder = Recorder(sites, store, wanted(names_filter, sites), device, dtype)
     recorder.cache.info = RunInfo(model_name=lens.name, n_layers=sites.n_layers)
 
-    def deliver(site: Site, maps: dict[MapKind, Tensor]) -> None:
+    def deliver(site: Site, maps: dict[StoredKind, Tensor]) -> None:
         lens.forget_patterns()  # which have a graph now, even where every parameter is frozen
         for kind, value in maps.items():
             recorder.receive(site, kind, value)

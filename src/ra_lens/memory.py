@@ -21,7 +21,7 @@ import torch
 from ra_lens.collect import Store
 from ra_lens.errors import NotEnoughMemory
 from ra_lens.model import Lens, Side, Site
-from ra_lens.model.sites import MAP_KINDS
+from ra_lens.model.sites import STORED_KINDS
 from ra_lens.prompts import Prompts
 
 
@@ -62,7 +62,7 @@ class Plan:
             return 0
         made_in = torch.float64 if lens.dtype == torch.float64 else torch.float32
         entries = sum(
-            self._cells(site) * sum(self.wanted(site.map_name(kind)) for kind in MAP_KINDS)
+            self._cells(site) * sum(self.wanted(site.map_name(kind)) for kind in STORED_KINDS)
             for site in self.sites.values()
         )
         return examples * (self.dtype or made_in).itemsize * entries

@@ -28,7 +28,7 @@ from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import Layers, PrependBos, as_lens
-from ra_lens.model.sites import MapKind, read_kind
+from ra_lens.model.sites import StoredKind, read_stored_kind
 from ra_lens.numbers import Real, Reals, Whole, Wholes, places, real, reals, whole
 from ra_lens.padding import of_one_length
 from ra_lens.patching.hooks import Where, check_variant, scaled_hooks
@@ -100,7 +100,7 @@ class BestScale:
     scales: tuple[float, ...]
     loss_per_prompt: Float[Tensor, "prompt scale"]
     probability: Float[Tensor, "prompt scale"]
-    kind: MapKind = "ra"
+    kind: StoredKind = "ra"
     at: Where = "pattern"
 
     @property
@@ -302,7 +302,7 @@ def best_scale(
         losses[of_prompts, of_scales] = bound.part(of_prompts)(logits).double().cpu()
     lengths = torch.tensor([len(row) for row in bound.targets or []], dtype=torch.float64)
     chances = (-losses * lengths.unsqueeze(1)).exp()
-    return BestScale(tried, losses, chances, read_kind(kind), at)
+    return BestScale(tried, losses, chances, read_stored_kind(kind), at)
 
 
 Batch = tuple[MeanMaps, list[tuple[int, int]]]  # what is added, and to which prompts at which scale

@@ -46,7 +46,7 @@ def knockout_map(
         In the unit of the loss, positive where it rises; float32 at least. 0 where the edge is all
         that its row has.
     """
-    missing = _missing(pattern)
+    missing = lacking(pattern)
     pattern, step = _wide(pattern), _wide(step)
     found = torch.where(pattern < 1, -step / (1 - pattern), 0.0)
     # Of a row at most one edge holds more than half; what the others hold tells the rest exactly.
@@ -83,7 +83,7 @@ def knockout_of_set(
 
     As `knockout_map`: −Σ R~ / (1 − Σ A), both sums over the edges of the row.
     """
-    missing = _missing(pattern)[..., 0]
+    missing = lacking(pattern)[..., 0]
     pattern, step = _wide(pattern), _wide(step)
     held, gone = (pattern * edges).sum(dim=-1), (step * edges).sum(dim=-1)
     left = (pattern * ~edges).sum(dim=-1) + missing
@@ -106,7 +106,7 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _missing(pattern: Float[Tensor, "*batch query key"]) -> Float[Tensor, "*batch query 1"]:
+def lacking(pattern: Float[Tensor, "*batch query key"]) -> Float[Tensor, "*batch query 1"]:
     """What a row lacks to 1: the share of an attention sink, which no key has; rounding is none."""
     lacks = 1 - _wide(pattern).sum(dim=-1, keepdim=True)
     return torch.where(lacks > _ROUNDING * torch.finfo(pattern.dtype).eps, lacks, 0.0)

@@ -25,8 +25,11 @@ from ra_lens.head_names import Heads, layer_and_index, list_heads, spell_head
 from ra_lens.numbers import Real, Wholes, as_whole, real, wholes
 
 Layers = Wholes | None
-MapKind = Literal["ra", "pattern", "pattern_grad"]
-MAP_KINDS: tuple[MapKind, ...] = ("ra", "pattern", "pattern_grad")
+StoredKind = Literal["ra", "pattern", "pattern_grad"]
+STORED_KINDS: tuple[StoredKind, ...] = ("ra", "pattern", "pattern_grad")
+MapKind = Literal["ra", "pattern", "pattern_grad", "knockout", "cut"]
+MAP_KINDS: tuple[MapKind, ...] = (*STORED_KINDS, "knockout", "cut")
+"""All kinds; the last two are made from those that are stored."""
 Gate = Literal["sigmoid", "softplus"]
 Side = Literal["input", "decoder"]
 
@@ -125,7 +128,7 @@ class Site:
         return "input" if self.cross else self.query_side
 
     def map_name(self, kind: str) -> str:
-        """Full name of a map: `{prefix}.hook_ra`, `….hook_pattern` or `….hook_pattern_grad`."""
+        """Full name of a map: `{prefix}.hook_ra`, `….hook_pattern` and so on."""
         return f"{self.prefix}.hook_{kind}"
 
     def kv_group(self, head: int) -> int:
@@ -253,13 +256,14 @@ class Sites(dict[int, Site]):
                 )
 
     def map_names(self) -> list[str]:
-        """List the full names of all maps that these layers may have, layer by layer."""
-        return [site.map_name(kind) for site in self.values() for kind in MAP_KINDS]
+        """List the full names of all maps that a run may store, layer by layer."""
+        return [site.map_name(kind) for site in self.values() for kind in STORED_KINDS]
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Sort full names of maps by layer, then by kind."""
         present = set(names)
-        return [name for name in self.map_names() if name in present]
+        every = (site.map_name(kind) for site in self.values() for kind in MAP_KINDS)
+        return [name for name in every if name in present]
 
     # ---- heads ----------------------------------------------------------------------------------
 
@@ -317,7 +321,19 @@ def read_kind(kind: str) -> MapKind:
     for known in MAP_KINDS:
         if kind.removeprefix("hook_") == known:
             return known
-    raise NotStored(f"found kind {kind!r}; a cache holds {', '.join(MAP_KINDS)}.")
+    raise NotStored(f"found kind {kind!r}; a cache gives {', '.join(MAP_KINDS)}.")
+
+
+def read_stored_kind(kind: str) -> StoredKind:
+    """Read the name of a kind of map that is stored.
+
+    Raises:
+        NotStored: there is no such kind of map, or it is made from others.
+    """
+    for known in STORED_KINDS:
+        if kind.removeprefix("hook_") == known:
+            return known
+    raise NotStored(f"found kind {kind!r}; give one that is stored: {', '.join(STORED_KINDS)}.")
 
 
 def spell_layers(layers: Sequence[int]) -> str:

@@ -1,0 +1,217 @@
+"""`knockout_hooks`: `(hook name, hook)` pairs that really cut edges of attention.
+
+    renormalised       A′ = 0 at the edges, A / (1 − a) elsewhere, with a the sum of A over the
+                       edges of the row: the softmax with their scores at −∞
+    not renormalised   A′ = 0 at the edges, A elsewhere
+
+An attention sink takes part in the renormalising. A row that would have nothing left stays as it
+is, as its softmax would have no keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.knockouts.edges import Box, Edge, EdgeSet, Positions
+from ra_lens.knockouts.predict import lacking
+from ra_lens.model import Site, Sites, as_lens
+from ra_lens.patching.hooks import HookPairs
+from ra_lens.patching.place import map_indices, read_mask
+
+Cuts = Edge | EdgeSet | Iterable["Edge | EdgeSet | Iterable[Edge]"]
+
+
+def knockout_hooks(
+    model: nn.Module,
+    edges: Cuts,
+    *,
+    renormalise: bool = True,
+    attention_mask: Tensor | None = None,
+) -> HookPairs:
+    """Forward hooks that cut edges of attention.
+
+        edges = ra.edges(queries=-1, keys="Beats Music", layers=range(10, 16))
+        with model.hooks(fwd_hooks=knockout_hooks(model, edges)):
+            logits = model(prompt)
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        edges: What is cut: an `Edge`, several, such as `ra.top_edges(5)`, or an `EdgeSet` from
+            `ra.edges(...)`. Or a list with one of these for each example of the batch that is run,
+            an empty list where nothing is cut.
+        renormalise: Whether the other keys of a row get what the cut ones had, as if those were not
+            there.
+        attention_mask: `[batch, pos]`, 1 at real tokens, for batches with padding: positions then
+            count real tokens. Without it they are columns. Not for encoder-decoders.
+
+    Returns:
+        `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`, `run_with_hooks`, `run_with_ra`
+        or `model.generate`; they compose with other hooks in the order of registration. Tokens
+        generated after the prompt keep their attention, unless the set has no end.
+
+    Raises:
+        BadInput: edges that this model does not have, or of another number of examples than is run.
+        UnsupportedModel: a layer of which it is not known whether an edit changes anything.
+    """
+    lens = as_lens(model)
+    cuts = read_cuts(edges, lens.sites)
+    _check_sides([lens.sites[layer] for layer in cuts.layers], attention_mask)
+    places = _Places(read_mask(attention_mask))
+    return [
+        pair
+        for layer in cuts.layers
+        for pair in _hooks(lens.sites[layer], cuts, places, renormalise)
+    ]
+
+
+def _hooks(site: Site, cuts: EdgeSet, places: _Places, renormalise: bool) -> HookPairs:
+    if site.observe_only is None:
+        raise UnsupportedModel(
+            f"it is not known whether an edit of hook_pattern at layer {site.layer} changes "
+            "anything in this model. run_with_ra finds out: run it once before."
+        )
+
+    def cut(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
+        marks = places.marks(cuts, site, pattern.shape)
+        return (
+            None
+            if marks is None
+            else without(pattern, marks.to(pattern.device), renormalise=renormalise)
+        )
+
+    return [(site.pattern_name, cut)]
+
+
+def without(
+    pattern: Float[Tensor, "batch head query key"],
+    edges: Bool[Tensor, "some head query key"],
+    *,
+    renormalise: bool,
+) -> Float[Tensor, "batch head query key"]:
+    """A′; see the module's text. Rows in which nothing is cut stay as they are, to the bit."""
+    if not renormalise:
+        return pattern.masked_fill(edges, 0.0)
+    wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+    kept = wide.masked_fill(edges, 0.0)
+    left = kept.sum(dim=-1, keepdim=True) + lacking(pattern)
+    gone = (wide - kept).sum(dim=-1, keepdim=True)
+    after = kept * ((left + gone) / torch.where(left > 0, left, 1.0))
+    meant = edges.any(dim=-1, keepdim=True) & (left > 0)
+    return torch.where(meant, after.to(pattern.dtype), pattern)
+
+
+class _Places:
+    """Positions of the tokens in rows and columns of patterns, kept for all layers of a pass."""
+
+    def __init__(self, mask: Bool[Tensor, "example pos"] | None) -> None:
+        self._mask = mask
+        self._last: tuple[tuple[int, int], Int[Tensor, "some key"]] | None = None
+
+    def marks(
+        self, cuts: EdgeSet, site: Site, shape: Sequence[int]
+    ) -> Bool[Tensor, "some head query key"] | None:
+        """The edges to cut in a pattern of this shape; None: none."""
+        n_examples, n_heads, n_queries, n_keys = shape
+        if site.cross:
+            queries, keys = torch.arange(n_queries)[None], torch.arange(n_keys)[None]
+        else:
+            keys = self._keys(site, n_queries, n_keys)
+            queries = keys[:, -n_queries:]
+        for what, n in (("edges", len(cuts.rows)), ("rows of attention_mask", len(keys))):
+            if n not in (1, n_examples):
+                raise BadInput(
+                    f"found {n_examples} examples at {site.label}, but {what} of {n}. Run as many "
+                    "examples as were chosen, or give one set for all."
+                )
+        marks = cuts.marks(site.layer, n_heads, queries, keys)
+        return marks if bool(marks.any()) else None
+
+    def _keys(self, site: Site, n_queries: int, n_keys: int) -> Int[Tensor, "some key"]:
+        # With a window a key/value cache may hold fewer keys than there were tokens.
+        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
+            raise UnsupportedModel(
+                f"{site.label} attends to the last {site.window} tokens, and its key/value "
+                "cache has dropped earlier ones, so positions cannot be told. Generate with "
+                "use_past_kv_cache=False."
+            )
+        if self._last is None or self._last[0] != (n_queries, n_keys):
+            index = map_indices(
+                sys.maxsize, n_queries, n_keys, align="left", mask=self._mask, layer=site.layer
+            )
+            self._last = (n_queries, n_keys), index
+        return self._last[1]
+
+
+# ---- reading what people give -------------------------------------------------------------------
+
+
+def read_cuts(edges: Cuts, sites: Sites) -> EdgeSet:
+    """Read what is to be cut as one set."""
+    if isinstance(edges, Edge | EdgeSet):
+        found = _row(edges, sites)
+    else:
+        given = list(edges) if isinstance(edges, Iterable) else [edges]
+        if all(isinstance(one, Edge) for one in given):
+            found = _row(given, sites)
+        else:
+            rows = [_row(one, sites) for one in given]
+            several = next((row for row in rows if len(row.rows) > 1), None)
+            if several is not None:
+                raise BadInput(
+                    f"found a set of {len(several.rows)} examples in a list, which has one for "
+                    "each example. Give it alone, or sets of one example each."
+                )
+            found = EdgeSet(tuple(row.rows[0] for row in rows))
+    if not found.layers:
+        raise BadInput("found no edge to cut. Give some, such as ra.top_edges(5).")
+    unknown = [layer for layer in found.layers if layer not in sites]
+    if unknown:
+        raise BadInput(f"found edges at layer {unknown[0]}; {sites.noun} layers {sites.spell()}.")
+    return found
+
+
+def _row(given: Any, sites: Sites) -> EdgeSet:
+    if isinstance(given, EdgeSet):
+        return given
+    edges: list[Any] = (
+        [given]
+        if isinstance(given, Edge)
+        else list(given)
+        if isinstance(given, Iterable)
+        else [given]
+    )
+    wrong = [edge for edge in edges if not isinstance(edge, Edge)]
+    if wrong:
+        raise BadInput(
+            f"found {wrong[0]!r} among the edges. Give Edge(layer, head, query, key), what "
+            "ra.top_edges() gives, or a set from ra.edges()."
+        )
+    return EdgeSet((tuple(_box(edge, sites) for edge in edges),))
+
+
+def _box(edge: Edge, sites: Sites) -> Box:
+    (layer, marks), *_ = sites.choose_heads((edge.layer, edge.head)).items()
+    for name in ("query", "key"):
+        position = getattr(edge, name)
+        if position < 0:
+            raise BadInput(
+                f"found {name}={position} in an edge, whose positions count from the start, from 0 "
+                "on. ra.edges() counts negative ones from the end."
+            )
+    head = int(marks.nonzero()[0, 0])
+    return Box({layer: (head,)}, Positions((edge.query,)), Positions((edge.key,)))
+
+
+def _check_sides(sites: Sequence[Site], attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and any(s.cross or s.query_side == "decoder" for s in sites):
+        raise BadInput(
+            "found attention_mask with edges of an encoder-decoder, of which it could mean the "
+            "encoder's tokens or the decoder's. Cut in prompts of one length, without padding."
+        )
