@@ -11,7 +11,8 @@ is, as its softmax would have no keys.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.knockouts.edges import Box, Edge, EdgeSet, Positions
 from ra_lens.knockouts.predict import lacking
 from ra_lens.model import Site, Sites, as_lens
+from ra_lens.numbers import Real, real
 from ra_lens.patching.hooks import HookPairs
 from ra_lens.patching.place import map_indices, read_mask
 
@@ -33,6 +35,7 @@ def knockout_hooks(
     edges: Cuts,
     *,
     renormalise: bool = True,
+    amount: Real | Float[Tensor, "example"] = 1.0,
     attention_mask: Tensor | None = None,
 ) -> HookPairs:
     """Forward hooks that cut edges of attention.
@@ -48,6 +51,8 @@ def knockout_hooks(
             an empty list where nothing is cut.
         renormalise: Whether the other keys of a row get what the cut ones had, as if those were not
             there.
+        amount: How far the cut is made: A + amount · (A′ − A), from 0, nothing, to 1. A number, or
+            a tensor with one for each example, through which the loss can be differentiated.
         attention_mask: `[batch, pos]`, 1 at real tokens, for batches with padding: positions then
             count real tokens. Without it they are columns. Not for encoder-decoders.
 
@@ -64,14 +69,12 @@ def knockout_hooks(
     cuts = read_cuts(edges, lens.sites)
     _check_sides([lens.sites[layer] for layer in cuts.layers], attention_mask)
     places = _Places(read_mask(attention_mask))
-    return [
-        pair
-        for layer in cuts.layers
-        for pair in _hooks(lens.sites[layer], cuts, places, renormalise)
-    ]
+    share = amount if isinstance(amount, Tensor) and amount.ndim else real("amount", amount)
+    do = partial(without, renormalise=renormalise, amount=share)
+    return [pair for layer in cuts.layers for pair in _hooks(lens.sites[layer], cuts, places, do)]
 
 
-def _hooks(site: Site, cuts: EdgeSet, places: _Places, renormalise: bool) -> HookPairs:
+def _hooks(site: Site, cuts: EdgeSet, places: _Places, do: Callable[..., Tensor]) -> HookPairs:
     if site.observe_only is None:
         raise UnsupportedModel(
             f"it is not known whether an edit of hook_pattern at layer {site.layer} changes "
@@ -80,11 +83,7 @@ def _hooks(site: Site, cuts: EdgeSet, places: _Places, renormalise: bool) -> Hoo
 
     def cut(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
         marks = places.marks(cuts, site, pattern.shape)
-        return (
-            None
-            if marks is None
-            else without(pattern, marks.to(pattern.device), renormalise=renormalise)
-        )
+        return None if marks is None else do(pattern, marks.to(pattern.device))
 
     return [(site.pattern_name, cut)]
 
@@ -94,16 +93,21 @@ def without(
     edges: Bool[Tensor, "some head query key"],
     *,
     renormalise: bool,
+    amount: float | Float[Tensor, "example"] = 1.0,
 ) -> Float[Tensor, "batch head query key"]:
     """A′; see the module's text. Rows in which nothing is cut stay as they are, to the bit."""
-    if not renormalise:
-        return pattern.masked_fill(edges, 0.0)
     wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
-    kept = wide.masked_fill(edges, 0.0)
-    left = kept.sum(dim=-1, keepdim=True) + lacking(pattern)
-    gone = (wide - kept).sum(dim=-1, keepdim=True)
-    after = kept * ((left + gone) / torch.where(left > 0, left, 1.0))
-    meant = edges.any(dim=-1, keepdim=True) & (left > 0)
+    kept = after = wide.masked_fill(edges, 0.0)
+    meant = edges.any(dim=-1, keepdim=True)
+    if renormalise:
+        left = kept.sum(dim=-1, keepdim=True) + lacking(pattern)
+        gone = (wide - kept).sum(dim=-1, keepdim=True)
+        after = kept * ((left + gone) / torch.where(left > 0, left, 1.0))
+        meant = meant & (left > 0)
+    if isinstance(amount, Tensor):
+        after = wide + amount.to(wide)[:, None, None, None] * (after - wide)
+    elif amount != 1:
+        after = wide + amount * (after - wide)
     return torch.where(meant, after.to(pattern.dtype), pattern)
 
 
