@@ -45,7 +45,7 @@ _FOLLOW = {
 _METADATA = (
     "seq_len", "target_pos", "layer", "layers", "top_beam", "top_k", "follow", "search",
     "length_norm", "agg_heads", "model_name",
-    "prepended",
+    "prepended", "sinks",
 )  # fmt: skip
 
 
@@ -129,6 +129,7 @@ class TraceResult:
         agg_heads: How heads were put together: `mean`, `max`, a head; `none` across layers.
         model_name: Where the maps are from.
         prepended: The token put in front of text; empty if none was; None where that is not known.
+        sinks: Positions of the attention sinks that paths were kept from.
     """
 
     seq_len: int
@@ -145,11 +146,19 @@ class TraceResult:
     agg_heads: str | int = "mean"
     model_name: str = "unknown"
     prepended: str | None = None
+    sinks: tuple[int, ...] = ()
 
     @property
     def is_layered(self) -> bool:
         """Whether paths run through layers, one step per layer."""
         return self.layer is None
+
+    @property
+    def sinks_text(self) -> str:
+        """Which attention sinks were left out, in words; empty if none."""
+        if not self.sinks:
+            return ""
+        return f"left out: {spell_sinks(self.tokens, self.sinks)} (sinks=True goes there)"
 
     @property
     def paths_text(self) -> list[str]:
@@ -265,7 +274,8 @@ class TraceResult:
             f"TraceResult of {self.model_name}: {len(self.beams)} paths to position "
             f"{self.target_pos} of {self.seq_len}, {where}, follow={self.follow!r}"
         )
-        return "\n".join([first, *(f"  {text}" for text in self.paths_text)])
+        lines = [first, *(f"  {text}" for text in self.paths_text)]
+        return "\n".join([*lines, f"  {self.sinks_text}"] if self.sinks else lines)
 
 
 def _softmax(scores: Sequence[float]) -> list[float]:
@@ -295,6 +305,12 @@ def step_text(trace: TraceResult, step: Step) -> str:
     if not step.moves:
         return f"layer {step.layer} head {step.head}: {here} attends to itself"
     return f"layer {step.layer} head {step.head} moved {there} to {here}"
+
+
+def spell_sinks(tokens: Sequence[str], sinks: Sequence[int]) -> str:
+    """Name attention sinks by token and position."""
+    named = ", ".join(f"“{label(tokens[position])}” ({position})" for position in sinks)
+    return f"the attention sink{'s' * (len(sinks) > 1)} {named}"
 
 
 def _name(trace: TraceResult, position: int) -> str:
@@ -333,6 +349,7 @@ def page_data(trace: TraceResult) -> dict[str, Any]:
             f"The {paths} to “{label(trace.tokens[trace.target_pos])}” (position "
             f"{trace.target_pos} of {trace.seq_len}) along {_FOLLOW[trace.follow]}, "
             f"{trace.search} search."
+            + (f" Left out: {spell_sinks(trace.tokens, trace.sinks)}." if trace.sinks else "")
         ),
         "layered": trace.is_layered,
         "signed": trace.follow in REVERSED,
