@@ -45,18 +45,24 @@ from ra_lens.model import as_lens
 from ra_lens.questions import ask, read_questions
 from ra_lens.tables import TABLE
 from ra_lens.tasks import Task, same_length_sets, task_names
+from ra_lens.tasks.task import Demonstrations
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results-smollm2.md"
 RESULTS = Path(__file__).parent / "results-smollm2"
 IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 SHOTS = (1, 5)
+DEMONSTRATIONS: dict[int, Demonstrations] = {
+    1: "own",
+    5: "shared",
+}  # shared ones run five times as fast
 ASKED = 40  # questions of the survey, and of the sweep
 TESTED = 16  # questions of the perturbation test
 RANKED = 25  # prompts that heads are ranked on, as in the paper
 MEDIATED = 8  # prompts that CM1 ranks heads on: a forward pass for each head of each prompt
 RANDOM = 5
 CAN_DO = 0.3
-PARTS = ("patching", "perturbation", "mediation")
+PARTS = ("patching", *(f"{what}-{n}" for what in ("perturbation", "mediation") for n in SHOTS))
+OWN = "own"  # in front of the parts of two tasks, where the 5 examples are drawn anew as well
 ORDERS = {
     ("ra", "forward"): "RA",
     ("ra", "reversed"): "RA reversed",
@@ -132,11 +138,13 @@ def _ask(job: Job) -> None:
 
 
 def _perturb(job: Job, methods: Sequence[str], n_rank: int) -> None:
+    shots = int(job.part[-1])
     perturbation_test(
         _model(job.model),
         job.read_task(),
         methods=methods,
-        shots=SHOTS,
+        shots=shots,
+        demonstrations="own" if job.part.startswith(OWN) else DEMONSTRATIONS[shots],
         random_orders=RANDOM,
         n_rank=n_rank,
         n_test=TESTED,
@@ -162,11 +170,13 @@ def _patch(job: Job) -> None:
     )
 
 
+_MAPS = partial(_perturb, methods=["ra", "fa", "index", "random"], n_rank=RANKED)
+_CM1 = partial(_perturb, methods=["cm1"], n_rank=MEDIATED)
 _RUN: dict[str, Callable[[Job], None]] = {
     "accuracy": _ask,
-    "perturbation": partial(_perturb, methods=["ra", "fa", "index", "random"], n_rank=RANKED),
-    "mediation": partial(_perturb, methods=["cm1"], n_rank=MEDIATED),
     "patching": _patch,
+    **{part: _MAPS if "perturbation" in part else _CM1 for part in PARTS[1:]},
+    **{f"{OWN}-{part}": _MAPS if "perturbation" in part else _CM1 for part in PARTS[2::2]},
 }
 
 
@@ -256,6 +266,18 @@ def tasks_table(wide: pd.DataFrame) -> pd.DataFrame:
     means = wide.groupby(level=["task", "n_shots"]).mean()
     means.index = [f"{task}, {shots}" for task, shots in means.index]
     return means.map(share).set_axis(list(ORDERS.values()), axis=1)
+
+
+def own_beside_shared(own: pd.DataFrame, shared: pd.DataFrame) -> pd.DataFrame:
+    """Rows orders, columns tasks: the area with demonstrations drawn anew, and shared."""
+    found: dict[str, pd.Series] = {}
+    for (task, shots), part in own.groupby(level=["task", "n_shots"]):
+        for name, wide in (
+            ("own", part),
+            ("shared", shared.loc[[task]].xs(shots, level="n_shots")),
+        ):
+            found[f"{task}, {name}"] = wide.mean().map(share)
+    return pd.DataFrame(found).set_axis(list(ORDERS.values()), axis=0)
 
 
 def compared(wide: pd.DataFrame, pairs: dict[str, tuple[Any, Any]]) -> pd.DataFrame:
@@ -358,8 +380,10 @@ def main(
     survey = pd.concat([pd.read_parquet(job.path) for job in asked], ignore_index=True)
     can = able(survey)
     perturbed = [job for task in can for part in PARTS[1:] for job in jobs(part, [task])]
+    own = [job for part in PARTS[2::2] for job in jobs(f"{OWN}-{part}", can[:2])]
     patched = [job for job in jobs("patching", task_names()) if has_set(job)]
-    run_all([job for job in (*patched, *perturbed) if job.part in parts], workers)
+    chosen = [job for job in (*patched, *perturbed) if job.part in parts]
+    run_all([*chosen, *(job for job in own if job.part.removeprefix(f"{OWN}-") in parts)], workers)
     there = {
         task for task in can if all(job.path.exists() for job in perturbed if job.task == task)
     }
@@ -372,6 +396,7 @@ def main(
     ]
     typer.echo(" ".join(said))
     accuracy, logits = by_question(curves, "top1"), by_question(curves, "logit_diff")
+    drawn = joined(job for job in own if job.path.exists())
     refresh(
         {
             "done": " ".join(said),
@@ -381,6 +406,7 @@ def main(
             "areas tasks": markdown(tasks_table(accuracy)),
             "compared": markdown(compared(accuracy, PAIRS)),
             "compared logit": markdown(compared(logits, PAIRS)),
+            "demonstrations": markdown(own_beside_shared(by_question(drawn, "top1"), accuracy)),
             "patching": markdown(at_thirty(sweep)),
             "patching tasks": markdown(best_scales(sweep)),
         }

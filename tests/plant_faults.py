@@ -2,6 +2,7 @@
 
     python tests/plant_faults.py                          # all of them, against the default run
     python tests/plant_faults.py --only journal           # those with this in their name or kind
+    python tests/plant_faults.py --tier nearest-ci        # all, against the tests nearest to each
     python tests/plant_faults.py --tier ci --out f.jsonl  # and against the CI tier what is left
 
 A fault is a mistake that somebody could make while moving code, written as one text in the place
@@ -9,9 +10,10 @@ of another. The text must stand exactly once in the source, in whatever file: co
 fault whose text was rewritten says so and is to be written anew.
 
 Each fault goes into a copy of the working tree, where the test files that speak most of the
-changed code run, up to the first failure. What they do not find is planted together, for one whole
-default run; the tests that fail in it then run against each of these faults alone. So it goes with
-what only CI runs. A test that fails without any fault has found none.
+changed code run, up to the first failure (`nearest`), and then those of their tests that only CI
+runs (`nearest-ci`). What they do not find is planted together, for one whole default run; the tests
+that fail in it then run against each of these faults alone. So it goes with what only CI runs. A
+test that fails without any fault has found none.
 Each result is a line of the file of `--out`, where a later call goes on. Delete it after a change.
 
 Cost: about half a minute for each fault, and a default run.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -30,9 +33,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,14 +45,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = Path("src", "ra_lens")
 DEFAULT_RUN: tuple[str, ...] = ()
-CI_RUNS = (
-    ("-mevery_model", "--every-model"),
-    ("--check-shapes",),
-)
+ONLY_CI = ("-mevery_model", "--every-model")
+CI_RUNS = (ONLY_CI, ("--check-shapes",))
 """What CI runs beside the default run, as arguments of pytest."""
 ALONE = ("-x", "-n", "0", "-p", "no:randomly")
 """In one process, in the order given, up to the first failure."""
-TIERS = ("nearest", "default", "ci")
+NEAREST: dict[str, tuple[str, ...]] = {"nearest": (), "nearest-ci": ONLY_CI}
+TIERS = (*NEAREST, "default", "ci")
+IN_SHORT = {"nearest": "default run", "default": "default run", "nearest-ci": "ci"}
 N_NEAREST = 6
 MINUTES = 40
 """After these a run counts as one that a fault keeps from ending."""
@@ -58,12 +61,16 @@ NO_END = f"no end after {MINUTES} minutes"
 
 @dataclass(frozen=True)
 class Fault:
-    """One mistake: `new` in the place of `old`, which stands once in the source."""
+    """One mistake: `new` in the place of `old`, which stands once in the source.
+
+    `near` is a test file that finds it, where names would not lead there.
+    """
 
     name: str
     kind: str
     old: str
     new: str
+    near: str = ""
 
 
 FAULTS = (
@@ -86,6 +93,7 @@ FAULTS = (
         "scales",
         '("scale_attn", lambda divisor: 1.0 / float(divisor))',
         '("scale_attn", float)',
+        "tests/run/test_exactness.py",
     ),
     Fault("best scale is the worst", "scales", "return min(tried)[-1]", "return max(tried)[-1]"),
     Fault(
@@ -165,7 +173,27 @@ FAULTS = (
         'return -maps.ra if sign == "descent"',
         'return maps.ra if sign == "descent"',
     ),
-    Fault("the page shows R as −R", "signs", "facts.limit * (minus ? -1 : 1)", "facts.limit"),
+    Fault(
+        "the page shows R as −R",
+        "signs",
+        "minus ? -gradient : gradient",
+        "gradient",
+        "tests/report/test_report_browser.py",
+    ),
+    Fault(
+        "what blocking does has R's sign in the page",
+        "signs",
+        "? -gradient / (scale * (1 - share))",
+        "? gradient / (scale * (1 - share))",
+        "tests/report/test_knockouts_browser.py",
+    ),
+    Fault(
+        "the page divides what blocking does by 1 − A where A has no digits left",
+        "formula",
+        "share <= 0.5 ? -gradient",
+        "share <= 1 ? -gradient",
+        "tests/report/test_knockouts_browser.py",
+    ),
     Fault(
         "descent said to lower what it raises",
         "signs",
@@ -184,6 +212,7 @@ FAULTS = (
         "masks",
         "maps.tril() if site.causal and not site.cross else maps",
         "maps",
+        "tests/patching/test_patching.py",
     ),
     Fault(
         "placed maps lose their diagonal",
@@ -227,6 +256,7 @@ FAULTS = (
         "padding",
         "(leading - 1).clamp(min=0)",
         "leading.clamp(min=0)",
+        "tests/run/test_batching.py",
     ),
     Fault(
         "padding on the left not counted", "padding", "[start + p for p in row]", "[p for p in row]"
@@ -236,6 +266,7 @@ FAULTS = (
         "padding",
         "grad.masked_fill(dead, 0.0)",
         "grad",
+        "tests/model/test_weight_processing.py",
     ),
     Fault(
         "maps aligned to the wrong end",
@@ -270,8 +301,8 @@ FAULTS = (
     Fault(
         "answers come back in the order of lengths",
         "positions",
-        "order).argsort()  # back to the order given\n    return Marks.",
-        "order)\n    return Marks.",
+        ".argsort()  # as they were given",
+        "  # as they were given",
     ),
     # ---- hooks and the state of the model -------------------------------------------------------
     Fault(
@@ -295,12 +326,21 @@ FAULTS = (
         "state",
         "self._model.is_caching = was_caching",
         "self._model.is_caching = False",
+        "tests/run/test_leaves_nothing.py",
     ),
     Fault(
         "a faster norm with an epsilon of its own",
         "scales",
         'eps = getattr(module.config, "eps", 1e-5)',
         "eps = 1e-5",
+        "tests/model/test_recompute.py",
+    ),
+    Fault(
+        "a norm of HookedTransformer with an epsilon of its own",
+        "scales",
+        "x.shape[-1:], weight, bias, module.eps)",
+        "x.shape[-1:], weight, bias, 1e-5)",
+        "tests/model/test_recompute.py",
     ),
     Fault(
         "only the first block runs again",
@@ -399,7 +439,7 @@ FAULTS = (
         "files for the owner only",
         "files",
         "temporary.chmod(_mode(destination))",
-        "temporary.chmod(0o600)",
+        "temporary.chmod(_mode(destination) & 0o600)",
     ),
     Fault(
         "the name none read as missing",
@@ -433,7 +473,7 @@ FAULTS = (
         "a range of layers without its end",
         "command line",
         "several = range(int(first), int(last) + 1)",
-        "several = range(int(first), max(int(last), int(first) + 1))",
+        "several = range(int(first), int(last) + (match is None or match[2] is None))",
     ),
     Fault(
         "--layers not handed on",
@@ -441,7 +481,13 @@ FAULTS = (
         "target=wanted, layers=chosen, progress=False",
         "target=wanted, progress=False",
     ),
-    Fault("check ends like a crash", "command line", "typer.Exit(3)", "typer.Exit(1)"),
+    Fault(
+        "check ends like a crash",
+        "command line",
+        "typer.Exit(3)",
+        "typer.Exit(1)",
+        "tests/cli/test_cli_check.py",
+    ),
     Fault(
         "bad input ends like a crash",
         "command line",
@@ -480,7 +526,7 @@ def file_of(fault: Fault, root: Path = ROOT) -> Path:
 
 
 def nearest(fault: Fault, root: Path) -> list[str]:
-    """Test files that name most of what the changed code defines and uses, the nearest first."""
+    """Test files: the one that a fault names, then those that name most of what its code does."""
     path = root / file_of(fault, root)
     text = path.read_text(encoding="utf-8")
     weights = Counter(dict.fromkeys(re.findall(r"[a-z]\w{3,}", fault.old), 1.0))
@@ -508,10 +554,20 @@ def nearest(fault: Fault, root: Path) -> list[str]:
     titles = {t: " ".join([t, *re.findall(r"def test_(\w+)", tests[t])]) for t in tests}
     for word in re.findall(r"[a-z]{4,}", f"{fault.name} {fault.kind}".lower()):
         count(word, 2.0, titles)
+    if fault.near:
+        scores[fault.near] = math.inf
     return sorted(scores, key=lambda test: -scores[test])[:N_NEAREST]
 
 
 # ---- copies of the working tree ------------------------------------------------------------------
+
+
+@contextmanager
+def a_folder(prefix: str) -> Generator[Path, None, None]:
+    """A temporary folder that others may read, as tests do that run code as another user."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 def copy_of_working_tree(destination: Path) -> Path:
@@ -592,16 +648,16 @@ class Results:
         """Whether a test that found a fault passes without one."""
         return {one["without"]: one["passes"] for one in self._found if "without" in one}
 
-    def not_confirmed(self) -> list[str]:
+    def not_confirmed(self, faults: Sequence[Fault]) -> list[str]:
         """Tests near a fault that found it, and have not been run without one."""
-        found = {one["test"] for one in self._found if one.get("tier") == "nearest"}
-        return sorted(found - {None, NO_END} - set(self.sound()))
+        found = {test for f in faults for tier, test in self.tiers(f).items() if tier in NEAREST}
+        return sorted(test for test in found if test not in (None, NO_END, *self.sound()))
 
 
-def look_near(fault: Fault, *, clean: Path, results: Results) -> None:
+def look_near(fault: Fault, *, tier: str, clean: Path, results: Results) -> None:
     """Run the nearest test files against one fault."""
-    arguments = [*ALONE, *nearest(fault, clean)]
-    keep("nearest", fault, lambda copy: failing(copy, arguments), clean, results)
+    arguments = [*ALONE, *NEAREST[tier], *nearest(fault, clean)]
+    keep(tier, fault, lambda copy: failing(copy, arguments), clean, results)
 
 
 def look_everywhere(
@@ -609,8 +665,8 @@ def look_everywhere(
 ) -> None:
     """Run a whole tier once against many faults together; what fails, against each alone."""
     runs = [DEFAULT_RUN] if tier == "default" else CI_RUNS
-    with tempfile.TemporaryDirectory(prefix="planted_") as folder:
-        copy = shutil.copytree(clean, Path(folder, "copy"))
+    with a_folder("planted_") as folder:
+        copy = shutil.copytree(clean, folder / "copy")
         planted: list[Fault] = []
         for fault in faults:
             with suppress(LookupError):  # one that another has put its own text next to
@@ -644,8 +700,8 @@ def keep(
 ) -> None:
     """Keep the first test that fails in a copy with one fault, or that none does."""
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="planted_") as folder:
-        copy = shutil.copytree(clean, Path(folder, "copy"))
+    with a_folder("planted_") as folder:
+        copy = shutil.copytree(clean, folder / "copy")
         plant(fault, copy)
         test = next(iter(run(copy)), None)
     seconds = round(time.perf_counter() - start, 1)
@@ -653,10 +709,10 @@ def keep(
     say(f"{fault.name}: {test or f'not found by {tier}'} ({seconds:.0f} s)")
 
 
-def confirm(clean: Path, results: Results) -> None:
-    """Run what the nearest test files found without a fault."""
-    if tests := results.not_confirmed():
-        failed = failing(clean, [*ALONE[1:], *tests])
+def confirm(faults: Sequence[Fault], clean: Path, results: Results) -> None:
+    """Run what found these faults, in the nearest test files, without a fault."""
+    if tests := results.not_confirmed(faults):
+        failed = failing(clean, [*ALONE[1:], "--every-model", *tests])
         for test in tests:
             results.add(without=test, passes=test not in failed)
 
@@ -669,7 +725,7 @@ def show(faults: Sequence[Fault], results: Results) -> bool:
         tier, test = results.found_by(fault) or ("nothing", "")
         if results.sound().get(test) is False:
             tier, test = "unclear", f"{test}, which fails without a fault too"
-        tier = "default run" if tier in ("nearest", "default") else tier
+        tier = IN_SHORT.get(tier, tier)
         counts[tier] += 1
         rows.append((fault.kind, fault.name, f"{tier}: {test}" if test else tier))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -677,7 +733,7 @@ def show(faults: Sequence[Fault], results: Results) -> bool:
         say(f"{kind:{widths[0]}}  {name:{widths[1]}}  {found}")
     say(
         f"{len(faults)} faults: {counts['default run']} found by the default run, "
-        f"{counts['ci']} only by CI, {counts['nothing']} by nothing that was run, "
+        f"{counts['ci']} by what only CI runs, {counts['nothing']} by nothing that was run, "
         f"{counts['unclear']} unclear."
     )
     return counts["default run"] + counts["ci"] == len(faults)
@@ -711,6 +767,8 @@ def main() -> int:
         except LookupError as error:
             wrong.append(str(error))
             continue
+        if fault.near and not (ROOT / fault.near).is_file():
+            wrong.append(f"{fault.name!r}: there is no {fault.near}, which is said to be near")
         if options.list:
             say(f"{fault.kind}: {fault.name}\n  {path}; {' '.join(nearest(fault, ROOT))}")
     if wrong or not faults:
@@ -718,15 +776,16 @@ def main() -> int:
         return 2
     if options.list:
         return 0
-    with tempfile.TemporaryDirectory(prefix="clean_") as folder:
-        clean = copy_of_working_tree(Path(folder, "tree"))
-        results = Results(options.out or Path(folder, "results.jsonl"))
+    with a_folder("clean_") as folder:
+        clean = copy_of_working_tree(folder / "tree")
+        results = Results(options.out or folder / "results.jsonl")
         for tier in TIERS[: TIERS.index(options.tier) + 1]:
             left = [f for f in faults if not results.found_by(f) and tier not in results.tiers(f)]
-            if tier == "nearest":
+            if tier in NEAREST:
+                look = partial(look_near, tier=tier, clean=clean, results=results)
                 with ThreadPoolExecutor(options.jobs) as pool:
-                    list(pool.map(partial(look_near, clean=clean, results=results), left))
-                confirm(clean, results)
+                    list(pool.map(look, left))
+                confirm(faults, clean, results)
             elif left:
                 look_everywhere(left, tier=tier, clean=clean, results=results, jobs=options.jobs)
         return 0 if show(faults, results) else 1

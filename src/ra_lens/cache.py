@@ -67,6 +67,12 @@ _LOSSES = {
     "logit_diff": "logit of the wrong answer − logit of the right one",
     "custom": "a metric of the user's own",
 }
+_UNITS = {
+    "answer_nll": "nats",
+    "top_prediction": "nats",
+    "sequence_nll": "nats",
+    "logit_diff": "logits",
+}
 
 
 @dataclass(eq=False)
@@ -274,6 +280,11 @@ class RACache:
             found.append(("Loss", text))
         return found
 
+    @property
+    def loss_unit(self) -> str:
+        """Unit of the loss: `nats` for −log p, `logits`, or of others `units of the loss`."""
+        return _UNITS.get(self.info.objective, "units of the loss")
+
     def loss_of(self, example: Whole) -> float:
         """Loss of an example; of the whole batch where a metric gave one number for it."""
         loss = self.loss.detach()
@@ -433,8 +444,8 @@ class RACache:
                 cut were not there. A row that would have nothing left stays as it is.
 
         Returns:
-            Change of the loss of each example, in its unit, positive where it rises: per row
-            −Σ R~ / (1 − Σ A), or −Σ A·G, summed over rows, heads and layers.
+            Change of the loss of each example, in its unit, positive where it rises. It is
+            −Σ R~ / (1 − Σ A) per row, or −Σ A·G, summed over rows, heads and layers.
 
         Raises:
             BadInput: heads, layers, positions or texts that are not there.

@@ -1,7 +1,9 @@
-"""One head on one example: its two maps cut to the tokens that were read, and their largest cells.
+"""One head on one example: its maps cut to the tokens that were read, and their largest cells.
 
-Rows are queries, columns keys. Where no query looks ahead, cells above the diagonal are NaN: there
-is nothing, rather than a 0. Any other NaN is one that the maps themselves hold.
+Beside A and R stands what cutting each edge alone would do to the loss, which is made from both:
+`ra_lens.knockouts.predict`. Rows are queries, columns keys. Where no query looks ahead, cells above
+the diagonal are NaN: there is nothing, rather than a 0. Any other NaN is one that the maps
+themselves hold.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.head_names import Head, Heads, layer_and_index, list_heads
+from ra_lens.knockouts.predict import cut_map, knockout_map
 from ra_lens.model import Side
+from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Whole, whole, whole_or_none
 
 
@@ -27,6 +32,7 @@ class Cell:
     key: int
     ra: float  # negative where descent raises this attention
     pattern: float
+    knockout: float  # positive where the loss would rise without this edge
 
     @property
     def moves(self) -> str:
@@ -47,6 +53,8 @@ class HeadMaps:
     causal: bool  # whether no query has anything at a later key; such cells are NaN
     pattern: Float[np.ndarray, "query key"]
     ra: Float[np.ndarray, "query key"]
+    knockout: Float[np.ndarray, "query key"]  # in the unit of the loss
+    cut: Float[np.ndarray, "query key"] | None  # the same; None without the pattern's gradient
 
     @property
     def label(self) -> str:
@@ -56,7 +64,7 @@ class HeadMaps:
     @property
     def limit(self) -> float:
         """The largest finite |R|; 0 where there is none."""
-        return float(np.abs(self.ra[np.isfinite(self.ra)]).max(initial=0.0))
+        return largest(self.ra)
 
     def reachable(self) -> Bool[np.ndarray, "query key"]:
         """Mark the cells that a query can look at."""
@@ -85,9 +93,15 @@ class HeadMaps:
         large = np.flatnonzero(size >= least)  # a long prompt has too many cells to sort them all
         order = large[np.argsort(-size[large], kind="stable")][:k]
         rows, columns = np.unravel_index(order[size[order] > 0], self.ra.shape)
-        r, pattern = self.ra[rows, columns].tolist(), self.pattern[rows, columns].tolist()
+        maps = (self.ra, self.pattern, self.knockout)
+        values = (one[rows, columns].tolist() for one in maps)
         queries, keys = (self.first + rows).tolist(), (self.first_key + columns).tolist()
-        return [Cell(*entry) for entry in zip(queries, keys, r, pattern, strict=True)]
+        return [Cell(*entry) for entry in zip(queries, keys, *values, strict=True)]
+
+
+def largest(values: Float[np.ndarray, "*shape"]) -> float:
+    """Give the largest finite size of an entry; 0 where there is none."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
 def head_of_example(
@@ -95,22 +109,36 @@ def head_of_example(
 ) -> HeadMaps:
     """Cut the maps of one head on one example out of a cache that holds `ra` and `pattern`.
 
-    At most `max_tokens` of the last rows and columns are kept.
+    At most `max_tokens` of the last rows and columns are kept. `knockout` and `cut` are those of
+    `RACache`, the same numbers.
     """
     layer, index = read_head(ra, head)
     example, max_tokens = read_example(ra, example), whole_or_none("max_tokens", max_tokens)
-    both = (ra["ra", layer], ra["pattern", layer])
-    found = [maps[example, index] if ra.has_batch_dim else maps[index] for maps in both]
-    n_queries, n_keys = found[0].shape
     site = ra.sites[layer]
-    tokens, first, rows = _side(ra, site.query_side, example, n_queries, max_tokens)
-    key_tokens, first_key, columns = _side(ra, site.key_side, example, n_keys, max_tokens)
-    r, a = (_array(one[rows, columns]) for one in found)
-    causal = r.shape[0] == r.shape[1] and first == first_key and _nothing_above(r, a)
+
+    def of_head(kind: MapKind) -> Float[Tensor, "query key"]:
+        maps = ra[kind, layer]
+        return maps[example, index] if ra.has_batch_dim else maps[index]
+
+    n_queries, n_keys = ra["ra", layer].shape[-2:]
+    tokens, first, rows = kept_tokens(ra, site.query_side, example, n_queries, max_tokens)
+    key_tokens, first_key, columns = kept_tokens(ra, site.key_side, example, n_keys, max_tokens)
+    r, a = of_head("ra")[rows], of_head("pattern")[rows]
+    # Of these rows alone: `ra["knockout", layer]` would make those of all heads and examples.
+    step = r.to(torch.promote_types(r.dtype, torch.float32)) / site.need_scale()
+    found = [r, a, knockout_map(a, step)]
+    if ("pattern_grad", layer) in ra:
+        found.append(cut_map(a, of_head("pattern_grad")[rows]))
+    maps = [_array(one[:, columns]) for one in found]
+    height, width = maps[0].shape
+    causal = height == width and first == first_key and _nothing_above(*maps[:2])
     if causal:  # nothing there rather than a zero
-        above = np.triu_indices(len(r), k=1)
-        r[above] = a[above] = np.nan
-    return HeadMaps(layer, index, tokens, first, key_tokens, first_key, causal, a, r)
+        above = np.triu_indices(height, k=1)
+        for one in maps:
+            one[above] = np.nan
+    cut = maps[3] if len(maps) > 3 else None
+    shown = (maps[1], maps[0], maps[2])
+    return HeadMaps(layer, index, tokens, first, key_tokens, first_key, causal, *shown, cut)
 
 
 def read_head(ra: RACache, head: object) -> tuple[int, int]:
@@ -141,10 +169,10 @@ def read_example(ra: RACache, example: Whole) -> int:
     return index
 
 
-def _side(
+def kept_tokens(
     ra: RACache, side: Side, example: int, length: int, max_tokens: int | None
 ) -> tuple[tuple[str, ...], int, slice]:
-    """Tokens of the rows or columns, the position of the first kept, and where they are stored."""
+    """Give tokens of rows or columns, the position of the first kept, and where they are stored."""
     rows = ra.info.tokens_of(side)
     start, tokens = 0, tuple(f"#{i}" for i in range(length))
     if rows is not None:

@@ -63,8 +63,16 @@ def test_run_prints_loss_heads_and_the_strongest_map(tiny: str, shared: Any) -> 
     top = head_of_example(ra, ra.top_heads(1)[0])
     assert f"Strongest map, {top.label}" in text
     cell = top.strongest(1)[0]
-    row = next(line for line in lines if "→" in line)
-    assert row == [
+    arrows = [line for line in lines if "→" in line]
+    for row, edge in zip(arrows, ra.top_edges(5), strict=False):
+        assert row == [
+            edge.label, edge.query_token.strip(), f"({edge.query})", "→", edge.key_token.strip(),
+            f"({edge.key})", f"{edge.pattern:.3f}", f"{edge.effect:+.3g}",
+            *(["is", "needed"] if edge.effect > 0 else ["is", "in", "the", "way"]),
+        ]  # fmt: skip
+    assert "loss (nats)" in text
+    assert "looks at “<|endoftext|>”, in front, are left out" in " ".join(text.split())
+    assert arrows[5] == [
         top.tokens[cell.query], f"({cell.query})", "→", top.tokens[cell.key], f"({cell.key})",
         f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", cell.moves,
     ]  # fmt: skip
@@ -112,6 +120,21 @@ def test_json_is_all_that_is_on_standard_output(run: Any, tiny: str, shared: Any
     assert first["ra"] == pytest.approx(values[first["query"], first["key"]].item(), rel=1e-4)
     assert first["descent_wants"] == ("more" if first["ra"] < 0 else "less")
     assert first["key_token"] == found["tokens"][first["key"]]
+    assert found["loss_unit"] == "nats"
+    edges = [(e["layer"], e["head"], e["query"], e["key"]) for e in found["top_edges"]]
+    wanted = ra.top_edges(5)
+    assert edges == [(e.layer, e.head, e.query, e.key) for e in wanted]
+    for one, edge in zip(found["top_edges"], wanted, strict=True):
+        assert one["label"] == edge.label
+        assert one["loss_if_blocked"] == pytest.approx(edge.effect, rel=1e-4)
+        kinds = ("pattern", "pattern_grad")
+        a, grad = (ra[kind, edge.layer][0, edge.head, edge.query] for kind in kinds)
+        without = a.clone()
+        without[edge.key] = 0
+        change = ((without / without.sum() - a) * grad).sum().item()  # done, where L is linear
+        assert one["loss_if_blocked"] == pytest.approx(change, rel=1e-3)
+        assert one["pattern"] == pytest.approx(a[edge.key].item(), rel=1e-4)
+        assert one["query_token"] == found["tokens"][edge.query]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,6 +151,7 @@ def test_a_report_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"Report: {path}")
     assert os.listdir(tmp_path) == ["out.html"]
     text = path.read_text()
+    assert text.count("data-edge=") == 10
     assert f"ra-lens run --model {tiny} --prompt &#x27;{PROMPT}&#x27; --target &#x27;w8 w9" in text
     assert "mean of −log p" in text
 
@@ -146,6 +170,9 @@ def test_several_prompts_go_into_one_report(tiny: str, shared: Any, tmp_path: Pa
     assert [h["label"] for h in found["top_heads"]] == [s.label for s in ra.top_heads(10)]
     cell, norms = found["prompts"][1]["strongest_cells"][0], ra.norms()[1]
     assert (cell["layer"], cell["head"]) == divmod(int(norms.argmax()), N_HEADS)
+    for one, edges in zip(found["prompts"], ra.top_edges(5).by_example(), strict=True):
+        told = [(e["label"], e["query"], e["key"]) for e in one["top_edges"]]
+        assert told == [(e.label, e.query, e.key) for e in edges]
     values = ra["ra", cell["layer"]][1, cell["head"]]
     assert cell["ra"] == pytest.approx(values[cell["query"], cell["key"]].item(), rel=1e-4)
     text = path.read_text()
@@ -303,7 +330,7 @@ def test_a_long_prompt_shows_its_strongest_entries_only(
     ra = make((tuple(f" w{i}" for i in range(60)),))
     text = printed(ra, shared("gpt2", KINDS[0]), 80, monkeypatch)
     assert "Rows: from" not in text
-    assert sum("→" in line for line in text.splitlines()) == 10
+    assert sum("→" in line for line in text.splitlines()) == 5 + 10  # edges, entries of a head
 
 
 def test_tokens_are_not_read_as_markup(shared: Any, monkeypatch: pytest.MonkeyPatch) -> None:

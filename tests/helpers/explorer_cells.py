@@ -24,7 +24,7 @@ def shown_cells(page: Any) -> list[ShownCell]:
         "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
     )
     found = []
-    for where, r, a, wants in rows:
+    for where, r, a, wants, _ in rows:
         query, key = re.findall(r"\((\d+)\)(?= →|$)", where)
         found.append((int(query), int(key), value(r), value(a), wants))
     return found

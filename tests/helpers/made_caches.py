@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,36 @@ def make(rows=ROWS, *, side: str = "right", scale: float = 1.0) -> RACache:
         ra._put(layer, "ra", r)
         ra._put(layer, "pattern", a)
     return ra
+
+
+def attending(rows=ROWS, *, sharp: float = 1.0, objective: str = "answer_nll") -> RACache:
+    """A cache whose patterns are a softmax's, with gradients G and the R that belongs to them."""
+    ra = make(rows)
+    ra.info = replace(ra.info, objective=objective)
+    generator = torch.Generator().manual_seed(1)
+    for layer in LAYERS:
+        shape, there = ra["ra", layer].shape, ra["ra", layer] != 0
+        scores = torch.randn(shape, generator=generator, dtype=torch.float64) * sharp
+        scores = scores.masked_fill(~there, -torch.inf)
+        a = scores.softmax(dim=-1).nan_to_num()  # rows of padding have nothing
+        g = torch.randn(shape, generator=generator, dtype=torch.float64) * there
+        r = ra.scale[layer] * a * (g - (a * g).sum(dim=-1, keepdim=True))
+        for kind, value in (("ra", r), ("pattern", a), ("pattern_grad", g)):
+            ra._put(layer, kind, value)
+    return ra
+
+
+def knocked_out(ra: RACache, layer: int) -> np.ndarray:
+    """What each edge's removal does to a loss that is linear in A: done, not by the formula."""
+    a, g = (ra[kind, layer].double().numpy() for kind in ("pattern", "pattern_grad"))
+    found = np.zeros_like(a)
+    for place in np.argwhere(a > 0):
+        row = tuple(place[:-1])
+        without = a[row].copy()
+        without[place[-1]] = 0.0
+        if without.any():
+            found[tuple(place)] = (without / without.sum() - a[row]) @ g[row]
+    return found
 
 
 def z(figure: Any, i: int = 0) -> np.ndarray:

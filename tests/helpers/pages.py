@@ -63,9 +63,21 @@ class Page(HTMLParser):
 def lower_triangles(text: str, limit: float, n: int) -> tuple[np.ndarray, np.ndarray]:
     """A and R of a page's block, read without the package: halves, row by row."""
     flat = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
-    both = []
-    for part, factor in ((flat[: len(flat) // 2], 1.0), (flat[len(flat) // 2 :], limit)):
+    both, cells = [], n * (n + 1) // 2
+    for part, factor in ((flat[:cells], 1.0), (flat[cells : 2 * cells], limit)):
         square = np.full((n, n), np.nan)
         square[np.tril_indices(n)] = part * factor
         both.append(square)
     return both[0], both[1]
+
+
+def blocked(text: str, facts: Any, scale: float) -> np.ndarray:
+    """What blocking an edge does, of a page's block: made of A and R, or written at its end."""
+    n = facts["rows"][2]
+    a, r = lower_triangles(text, facts["limit"], n)
+    flat = np.frombuffer(base64.b64decode(text), "<f2").astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = -r / (scale * (1 - a))
+    mostly = np.tri(n, dtype=bool) & ~(a <= 0.5)
+    found[mostly] = flat[n * (n + 1) :] * facts["blocked"]
+    return found

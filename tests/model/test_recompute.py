@@ -237,6 +237,18 @@ def test_functions_are_the_same_and_half_precision_keeps_its_own(arch, kind, dty
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_norms_have_the_epsilon_of_the_model(kind, fresh, reference):
+    """Far from the usual 1e-5, which differs too little from others to show."""
+    large = {"layer_norm_epsilon": 0.5}
+    model = fresh("gpt2", kind, torch.float64, **large)
+    with torch.no_grad(), as_lens(model).running(None):
+        found = model(IDS)
+    wanted = reference("gpt2", **large).logits(IDS)
+    assert relative(found, wanted) < 1e-12
+    assert relative(reference("gpt2").logits(IDS), wanted) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("point", ["hook_scale", "hook_normalized"])
 def test_a_hook_inside_a_norm_still_edits_it(point, kind, shared):
     model = shared("gpt2", kind)

@@ -17,15 +17,18 @@ from torch import nn
 
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
+from ra_lens.knockouts.edges import Edge
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
 from ra_lens.paths.result import spell_sinks
 from ra_lens.report import PatchedPrompt, Predictions, Section
+from ra_lens.report.edges import strongest_edges
 from ra_lens.report.prompt_tokens import prompt_tokens
 from ra_lens.scales import PAPER_SCALE
 from ra_lens.text import isolated, label, scale_name, shorten, visible
 
 _LABEL = 14
+_EDGES = 5
 _RED, _BLUE = (178, 24, 43), (33, 102, 172)
 
 
@@ -39,6 +42,7 @@ def as_json(
 ) -> dict[str, object]:
     """Give a run as plain data; `ra` is R itself, negative where descent wants more.
 
+    `loss_if_blocked` is the foretold change of the loss, positive where the answer needs the edge.
     Of several prompts the norms are means, and each has an entry of its own in `prompts`. The
     number of heads is one number, or one for each layer where they differ.
     """
@@ -53,6 +57,7 @@ def as_json(
             "n_heads": counts[0] if len(set(counts)) == 1 else list(counts),
         },
         "objective": info.objective,
+        "loss_unit": ra.loss_unit,
         "prepended": info.prepended,
         "target_is_top_prediction": info.target_is_top_prediction,
         "top_heads": [
@@ -60,13 +65,16 @@ def as_json(
             for s in ra.top_heads(top)
         ],
     }
-    each = [_example_json(ra, prompt, i, top=top) for i, prompt in enumerate(prompts)]
+    edges = _edges(ra)
+    each = [_example_json(ra, prompt, i, edges[i], top=top) for i, prompt in enumerate(prompts)]
     for example, one in zip(each, patched, strict=bool(patched)):
         example["own_patch"] = _patched_json(one)
     return {**facts, **(each[0] if len(each) == 1 else {"prompts": each})}
 
 
-def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[str, object]:
+def _example_json(
+    ra: RACache, prompt: str, example: int, edges: Sequence[Edge], *, top: int
+) -> dict[str, object]:
     maps = _strongest_head(ra, example)
     return {
         "prompt": prompt,
@@ -86,6 +94,20 @@ def _example_json(ra: RACache, prompt: str, example: int, *, top: int) -> dict[s
                 "descent_wants": cell.moves,
             }
             for cell in maps.strongest(top)
+        ],
+        "top_edges": [
+            {
+                "layer": edge.layer,
+                "head": edge.head,
+                "label": edge.label,
+                "query": edge.query,
+                "key": edge.key,
+                "query_token": edge.query_token,
+                "key_token": edge.key_token,
+                "pattern": edge.pattern,
+                "loss_if_blocked": edge.effect,
+            }
+            for edge in edges
         ],
     }
 
@@ -144,14 +166,15 @@ def new_table(*columns: str, right: Collection[str] = (), title: str | None = No
 def print_run(
     ra: RACache, model: nn.Module, *, top: int, patched: Sequence[PatchedPrompt] = ()
 ) -> None:
-    """Print the facts of a run, its top heads, and each prompt's strongest map and patch."""
-    console = new_console()
+    """Print the facts of a run, its top heads, each prompt's strongest edges, map and patch."""
+    console, edges = new_console(), _edges(ra)
     several = ra.batch_size > 1
     facts = [_facts(ra, model, i) for i in range(ra.batch_size)]
     parts: list[RenderableType] = [part for table in facts for part in (table, "")]
     parts += [_heads(ra, top), ""]
     for i in range(ra.batch_size):
         parts += [Text(f"Prompt {i + 1}", style="bold")] if several else []
+        parts += [*_edges_table(ra, edges[i], console.width), ""]
         parts += _map(_strongest_head(ra, i), console.width)
         parts += ["", *_patch(patched[i])] if patched else []
         parts += [""] * several
@@ -222,6 +245,36 @@ def _heads(ra: RACache, top: int) -> Table:
         bar = "█" * math.ceil(20 * score.score / (scores[0].score or 1.0))
         table.add_row(str(rank), score.label, f"{score.score:.4g}", bar)
     return table
+
+
+def _edges(ra: RACache) -> list[list[Edge]]:
+    """The strongest edges of each prompt; a run keeps all maps."""
+    return strongest_edges(ra, range(ra.batch_size), _EDGES) or [[] for _ in range(ra.batch_size)]
+
+
+def _edges_table(ra: RACache, edges: Sequence[Edge], width: int) -> list[RenderableType]:
+    title = "Strongest edges: what the loss would do if this look were blocked"
+    if not edges:
+        return [Text(title, style="bold"), Text("The gradient is 0 in every cell.")]
+    loss = f"loss ({ra.loss_unit})"
+    right = ("attention", loss)
+    table = new_table(
+        "head", "from (query)", "", "to (key)", "attention", loss, "this look",
+        right=right, title=title,
+    )  # fmt: skip
+    room = max(4, min(24, (width - 56 - len(loss)) // 2))
+    for edge in edges:
+        query = f"{label(edge.query_token, room)} ({edge.query})"
+        key = f"{label(edge.key_token, room)} ({edge.key})"
+        needs = edge.effect > 0
+        says = Text("is needed" if needs else "is in the way", style="green" if needs else "yellow")
+        table.add_row(
+            edge.label, Text(query), "→", Text(key), f"{edge.pattern:.3f}", f"{edge.effect:+.3g}",
+            says,
+        )  # fmt: skip
+    front = ra.info.prepended
+    left_out = f"; looks at “{label(front)}”, in front, are left out" if front else ""
+    return [table, Text(f"Foretold to first order, one edge at a time{left_out}.", style="dim")]
 
 
 def _map(maps: HeadMaps, width: int) -> list[RenderableType]:

@@ -1,7 +1,9 @@
 """Pictures: one function each, data in, a plotly figure out, nothing displayed or changed.
 
 Maps show −R by default, where gradient descent moves attention: red cells get more, blue less.
-`sign="gradient"` shows R itself. The colour bar says which. Curves and tables take the frames of
+`sign="gradient"` shows R itself. What blocking attention would do to the loss is green where the
+loss would rise, so that the answer needs it, and brown where it would fall. The colour bar says
+which. Curves and tables take the frames of
 `ra_lens.experiments`.
 
 A figure shows itself in Jupyter, VS Code and Colab where it is the last line of a cell, or by
@@ -12,6 +14,7 @@ runs. `save_figure(figure, "figure.pdf")` writes PNG, SVG, PDF or HTML. Images n
 
 from ra_lens.figures.auc_table import auc_table
 from ra_lens.figures.curves import perturbation_curves
+from ra_lens.figures.flow import flow_map
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.maps import Sign, head_map, head_maps
@@ -26,6 +29,7 @@ __all__ = [
     "Layout",
     "Sign",
     "auc_table",
+    "flow_map",
     "head_grid",
     "head_map",
     "head_maps",

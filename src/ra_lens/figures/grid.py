@@ -30,17 +30,25 @@ from ra_lens.figures.style import (
     ticks,
 )
 from ra_lens.heads import HeadScores
-from ra_lens.model.sites import MapKind
+from ra_lens.model.sites import MapKind, read_kind
 from ra_lens.numbers import Whole, whole
 
 Scores = RACache | HeadScores
 Order = Literal["index", "score"]
 
-_NAMES = {"ra": "‖R‖", "pattern": "‖A‖", "pattern_grad": "‖∂L/∂A‖"}
+_NAMES = {
+    "ra": "‖R‖",
+    "pattern": "‖A‖",
+    "pattern_grad": "‖∂L/∂A‖",
+    "knockout": "‖knockout‖",
+    "cut": "‖cut‖",
+}
 _TITLES = {
     "ra": "Reversed Attention ‖R‖",
     "pattern": "forward attention ‖A‖",
     "pattern_grad": "gradient ‖∂L/∂A‖",
+    "knockout": "knockout ‖R~/(1 − A)‖",
+    "cut": "cut ‖A ⊙ ∂L/∂A‖",
 }
 
 
@@ -70,7 +78,9 @@ def head_grid(
     Args:
         scores: A cache, whose norms are averaged over the examples (norms are enough:
             `store="norms"`); a `HeadScores` of `rank_heads`; or several of either.
-        kind: Of a cache, whose norm: `ra`, `pattern` or `pattern_grad`, or several of them.
+        kind: Of a cache, whose norm: `ra`, `pattern`, `pattern_grad`, `knockout` or `cut`, or
+            several of them. The last two are made from maps, which the cache must have kept; their
+            unit is that of the loss.
         order: `"index"`: a column per head. `"score"`: in each layer the heads from most to least
             important, so that columns are places, not heads; hover tells which head it is.
         shared_scale: Colour all grids on one scale, so that they compare; False: each its own.
@@ -92,7 +102,8 @@ def head_grid(
         raise BadInput(f"found order={order!r}; give 'index' or 'score'.")
     top = whole("top", top)
     given: list[Scores] = [scores] if isinstance(scores, RACache | HeadScores) else list(scores)
-    kinds: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
+    asked: list[MapKind] = [kind] if isinstance(kind, str) else list(kind)
+    kinds: list[MapKind] = [read_kind(one) for one in asked]
     panels = [panel for one in given for panel in _panels(one, kinds)]
     if not panels:
         raise BadInput("found nothing to show. Give a cache, or scores from rank_heads().")
@@ -141,7 +152,8 @@ def _panels(scores: Scores, kinds: Sequence[MapKind]) -> list[_Panel]:
         norms = scores.norms(kind)
         mean = (norms.mean(dim=0) if scores.has_batch_dim else norms).detach().cpu().float().numpy()
         order = [(head.layer, head.head) for head in scores.top_heads(mean.size, kind)]
-        panels.append(_panel(scores, _NAMES[kind], _TITLES[kind], mean, order))
+        unit = f", {scores.loss_unit}" * (kind in ("knockout", "cut"))
+        panels.append(_panel(scores, _NAMES[kind], _TITLES[kind] + unit, mean, order))
     return panels
 
 

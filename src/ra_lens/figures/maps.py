@@ -1,4 +1,4 @@
-"""What heads look at, and where the gradient moves it: token × token maps.
+"""What heads look at, where the gradient moves it, what cutting it would do: token × token maps.
 
 Rows are queries, columns keys. Cells that a query cannot look at are grey, never the colour of 0; a
 number that is not one (NaN, infinite) where there should be one is grey with a ×. A cell costs
@@ -22,6 +22,7 @@ from ra_lens.errors import BadInput
 from ra_lens.figures.style import (
     ATTENTION,
     DIVERGING,
+    LOSS,
     Layout,
     distinct,
     finish,
@@ -29,18 +30,19 @@ from ra_lens.figures.style import (
     read_size,
     ticks,
 )
-from ra_lens.head_maps import HeadMaps, head_of_example, read_heads
+from ra_lens.head_maps import HeadMaps, head_of_example, largest, read_heads
 from ra_lens.head_names import Head, Heads
 from ra_lens.numbers import Real, Whole, real_or_none, whole_or_none
 from ra_lens.text import label
 
 Sign = Literal["descent", "gradient"]
-Panel = Literal["ra", "pattern"]
+Panel = Literal["ra", "pattern", "knockout", "cut"]
 
 _BAR = {
     "descent": "−R   red: descent wants more, blue: less",
     "gradient": "R   red: descent wants less, blue: more",
 }
+LOSS_IF: dict[Panel, str] = {"knockout": "loss if blocked", "cut": "loss if cut"}
 R_NAMES = {"descent": "−R", "gradient": "R"}
 _TOLD = 512
 """Above so many tokens hovering tells one map only."""
@@ -60,12 +62,15 @@ def head_map(
     """Draw one map of one head.
 
     Args:
-        ra: A cache that holds `ra` and `pattern`.
+        ra: A cache that holds `ra` and `pattern`; for `kind="cut"` `pattern_grad` too.
         head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
-        kind: `"ra"`, or `"pattern"` for the forward attention.
+        kind: `"ra"`; `"pattern"` for the forward attention; `"knockout"` or `"cut"` for what
+            blocking each edge alone would do to the loss, in its unit (`RACache`): green where it
+            rises, so that the answer needs the edge, brown where it falls.
         example: Which example.
-        sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
-        limit: |R| at the ends of the colour scale. Default: the largest in this map.
+        sign: Of R: `"descent"` shows −R, where gradient descent moves attention; `"gradient"`
+            shows R.
+        limit: Size of a value at the ends of the colour scale. Default: the largest in this map.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
         **layout: `title`, above the figure (default: none); `width` and `height` in pixels
             (default: as wide as its container, and by the number of tokens); `template` of plotly,
@@ -76,16 +81,18 @@ def head_map(
 
     Raises:
         BadInput: no such head or example, or an unknown `kind` or `sign`.
-        NotStored: the maps were not kept.
+        NotStored: the maps were not kept, or for `kind="cut"` not the gradient of the pattern.
     """
     check(kind, sign)
     most = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     bar = {"orientation": "h", "x": 0.5, "len": 1.0, "y": 1.01, "yanchor": "bottom"}
     pixels = read_size(layout)[1] or _pixels(len(maps.tokens)) + 150
-    limit = _limit([maps]) if most is None else most
+    values = of_kind(ra, maps, kind, sign)
+    limit = (largest(values) or 1.0) if most is None else most
     figure = go.Figure()
-    _draw(figure, maps, kind, sign, limit, bar, room=int(pixels - 150) // 12)
+    room = int(pixels - 150) // 12
+    _draw(figure, maps, values, kind, sign, limit, bar, room=room, unit=ra.loss_unit)
     _title_axes(figure)
     finish(figure, layout, height=pixels)
     return figure
@@ -106,15 +113,18 @@ def head_maps(
     """Draw maps of several heads: forward attention beside Reversed Attention, or small multiples.
 
     Args:
-        ra: A cache that holds `ra` and `pattern`.
+        ra: A cache that holds `ra` and `pattern`; for the kind `"cut"` `pattern_grad` too.
         heads: The heads, such as `ra.top_heads(6)`, `["L2H3", "L0H1"]` or `(layer, head)` pairs;
             one or several.
-        kinds: Which maps of each head; `["ra"]` makes small multiples of RA alone.
+        kinds: Which maps of each head, as in `head_map`; `["ra"]` makes small multiples of RA
+            alone, `["pattern", "ra", "knockout"]` sets three beside each other.
         columns: How many maps stand beside each other. Default: the kinds of one head, or of one
             kind three.
         example: Which example.
-        sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
-        shared_scale: Colour all heads' RA on one scale, so that they compare; False: each its own.
+        sign: Of R: `"descent"` shows −R, where gradient descent moves attention; `"gradient"`
+            shows R.
+        shared_scale: Colour all heads' maps of a kind on one scale, so that they compare; False:
+            each its own. Attention has one scale in any case.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
         **layout: `title`, above the figure (default: none); `width` and `height` in pixels
             (default: as wide as its container, and by the numbers of heads and tokens); `template`
@@ -138,12 +148,14 @@ def head_maps(
         head_of_example(ra, head, example=example, max_tokens=max_tokens)
         for head in read_heads(ra, heads)
     ]
-    panels: list[tuple[HeadMaps, Panel]] = [(maps, kind) for maps in shown for kind in kinds]
+    panels: list[tuple[HeadMaps, Panel, Float[np.ndarray, "query key"]]] = [
+        (maps, kind, of_kind(ra, maps, kind, sign)) for maps in shown for kind in kinds
+    ]
     across = min(columns or (len(kinds) if len(kinds) > 1 else 3), len(panels))
     down = -(-len(panels) // across)
-    what: dict[Panel, str] = {"pattern": "attention", "ra": R_NAMES[sign]}
-    # One bar says it all where every map of a kind has the same scale.
-    apart = not shared_scale or "pattern" in kinds
+    what: dict[Panel, str] = {"ra": R_NAMES[sign], "pattern": "attention", **LOSS_IF}
+    # One bar says it all where every map has the same scale.
+    apart = not shared_scale or len(set(kinds)) > 1 or "pattern" in kinds
     each = _pixels(max(len(maps.tokens) for maps in shown)) if across < 3 else 280
     beside = min(0.1 if apart else 0.03, 0.3 / across)
     if apart and across == 2:
@@ -153,19 +165,32 @@ def head_maps(
         cols=across,
         horizontal_spacing=beside,
         vertical_spacing=0 if down == 1 else min(0.12, 110 / (down * (each + 110)), 0.9 / down),
-        subplot_titles=[f"{maps.label} {what[kind]}" for maps, kind in panels],
+        subplot_titles=[f"{maps.label} {what[kind]}" for maps, kind, _ in panels],
     )
     figure.update_annotations(font_size=13)
-    for i, (maps, kind) in enumerate(panels):
+    for i, (maps, kind, values) in enumerate(panels):
         row, col = i // across + 1, i % across + 1
         axes: Any = figure.get_subplot(row, col)
         (_, right), (low, high) = axes.xaxis.domain, axes.yaxis.domain
         bar = {"len": high - low, "y": (low + high) / 2, "x": right + 0.01}
         if not apart:
             bar = {"len": 1.0, "y": 0.5, "x": 1.01} if i == 0 else None
-        limit = _limit(shown if shared_scale else [maps])
-        room, most = each // 12, 60 // across
-        _draw(figure, maps, kind, sign, limit, bar, room=room, most=most, row=row, col=col)
+        alike = [other for _, one, other in panels if one == kind] if shared_scale else [values]
+        limit = max(map(largest, alike)) or 1.0
+        _draw(
+            figure,
+            maps,
+            values,
+            kind,
+            sign,
+            limit,
+            bar,
+            unit=ra.loss_unit,
+            room=each // 12,
+            most=60 // across,
+            row=row,
+            col=col,
+        )
         if col > 1 and maps.tokens == panels[i - 1][0].tokens:  # they stand on the left
             figure.update_yaxes(showticklabels=False, row=row, col=col)
     _title_axes(figure, row=down if len(panels) == down * across else down - 1 or 1, col=1)
@@ -177,17 +202,33 @@ def check(kind: str, sign: str) -> None:
     """Refuse what is no map and no sign."""
     if sign not in _BAR:
         raise BadInput(f"found sign={sign!r}; give 'descent' (shows −R) or 'gradient' (shows R).")
-    if kind not in ("ra", "pattern"):
-        raise BadInput(f"found kind={kind!r}; give 'ra' or 'pattern'.")
+    if kind not in ("ra", "pattern", "knockout", "cut"):
+        raise BadInput(f"found kind={kind!r}; give 'ra', 'pattern', 'knockout' or 'cut'.")
 
 
-def signed(maps: HeadMaps, sign: Sign) -> Float[np.ndarray, "query key"]:
-    """Give R as it is shown."""
-    return -maps.ra if sign == "descent" else maps.ra
+def of_kind(ra: RACache, maps: HeadMaps, kind: Panel, sign: Sign) -> Float[np.ndarray, "query key"]:
+    """Give a head's map as it is shown: R with the sign asked for, others as they are.
+
+    Raises:
+        NotStored: the gradient of the pattern was not kept, which a cut is made from.
+    """
+    if kind == "ra":
+        return -maps.ra if sign == "descent" else maps.ra
+    if kind == "cut":
+        # Where it is not there the cache raises, and says what it lacks.
+        return ra["cut", maps.layer].numpy() if maps.cut is None else maps.cut
+    return maps.pattern if kind == "pattern" else maps.knockout
 
 
-def _limit(shown: Sequence[HeadMaps]) -> float:
-    return max(maps.limit for maps in shown) or 1.0
+def value_name(kind: Panel, sign: Sign) -> str:
+    """Name a value where a cell is told."""
+    names: dict[Panel, str] = {"ra": R_NAMES[sign], "pattern": "A", **LOSS_IF}
+    return names[kind]
+
+
+def loss_bar(kind: Panel, unit: str, *, line: str = "   ") -> str:
+    """Title of a colour bar of changes of the loss; `line` stands between its two parts."""
+    return f"{LOSS_IF[kind]} ({unit}){line}green: the answer needs it, brown: it is in the way"
 
 
 def _pixels(n_tokens: int) -> int:
@@ -197,32 +238,38 @@ def _pixels(n_tokens: int) -> int:
 def _draw(
     figure: go.Figure,
     maps: HeadMaps,
+    shown: Float[np.ndarray, "query key"],
     kind: Panel,
     sign: Sign,
     limit: float,
     bar: dict[str, Any] | None,
     *,
+    unit: str,
     room: int,
     most: int = 30,
     **where: Any,
 ) -> None:
     """Add a map with its labels, `room` of them at most, and `most` beside each other."""
-    r = signed(maps, sign)
-    shown, other = (r, maps.pattern) if kind == "ra" else (maps.pattern, r)
+    beside: Panel = "ra" if kind == "pattern" else "pattern"
+    r = -maps.ra if sign == "descent" else maps.ra
+    other = r if beside == "ra" else maps.pattern
     # Distinct by position, so that a token that occurs twice has two rows.
     rows = distinct(maps.tokens, first=maps.first)
     columns = distinct(maps.key_tokens, first=maps.first_key)
-    names = (R_NAMES[sign], "A") if kind == "ra" else ("A", R_NAMES[sign])
-    told = [f"<b>{maps.label}</b>", "from %{y}", "to %{x}", f"{names[0]} = %{{z:.3g}}"]
+    of_loss = kind in ("knockout", "cut")
+    value = f"%{{z:+.3g}} {unit}" if of_loss else "%{z:.3g}"
+    told = [f"<b>{maps.label}</b>", "from %{y}", "to %{x}", f"{value_name(kind, sign)} = {value}"]
     more: Any = None
     if max(shown.shape) <= _TOLD:
         more = np.stack([other, maps.ranks_in_row()], axis=-1).astype(np.float32)
-        told.append(f"{names[1]} = %{{customdata[0]:.3g}}")
+        told.append(f"{value_name(beside, sign)} = %{{customdata[0]:.3g}}")
         told.append("|R| has rank %{customdata[1]} in its row")
     scale: dict[str, Any] = {"zmin": 0, "zmax": 1, "colorscale": ATTENTION}
-    if kind == "ra":
-        scale = {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": DIVERGING}
+    if kind != "pattern":
+        colours = LOSS if of_loss else DIVERGING
+        scale = {"zmin": -limit, "zmid": 0, "zmax": limit, "colorscale": colours}
     gap = 1 if max(shown.shape) <= 40 else 0
+    lies = (bar or {}).get("orientation") == "h"
     finite = np.isfinite(shown)
     heatmap = go.Heatmap(
         name=f"{maps.label} {kind}",
@@ -234,8 +281,8 @@ def _draw(
         showscale=bar is not None,
         colorbar={
             "title": {
-                "text": _BAR[sign] if kind == "ra" else "A   attention",
-                "side": "top" if (bar or {}).get("orientation") == "h" else "right",
+                "text": _bar_title(kind, sign, unit, line="   " if lies else "<br>"),
+                "side": "top" if lies else "right",
                 "font": {"size": 11},
             },
             "thickness": 10,
@@ -278,6 +325,14 @@ def _draw(
     # Widths are not known here; so many fit beside each other in half a page.
     figure.update_xaxes(**axis, **ticks(columns, keys, min(room, most)), tickangle=-90)
     figure.update_yaxes(**axis, **ticks(rows, queries, room), autorange="reversed")
+
+
+def _bar_title(kind: Panel, sign: Sign, unit: str, *, line: str) -> str:
+    if kind == "ra":
+        return _BAR[sign]
+    if kind == "pattern":
+        return "A   attention"
+    return loss_bar(kind, unit, line=line)
 
 
 def _title_axes(figure: go.Figure, **where: Any) -> None:

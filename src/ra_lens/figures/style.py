@@ -167,11 +167,13 @@ def ticks(names: Sequence[str], texts: Sequence[str], room: int) -> dict[str, An
     }
 
 
-# Both are read the same by colour-blind eyes: lightness alone tells zero from much, and the
-# diverging scale opposes red and blue (ColorBrewer's RdBu, Purples).
+# All are read the same by colour-blind eyes: lightness alone tells zero from much, and the
+# diverging scales oppose red and blue, green and brown (ColorBrewer's RdBu, BrBG, Purples).
 SEQUENTIAL = "Viridis"
 ATTENTION = "Purples"
 DIVERGING = "RdBu_r"
+LOSS = "BrBG"
+"""Of what blocking an edge does to the loss: no colours of R, which is another quantity."""
 NOTHING_THERE = "#c9ccd1"
 """Background of maps: shows through where a query cannot look."""
 

@@ -12,9 +12,9 @@ from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
-from ra_lens.figures.maps import R_NAMES, Panel, Sign, check, signed
-from ra_lens.figures.style import ATTENTION, DIVERGING, Layout, finish, plotly_text, read_size
-from ra_lens.head_maps import HeadMaps, head_of_example
+from ra_lens.figures.maps import LOSS_IF, Panel, Sign, check, loss_bar, of_kind, value_name
+from ra_lens.figures.style import ATTENTION, DIVERGING, LOSS, Layout, finish, plotly_text, read_size
+from ra_lens.head_maps import HeadMaps, head_of_example, largest
 from ra_lens.head_names import Head
 from ra_lens.numbers import Real, Whole, real_or_none, whole
 from ra_lens.text import label, visible
@@ -40,13 +40,16 @@ def token_row(
     """Draw the prompt as text, each token shaded by what one query's row has for it.
 
     Args:
-        ra: A cache that holds `ra` and `pattern`.
+        ra: A cache that holds `ra` and `pattern`; for `kind="cut"` `pattern_grad` too.
         head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
         query: Position of the token whose row it is; negative counts from the end.
-        kind: `"ra"`, or `"pattern"` for the forward attention.
+        kind: `"ra"`; `"pattern"` for the forward attention; `"knockout"` or `"cut"` for what
+            blocking each edge alone would do to the loss: green where it rises, so that the answer
+            needs the edge, brown where it falls.
         example: Which example.
-        sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
-        limit: |R| at the ends of the colour scale. Default: the largest in this row.
+        sign: Of R: `"descent"` shows −R, where gradient descent moves attention; `"gradient"`
+            shows R.
+        limit: Size of a value at the ends of the colour scale. Default: the largest in this row.
         max_tokens: A longer prompt shows its last so many tokens. None: all of them.
         **layout: `title`, above the figure (default: head, query and what is shown); `width` in
             pixels, by which lines are broken (default: 760); `height` (default: by the number of
@@ -58,24 +61,26 @@ def token_row(
 
     Raises:
         BadInput: no such head, example or query, or an unknown `kind` or `sign`.
-        NotStored: the maps were not kept.
+        NotStored: the maps were not kept, or for `kind="cut"` not the gradient of the pattern.
     """
     check(kind, sign)
     given = real_or_none("limit", limit)
     maps = head_of_example(ra, head, example=example, max_tokens=max_tokens)
     row = _row_of(maps, whole("query", query))
-    r = signed(maps, sign)[row]
-    values = r if kind == "ra" else maps.pattern[row]
-    finite = np.abs(r[np.isfinite(r)])
-    most = (float(finite.max(initial=0.0)) if given is None else given) or 1.0
-    low, scale = (-most, DIVERGING) if kind == "ra" else (0.0, ATTENTION)
-    high = most if kind == "ra" else 1.0
+    values = of_kind(ra, maps, kind, sign)[row]
+    most = (largest(values) if given is None else given) or 1.0
+    low, scale = -most, DIVERGING if kind == "ra" else LOSS
+    if kind == "pattern":
+        low, scale, most = 0.0, ATTENTION, 1.0
     wide = read_size(layout)[0] or 760
-    name = "A" if kind == "pattern" else R_NAMES[sign]
+    name = value_name(kind, sign)
+    unit, legend = "", ""
+    if kind in LOSS_IF:
+        unit, legend = f" {ra.loss_unit}", loss_bar(kind, ra.loss_unit)
     boxes = _set(maps, wide - 2 * _MARGIN)
     lines = 1 + max(line for line, _, _ in boxes)
-    figure = go.Figure(_hover(maps, row, values, boxes, name, (low, high), scale))
-    shades = _shades(values, low, high, scale)
+    figure = go.Figure(_hover(maps, row, values, boxes, name, unit, legend, (low, most), scale))
+    shades = _shades(values, low, most, scale)
     own = maps.key_tokens == maps.tokens and maps.first == maps.first_key
     reachable = maps.reachable()[row]
     for j, (line, left, length) in enumerate(boxes):
@@ -157,6 +162,8 @@ def _hover(
     values: Any,
     boxes: list[tuple[int, float, float]],
     name: str,
+    unit: str,
+    legend: str,
     limits: tuple[float, float],
     scale: str,
 ) -> go.Scatter:
@@ -177,6 +184,7 @@ def _hover(
                 "orientation": "h", "thickness": 8, "len": 0.5, "x": 0, "xanchor": "left",
                 "y": 0, "yanchor": "top", "nticks": 5, "exponentformat": "e", "outlinewidth": 0,
                 "tickfont": {"size": 10},
+                "title": {"text": legend, "side": "bottom", "font": {"size": 11}},
             },
         },
         text=[plotly_text(label(maps.key_tokens[j])) for j in shown],
@@ -185,7 +193,7 @@ def _hover(
         ],
         hovertemplate=(
             "<b>%{text}</b> (%{customdata[0]})<br>"
-            f"{name} = %{{customdata[1]:.3g}}<br>A = %{{customdata[2]:.3g}}<extra></extra>"
+            f"{name} = %{{customdata[1]:.3g}}{unit}<br>A = %{{customdata[2]:.3g}}<extra></extra>"
         ),
         showlegend=False,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def knockout_map(
     """
     missing = lacking(pattern)
     pattern, step = _wide(pattern), _wide(step)
-    found = torch.where(pattern < 1, -step / (1 - pattern), 0.0)
+    found = torch.where(pattern >= 1, 0.0, -step / (1 - pattern))  # NaN stays NaN
     # Of a row at most one edge holds more than half; what the others hold tells the rest exactly.
     most, at = pattern.max(dim=-1, keepdim=True)
     others = torch.ones_like(pattern, dtype=torch.bool).scatter(-1, at, value=False)

@@ -8,14 +8,19 @@
   const nameR = minus ? "−R" : "R";
   const state = {
     example: 0, kind: "norms", order: "index", scale: "own", head: null, cell: null, map: "r",
+    view: "r",  // the map on the right: R, or k, the loss if a look were blocked
+    flowCell: null,
   };
 
   // ---- colours --------------------------------------------------------------------------------
-  // Light: ColorBrewer's RdBu and Purples, viridis for norms. Dark: the same hues, 0 being dark.
+  // Light: ColorBrewer's RdBu, BrBG and Purples, viridis for norms. Dark: the same hues, 0 being
+  // dark. What blocking does has other colours than R, as it is another quantity.
   const SCALES = {
     light: {
       signed: ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7",
         "#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"],
+      loss: ["#543005", "#8c510a", "#bf812d", "#dfc27d", "#f6e8c3", "#f5f5f5",
+        "#c7eae5", "#80cdc1", "#35978f", "#01665e", "#003c30"],
       attention: ["#fcfbfd", "#efedf5", "#dadaeb", "#bcbddc", "#9e9ac8", "#807dba", "#6a51a3",
         "#54278f", "#3f007d"],
       nothing: ["#eceef1", "#cfd4da"],
@@ -23,6 +28,8 @@
     dark: {
       signed: ["#b9dcff", "#74b4ee", "#4088c4", "#2c5f8d", "#26425c", "#22262c",
         "#5a302c", "#8f4033", "#c75b45", "#ef8a6b", "#ffc9b0"],
+      loss: ["#ffdca3", "#e3b068", "#b58544", "#7d5f33", "#483b29", "#22262c",
+        "#23433f", "#2b6a61", "#3f968a", "#70c3b5", "#bff0e7"],
       attention: ["#22262c", "#34304a", "#4a4272", "#64589b", "#8074bb", "#9f95d2", "#c0b8e6",
         "#ded9f5", "#f7f5ff"],
       nothing: ["#15181c", "#30363e"],
@@ -84,22 +91,26 @@
     if (!facts || !block) return null;
     const bytes = atob(block.textContent), table = halfTable();
     const [rowSide, firstRow, n] = facts.rows, [columnSide, firstColumn, m] = facts.columns;
-    const a = new Float32Array(n * m).fill(NaN), r = new Float32Array(n * m).fill(NaN);
+    const [a, r, k] = [1, 2, 3].map(() => new Float32Array(n * m).fill(NaN));
     const there = new Uint8Array(n * m);
-    const count = bytes.length / 4;
+    const count = facts.causal ? n * (n + 1) / 2 : n * m;
+    const { scale } = data.layers.find((l) => String(l.layer) === head.split(".")[0]);
+    let exact = 2 * count;  // what blocking does, where A has most of its row
     const at = (i) => table[bytes.charCodeAt(2 * i) | bytes.charCodeAt(2 * i + 1) << 8];
     let next = 0;
     for (let i = 0; i < n; i++) {
       for (let j = 0; j < (facts.causal ? i + 1 : m); j++, next++) {
-        a[i * m + j] = at(next);
-        r[i * m + j] = at(count + next) * facts.limit * (minus ? -1 : 1);
-        there[i * m + j] = 1;
+        const share = at(next), gradient = at(count + next) * facts.limit, place = i * m + j;
+        a[place] = share;
+        r[place] = minus ? -gradient : gradient;
+        k[place] = share <= 0.5 ? -gradient / (scale * (1 - share)) : at(exact++) * facts.blocked;
+        there[place] = 1;
       }
     }
     // Tokens are read once: a lookup per cell would be slow in a long prompt.
     const rowChips = chips(rowSide), columnChips = chips(columnSide);
     const found = {
-      a, r, there, n, m, limit: facts.limit, rowSide, firstRow, columnSide, firstColumn,
+      a, r, k, there, n, m, limit: facts.limit, blocked: facts.blocked, rowSide, firstRow, columnSide, firstColumn,
       rowTokens: Array.from({ length: n }, (_, i) => rowChips[firstRow + i]?.textContent ?? ""),
       columnTokens: Array.from(
         { length: m }, (_, j) => columnChips[firstColumn + j]?.textContent ?? ""),
@@ -108,26 +119,29 @@
     decoded.set(key, found);
     return found;
   }
-  function sharedLimit() {
-    return Math.max(...Object.values(data.examples[state.example].maps).map((m) => m.limit));
+  // The largest size of a value of R (`limit`) or of what blocking does (`blocked`).
+  function limitOf(which, maps) {
+    const name = which === "r" ? "limit" : "blocked";
+    const every = Object.values(data.examples[state.example].maps);
+    return (state.scale === "shared" && which !== "flow"
+      ? Math.max(...every.map((one) => one[name])) : maps[name]) || 1;
   }
-  const limitR = (maps) => (state.scale === "shared" ? sharedLimit() : maps.limit) || 1;
   function colourOf(which, value, maps) {
     return which === "a" ? mix(palette().attention, value)
-      : mix(palette().signed, 0.5 + value / (2 * limitR(maps)));
+      : mix(palette()[which === "r" ? "signed" : "loss"], 0.5 + value / (2 * limitOf(which, maps)));
   }
-  function strongest(maps, k) {
-    const order = [];
-    for (let i = 0; i < maps.r.length; i++) if (Math.abs(maps.r[i]) > 0) order.push(i);
-    order.sort((x, y) => Math.abs(maps.r[y]) - Math.abs(maps.r[x]));
-    return order.slice(0, k).map((i) => [Math.floor(i / maps.m), i % maps.m]);
+  function strongest(maps, count) {
+    const values = maps[state.view], order = [];
+    for (let i = 0; i < values.length; i++) if (Math.abs(values[i]) > 0) order.push(i);
+    order.sort((x, y) => Math.abs(values[y]) - Math.abs(values[x]));
+    return order.slice(0, count).map((i) => [Math.floor(i / maps.m), i % maps.m]);
   }
   function rankInRow(maps, i, j) {
-    const size = Math.abs(maps.r[i * maps.m + j]);
+    const values = maps[state.view], size = Math.abs(values[i * maps.m + j]);
     let rank = 1, cells = 0;
-    for (let k = 0; k < maps.m; k++) {
-      cells += maps.there[i * maps.m + k];
-      if (Math.abs(maps.r[i * maps.m + k]) > size) rank++;
+    for (let c = 0; c < maps.m; c++) {
+      cells += maps.there[i * maps.m + c];
+      if (Math.abs(values[i * maps.m + c]) > size) rank++;
     }
     return [rank, cells];
   }
@@ -156,8 +170,8 @@
     return `\u2068${cut}\u2069`;
   };
 
-  const frames = { a: null, r: null };  // where each map lies in its canvas
-  function draw(which, maps) {
+  const frames = {};  // where each map lies in its canvas
+  function draw(which, maps, chosen = state.cell) {
     const canvas = $(`ra-${which}`), context = canvas.getContext("2d");
     const width = Math.max(200, Math.floor(canvas.parentElement.clientWidth));
     const narrow = width < 420, most = narrow ? 8 : 13;
@@ -167,66 +181,71 @@
     const widest = (tokens) => Math.min(narrow ? 68 : 104, Math.max(...tokens.map(
       (t) => context.measureText(short(t, most)).width)) + 8);
     const left = widest(maps.rowTokens), below = widest(maps.columnTokens);
-    const cell = Math.min((width - left - 2) / maps.m, maps.n > 24 ? 18 : maps.n > 14 ? 26 : 36);
-    const [w, h] = [cell * maps.m, cell * maps.n];
+    const cell = Math.min((width - left - 2) / maps.m,
+      which === "flow" ? 64 : maps.n > 24 ? 18 : maps.n > 14 ? 26 : 36);
+    const tall = which === "flow" ? Math.min(22, Math.max(10, 400 / maps.n)) : cell;
+    const [w, h] = [cell * maps.m, tall * maps.n];
     const ratio = Math.max(1, window.devicePixelRatio || 1);
     canvas.width = Math.round(width * ratio);
     canvas.height = Math.round((h + below + 4) * ratio);
     canvas.style.height = `${h + below + 4}px`;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.font = `${size}px ${style.getPropertyValue("--mono")}`;
-    frames[which] = { left, top: 2, cell };
+    frames[which] = { left, top: 2, cell, tall };
     context.save();
     context.translate(left, 2);
     context.fillStyle = hatch(context);
     context.fillRect(0, 0, w, h);
     const edge = (k) => Math.round(k * cell * ratio) / ratio;
+    const edgeDown = (k) => Math.round(k * tall * ratio) / ratio;
     const gap = cell >= 9 ? 1 : 0;
     const values = maps[which];
     for (let i = 0; i < maps.n; i++) {
-      const y = edge(i), tall = edge(i + 1) - y;
+      const y = edgeDown(i), high = edgeDown(i + 1) - y;
       for (let j = 0; j < maps.m; j++) {
         const k = i * maps.m + j;
         if (!maps.there[k]) continue;
         const x = edge(j), wide = edge(j + 1) - x;
         const value = values[k];
         context.fillStyle = Number.isFinite(value) ? rgb(colourOf(which, value, maps)) : BROKEN;
-        context.fillRect(x, y, Math.max(wide - gap, 0.5), Math.max(tall - gap, 0.5));
+        context.fillRect(x, y, Math.max(wide - gap, 0.5), Math.max(high - gap, 0.5));
         if (!Number.isFinite(value) && cell >= 9) {
           context.fillStyle = "#000";
           context.textAlign = "center";
           context.textBaseline = "middle";
-          context.fillText("×", x + wide / 2, y + tall / 2);
+          context.fillText("×", x + wide / 2, y + high / 2);
         }
       }
     }
-    if (state.cell) {
-      const [i, j] = state.cell, ink = printing ? "#000" : style.color;
+    if (chosen) {
+      const [i, j] = chosen, ink = printing ? "#000" : style.color;
       context.strokeStyle = ink;
       context.lineWidth = 1;
-      context.strokeRect(-0.5, edge(i) - 0.5, w + 1, edge(i + 1) - edge(i) + 1 - gap);
+      const [from, high] = [edgeDown(i), edgeDown(i + 1) - edgeDown(i)];
+      context.strokeRect(-0.5, from - 0.5, w + 1, high + 1 - gap);
       context.lineWidth = 2;
-      context.strokeRect(edge(j) - 1, edge(i) - 1, edge(j + 1) - edge(j) + 2 - gap,
-        edge(i + 1) - edge(i) + 2 - gap);
+      context.strokeRect(edge(j) - 1, from - 1, edge(j + 1) - edge(j) + 2 - gap, high + 2 - gap);
     }
     context.restore();
     const ink = printing ? "#000" : style.color;
     const soft = printing ? "#555" : style.getPropertyValue("--soft").trim();
-    const step = Math.max(1, Math.ceil((size + 1.5) / cell));
-    const labelled = (k, n, chosen) => (n - 1 - k) % step === 0
-      && (chosen == null || k === chosen || Math.abs(k - chosen) >= step) || k === chosen;
+    const labelled = (k, n, on, pixels) => {
+      const step = Math.max(1, Math.ceil((size + 1.5) / pixels));
+      return (n - 1 - k) % step === 0 && (on == null || k === on || Math.abs(k - on) >= step)
+        || k === on;
+    };
     context.textBaseline = "middle";
     context.textAlign = "right";
     for (let i = 0; i < maps.n; i++) {
-      if (!labelled(i, maps.n, state.cell?.[0])) continue;
-      const on = i === state.cell?.[0];
+      if (!labelled(i, maps.n, chosen?.[0], tall)) continue;
+      const on = i === chosen?.[0];
       context.fillStyle = on ? ink : soft;
       context.font = `${on ? "bold " : ""}${size}px ${style.getPropertyValue("--mono")}`;
-      context.fillText(short(maps.rowTokens[i], most), left - 5, 2 + (i + 0.5) * cell, left - 6);
+      context.fillText(short(maps.rowTokens[i], most), left - 5, 2 + (i + 0.5) * tall, left - 6);
     }
     for (let j = 0; j < maps.m; j++) {
-      if (!labelled(j, maps.m, state.cell?.[1])) continue;
-      const on = j === state.cell?.[1];
+      if (!labelled(j, maps.m, chosen?.[1], cell)) continue;
+      const on = j === chosen?.[1];
       context.fillStyle = on ? ink : soft;
       context.font = `${on ? "bold " : ""}${size}px ${style.getPropertyValue("--mono")}`;
       context.save();
@@ -258,11 +277,27 @@
       part.hidden = !maps;
     }
     if (!maps) return;
-    for (const which of ["a", "r"]) draw(which, maps);
-    const limit = limitR(maps);
+    for (const which of ["r", "k"]) {
+      $(`ra-part-${which}`).hidden = which !== state.view;
+      $(`ra-name-${which}`).setAttribute("aria-pressed", String(which === state.view));
+    }
+    for (const which of ["a", state.view]) draw(which, maps);
+    const limit = limitOf("r", maps);
     bar($("ra-bar-a"), palette().attention, "0", "", "1");
     bar($("ra-bar-r"), palette().signed, `${digits(-limit)} ${minus ? "less" : "more"}`, "0",
       `${minus ? "more" : "less"} ${digits(limit, true)}`);
+    lossBar($("ra-bar-k"), limitOf("k", maps));
+  }
+  function lossBar(element, limit) {
+    bar(element, palette().loss, `${digits(-limit)} in the way`, `0 ${data.unit}`,
+      `the answer needs it ${digits(limit, true)}`);
+  }
+  function changeOf(value) {
+    if (Number.isNaN(value)) return "the loss is not a number";
+    if (value === 0) return "the loss would stay";
+    const [way, means] = value > 0
+      ? ["rise", "the answer needs this look"] : ["fall", "this look is in the way"];
+    return `the loss would ${way} by ${digits(Math.abs(value))} ${data.unit} (${means})`;
   }
   function showCell() {
     const maps = mapsOf(state.head), readout = $("ra-readout");
@@ -272,15 +307,26 @@
     if (!maps.there[k]) words.push("cannot attend there");
     else {
       const wants = maps.r[k] === 0 ? "same" : (maps.r[k] > 0) === minus ? "more" : "less";
-      const [rank, cells] = rankInRow(maps, i, j);
-      words.push(`${nameR} ${digits(maps.r[k], true)} (descent wants ${wants}), `,
-        `A ${digits(maps.a[k])}, rank ${rank} of ${cells} in its row`);
+      const [rank, cells] = rankInRow(maps, i, j), place = `rank ${rank} of ${cells} in its row`;
+      const gradient = `${nameR} ${digits(maps.r[k], true)} (descent wants ${wants})`;
+      const share = `A ${digits(maps.a[k])}`;
+      if (state.view === "r") {
+        const blocked = `if blocked: loss ${digits(maps.k[k], true)} ${data.unit}`;
+        words.push(`${gradient}, ${share}, ${place}; ${blocked}`);
+      } else words.push(`if blocked, ${changeOf(maps.k[k])}, ${place}; ${gradient}, ${share}`);
     }
     readout.replaceChildren("from ", ...tokenAt(maps.rowTokens[i], maps.firstRow + i), " to ",
       ...tokenAt(maps.columnTokens[j], maps.firstColumn + j), `: ${words.join("")}`);
-    for (const which of ["a", "r"]) {
+    const names = { a: "Attention", r: nameR, k: "Loss if a look were blocked" };
+    for (const [which, name] of Object.entries(names)) {
       $(`ra-${which}`).setAttribute("aria-label",
-        `${which === "a" ? "Attention" : nameR} of ${nameOf(state.head)}, ${maps.n} by ${maps.m}`);
+        `${name} of ${nameOf(state.head)}, ${maps.n} by ${maps.m}`);
+    }
+    for (const one of document.querySelectorAll("[data-edge]")) {
+      const here = `${state.head}.${maps.firstRow + i}.${maps.firstColumn + j}`;
+      const shown = one.closest(".edges").dataset.example === String(state.example);
+      if (shown && one.dataset.edge === here) one.setAttribute("aria-current", "true");
+      else one.removeAttribute("aria-current");
     }
   }
   function shade() {
@@ -321,6 +367,7 @@
   }
   function fillCells(maps) {
     $("ra-column-r").textContent = nameR;
+    $("ra-column-k").textContent = `loss if blocked (${data.unit})`;
     const rows = strongest(maps, 10).map(([i, j]) => {
       const k = i * maps.m + j, row = document.createElement("tr");
       const wants = (maps.r[k] > 0) === minus ? "more" : "less";
@@ -328,7 +375,7 @@
       button.type = "button";
       button.append(...tokenAt(maps.rowTokens[i], maps.firstRow + i), " → ",
         ...tokenAt(maps.columnTokens[j], maps.firstColumn + j));
-      const choose = () => chooseCell(i, j, "r");
+      const choose = () => chooseCell(i, j, state.view);
       button.addEventListener("click", choose);
       button.addEventListener("focus", choose);
       row.addEventListener("pointerenter", choose);
@@ -341,7 +388,9 @@
       cell(button);
       cell(digits(maps.r[k], true), "number");
       cell(digits(maps.a[k]), "number");
-      cell(wants, wants);
+      cell(maps.r[k] === 0 ? "same" : wants, maps.r[k] === 0 ? "" : wants);
+      cell(digits(maps.k[k], true),
+        `number ${maps.k[k] > 0 ? "needs" : maps.k[k] < 0 ? "hinders" : ""}`);
       return row;
     });
     $("ra-cells").tBodies[0].replaceChildren(...rows);
@@ -360,7 +409,7 @@
     $("ra-name-r").textContent = minus
       ? "−R: where descent moves attention" : "R: the gradient; descent goes the other way";
     state.cell = maps ? strongest(maps, 1)[0] ?? [0, 0] : null;
-    state.map = "r";
+    state.map = state.view;
     if (maps) {
       $("ra-cut").textContent = maps.firstRow || maps.firstColumn
         ? `The maps show the last ${maps.n} tokens only.` : "";
@@ -372,6 +421,83 @@
     if (scroll && $("ra-head").getBoundingClientRect().top > innerHeight * 0.8) {
       $("ra-head").scrollIntoView({ block: "nearest" });
     }
+  }
+
+  function chooseView(view) {
+    state.view = view;
+    if (state.map !== "a") state.map = view;
+    const maps = state.head && mapsOf(state.head);
+    if (maps) fillCells(maps);
+    showMaps(); showCell(); shade();
+  }
+  // One cell of one head, by layer, head, query and key, as the map of what blocking it does.
+  function chooseEdge([layer, index, query, key]) {
+    state.view = "k";
+    const head = `${layer}.${index}`, maps = mapsOf(head);
+    chooseHead(head);
+    if (!maps) return;
+    const [i, j] = [query - maps.firstRow, key - maps.firstColumn];
+    if (i >= 0 && i < maps.n && j >= 0 && j < maps.m) chooseCell(i, j, "k");
+  }
+  function intoSight(element) {
+    const box = element.getBoundingClientRect();
+    if (box.top < 0 || box.top > innerHeight * 0.8) element.scrollIntoView({ block: "nearest" });
+  }
+
+  // ---- layers × tokens ------------------------------------------------------------------------
+  let flowMaps = null;
+  function readFlow() {
+    const facts = data.examples[state.example].flow, part = $("ra-flow-part");
+    flowMaps = null;
+    if (!part) return;
+    part.hidden = !facts;
+    if (!facts) return;
+    const [columnSide, firstColumn, m] = facts.columns, n = data.layers.length;
+    const bytes = atob(facts.values), table = halfTable(), there = new Uint8Array(n * m);
+    const flow = Float32Array.from({ length: n * m }, (_, i) => {
+      const value = table[bytes.charCodeAt(2 * i) | bytes.charCodeAt(2 * i + 1) << 8];
+      there[i] = Number.isNaN(value) ? 0 : 1;
+      return value * facts.limit;
+    });
+    const columnChips = chips(columnSide);
+    flowMaps = {
+      flow, there, n, m, blocked: facts.limit, firstColumn, query: facts.query[1],
+      rowTokens: data.layers.map((l) => l.name),
+      columnTokens: Array.from(
+        { length: m }, (_, j) => columnChips[firstColumn + j]?.textContent ?? ""),
+    };
+    const asked = tokenOf(...facts.query)?.textContent ?? "";
+    $("ra-flow-title").replaceChildren(
+      "Where information enters the token ", ...tokenAt(asked, facts.query[1]));
+    let best = 0;
+    flow.forEach((v, i) => { if (Math.abs(v) > Math.abs(flow[best]) || !there[best]) best = i; });
+    state.flowCell = [Math.floor(best / m), best % m];
+  }
+  function showFlow() {
+    if (!flowMaps) return;
+    draw("flow", flowMaps, state.flowCell);
+    lossBar($("ra-bar-flow"), flowMaps.blocked);
+    const [i, j] = state.flowCell, k = i * flowMaps.m + j;
+    const words = flowMaps.there[k] ? `if blocked, ${changeOf(flowMaps.flow[k])}`
+      .replace("this look", "what is read there") : "this layer does not look there";
+    $("ra-flow-readout").replaceChildren(`layer ${flowMaps.rowTokens[i]}, to `,
+      ...tokenAt(flowMaps.columnTokens[j], flowMaps.firstColumn + j), `: ${words}`);
+    $("ra-flow").setAttribute("aria-label",
+      `Loss if blocked, ${flowMaps.n} layers by ${flowMaps.m} tokens`);
+  }
+  // The head of a layer that does most of what a cell of the flow sums.
+  function chooseOfFlow() {
+    const [i, j] = state.flowCell, layer = data.layers[i].layer;
+    let best = null, most = 0;
+    for (const head of Object.keys(data.examples[state.example].maps)) {
+      if (head.split(".")[0] !== String(layer)) continue;
+      const maps = mapsOf(head), row = flowMaps.query - maps.firstRow;
+      const size = Math.abs(maps.k[row * maps.m + j]);
+      if (size > most) [best, most] = [head, size];
+    }
+    if (!best) return;
+    chooseEdge([...best.split("."), flowMaps.query, flowMaps.firstColumn + j]);
+    intoSight($("ra-head"));
   }
 
   // ---- the grid -------------------------------------------------------------------------------
@@ -465,7 +591,7 @@
   });
 
   // ---- controls -------------------------------------------------------------------------------
-  for (const which of ["a", "r"]) {
+  for (const which of ["a", "r", "k"]) {
     const canvas = $(`ra-${which}`);
     const point = (event) => {
       const maps = state.head && mapsOf(state.head), frame = frames[which];
@@ -493,18 +619,50 @@
     if (i >= 0 && i < maps.n) chooseCell(i, strongestOf(maps, i), state.map);
   });
   function strongestOf(maps, i) {
+    const values = maps[state.view];
     let best = 0;
     for (let j = 0; j < maps.m; j++) {
-      if (Math.abs(maps.r[i * maps.m + j]) > Math.abs(maps.r[i * maps.m + best])) best = j;
+      if (Math.abs(values[i * maps.m + j]) > Math.abs(values[i * maps.m + best])) best = j;
     }
     return best;
   }
+  for (const button of document.querySelectorAll("[data-view]")) {
+    button.addEventListener("click", () => chooseView(button.dataset.view));
+  }
+  $("ra-edges")?.addEventListener("click", (event) => {
+    const row = event.target.closest("tr")?.querySelector("[data-edge]");
+    if (!row) return;
+    chooseEdge(row.dataset.edge.split(".").map(Number));
+    intoSight($("ra-head"));
+  });
+  if ($("ra-flow")) {
+    const canvas = $("ra-flow");
+    const cellAt = (event) => {
+      const box = canvas.getBoundingClientRect(), frame = frames.flow;
+      const i = Math.floor((event.clientY - box.top - frame.top) / frame.tall);
+      const j = Math.floor((event.clientX - box.left - frame.left) / frame.cell);
+      return i >= 0 && i < flowMaps.n && j >= 0 && j < flowMaps.m ? [i, j] : null;
+    };
+    const go = (cell) => { if (cell) { state.flowCell = cell; showFlow(); } return cell; };
+    canvas.addEventListener("pointermove", (event) => go(cellAt(event)));
+    canvas.addEventListener("click", (event) => { if (go(cellAt(event))) chooseOfFlow(); });
+    canvas.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") chooseOfFlow();
+      if (!(event.key in STEPS)) return;
+      event.preventDefault();
+      const [down, right] = STEPS[event.key], [i, j] = state.flowCell;
+      go([Math.min(Math.max(i + down, 0), flowMaps.n - 1),
+        Math.min(Math.max(j + right, 0), flowMaps.m - 1)]);
+    });
+  }
   function showExample() {
-    for (const block of document.querySelectorAll(".example")) {
+    for (const block of document.querySelectorAll(".example, .edges")) {
       block.classList.toggle("aside", Number(block.dataset.example) !== state.example);
     }
     drawGrid();
+    readFlow();
     chooseHead(ranked()[0]);
+    showFlow();
   }
   const follow = (id, name, act) => $(id)?.addEventListener("change", (event) => {
     state[name] = event.target.value;
@@ -523,7 +681,7 @@
   };
   $("ra-before").addEventListener("click", step(-1));
   $("ra-after").addEventListener("click", step(1));
-  const again = () => { showMaps(); shade(); };
+  const again = () => { showMaps(); showFlow(); shade(); };
   darkQuery.addEventListener("change", again);
   addEventListener("themechange", again);
   addEventListener("beforeprint", () => { printing = true; again(); });
@@ -531,7 +689,7 @@
   let width = 0;
   new ResizeObserver(() => {
     const now = $("explorer").clientWidth;
-    if (now !== width) { width = now; showMaps(); }
+    if (now !== width) { width = now; showMaps(); showFlow(); }
   }).observe($("explorer"));
   document.documentElement.classList.add("scripted");
   showExample();

@@ -1,12 +1,16 @@
-"""The part of a report that answers to a click: prompts, the grid of heads, a head's two maps.
+"""The part of a report that answers to a click: prompts, the grid of heads, a head's three maps.
 
 Python writes plain HTML and data; `explorer.js` draws from it. Token text stands in the page once,
-as text, and the script reads it there.
+as text, and the script reads it there; the few tokens of the table of edges stand there again.
 
 A map is text: half-precision numbers of the cells that a query can look at, in base64. It holds A,
 then R divided by its largest |R|, both row by row; of a causal map only the lower triangle. Half
 precision keeps three digits (relative error at most 2⁻¹¹) down to 6·10⁻⁵ of the largest |R|, below
 which the error is at most 3·10⁻⁸ of it. Four bytes per cell, 5.3 in base64.
+
+What blocking an edge does to the loss, −R~ / (1 − A), the script makes of these where A, as
+written, is at most ½. Where it is more, 1 − A has too few digits; there, for one cell of a row at
+most, the number itself follows at the end, divided by the largest.
 """
 
 from __future__ import annotations
@@ -24,9 +28,11 @@ from torch import Tensor
 
 from ra_lens import html
 from ra_lens.cache import RACache
-from ra_lens.head_maps import HeadMaps, head_of_example
+from ra_lens.errors import BadInput
+from ra_lens.head_maps import HeadMaps, head_of_example, kept_tokens, largest
 from ra_lens.head_names import HeadScore
 from ra_lens.model.sites import MapKind
+from ra_lens.report.edges import edges_html, strongest_edges
 from ra_lens.report.predictions import PatchedPrompt, Predictions
 from ra_lens.report.prompt_tokens import prompt_tokens, sides
 from ra_lens.report.scale_curve import scale_svg
@@ -34,6 +40,7 @@ from ra_lens.scales import PAPER_SCALE
 from ra_lens.text import label, scale_name
 
 BYTES_PER_CELL = 4
+BYTES_PER_ROW = 2
 
 
 @dataclass(frozen=True)
@@ -61,31 +68,34 @@ class Shown:
 def choose(ra: RACache, examples: Sequence[int], *, max_tokens: int, max_bytes: int) -> Shown:
     """Choose how many heads' maps go into a page of limited size, most important heads first."""
     heads = tuple(ra.top_heads(len(ra.layers) * ra.n_heads))
-    sizes = {layer: sum(_cells(ra, layer, i, max_tokens) for i in examples) for layer in ra.layers}
+    sizes = {layer: sum(_bytes(ra, layer, i, max_tokens) for i in examples) for layer in ra.layers}
     total, stored = 0, 0
     for head in heads:
-        total += BYTES_PER_CELL * sizes[head.layer]
+        total += sizes[head.layer]
         if total > max_bytes and stored:
             break
         stored += 1
     return Shown(tuple(examples), heads, heads[:stored], max_tokens)
 
 
-def _cells(ra: RACache, layer: int, example: int, max_tokens: int) -> int:
+def _bytes(ra: RACache, layer: int, example: int, max_tokens: int) -> int:
     # As if causal; a map that is not takes twice as much, at most.
     rows, columns = ra["ra", layer].shape[-2:]
     if ra.info.str_tokens is not None and rows == columns:
         rows = columns = min(rows, len(ra.info.str_tokens[example]))
     rows, columns = min(rows, max_tokens), min(columns, max_tokens)
-    return rows * (columns + 1) // 2
+    return BYTES_PER_CELL * (rows * (columns + 1) // 2) + BYTES_PER_ROW * rows
 
 
 def pack(maps: HeadMaps) -> str:
     """Write a head's maps as text."""
     kept = maps.reachable()
     with np.errstate(over="ignore"):  # what is infinite stays so
-        both = np.concatenate([maps.pattern[kept], maps.ra[kept] / (maps.limit or 1.0)])
-        return base64.b64encode(both.astype("<f2").tobytes()).decode()
+        pattern = maps.pattern[kept].astype("<f2")
+        r = (maps.ra[kept] / (maps.limit or 1.0)).astype("<f2")
+        blocked = maps.knockout[kept][~(pattern <= 0.5)] / (largest(maps.knockout) or 1.0)
+        numbers = np.concatenate([pattern, r, blocked.astype("<f2")])
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def explorer(
@@ -95,17 +105,23 @@ def explorer(
     sign: str,
     top: int,
     patched: Sequence[PatchedPrompt],
+    flow: bool = False,
     note: str = "",
 ) -> str:
-    """Write it: HTML with a note below the grid, then the data."""
+    """Write it: HTML with a note below the grid, then the data; with `flow`, layers × tokens."""
     norms = {kind: _norms(ra, kind) for kind in ("ra", "pattern")}
     counts = ra.sites.n_heads
     data: dict[str, Any] = {
         "sign": sign,
         "top": top,
+        "unit": ra.loss_unit,
         "layers": [
-            {"layer": layer, "name": ra.sites[layer].label.removeprefix("layer ")}
-            for layer in ra.layers
+            {
+                "layer": layer,
+                "name": site.label.removeprefix("layer "),
+                "scale": site.scale,
+            }
+            for layer, site in ra.sites.items()
         ],
         "heads": ra.n_heads,
         "norms": _rounded(norms["ra"].mean(dim=0), counts),
@@ -120,6 +136,7 @@ def explorer(
             site = ra.sites[head.layer]
             maps[key] = {
                 "limit": found.limit or 1.0,
+                "blocked": largest(found.knockout) or 1.0,
                 "causal": found.causal,
                 "rows": [site.query_side, found.first, len(found.tokens)],
                 "columns": [site.key_side, found.first_key, len(found.key_tokens)],
@@ -127,15 +144,48 @@ def explorer(
             blocks.append(
                 f'<script type="text/plain" data-map="{place}.{key}">{pack(found)}</script>'
             )
-        data["examples"].append(
-            {
-                "norms": _rounded(norms["ra"][example], counts),
-                "attention": _rounded(norms["pattern"][example], counts),
-                "maps": maps,
-            }
-        )
+        facts: dict[str, Any] = {
+            "norms": _rounded(norms["ra"][example], counts),
+            "attention": _rounded(norms["pattern"][example], counts),
+            "maps": maps,
+        }
+        if flow:
+            facts["flow"] = _flow(ra, example, shown.max_tokens)
+        data["examples"].append(facts)
     script = f'<script type="application/json" id="ra-data">{html.data(data)}</script>'
-    return "\n".join([_frame(ra, shown, patched, note), *blocks, script])
+    edges = strongest_edges(ra, shown.examples, top)
+    table = "" if edges is None else edges_html(ra, edges)
+    drawn = _frame(ra, shown, patched, note, edges=table, flow=flow)
+    return "\n".join([drawn, *blocks, script])
+
+
+def _flow(ra: RACache, example: int, max_tokens: int) -> dict[str, Any] | None:
+    """Give what blocking each token does, by layer, to the token after which the answer is read.
+
+    None where nothing is read there, or where layers attend to tokens of different texts.
+    """
+    answer = 0 if ra.info.answer_lengths is None else ra.info.answer_lengths[example]
+    one = ra.apply_slice_to_batch_dim(example) if ra.has_batch_dim else ra
+    query = -1 - answer
+    try:
+        values, seen = (one.flow(queries=query, by=by).numpy() for by in ("knockout", "pattern"))
+    except BadInput:
+        return None
+    sites = ra.sites[ra.layers[0]]
+    tokens, first, columns = kept_tokens(ra, sites.key_side, example, seen.shape[-1], max_tokens)
+    values, limit = values[:, columns], largest(values[:, columns])
+    if not limit:
+        return None
+    with np.errstate(over="ignore"):
+        numbers = np.where(seen[:, columns] == 0, np.nan, values / limit).astype("<f2")
+    queries = ra.info.tokens_of(sites.query_side)
+    length = ra["ra", ra.layers[0]].shape[-2] if queries is None else len(queries[example])
+    return {
+        "values": base64.b64encode(numbers.tobytes()).decode(),
+        "limit": limit,
+        "query": [sites.query_side, length + query],
+        "columns": [sites.key_side, first, len(tokens)],
+    }
 
 
 def _norms(ra: RACache, kind: MapKind) -> Float[Tensor, "batch layer head"]:
@@ -151,7 +201,15 @@ def _rounded(norms: Float[Tensor, "layer head"], counts: Sequence[int]) -> list[
     ]
 
 
-def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt], note: str) -> str:
+def _frame(
+    ra: RACache,
+    shown: Shown,
+    patched: Sequence[PatchedPrompt],
+    note: str,
+    *,
+    edges: str,
+    flow: bool,
+) -> str:
     n = len(shown.examples)
     mean = '<option value="mean">‖R‖, mean of all prompts</option>'
     choices = (f'<option value="{i}">prompt {i + 1} of {n}</option>' for i in range(n))
@@ -161,6 +219,8 @@ def _frame(ra: RACache, shown: Shown, patched: Sequence[PatchedPrompt], note: st
         prompts="\n".join(_prompt(ra, shown, i, patched) for i in range(n)),
         mean=mean if n > 1 else "",
         note=html.note(note) if note else "",
+        edges=edges,
+        flow=html.resource("ra_lens.report", "flow.html") if flow else "",
         choose=" Choose one to see its maps." if shown.mapped else "",
     )
 

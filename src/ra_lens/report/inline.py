@@ -19,7 +19,7 @@ from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_maps import head_of_example
 from ra_lens.head_names import HeadScore
 from ra_lens.numbers import Real, Whole, Wholes, whole_or_none
-from ra_lens.report.explorer import BYTES_PER_CELL, Shown, explorer
+from ra_lens.report.explorer import Shown, explorer, pack
 from ra_lens.report.view import Sign, View, heading_of, how_to_read, read_view
 
 MOST_EXAMPLES = 10
@@ -49,7 +49,7 @@ def inline_report(
         ra: A cache after its backward pass.
         examples: Which examples. Default: the first 10.
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
-        top: So many heads are numbered in the grid.
+        top: So many heads are numbered in the grid, and so many edges of each prompt listed.
         max_tokens: Of a longer prompt the maps show the last so many tokens.
         max_megabytes: The size of the whole. Where all heads' maps take more, those with the
             largest norms have theirs, and the frame says how many.
@@ -127,7 +127,7 @@ def _that_fit(ra: RACache, shown: Shown, max_bytes: int) -> tuple[HeadScore, ...
             continue
         for example in shown.examples:
             maps = head_of_example(ra, head, example=example, max_tokens=shown.max_tokens)
-            max_bytes -= _BESIDE + 4 * -(-BYTES_PER_CELL * int(maps.reachable().sum()) // 3)
+            max_bytes -= _BESIDE + len(pack(maps))
         if max_bytes < 0:
             break
         found.append(head)
@@ -135,7 +135,7 @@ def _that_fit(ra: RACache, shown: Shown, max_bytes: int) -> tuple[HeadScore, ...
 
 
 def _cell(ra: RACache, shown: Shown, view: View, height: int | None) -> str:
-    read, always = how_to_read(view.sign)
+    read, always, blocked = how_to_read(view.sign)
     drawn = explorer(ra, shown, sign=view.sign, top=view.top, patched=(), note=_note(ra, shown))
     style, inside, outside, main = (
         html.resource("ra_lens.report", name)
@@ -143,7 +143,7 @@ def _cell(ra: RACache, shown: Shown, view: View, height: int | None) -> str:
     )
     page = html.page(
         heading_of(ra),
-        [drawn, html.note(f"{read} {always}") if shown.mapped else ""],
+        [drawn, *(map(html.note, (f"{read} {always}", blocked)) if shown.mapped else ())],
         styles=[html.resource("ra_lens.report", "explorer.css"), style],
         scripts=[main, inside],
     )

@@ -26,6 +26,12 @@ _ALWAYS = (
     "Rows are the tokens that attend (queries), columns the tokens attended to (keys). The entries "
     "of a row of R add up to 0: attention is moved, not made. R is 0 wherever A is."
 )
+_BLOCKED = (
+    "The third map foretells the loss if one look were blocked, to first order: this edge alone, "
+    "the rest of its row taking its share. Green: the loss would rise, the answer needs this look. "
+    "Brown: it would fall, the look is in the way. Where one look has nearly all of a row, R is "
+    "small whatever the look does, and this map is not."
+)
 
 
 @dataclass(frozen=True)
@@ -74,4 +80,4 @@ def heading_of(ra: RACache) -> str:
 
 def how_to_read(sign: Sign) -> tuple[str, ...]:
     """Tell what colours, rows and columns of the maps stand for, in paragraphs."""
-    return (_READ[sign], _ALWAYS)
+    return (_READ[sign], _ALWAYS, _BLOCKED)

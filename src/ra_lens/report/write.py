@@ -1,9 +1,9 @@
 """`write_report`: a run as one HTML file, for one or several prompts.
 
-Prompt and target, the grid of heads, the two maps of every head at a click, the leading heads, what
-a patch does to the prediction, and how it was made. The file asks the network for nothing. Its size
-is about 5.3 bytes per cell that a query can look at, per head and prompt: 1.7 MB for GPT-2 small on
-64 tokens, 14 MB for GPT-2 XL.
+Prompt and target, the grid of heads, the strongest edges, the three maps of every head at a click,
+where information enters the last token, the leading heads, what a patch does to the prediction, and
+how it was made. The file asks the network for nothing. Its size is about 5.3 bytes per cell that a
+query can look at, per head and prompt: 1.7 MB for GPT-2 small on 64 tokens, 14 MB for GPT-2 XL.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def write_report(
         ra: A cache from `run_with_ra` with its maps.
         path: The file, whose name ends in `.html`; a page that is there is replaced, only when the
             new one is complete.
-        top: So many heads are numbered in the grid and listed in a table.
+        top: So many heads are numbered in the grid and listed in a table, and so many edges of
+            each prompt in another.
         examples: Which examples' prompts and maps. Default: all of them.
         sign: `"descent"` shows −R, where gradient descent moves attention; `"gradient"` shows R.
         title: Heading. Default: names the model.
@@ -90,7 +91,15 @@ def write_report(
     shown = choose(ra, view.examples, max_tokens=view.max_tokens, max_bytes=in_base64)
     body = [
         facts(ra.model_facts()),
-        explorer(ra, shown, sign=sign, top=view.top, patched=patched, note=_left_out(shown)),
+        explorer(
+            ra,
+            shown,
+            sign=sign,
+            top=view.top,
+            patched=patched,
+            flow=True,
+            note=_left_out(shown),
+        ),
         _top_heads(ra, shown, view.top),
         *([_paths(traces)] if traces else []),
         *sections,
