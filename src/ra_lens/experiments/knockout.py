@@ -138,8 +138,9 @@ def knockout_test(
         first `layer` and how many, `window`; `head` and `key`, −1 for all heads and several keys;
         `query`; `keys` as text; `query_token`, `key_tokens`; `first`, whether the first token is
         among the keys; `loss` before the cut and `measured`, what the cut adds to it, both from
-        the model's own logits; and what is foretold, in the columns of `ra_lens.experiments.knockout` (NaN where the model
-        does not show what it takes). Then what is needed to repeat it.
+        the model's own logits; and what is foretold, in the columns of
+        `ra_lens.experiments.knockout` (NaN where the model does not show what it takes). Then what
+        is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.

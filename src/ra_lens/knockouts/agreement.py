@@ -99,8 +99,8 @@ def knockout_agreement(
 
     Returns:
         A table with one row per group and method. Its columns are `by`, `method` (the column of
-        the forecast) and `label`, `n` cuts of `n_prompts`, `spearman`, `pearson`, `sign` and `n_sign`, the number of
-        cuts it is taken of; each with `_low` and `_high`. NaN where it is not defined: fewer than
+        the forecast) and `label`, `n` cuts of `n_prompts`, `spearman`, `pearson`, `sign` and
+        `n_sign`, the number of cuts it is taken of; each with `_low` and `_high`. NaN where it is not defined: fewer than
         two cuts, values that are all the same, no cut with |measured| > .01. Cuts of which a method
         says nothing (steps of single edges) are left out for it.
 
