@@ -23,6 +23,7 @@ NAMES = (
     "recompute",
     "mediation",
     "perturbation",
+    "knockouts",
     "demonstrations",
     "growth",
     "startup",

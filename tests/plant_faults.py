@@ -519,6 +519,62 @@ FAULTS = (
         '== "qa" and task.kind == "natural"',
         '== "qa" and task.kind == "icl"',
     ),
+    Fault(
+        "a knockout is not renormalised",
+        "knockouts",
+        "torch.where(pattern >= 1, 0.0, -step / (1 - pattern))",
+        "torch.where(pattern >= 1, 0.0, -step)",
+        "tests/knockouts/test_predict.py",
+    ),
+    Fault(
+        "a cut forgets the changes before it",
+        "knockouts",
+        "return now.pattern if ledger.pattern is None else now.pattern + ledger.pattern",
+        "return now.pattern",
+        "tests/knockouts/test_hooks.py",
+    ),
+    Fault(
+        "what a failed pass has changed counts in the next",
+        "knockouts",
+        "_ledgers.pop(_storage(values), None)",
+        "_ledgers.get(_storage(values), None)",
+        "tests/knockouts/test_hooks_observed.py",
+    ),
+    Fault(
+        "an attention sink gets nothing of what is cut",
+        "knockouts",
+        "left = kept.sum(dim=-1, keepdim=True) + lacking(pattern)",
+        "left = kept.sum(dim=-1, keepdim=True)",
+        "tests/knockouts/test_hooks_observed.py",
+    ),
+    Fault(
+        "rows of which nothing is left become 0",
+        "knockouts",
+        "meant = meant & (left > 0)",
+        "meant = meant & (left >= 0)",
+        "tests/knockouts/test_hooks.py",
+    ),
+    Fault(
+        "cut positions count padding",
+        "knockouts",
+        'align="left", mask=self._mask, layer=site.layer',
+        'align="left", mask=None, layer=site.layer',
+        "tests/knockouts/test_hooks.py",
+    ),
+    Fault(
+        "the strongest edges are the most positive",
+        "knockouts",
+        "size = values.abs().nan_to_num()",
+        "size = values.nan_to_num()",
+        "tests/knockouts/test_edges.py",
+    ),
+    Fault(
+        "a set without an end ends with the prompt",
+        "knockouts",
+        "return Positions(tuple(some), n) if open_ended else Positions(tuple(some))",
+        "return Positions(tuple(some))",
+        "tests/knockouts/test_hooks_generate.py",
+    ),
 )
 
 

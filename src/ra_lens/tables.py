@@ -23,7 +23,7 @@ from ra_lens.text import shorten
 
 _NUMBERS = frozenset(
     {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "scale", "auc", "layer",
-     "head", "score", "rank"}
+     "head", "score", "rank", "question", "window", "query", "measured", "predicted"}
 )  # fmt: skip
 # Measures of a model that may have given none here and there; everything else has a value in
 # every row, and what has none would silently be left out of a mean.
@@ -126,7 +126,8 @@ _TEXTS = (
     "experiment", "model", "task", "kind", "method", "direction", "map", "label", "source",
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
-    "accuracy", "prepend_bos",
+    "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
+    "steps_of",
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
@@ -135,13 +136,31 @@ _NEEDED = {
     "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
     "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
     "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
+    "knockout": (
+        "model",
+        "task",
+        "kind",
+        "n_shots",
+        "question",
+        "what",
+        "cut",
+        "drawn",
+        "layer",
+        "window",
+        "head",
+        "query",
+        "keys",
+    ),
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
     "scale", "settings_hash",
 )  # fmt: skip
-_MEASURES = {"ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS}
-MEASURES = ("score", "rank", *_MARKS)
+_MEASURES = {
+    "ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS,
+    "knockout": ("predicted", "measured"),
+}  # fmt: skip
+MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")
 """Columns of what the experiments measure."""
 
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from benchmarks import demonstrations, mediation, perturbation
+from benchmarks import demonstrations, knockouts, mediation, perturbation
 from benchmarks.timing import low_high
 from ra_lens.model import load_folder
 from saved_models import randomise
@@ -36,6 +36,7 @@ def narrow(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(mediation, "gpt2_small", load)
     monkeypatch.setattr(perturbation, "gpt2_small", load)
+    monkeypatch.setattr(knockouts, "gpt2_small", load)
 
 
 def checked(table):
@@ -66,6 +67,14 @@ def test_the_perturbation_test_has_the_same_logit_differences_either_way():
     rows = checked(table)
     assert len(rows) == 2
     assert all(apart < 1e-3 for *_, apart in rows)
+    assert_within(table, "ratio", "spread")
+
+
+def test_knockouts_foretold_are_those_done():
+    table = knockouts.measure(rounds=2, quick=True)
+    [(_, tokens, edges, *_, rho)] = checked(table)
+    assert edges == 2 * 4 * (tokens * (tokens + 1) // 2 - 1)
+    assert rho > 0.9
     assert_within(table, "ratio", "spread")
 
 

@@ -18,17 +18,21 @@ from ra_lens.cli import main
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     area_under_curve,
+    knockout_agreement,
+    knockout_test,
     patching_sweep,
     perturbation_test,
     rank_tasks,
     read_results,
 )
 from ra_lens.experiments.paper import compare_with_paper
-from ra_lens.text import scale_name
+from ra_lens.text import scale_name, short
 
 SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
 PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",
            "--n-rank", "3", "--random-orders", "2", "--step", "0.5"]  # fmt: skip
+KNOCKOUT = ["knockout", "-t", "country-capital", "--n-test", "2", "--n-edges", "2", "--n-sets", "1",
+            "--windows", "1", "2", "--steps", "1", "-q"]  # fmt: skip
 PATCH = ["patch", *SMALL, "--shots", "0", "1", "--scales", "-30", "1", "--n-mean", "4"]
 
 TABLE = """table,model,task,kind,n_shots,method,direction,auc,note
@@ -131,6 +135,43 @@ def test_patch_prints_what_the_function_gives(model: Any, tmp_path: Path) -> Non
     html = page.read_text()
     assert "Attention patching: ra-lens-demo" in html
     assert "src=" not in html.split("<body>")[1].split("<script")[0]
+
+
+def test_knockout_prints_the_agreement_and_goes_on_from_its_results(
+    model: Any, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "cuts.parquet", tmp_path / "cuts.html"
+    printed = done(*KNOCKOUT, "--out", str(out), "--figure", str(page))
+    wanted = knockout_test(
+        model, "country-capital", n_test=2, n_edges=2, n_sets=1, windows=(1, 2), steps=1,
+        progress=False,
+    )  # fmt: skip
+    found = read_results(out)
+    assert set(found.n_shots) == {1}
+    pd.testing.assert_frame_equal(found, wanted, check_exact=False, rtol=1e-4, atol=1e-5)
+    agreement = knockout_agreement(found).set_index(["what", "window", "method"])
+    lines = {line[:20].strip(): line[20:].split() for line in printed.splitlines() if line}
+    for method, label in (("predicted", "foretold"), ("pattern", "A"), ("gauss_1", "1 step")):
+        cells = [
+            short(agreement.loc[(*group, method), "spearman"])
+            for group in (("edge", 1), ("set", 1), ("set", 2))
+            if (*group, method) in agreement.index
+        ]
+        assert lines[label] == cells, label
+    assert lines["cuts"] == [str((found.what == "edge").sum()), "6", "6"]
+    assert "renormalised cuts" in printed
+    assert "2 prompts." in printed
+    assert f"Results: {out}" in printed
+    html = page.read_text()
+    for title in ("Attention knockouts: ra-lens-demo", "Single edges by attention", "Sets by the"):
+        assert title in html
+    # With the results there nothing is cut again, and the table is the same.
+    again = json.loads(done(*KNOCKOUT, "--out", str(out), "--json"))
+    assert again["n_cuts"] == len(found)
+    assert again["n_prompts"] == 2
+    rows = [row for row in again["agreement"] if row["method"] == "predicted"]
+    assert [row["n"] for row in rows] == [int(n) for n in lines["cuts"]]
+    assert again["n_edges"] == 2
 
 
 def test_rank_lists_the_top_heads(model: Any, tmp_path: Path) -> None:
@@ -359,7 +400,7 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
         (["-t", "antonym", "--shots", *map(str, range(20000))], "found 20,000 values of --shots"),
     ],
 )
-@pytest.mark.parametrize("command", ["rank", "perturb", "patch"])
+@pytest.mark.parametrize("command", ["rank", "perturb", "patch", "knockout"])
 def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], message: str) -> None:
     assert message in refused_line(command, *arguments, "--json", "-q")
 
@@ -373,6 +414,10 @@ def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], me
         (["perturb", *SMALL, "--figure", "x.png"], "must end in .html"),
         (["perturb", *SMALL, "--figure", ""], "found --figure '', which is empty"),
         (["perturb", *SMALL, "--methods", ""], "found --methods '', which is empty"),
+        (["knockout", *SMALL, "--windows", "9"], "found windows=[9]; give different numbers"),
+        (["knockout", *SMALL, "--cuts", "half"], "found cuts=['half']; give"),
+        (["knockout", *SMALL, "--n-edges", "0", "--n-sets", "0"], "which cut nothing"),
+        (["knockout", *SMALL, "--steps", "0"], "steps"),
         (["patch", *SMALL, "--scales", ""], "found --scales '', which is empty"),
         (["patch", *SMALL, "--kinds", ""], "found --kinds '', which is empty"),
         (["patch", *SMALL, "--figure", "/no/such/x.html"], "there is no folder /no/such"),
@@ -417,7 +462,7 @@ def test_where_to_write_is_checked_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: pytest.fail("loaded"))
-    for command in ("rank", "perturb", "patch"):
+    for command in ("rank", "perturb", "patch", "knockout"):
         refused_line(command, "-t", "antonym", "--out", str(tmp_path))
     for wrong in (["nope"], ["antonym", "--shots", "x"], ["antonym", "--methods", "nope"]):
         refused_line("perturb", "-t", *wrong)
@@ -460,7 +505,7 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["rank", "perturb", "patch", "compare"])
+@pytest.mark.parametrize("command", ["rank", "perturb", "patch", "knockout", "compare"])
 def test_help_names_the_options_and_is_fast(command: str) -> None:
     text = done_without(HEAVY, command, "--help").stdout
     assert ("--paper" if command == "compare" else "--shots") in text

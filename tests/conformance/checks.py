@@ -5,6 +5,9 @@
   with the hooks alone and a backward pass of one's own.
 - patches: a random map added by `patch_hooks`, against the same addition to the oracle's softmax
   output; the error is relative to what the addition changed.
+- knockouts: what a cache foretells of cuts, single edges and sets, against central differences of
+  the oracle's loss; and edges cut by `knockout_hooks`, against the same cut at the oracle's softmax
+  output, relative to what the cut changed.
 - scale: against the factor measured between q·k and S.
 - heads: heads masked by `mask_hooks`, against the oracle without their patterns.
 - padding: R and loss of two prompts in a batch padded on either side, against each alone; and
@@ -41,6 +44,7 @@ from .pieces import Architecture
 from .record import (
     COMPAT_LIMIT,
     FINITE,
+    FORETOLD_LIMIT,
     MAPS_LIMIT,
     PATCH_LIMIT,
     SAME_LOGITS,
@@ -83,6 +87,7 @@ class _Checks(Subject):
         self.maps()
         self.scales()
         self.patches()
+        self.knockouts()
         self.own_backward()
         self.heads()
         self.padded()
@@ -181,6 +186,20 @@ class _Checks(Subject):
         if not record.patches <= PATCH_LIMIT:
             self.fail(f"patches: error {record.patches:.1e}")
 
+    def knockouts(self) -> None:
+        record = self.record
+        record.foretold = self.foretelling_error()
+        if not record.foretold <= FORETOLD_LIMIT:
+            self.fail(f"knockouts: foretold with an error of {record.foretold:.1e}")
+        errors = [self.cut_error(self.model, renormalise) for renormalise in (True, False)]
+        refused = [error for error in errors if isinstance(error, str)]
+        if refused:
+            record.knockouts = refused[0]
+            return
+        record.knockouts = max(errors)
+        if not record.knockouts <= PATCH_LIMIT:
+            self.fail(f"knockouts: error {record.knockouts:.1e}")
+
     def own_backward(self) -> None:
         """The hooks alone, with the caller's own backward pass, parameters frozen or not."""
         for frozen in (False, True):
@@ -259,6 +278,10 @@ class _Checks(Subject):
         patches = self.patch_error(model, as_lens(model).sites, zero_rows=True)
         if isinstance(patches, str) or not patches <= COMPAT_LIMIT:
             self.fail(f"patches in compatibility mode: {patches}")
+        # Renormalised, as folded value biases would change what another cut means.
+        cut = self.cut_error(model, renormalise=True)
+        if isinstance(cut, str) or not cut <= COMPAT_LIMIT:
+            self.fail(f"knockouts in compatibility mode: {cut}")
 
     def precision(self, dtype: torch.dtype, floor: float) -> float | str | None:
         """R in another precision; it may be as far off as Hugging Face's own gradient is there."""

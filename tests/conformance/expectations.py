@@ -52,6 +52,7 @@ class Expected:
             change what the model computes.
         scale: Not None: why the softmax scale cannot be compared.
         heads: Not None: why masking a head cannot be compared.
+        knockouts: Not None: why edges cannot be cut.
     """
 
     status: Status = "exact"
@@ -61,6 +62,7 @@ class Expected:
     by_length: str = "neither"
     scale: str | None = None
     heads: str | None = None
+    knockouts: str | None = None
 
 
 _NO_PATTERN = Expected("no attention", "no hook point")
@@ -89,7 +91,12 @@ _BRIDGE: dict[str | tuple[str, str], Expected] = {
     "nemotron_h": _NO_PATTERN,
     "zamba2": _NO_PATTERN,
     "recurrent_gemma": _NO_PATTERN,
-    "jetmoe": Expected("patches refused", "mixture of experts", heads="no hook point"),
+    "jetmoe": Expected(
+        "patches refused",
+        "mixture of experts",
+        heads="no hook point",
+        knockouts="mixture of experts",
+    ),
     ("3", "cohere"): Expected("logits differ"),
     ("3", "cohere2"): Expected("logits differ"),
     ("3", "hunyuan_v1_dense"): Expected("logits differ"),
@@ -144,6 +151,7 @@ def surprises(record: dict[str, object], what: Expected) -> list[str]:
         "float16": what.precision,
         "scale": what.scale,
         "heads": what.heads,
+        "knockouts": what.knockouts,
     }
     for name, piece in beside.items():
         value = record.get(name)

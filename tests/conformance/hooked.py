@@ -3,7 +3,7 @@
 There is no second implementation to compare with. The oracle is the loss itself: in float64, each
 single entry of the softmax input is moved a little up and down, which gives every entry of dL/dS
 without any backward pass. A patch is compared with the same addition made to z with a hook written
-here, through the values.
+here, through the values; edges cut, with scores of −∞ or a pattern of 0 there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from ra_lens.patching import patch_hooks
 from ra_lens.patching.masking import mask_hooks
 from saved_models import randomise
 
+from . import knockouts
+from .knockouts import Cell
 from .padded import SIDES, Side, by_length, padded_error
 from .record import COMPAT_LIMIT, SAME_LOGITS, Over, Record, relative, spell
 from .scale import measured_scale
@@ -67,6 +69,7 @@ class _Variant:
         self.maps()
         self.scale()
         self.patches()
+        self.knockouts()
         self.heads()
         self.padding()
         self.processing()
@@ -202,6 +205,64 @@ class _Variant:
         record.patches = float((found - wanted).norm() / (wanted - self.logits).norm())
         if not record.patches <= PATCH_LIMIT:
             record.failures.append(f"patches: error {record.patches:.1e}")
+
+    def knockouts(self) -> None:
+        """What is foretold of cuts, by differences of the loss; cuts made, by scores of −∞."""
+        record, every = self.record, knockouts.directions(self.ra)
+        examples = [one.example for one in every]
+        answers = [TARGETS[i] for i in examples]
+
+        def losses(edit: Callable[[int, Tensor], Tensor]) -> Tensor:
+            with Wide():
+                logits = self.with_patterns(edit, self.ids[examples])
+            return -logits[:, -1].log_softmax(-1)[range(len(every)), answers]
+
+        record.foretold = knockouts.foretelling_error(every, knockouts.slopes(every, losses))
+        if not record.foretold <= MAPS_LIMIT:
+            record.failures.append(f"knockouts: foretold with an error of {record.foretold:.1e}")
+        cells = knockouts.real_cuts(self.ra)
+        errors: list[float] = []
+        for renormalise in (True, False):
+            wanted = self.cut_by_hand(cells, renormalise=renormalise)
+            try:
+                hooks = knockouts.hooks_for(self.model, cells, renormalise=renormalise)
+                with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+                    found = self.model(self.ids)
+            except Exception as error:
+                record.failures.append(f"knockouts: {spell(error)}")
+                return
+            errors.append(float((found - wanted).norm() / (wanted - self.logits).norm()))
+        record.knockouts = max(errors)
+        if not record.knockouts <= PATCH_LIMIT:
+            record.failures.append(f"knockouts: error {record.knockouts:.1e}")
+
+    def cut_by_hand(self, cells: dict[int, list[Cell]], *, renormalise: bool) -> Tensor:
+        """Logits with scores of −∞ at some edges, or with their patterns at 0."""
+        place = "attn_scores" if renormalise else "pattern"
+
+        def cut(layer: int) -> Callable[..., Tensor]:
+            def at_map(value: Tensor, hook: Any) -> Tensor:
+                for example, of_example in cells.items():
+                    for cell in of_example:
+                        if cell[0] == layer:
+                            value[(example, *cell[1:])] = -torch.inf if renormalise else 0.0
+                return value
+
+            return at_map
+
+        hooks = [(f"blocks.{i}.attn.hook_{place}", cut(i)) for i in self.sites]
+        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+            return self.model(self.ids)
+
+    def with_patterns(self, edit: Callable[[int, Tensor], Tensor], ids: Tensor) -> Tensor:
+        """Logits with the patterns edited, by layer."""
+
+        def at(layer: int) -> Callable[..., Tensor]:
+            return lambda pattern, hook: edit(layer, pattern)
+
+        hooks = [(f"blocks.{i}.attn.hook_pattern", at(i)) for i in self.sites]
+        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+            return self.model(ids)
 
     def heads(self) -> None:
         """Two heads masked by `mask_hooks`, against their patterns set to 0."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 MAPS_LIMIT = 1e-5
 PATCH_LIMIT = 1e-4
+FORETOLD_LIMIT = 1e-5
 COMPAT_LIMIT = 1e-4
 SAME_LOGITS = 1e-3
 FINITE = 1e30
@@ -30,6 +31,8 @@ class Record:
     maps: float | str | None = None
     patches: float | str | None = None
     route: str = ""
+    foretold: float | None = None
+    knockouts: float | str | None = None
     scale: float | str | None = None
     scales: list[float] = field(default_factory=list)
     compat: float | str | None = None

@@ -27,6 +27,8 @@ _KEPT = (
     "maps",
     "patches",
     "route",
+    "foretold",
+    "knockouts",
     "scales",
     "scale",
     "compat",
@@ -103,6 +105,13 @@ your own: `ra_lens.check_model(model)`.
 - **Patches**: a random map added with `patch_hooks`, against the same map added to Hugging Face's
   softmax output. Error of the logits relative to what the map changed in them; the limit is 1e-4.
   *Route*: through `pattern`, or through `z` where TransformerLens only shows the pattern.
+- **Knockouts**: first what a cache foretells of cutting edges, single ones and a set, renormalised
+  and not, and of weakening one: against central differences of the loss of Hugging Face's model in
+  float64, whose softmax output is moved that way (against its gradient, where that model does not
+  run in float64). Error relative to what the edges do one by one; the limit is 1e-5. Then that of
+  the logits with such edges cut by `knockout_hooks`, against the same cut of Hugging Face's
+  softmax output, relative to what the cut changed; the limit is 1e-4. Cuts take the route of
+  patches.
 - **Scale**: the softmax scale of each layer (once, if all have the same), the factor measured
   between the products of queries and keys and the softmax input.
 - **bf16**, **fp16**: error of R of a model of that type, against R in float32. Where a router picks
@@ -117,8 +126,8 @@ your own: `ra_lens.check_model(model)`.
   groups of one length, which `check_model` says too.
 
 A HookedTransformer has no second implementation of its variants to compare with. There, in float64,
-the maps are compared with finite differences of the loss, entry by entry, and patches with the same
-addition made to z.
+the maps are compared with finite differences of the loss, entry by entry, patches with the same
+addition made to z, and cuts with scores of −∞, or with a pattern of 0, at the edges.
 
 Numbers in brackets lead to the reasons below each table.
 """
@@ -175,13 +184,14 @@ def _table(
     notes, versions = _Notes(), list(results)
     of = {v: records for v, (_, records) in results.items()}
     per_version = [f"{what} {v}" for what in ("Maps", "Patches") for v in versions]
-    rest = ["Scale", "bf16", "fp16", "Compatibility mode", "Head masking"]
+    rest = ["Knockouts", "Scale", "bf16", "fp16", "Compatibility mode", "Head masking"]
     rest += ["Left padding", "Right padding"]
     head = [first, *per_version, *rest]
     lines = [f"## {kind}", "", _row(head), _row(["---"] * len(head))]
     for name in names:
         rows = [of[v].get(name, {"status": "not run"}) for v in versions]
         cells = [_maps(row, notes) for row in rows] + [_patches(row, notes) for row in rows]
+        cells.append(_joined([_knockouts(row, notes) for row in rows], versions))
         cells.append(_joined([_scale(row, notes) for row in rows], versions))
         for key, spell in (
             ("bfloat16", _percent),
@@ -211,6 +221,15 @@ def _patches(row: dict[str, Any], notes: _Notes) -> str:
     if isinstance(value, str):
         return f"refused {notes.number(_tidy(value))}"
     return f"{row['route']} {_error(value)}"
+
+
+def _knockouts(row: dict[str, Any], notes: _Notes) -> str:
+    foretold, done = row.get("foretold"), row.get("knockouts")
+    if foretold is None or done is None:
+        return "–"
+    if isinstance(done, str):
+        return f"{_error(foretold)}, refused {notes.number(_tidy(done))}"
+    return f"{_error(foretold)}, {_error(done)}"
 
 
 def _scale(row: dict[str, Any], notes: _Notes) -> str:

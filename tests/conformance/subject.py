@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oracle import Edit, Oracle, Seen
+from oracle import Edit, Oracle, Seen, nll
 from ra_lens import RACache, check_model, run_with_ra
 from ra_lens.errors import RALensError, UnsupportedModel
 from ra_lens.model import Site, load_folder
 from ra_lens.patching import patch_hooks
 
+from . import knockouts
 from .build import BATCH, DECODER_POS, POS, hf_model, random_ids
 from .configs import ENCODER_DECODERS, MASKED
+from .knockouts import Direction
 from .padded import Side, padded_error
 from .pieces import PAD, Architecture
 from .record import Record, relative, spell
@@ -98,6 +101,59 @@ class Subject:
         if float(change.norm() / wanted.norm()) < 1e-3:
             self.fail("patches: the oracle's own change is too small to tell")
         return float((patched.double().log_softmax(-1) - wanted).norm() / change.norm())
+
+    def cut_error(self, model: Any, renormalise: bool) -> float | str:
+        """Error of log-probabilities with edges cut, relative to what the cuts change."""
+        cells = knockouts.real_cuts(self.ra, BATCH)
+        try:
+            hooks = knockouts.hooks_for(model, cells, renormalise=renormalise)
+            with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+                found = model(self.ids, **self.inputs)
+        except RALensError as error:
+            return spell(error)
+        except Exception as error:
+            self.fail(f"knockouts: {spell(error)}")
+            return "failed"
+        layers = list(self.sites)
+        how = "knockout" if renormalise else "cut"
+        rows = [Direction(i, tuple(cells[i]), how) for i in range(BATCH)]
+        wanted = self.hf_with(lambda site, a: knockouts.moved(a, layers[site], rows, 1.0))
+        wanted, plain = wanted.log_softmax(-1), self.hf_with(None).log_softmax(-1)
+        if float((wanted - plain).norm() / plain.norm()) < 1e-3:
+            self.fail("knockouts: the oracle's own change is too small to tell")
+        return float((found.double().log_softmax(-1) - wanted).norm() / (wanted - plain).norm())
+
+    def foretelling_error(self) -> float:
+        """Error of what the cache foretells of cuts, against differences of the oracle's loss.
+
+        Where it does not run in float64, against its gradient by t.
+        """
+        every, layers = knockouts.directions(self.ra, BATCH), list(self.sites)
+        examples = [one.example for one in every]
+        more = {name: value[examples] for name, value in self.hf_inputs.items()}
+        called = Counter(self.oracle.sites_called(self.ids, **self.hf_inputs))
+
+        answers = [TARGETS[i] for i in examples]
+
+        def once(edit: Edit) -> Edit:
+            times: Counter[int] = Counter()
+
+            def the_last_time(site: int, pattern: Tensor) -> Tensor:
+                times[site] += 1
+                return edit(layers[site], pattern) if times[site] == called[site] else pattern
+
+            return the_last_time
+
+        def losses(edit: Edit) -> Tensor:
+            logits = self.oracle.logits(self.ids[examples], edit=once(edit), **more)
+            return -logits[:, -1].log_softmax(-1)[range(len(every)), answers]
+
+        if self.oracle.wide:
+            return knockouts.foretelling_error(every, knockouts.slopes(every, losses))
+        t = torch.zeros(len(every), requires_grad=True)
+        edit = once(lambda layer, a: knockouts.moved(a, layer, every, t))
+        found = self.oracle.gradient(t, self.ids[examples], nll(*answers), edit, **more)
+        return knockouts.foretelling_error(every, found)
 
     def padding(self, model: Any, side: Side, what: str, limit: float) -> float | None:
         """Error of R and loss in a padded batch, of answers of one and of two tokens."""

@@ -86,6 +86,15 @@ def _patch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{__package__}.{module}.patch_hooks", lambda *_a, **_k: [])
 
 
+def _cut_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__package__}.knockouts.knockout_hooks", lambda *_a, **_k: [])
+
+
+def _foretell_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if the keys that stay got nothing of what is cut.
+    monkeypatch.setattr("ra_lens.cache.knockout_map", lambda pattern, step: -step)
+
+
 def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
     monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
@@ -97,6 +106,8 @@ def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         (_double_scale, "scale", ("gpt2", "standard")),
         (_forget_row_sums, "maps", ("gpt2", "standard")),
         (_patch_nothing, "patches", ("gpt2", "standard")),
+        (_cut_nothing, "knockouts: error", ("gpt2", "standard")),
+        (_foretell_without_the_others, "knockouts: foretold", ("gpt2", "standard")),
         (_trust_every_mask, "padding", ("openai_gpt", "bidirectional")),
     ],
 )

@@ -57,3 +57,36 @@ def areas(tasks: tuple[str, ...] = TASKS, shots: tuple[int, ...] = (0, 5)) -> pd
     cell = ["model", "task", "kind", "n_shots", "method", "direction"]
     grouped = curves(tasks, shots).groupby(cell, sort=False)["top1"]
     return grouped.agg(auc="mean", auc_low="min", auc_high="max", draws="size").reset_index()
+
+
+def knockouts(
+    tasks: tuple[str, ...] = ("antonym",), cuts: tuple[str, ...] = ("renormalised",), n: int = 5
+) -> pd.DataFrame:
+    """Edges and sets of `n` questions: what is foretold is right but for noise."""
+    rng = np.random.default_rng(2)
+    rows: list[dict[str, object]] = []
+    for task in tasks:
+        for question in range(n):
+            for cut in cuts:
+                for i in range(20):
+                    is_edge = i < 8
+                    window = 1 if is_edge else (1, 3, 5)[i % 3]
+                    measured = rng.normal() * 10.0 ** rng.integers(-3, 1)
+                    drawn = ("random", "strongest")[i % 2] if is_edge else (
+                        "span", "span and first", "first")[i % 4 % 3]  # fmt: skip
+                    rows.append(
+                        {
+                            "experiment": "knockout", "model": "tiny", "task": task, "kind": "icl",
+                            "n_shots": 1, "cut": cut, "question": question,
+                            "what": "edge" if is_edge else "set", "drawn": drawn, "layer": i % 3,
+                            "window": window, "head": i % 4 if is_edge else -1, "query": 6,
+                            "key": 3 if is_edge else -1, "keys": "3" if is_edge else "1 2",
+                            "query_token": " <b>&$x$", "key_tokens": " a", "first": False,
+                            "pattern": rng.random(), "loss": 1.0, "measured": measured,
+                            "predicted": measured + 0.02 * rng.normal(),
+                            "a_grad": measured + rng.normal(),
+                            "grad": abs(measured) + rng.random(),
+                            "gauss_2": math.nan if is_edge else measured + 0.001 * rng.normal(),
+                        }
+                    )  # fmt: skip
+    return pd.DataFrame(rows)

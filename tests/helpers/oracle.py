@@ -187,13 +187,14 @@ class Oracle:
         ids: Tensor,
         loss: Loss,
         pattern_deltas: dict[int, Tensor] | None = None,
+        edit: Edit | None = None,
         **inputs: Any,
     ) -> tuple[list[Tensor], list[Seen]]:
         """dL/dS of each site in the order of the model, and what was seen there.
 
         Of a layer that runs several times it is the last time that counts.
         """
-        edit = adding(pattern_deltas)
+        edit = edit or adding(pattern_deltas)
         with torch.enable_grad(), self._open(ids, None, edit, inputs) as (run, seen):
             total = loss(run())
         last = {one.site: one for one in seen}
@@ -210,10 +211,11 @@ class Oracle:
         ids: Tensor,
         loss: Loss,
         pattern_deltas: dict[int, Tensor] | None = None,
+        edit: Edit | None = None,
         **inputs: Any,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """dL/dS and A per site, each [batch, head, query, key], by autograd."""
-        gradients, seen = self.seen(ids, loss, pattern_deltas, **inputs)
+        gradients, seen = self.seen(ids, loss, pattern_deltas, edit, **inputs)
         return gradients, [one.pattern for one in seen]
 
     def all_gradients(
@@ -237,6 +239,12 @@ class Oracle:
             site: (found[i], by_site[site].pattern, found[len(sites) + i])
             for i, site in enumerate(sites)
         }
+
+    def gradient(self, by: Tensor, ids: Tensor, loss: Loss, edit: Edit, **inputs: Any) -> Tensor:
+        """Gradient of the loss by what an edit of the patterns makes use of."""
+        with torch.enable_grad(), self._open(ids, None, edit, inputs) as (run, _seen):
+            (found,) = torch.autograd.grad(loss(run()), [by])
+        return found
 
     def ra(self, ids: Tensor, loss: Loss, scales: Sequence[float]) -> list[Tensor]:
         """R per layer: dL/d(q·k) = scale · dL/dS."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import pytest
 import torch
 
+from generating import NEW, generate, need_sound_generate
 from patches import IDS, POS, TARGET
 from ra_lens import patch_hooks, run_with_ra
 from ra_lens.errors import BadInput, UnsupportedModel
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, OBSERVE_ONLY, random_ids, text
 
-NEW, SCALE = 5, -40.0
+SCALE = -40.0
 EXTRA = random_ids(3, POS + 2, seed=4)
 
 
@@ -23,12 +22,6 @@ def sound(arch, kind, shared, reference):
     need_sound_generate(torch.equal(plain, oracle(reference(arch), IDS, lambda n: {})))
 
 
-def generate(model, ids, fwd_hooks, **options):
-    settings = {"do_sample": False, "verbose": False, "stop_at_eos": False, "max_new_tokens": NEW}
-    with torch.no_grad(), model.hooks(fwd_hooks=fwd_hooks):
-        return model.generate(ids, return_type="tokens", **{**settings, **options})
-
-
 def oracle(reference, ids, deltas_at, **inputs):
     """Greedy continuation by Hugging Face in float64; `deltas_at(n)` by layer for n tokens."""
     tokens = ids
@@ -36,14 +29,6 @@ def oracle(reference, ids, deltas_at, **inputs):
         logits = reference.logits(tokens, pattern_deltas=deltas_at(tokens.shape[1]), **inputs)
         tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     return tokens
-
-
-def need_sound_generate(same):
-    # TransformerLens 2 guesses padding from ids that are all 0, whatever the prompts are: it loses
-    # the positions where 0 is the pad token, and does not mask padding where it is not.
-    if not same and version("transformer-lens").startswith("2."):
-        pytest.skip("generate of this TransformerLens goes wrong here without any patch")
-    assert same
 
 
 def at_the_beginning(maps, kind="ra", scale=SCALE):

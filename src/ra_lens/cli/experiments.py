@@ -1,4 +1,4 @@
-"""`ra-lens rank`, `perturb`, `patch` and `compare`: the paper's experiments, one command each.
+"""`ra-lens rank`, `perturb`, `patch`, `knockout` and `compare`: the experiments, one command each.
 
 What a command computes with is imported in its body, so that `--help` answers at once.
 """
@@ -31,7 +31,7 @@ _ACCURACIES: dict[str, Accuracy] = {"first-token": "first token", "answer": "ans
 
 @dataclass
 class Setup:
-    """The options that `rank`, `perturb` and `patch` share, as typed."""
+    """The options that `rank`, `perturb`, `patch` and `knockout` share, as typed."""
 
     task: Annotated[
         list[str],
@@ -369,6 +369,71 @@ def patch(
         facts=lambda: show.sweep_facts(means, metric=metric),
         text=lambda: show.print_sweep(means, metric=metric),
         draw=lambda path: write_sweep_page(means, path, metric=metric),
+    )
+
+
+@partial(_with_setup, without=["shots"])
+def knockout(
+    setup: Setup,
+    *,
+    shots: Annotated[
+        list[str] | None,
+        typer.Option(help="Solved examples per question, one number or many. Default: 1."),
+    ] = None,
+    n_test: Annotated[int, typer.Option(min=1, help="Test questions at most.")] = 12,
+    n_edges: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Edges cut in each layer of each question: half at random, half strongest."
+        ),
+    ] = 2,
+    n_sets: Annotated[
+        int, typer.Option(min=0, help="Spans cut off from the last token, for each question.")
+    ] = 2,
+    windows: Annotated[
+        list[str] | None,
+        typer.Option(help="Numbers of layers in which a span is cut. Default: 1 3 5."),
+    ] = None,
+    cuts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="renormalised (the rest of a row gets what was cut; the default), plain, or both."
+        ),
+    ] = None,
+    steps: Annotated[
+        list[str] | None,
+        typer.Option(help="Also integrate each set's cut at so many points: 1, 2 3. Default: no."),
+    ] = None,
+    ends: Annotated[
+        bool, typer.Option("--ends", help="Also take each set's slope where all is cut.")
+    ] = False,
+    steps_of: Annotated[
+        Literal["sets", "all"], typer.Option(help="Steps and ends of sets only, or of all cuts.")
+    ] = "sets",
+) -> None:
+    """Cut edges of attention, and show how well one backward pass foretold what that does."""
+    from ra_lens.cli import show_results as show
+    from ra_lens.experiments import knockout_agreement, knockout_test
+    from ra_lens.report.experiments import write_knockout_page
+
+    setup.shots = ["1"] if shots is None else shots
+    frame = setup.run(
+        knockout_test,
+        n_test=n_test,
+        n_edges=n_edges,
+        n_sets=n_sets,
+        windows=None if windows is None else whole_numbers(windows, "--windows"),
+        cuts=["renormalised"] if cuts is None else split_values(cuts, "--cuts"),
+        steps=() if steps is None else whole_numbers(steps, "--steps"),
+        ends=ends,
+        steps_of=steps_of,
+    )
+    found = knockout_agreement(frame)
+    setup.tell(
+        frame,
+        facts=lambda: show.agreement_facts(frame, found),
+        text=lambda: show.print_agreement(frame, found),
+        draw=lambda path: write_knockout_page(frame, path),
     )
 
 

@@ -27,6 +27,9 @@ _METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
 _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",
          "heads_kept", "map", "scale", "layer", "head", "label", "rank", "prompts_hash", "n_test",
          "n_tokens", "n_first_tokens", "train_loss", "train_loss_unpatched",
+         "question", "what", "cut", "drawn", "window", "query", "keys", "key", "query_token",
+         "key_tokens", "first", "loss", "measured", "predicted", "a_grad", "minus_ra", "input_grad",
+         "pattern", "grad", "value", "end", "trapezoid",
          *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
 _MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA"}
@@ -242,6 +245,55 @@ def _cell(part: Any, metric: str, kind: str, scale: float | None) -> str:
     # Of several best scales, the one nearest to none.
     best = min(means[means >= means.max() - 1e-9].index, key=abs)
     return f"{_number(means[best], metric)} at {scale_name(best)}"
+
+
+# ---- knockouts ----------------------------------------------------------------------------------
+
+
+def print_agreement(frame: pd.DataFrame, found: pd.DataFrame) -> None:
+    """Print how well each forecast agrees with what was measured, a table for each kind of cut."""
+    _print(Text("Knockouts, foretold and measured: Spearman’s ρ", style="bold"))
+    for cut, of_cut in _groups(found, ["cut"]):
+        [cut] = cut if isinstance(cut, tuple) else [cut]
+        groups = [group for group, _ in _groups(of_cut, ["what", "window"])]
+        heads = {group: _cuts_name(*group) for group in groups}
+        table = _table(f"{cut} cuts", "method", *heads.values())
+        for label, part in _groups(of_cut, ["label"]):
+            [label] = label if isinstance(label, tuple) else [label]
+            by_group = part.set_index(["what", "window"])["spearman"]
+            cells = [_number(float(by_group.get(group, math.nan)), "") for group in groups]
+            table.add_row(Text(str(label)), *cells)
+        table.add_section()
+        first = of_cut[of_cut["method"] == "predicted"].set_index(["what", "window"])
+        for name, column in (("90 % of foretold", "spearman"), ("its signs", "sign")):
+            cells = [_agreement_cell(first.loc[group], column) for group in groups]
+            table.add_row(Text(name), *cells)
+        table.add_row(Text("cuts"), *(str(int(first.loc[group]["n"])) for group in groups))
+        _print(table, "")
+    prompts = len(frame[["task", "n_shots", "question"]].drop_duplicates())
+    note = (
+        f"{prompts} prompts. signs: share that is right where the loss changes by more than .01. "
+        "Methods without a sign (A, |G|, A·‖v W_O‖) against the size of the change."
+    )
+    _print(Text(note, style="dim"))
+
+
+def agreement_facts(frame: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
+    """Give every number of the agreement, and how many cuts were made of how many prompts."""
+    prompts = frame[["task", "n_shots", "question"]].drop_duplicates()
+    return {"n_cuts": len(frame), "n_prompts": len(prompts), "agreement": _records(found)}
+
+
+def _cuts_name(what: str, window: int) -> str:
+    return "edges" if what == "edge" else f"sets, {window} layer{'s' * (window != 1)}"
+
+
+def _agreement_cell(row: Any, column: str) -> str:
+    """An interval of ρ, or the share of right signs; nothing where there is none."""
+    if column == "sign":
+        return _number(float(row["sign"]), "")
+    ends = [_number(float(row[f"{column}_{end}"]), "") for end in ("low", "high")]
+    return "" if not all(ends) else "–".join(ends)
 
 
 # ---- comparison with published numbers ----------------------------------------------------------

@@ -170,12 +170,13 @@ class Run:
     journal: Journal
     finished: pd.DataFrame | None
 
-    def cells(self, count: str) -> list[Cell]:
+    def cells(self, count: str | None) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
-        they have `rank_shots` demonstrations, if that is set, or as many as the cell. Test prompts
-        are read if answers are marked, `n_test` of them if that is set.
+        they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
+        experiment has no such prompts. Test prompts are read if answers are marked, `n_test` of
+        them if that is set.
         """
         cells: list[Cell] = []
         parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
@@ -190,10 +191,11 @@ class Run:
                 shots = self.settings.get("rank_shots")
                 learned: dict[Part, list[Prompt]] = {
                     part: self._learned(split, part, k if shots is None else shots, count)
-                    for part in dict.fromkeys(parts)
+                    for part in dict.fromkeys(parts if count is not None else ())
                 }
                 cells.append(Cell(self, task, k, learned, asked))
-        self._warn_of_first_tokens(cells)
+        if count is not None:
+            self._warn_of_first_tokens(cells)
         return cells
 
     def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:

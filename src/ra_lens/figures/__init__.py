@@ -17,6 +17,7 @@ from ra_lens.figures.curves import perturbation_curves
 from ra_lens.figures.flow import flow_map
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.images import images_in_notebooks, save_figure
+from ra_lens.figures.knockouts import knockout_curves, knockout_scatter
 from ra_lens.figures.maps import Sign, head_map, head_maps
 from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
@@ -34,6 +35,8 @@ __all__ = [
     "head_map",
     "head_maps",
     "images_in_notebooks",
+    "knockout_curves",
+    "knockout_scatter",
     "patching_sweep_curve",
     "path_diagram",
     "perturbation_curves",

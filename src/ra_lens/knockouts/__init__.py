@@ -5,6 +5,7 @@ predict.py   what a cut does to the loss, to first order
 edges.py     which edges are meant
 read.py      what a cache foretells of them
 hooks.py     doing it: the `(name, hook)` pairs
+agreement.py what was foretold beside what was measured
 """
 
 from ra_lens.knockouts.edges import Edge, Edges, EdgeSet

@@ -183,6 +183,15 @@ class EdgeSet:
                     of_example[list(box.heads[layer])] |= cells
         return found
 
+    def ends_before(self, layer: int, first: int) -> bool:
+        """Whether no query of a layer stands at position `first` or later."""
+        return all(
+            box.queries.onward is None and max(box.queries.some, default=-1) < first
+            for boxes in self.rows
+            for box in boxes
+            if layer in box.heads
+        )
+
     def __or__(self, other: EdgeSet) -> EdgeSet:
         """Join two sets, of as many examples, or one of them for all."""
         n = max(len(self.rows), len(other.rows))
@@ -246,11 +255,12 @@ def edge_set(
         groups.setdefault((site.query_side, site.key_side), []).append(layer)
     rows: list[tuple[Box, ...]] = []
     for example in range(n_examples):
+        of = f"tokens of example {example}" if n_examples > 1 else "tokens"
         boxes: list[Box] = []
         for sides, of_group in groups.items():
             lengths = sizes[of_group[0]]
             q, k = (
-                _read(name, choice, _tokens(info, side, example), n, example)
+                _read(name, choice, _tokens(info, side, example), n, of)
                 for name, choice, side, n in zip(
                     ("queries", "keys"), (queries, keys), sides, lengths, strict=True
                 )
@@ -266,30 +276,30 @@ def _tokens(info: RunInfo, side: Side, example: int) -> tuple[str, ...] | None:
 
 
 def _read(
-    name: str, choice: Any, tokens: Sequence[str] | None, n_columns: int, example: int
+    name: str, choice: Any, tokens: Sequence[str] | None, n_columns: int, of: str
 ) -> Positions:
-    """Read a choice of tokens of one example."""
+    """Read a choice of tokens of one example; messages say `of` which they are."""
     n = n_columns if tokens is None else len(tokens)
     if choice is None:
         return Positions(onward=0)
     if isinstance(choice, slice):
-        some = places(name, choice, n, "tokens")
+        some = places(name, choice, n, of)
         open_ended = choice.stop is None and choice.step in (None, 1)
         return Positions(tuple(some), n) if open_ended else Positions(tuple(some))
     if isinstance(choice, str):
-        return Positions(tuple(find_text(name, choice, tokens, example)))
+        return Positions(tuple(find_text(name, choice, tokens, of)))
     if as_whole(choice) is not None or not isinstance(choice, Iterable):
-        return Positions(tuple(places(name, choice, n, "tokens")))
+        return Positions(tuple(places(name, choice, n, of)))
     given: list[Any] = choice.tolist() if hasattr(choice, "tolist") else list(choice)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
     texts = [one for one in given if isinstance(one, str)]
-    found = [i for text in texts for i in find_text(name, text, tokens, example)]
+    found = [i for text in texts for i in find_text(name, text, tokens, of)]
     numbers = [one for one in given if not isinstance(one, str)]
     if numbers or not texts:
-        found += places(name, numbers, n, "tokens")
+        found += places(name, numbers, n, of)
     return Positions(tuple(sorted(set(found))))
 
 
-def find_text(name: str, text: str, tokens: Sequence[str] | None, example: int = 0) -> list[int]:
+def find_text(name: str, text: str, tokens: Sequence[str] | None, of: str = "tokens") -> list[int]:
     """Find the tokens that a text covers, each time that it occurs.
 
     It must begin and end where tokens do, but for spaces: “Italy” is the token “ Italy”, “Ita” is
@@ -303,25 +313,30 @@ def find_text(name: str, text: str, tokens: Sequence[str] | None, example: int =
             f"found {name}={text!r}, but this cache does not know which tokens were read. Give "
             "positions, or make it with run_with_ra."
         )
-    ends = list(accumulate(map(len, tokens)))
-    starts = [end - len(token) for end, token in zip(ends, tokens, strict=True)]
-    found: set[int] = set()
     wanted = text.strip() or text
-    for match in re.finditer(f"(?={re.escape(wanted)})", "".join(tokens)):
-        first, last = match.start(), match.start() + len(wanted)
-        covered = [i for i in range(len(tokens)) if starts[i] < last and ends[i] > first]
-        before = tokens[covered[0]][: first - starts[covered[0]]]
-        after = tokens[covered[-1]][last - starts[covered[-1]] :]
-        if before.strip() or after.strip():
+    if not wanted:
+        raise BadInput(f"found {name}='', which no token has. Give a text, or positions.")
+    # Bytes of a character that is cut over several tokens belong to the last, which shows it.
+    pieces = ["" if _only_bytes(token) else token for token in tokens]
+    ends = list(accumulate(map(len, pieces)))
+    starts = [end - len(piece) for end, piece in zip(ends, pieces, strict=True)]
+    found: set[int] = set()
+    for match in re.finditer(f"(?={re.escape(wanted)})", "".join(pieces)):
+        at, after = match.start(), match.start() + len(wanted)
+        first = next(i for i, end in enumerate(ends) if end > at)
+        last = max(i for i, start in enumerate(starts) if start < after and pieces[i])
+        if (
+            pieces[first][: at - starts[first]].strip()
+            or pieces[last][after - starts[last] :].strip()
+        ):
             continue
-        # Bytes before belong to the first character where it is cut over several tokens.
-        while covered[0] > 0 and _only_bytes(tokens[covered[0] - 1]):
-            covered.insert(0, covered[0] - 1)
-        found.update(covered)
+        while first > 0 and not pieces[first - 1] and tokens[first - 1]:
+            first -= 1
+        found.update(range(first, last + 1))
     if not found:
         shown = " ".join(label(token) for token in tokens[:40]) + " …" * (len(tokens) > 40)
         raise BadInput(
-            f"found {name}={text!r}, which is not among the tokens of example {example}: {shown}. "
+            f"found {name}={text!r}, which is not among the {of}: {shown}. "
             "Give a text that begins and ends where tokens do, or positions."
         )
     return sorted(found)

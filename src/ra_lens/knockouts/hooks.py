@@ -4,8 +4,12 @@
                        edges of the row: the softmax with their scores at −∞
     not renormalised   A′ = 0 at the edges, A elsewhere
 
-An attention sink takes part in the renormalising. A row that would have nothing left stays as it
-is, as its softmax would have no keys.
+An attention sink takes part in the renormalising, and so does whatever else a row lacks to 1, such
+as edges cut before without renormalising. A row that would have nothing left stays as it is, as its
+softmax would have no keys.
+
+Where the model only shows its pattern, A′ − A is added through z: see
+`ra_lens.patching.through_z`.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from ra_lens.model import Site, Sites, as_lens
 from ra_lens.numbers import Real, real
 from ra_lens.patching.hooks import HookPairs
 from ra_lens.patching.place import map_indices, read_mask
+from ra_lens.patching.through_z import ThroughZ, need_values
 
 Cuts = Edge | EdgeSet | Iterable["Edge | EdgeSet | Iterable[Edge]"]
 
@@ -40,15 +45,22 @@ def knockout_hooks(
 ) -> HookPairs:
     """Forward hooks that cut edges of attention.
 
+    Where an edit of hook_pattern is discarded (`site.observe_only`: OPT, GPT-J and others on the
+    TransformerBridge), the same cut is made through z, which costs two products of a pattern
+    with the values, and is checked in every forward pass. It needs all values in that pass: with a
+    key/value cache only tokens of which nothing is cut can follow; else it raises, and `generate`
+    needs `use_past_kv_cache=False`.
+
         edges = ra.edges(queries=-1, keys="Beats Music", layers=range(10, 16))
         with model.hooks(fwd_hooks=knockout_hooks(model, edges)):
             logits = model(prompt)
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        edges: What is cut: an `Edge`, several, such as `ra.top_edges(5)`, or an `EdgeSet` from
-            `ra.edges(...)`. Or a list with one of these for each example of the batch that is run,
-            an empty list where nothing is cut.
+        edges: What is cut: an `Edge`, several, such as `ra.top_edges(5)` of one prompt, or an
+            `EdgeSet` from `ra.edges(...)`. Or a list with one of these for each example of the
+            batch that is run, such as `ra.top_edges(5).by_example()`, an empty list where nothing
+            is cut.
         renormalise: Whether the other keys of a row get what the cut ones had, as if those were not
             there.
         amount: How far the cut is made: A + amount · (A′ − A), from 0, nothing, to 1. A number, or
@@ -58,18 +70,28 @@ def knockout_hooks(
 
     Returns:
         `(hook name, hook)` pairs for `model.hooks(fwd_hooks=...)`, `run_with_hooks`, `run_with_ra`
-        or `model.generate`; they compose with other hooks in the order of registration. Tokens
-        generated after the prompt keep their attention, unless the set has no end.
+        or `model.generate`; they compose with other hooks in the order of registration. Where the
+        cut is made through z, they must come before hooks that change z. Tokens generated after
+        the prompt keep their attention, unless the set has no end.
 
     Raises:
-        BadInput: edges that this model does not have, or of another number of examples than is run.
-        UnsupportedModel: a layer of which it is not known whether an edit changes anything.
+        BadInput: edges that this model does not have, or of another number of examples than is
+            run; the latter from the hooks.
+        UnsupportedModel: a layer of which it is not known whether an edit changes anything, or
+            whose pattern is only shown, without the values; from the hooks, where the cut cannot
+            be made exactly.
     """
     lens = as_lens(model)
     cuts = read_cuts(edges, lens.sites)
     _check_sides([lens.sites[layer] for layer in cuts.layers], attention_mask)
-    places = _Places(read_mask(attention_mask))
     share = amount if isinstance(amount, Tensor) and amount.ndim else real("amount", amount)
+    if isinstance(share, Tensor) and share.ndim > 1:
+        raise BadInput(
+            f"found an amount of shape {tuple(share.shape)}. Give a number, or a tensor with one "
+            "for each example."
+        )
+    n_amounts = len(share) if isinstance(share, Tensor) else 1
+    places = _Places(read_mask(attention_mask), n_amounts)
     do = partial(without, renormalise=renormalise, amount=share)
     return [pair for layer in cuts.layers for pair in _hooks(lens.sites[layer], cuts, places, do)]
 
@@ -80,6 +102,20 @@ def _hooks(site: Site, cuts: EdgeSet, places: _Places, do: Callable[..., Tensor]
             f"it is not known whether an edit of hook_pattern at layer {site.layer} changes "
             "anything in this model. run_with_ra finds out: run it once before."
         )
+
+    if site.observe_only:
+        need_values(site, "no edge can be cut", "Cut edges of other layers.")
+
+        def difference(
+            shape: Sequence[int], device: torch.device, pattern: Callable[[], Tensor]
+        ) -> Tensor | None:
+            marks = places.marks(cuts, site, shape)
+            if marks is None:
+                return None
+            before = pattern()
+            return do(before, marks.to(device)) - before
+
+        return ThroughZ(site, "cut", difference).pairs()
 
     def cut(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
         marks = places.marks(cuts, site, pattern.shape)
@@ -114,8 +150,8 @@ def without(
 class _Places:
     """Positions of the tokens in rows and columns of patterns, kept for all layers of a pass."""
 
-    def __init__(self, mask: Bool[Tensor, "example pos"] | None) -> None:
-        self._mask = mask
+    def __init__(self, mask: Bool[Tensor, "example pos"] | None, n_amounts: int) -> None:
+        self._mask, self._n_amounts = mask, n_amounts
         self._last: tuple[tuple[int, int], Int[Tensor, "some key"]] | None = None
 
     def marks(
@@ -123,12 +159,22 @@ class _Places:
     ) -> Bool[Tensor, "some head query key"] | None:
         """The edges to cut in a pattern of this shape; None: none."""
         n_examples, n_heads, n_queries, n_keys = shape
+        # With a window a key/value cache may hold fewer keys than there were tokens.
+        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
+            if self._mask is None and cuts.ends_before(site.layer, n_keys - n_queries):
+                return None
+            raise UnsupportedModel(
+                f"{site.label} attends to the last {site.window} tokens, and its key/value "
+                "cache has dropped earlier ones, so positions cannot be told. Generate with "
+                "use_past_kv_cache=False."
+            )
         if site.cross:
             queries, keys = torch.arange(n_queries)[None], torch.arange(n_keys)[None]
         else:
             keys = self._keys(site, n_queries, n_keys)
             queries = keys[:, -n_queries:]
-        for what, n in (("edges", len(cuts.rows)), ("rows of attention_mask", len(keys))):
+        found = (len(cuts.rows), len(keys), self._n_amounts)
+        for what, n in zip(("edges", "rows of attention_mask", "amounts"), found, strict=True):
             if n not in (1, n_examples):
                 raise BadInput(
                     f"found {n_examples} examples at {site.label}, but {what} of {n}. Run as many "
@@ -138,13 +184,6 @@ class _Places:
         return marks if bool(marks.any()) else None
 
     def _keys(self, site: Site, n_queries: int, n_keys: int) -> Int[Tensor, "some key"]:
-        # With a window a key/value cache may hold fewer keys than there were tokens.
-        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
-            raise UnsupportedModel(
-                f"{site.label} attends to the last {site.window} tokens, and its key/value "
-                "cache has dropped earlier ones, so positions cannot be told. Generate with "
-                "use_past_kv_cache=False."
-            )
         if self._last is None or self._last[0] != (n_queries, n_keys):
             index = map_indices(
                 sys.maxsize, n_queries, n_keys, align="left", mask=self._mask, layer=site.layer
@@ -196,6 +235,11 @@ def _row(given: Any, sites: Sites) -> EdgeSet:
         raise BadInput(
             f"found {wrong[0]!r} among the edges. Give Edge(layer, head, query, key), what "
             "ra.top_edges() gives, or a set from ra.edges()."
+        )
+    if len({edge.example for edge in edges}) > 1:
+        raise BadInput(
+            "found edges of several examples in one list, whose edges are cut in every example. "
+            "Give a list for each: ra.top_edges(5).by_example()."
         )
     return EdgeSet((tuple(_box(edge, sites) for edge in edges),))
 

@@ -11,7 +11,7 @@ Only rows that the map reaches are changed at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -32,7 +32,7 @@ from ra_lens.patching.place import (
     choose_rows,
     read_mask,
 )
-from ra_lens.patching.through_z import ThroughZ
+from ra_lens.patching.through_z import Difference, ThroughZ, need_values
 
 HookPairs = list[tuple[str, Callable[..., Any]]]
 Where = Literal["pattern", "scores"]
@@ -170,11 +170,19 @@ def scaled_hooks(
             placer=placer,
         )
         if sites[layer].observe_only:
-            pairs += ThroughZ(sites[layer], addition).pairs()
+            pairs += ThroughZ(sites[layer], "patch", _adding(addition)).pairs()
         else:
             hook = _editing(sites[layer], addition, at=at, renormalise=renormalise)
             pairs.append((sites[layer].pattern_name, hook))
     return pairs
+
+
+def _adding(addition: Addition) -> Difference:
+    def difference(shape: Sequence[int], device: torch.device, _pattern: object) -> Tensor | None:
+        placed = addition.on(shape, device)
+        return None if placed is None else placed.addition
+
+    return difference
 
 
 def check_variant(at: str, *, renormalise: bool) -> None:
@@ -268,14 +276,13 @@ def _check_routes(sites: list[Site], *, variant: bool) -> None:
             f"it is not known whether an edit of hook_pattern at layers {unknown} changes anything "
             "in this model. Get the maps from run_with_ra, which finds out."
         )
-    hidden = [site.label for site in sites if site.observe_only and site.values is None]
-    if hidden:
-        raise UnsupportedModel(
-            f"nothing can be added to the pattern of {hidden[0]}: its hook_pattern only shows "
-            "what the model has already used, and no hook point shows the values that the pattern "
-            "is multiplied with (JetMoE's go through a mixture of experts; some layers of Gemma 4 "
-            "use those of an earlier layer). Leave these layers out with layers=, if others remain."
-        )
+    for site in sites:
+        if site.observe_only:
+            need_values(
+                site,
+                "nothing can be added to the pattern",
+                "Leave these layers out with layers=, if others remain.",
+            )
     observed = [site.layer for site in sites if site.observe_only]
     if observed and variant:
         raise UnsupportedModel(

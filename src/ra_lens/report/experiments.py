@@ -7,7 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from ra_lens.figures import auc_table, patching_sweep_curve, perturbation_curves
+from ra_lens.figures import (
+    auc_table,
+    knockout_curves,
+    knockout_scatter,
+    patching_sweep_curve,
+    perturbation_curves,
+)
+from ra_lens.figures.knockouts import By
 from ra_lens.figures.style import metric_name
 from ra_lens.files import PAGE, check_output, write_whole
 from ra_lens.html import facts
@@ -24,6 +31,8 @@ _FACTS = {
     "n_rank": "Questions ranked on",
     "n_mean": "Questions averaged",
     "n_test": "Test questions",
+    "n_edges": "Edges of each layer and question",
+    "n_sets": "Spans of each question",
     "accuracy": "Accuracy by",
     "answer_in_input": "Answer in the input",
     "value_biases_folded": "Value biases folded",
@@ -70,6 +79,36 @@ def write_sweep_page(frame: pd.DataFrame, path: str | Path, *, metric: Metric) -
         figures=(("", (patching_sweep_curve(frame, metric=metric),)),),
     )
     return _write("Attention patching", frame, [curves], path)
+
+
+def write_knockout_page(frame: pd.DataFrame, path: str | Path) -> Path:
+    """Write what was foretold of knockouts beside what was measured, for each kind of cut."""
+    sections: list[Section] = []
+    for cut in dict.fromkeys(frame["cut"].astype(str)):
+        part: Any = frame[frame["cut"] == cut]
+        name = "Renormalised cuts" if cut == "renormalised" else "Plain cuts"
+        shown: list[tuple[str, str, By]] = [
+            ("edge", "Single edges by layer", "layer"),
+            ("edge", "Single edges by attention", "pattern"),
+            ("set", "Sets by the number of layers", "window"),
+        ]
+        curves = [
+            (title, (knockout_curves(part, by=by),))
+            for what, title, by in shown
+            if bool((part["what"] == what).any())
+        ]
+        sections.append(
+            Section(
+                name,
+                paragraphs=(
+                    "Edges of attention are cut, and the loss changes. One backward pass foretells "
+                    "by how much, to first order; rivals say which edges matter.",
+                ),
+                figures=(("Foretold and measured", (knockout_scatter(part),)), *curves),
+                notes=("Band: 90 % interval over the prompts. Dashed: more than one pass.",),
+            )
+        )
+    return _write("Attention knockouts", frame, sections, path)
 
 
 def _write(title: str, frame: pd.DataFrame, sections: list[Section], path: str | Path) -> Path:
