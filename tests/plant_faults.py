@@ -206,7 +206,25 @@ FAULTS = (
         "return np.maximum(-maps, 0.0)",
         "return np.maximum(maps, 0.0)",
     ),
+    Fault(
+        "paths follow edges that the loss would not miss",
+        "signs",
+        'if follow in ("less", "knockout"):\n        return np.maximum(maps, 0.0)',
+        'if follow in ("less", "knockout"):\n'
+        '        return np.maximum(maps if follow == "less" else -maps, 0.0)',
+        "tests/paths/test_paths_knockout.py",
+    ),
     # ---- masks ----------------------------------------------------------------------------------
+    Fault(
+        "weights are shared before sinks are left out",
+        "masks",
+        "raw = [_without(sinks, _strength(layer, follow)) for layer in layers]\n"
+        "    sums = [strength.sum(axis=(0, 2)) for strength in raw]",
+        "raw = [_strength(layer, follow) for layer in layers]\n"
+        "    sums = [strength.sum(axis=(0, 2)) for strength in raw]\n"
+        "    raw = [_without(sinks, strength) for strength in raw]",
+        "tests/paths/test_paths_sinks.py",
+    ),
     Fault(
         "a map above the diagonal is added",
         "masks",

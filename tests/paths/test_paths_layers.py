@@ -121,7 +121,7 @@ def test_the_gradient_pulls_what_it_can_and_the_rest_stays() -> None:
     np.testing.assert_allclose(second.values[0], [[0, 0], [0.4, -0.4]])
 
 
-FOLLOWS = ("value_norm", "pattern", "more", "less", "abs")
+FOLLOWS = ("value_norm", "pattern", "more", "less", "abs", "knockout")
 
 
 @pytest.mark.parametrize("residual", [None, 0.0, 0.4])
@@ -130,7 +130,7 @@ def test_what_arrives_at_a_token_is_shared_out(follow: Any, residual: float | No
     generator = np.random.default_rng(0)
     layers = [
         LayerMaps(np.tril(generator.normal(size=(3, 6, 6))), generator.random((3, 6)), np.ones(6))
-        if follow in ("more", "less", "abs")
+        if follow in ("more", "less", "abs", "knockout")
         else LayerMaps(
             np.tril(generator.random((3, 6, 6))), generator.random((3, 6)), generator.random(6)
         )
@@ -235,8 +235,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(shared: Any, follow: Any) ->
 def test_a_cache_gives_what_the_model_gives(shared: Any) -> None:
     model = shared("gpt2", KINDS[0])
     _, ra = run_with_ra(model, "w5 w7 w9 w4", target="w8")
-    for follow in ("more", "pattern"):
-        target: Any = {"target": "w8"} if follow == "more" else {}
+    for follow in ("more", "knockout", "pattern"):
+        target: Any = {} if follow == "pattern" else {"target": "w8"}
         from_model = trace_layers(model, "w5 w7 w9 w4", follow=follow, **target)
         from_cache = trace_layers(ra, follow=follow)
         assert [b.heads for b in from_cache.beams] == [b.heads for b in from_model.beams]

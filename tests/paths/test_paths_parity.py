@@ -64,7 +64,14 @@ def test_the_same_matrix_gives_the_same_beams(norm: str, seed: int) -> None:
                 attn, bos_positions=[3, 6] if stop else [], length_norm=norm, **full
             )
             found = trace_paths(
-                maps, ids, bos_token_id=1, search="beam", agg_heads=agg, length_norm=norm, **full
+                maps,
+                ids,
+                bos_token_id=1,
+                search="beam",
+                sinks=True,
+                agg_heads=agg,
+                length_norm=norm,
+                **full,
             )
             assert_same(found, wanted)
             for ours, state in zip(found.beams, wanted, strict=True):
@@ -111,7 +118,7 @@ def test_a_model_gives_the_same_beams(tracer: Any, shared: Any, kind: str, optio
     mask = options.get("attention_mask")
     batch = {**options, "attention_mask": mask.unsqueeze(0)} if mask is not None else options
     wanted = trace(tracer, IDS.unsqueeze(0), **batch)
-    own = {"length_norm": "avg_logprob", "search": "beam", **batch}
+    own = {"length_norm": "avg_logprob", "search": "beam", "sinks": True, **batch}
     found = trace_paths(model, IDS.unsqueeze(0), **own)
     assert_same(found, wanted.beams)
     for ours, beam in zip(found.beams, wanted.beams, strict=True):
@@ -141,7 +148,7 @@ def test_the_json_holds_what_theirs_does(tracer: Any, shared: Any, norm: str) ->
     model = shared("llama", KINDS[0], torch.float64)
     options: dict[str, Any] = {"length_norm": norm, "layer": 1, "top_beam": 6}
     wanted = json.loads(trace_result_to_json(trace(tracer, IDS.unsqueeze(0), **options)))
-    found = json.loads(trace_paths(model, IDS, search="beam", **options).to_json())
+    found = json.loads(trace_paths(model, IDS, search="beam", sinks=True, **options).to_json())
     del wanted["paths_text"]  # sentences of their own
     assert len(found["paths_text"]) == len(found["beams"])
 

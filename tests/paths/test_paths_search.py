@@ -242,7 +242,7 @@ def test_reversed_attention_is_followed_by_its_sign_and_heads_do_not_cancel():
 
 
 @pytest.mark.parametrize("factor", [1e-6, 3.0])
-@pytest.mark.parametrize("follow", ["more", "less", "abs"])
+@pytest.mark.parametrize("follow", ["more", "less", "abs", "knockout"])
 def test_a_factor_in_the_loss_changes_no_path(factor, follow):
     maps = torch.randn(2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     one = trace_paths(maps, follow=follow)

@@ -221,13 +221,16 @@ def trace(
         opt.Follow | None,
         typer.Option(
             help="pattern: attention; value_norm: times the norm of what heads write; more, less, "
-            "abs: where descent wants more or less attention, or both. "
+            "abs: where descent wants more or less attention, or both; knockout: edges that the "
+            "loss would miss. "
             "Default: value_norm through all layers, pattern in one."
         ),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", "-t", help="For more, less and abs: what the loss asks for."),
+        typer.Option(
+            "--target", "-t", help="For more, less, abs and knockout: what the loss asks for."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of paths.")] = 5,
     search: Annotated[
@@ -246,6 +249,12 @@ def trace(
     length_norm: Annotated[
         str, typer.Option(help="none, avg_logprob, sqrt or pow:0.7. One layer.")
     ] = "none",
+    sinks: Annotated[
+        bool,
+        typer.Option(
+            "--sinks", help="Also go to attention sinks, where heads look that have nothing to say."
+        ),
+    ] = False,
     residual: Annotated[
         float | None,
         typer.Option(help="Share of the residual connection. All layers. Default: measured."),
@@ -294,7 +303,7 @@ def trace(
     loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
     session.warn_of_unknown_words(loaded, prompt)
     how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
-    how["prepend_bos"] = front
+    how |= {"prepend_bos": front, "sinks": sinks}
     with session.quiet(debug=debug):
         found = trace_function(loaded, prompt, **how)
     written = None if output is None else found.save_html(output)

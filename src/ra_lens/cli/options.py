@@ -15,7 +15,7 @@ Metric = Literal["top1", "top2", "top3", "logit_diff"]
 AucRule = Literal["trapezoid", "mean"]
 Split = Literal["code", "text"]
 Where = Literal["pattern", "scores"]
-Follow = Literal["pattern", "value_norm", "more", "less", "abs"]
+Follow = Literal["pattern", "value_norm", "more", "less", "abs", "knockout"]
 
 DEMO = "demo"
 

@@ -20,6 +20,7 @@ from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.knockouts.edges import Edge
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
+from ra_lens.paths.result import spell_sinks
 from ra_lens.report import PatchedPrompt, Predictions, Section
 from ra_lens.report.edges import strongest_edges
 from ra_lens.report.prompt_tokens import prompt_tokens
@@ -207,6 +208,9 @@ def print_paths(found: TraceResult) -> None:
     if found.is_layered:
         labels = ", ".join(f"L{layer}H{head}" for layer, head in found.heads(len(found.beams)))
         console.print(Text(f"Heads on these paths: {labels}"))
+    if found.sinks:
+        named = spell_sinks(found.tokens, found.sinks)
+        console.print(Text(f"Left out: {named}; --sinks goes there.", style="dim"))
 
 
 def _strongest_head(ra: RACache, example: int) -> HeadMaps:

@@ -1,5 +1,6 @@
 """Attention knockouts: cut edges of attention, foretold from one backward pass or really done.
 
+sinks.py     tokens that heads look at where they have nothing to say
 predict.py   what a cut does to the loss, to first order
 edges.py     which edges are meant
 read.py      what a cache foretells of them

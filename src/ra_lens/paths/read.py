@@ -1,8 +1,8 @@
 """Read the maps of prompts from a model, a cache or a tensor, as numpy arrays.
 
 A model is run (one forward pass without gradients for the pattern and value norms; `run_with_ra`
-for Reversed Attention). An `RACache`, a TransformerLens `ActivationCache` or a tensor of attention
-weights is read as it is.
+for Reversed Attention and knockouts). An `RACache`, a TransformerLens `ActivationCache` or a tensor
+of attention weights is read as it is.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel, one_of
 from ra_lens.inputs import Mask, TokenIds, read_given
+from ra_lens.knockouts.sinks import find_sinks, most_attended, sinks_of
 from ra_lens.model import Layers, Lens, PrependBos, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
 from ra_lens.numbers import Whole, whole_or_none, wholes
 from ra_lens.padding import batches, watched
-from ra_lens.paths.result import GRADIENT, Follow
+from ra_lens.paths.result import GRADIENT, REVERSED, Follow
 from ra_lens.paths.weights import LayerMaps
 from ra_lens.prompts import PromptInput, Prompts, read_prompts
 from ra_lens.run import run_with_ra
@@ -46,6 +47,7 @@ class PromptMaps:
         usable: For a tensor of weights: where a path may go. None: everywhere.
         later: Layers whose tokens also attend to later ones, which `trace_layers` refuses.
         prepended: The token put in front of text; empty if none was; None where that is not known.
+        sinks: Positions of attention sinks (`ra_lens.knockouts.sinks`), which paths leave out.
     """
 
     tokens: tuple[str, ...]
@@ -57,6 +59,7 @@ class PromptMaps:
     usable: Bool[np.ndarray, "pos"] | None = None
     later: tuple[str, ...] = ()
     prepended: str | None = None
+    sinks: tuple[int, ...] = ()
 
 
 def read_maps(
@@ -75,7 +78,11 @@ def read_maps(
 ) -> list[PromptMaps]:
     """Read the maps of several prompts, to trace each: `[trace_paths(maps) for maps in ...]`.
 
-    Memory: 8 bytes for each entry of each map read.
+    Attention sinks are looked for in the patterns of all layers that the source has, together with
+    the norms of what heads write for `value_norm` through all layers. In R or knockouts given as a
+    tensor none are found.
+
+    Memory: 8 bytes for each entry of each map read. Cost: as in `trace_paths`.
 
     Args:
         source: A model, an `RACache`, an `ActivationCache` or a tensor, as in `trace_paths`.
@@ -84,7 +91,7 @@ def read_maps(
         follow: What is going to be followed, as in `trace_paths`; `value_norm` as in
             `trace_layers`.
         layers: Only these; negative counts from the last. Default: all.
-        target: For Reversed Attention of a model: one for all prompts, or one each.
+        target: For Reversed Attention and knockouts of a model: one for all prompts, or one each.
         metric: The same, as a function of the logits.
         example: For a cache or a tensor: only this one.
         attention_mask: For token ids: 1 at real tokens. For a tensor: 0 where no path may go.
@@ -153,7 +160,11 @@ def read_maps(
     _, cache = run_with_ra(
         lens.module, read, target=objective, layers=layers, batch_size=batch_size, progress=False
     )
-    return _named(lens, _from_cache(cache, follow, None, None), answered, bos_token_id)
+    maps = _from_cache(cache, follow, None, None)
+    if len(sites) < len(lens.sites):
+        sinks = _look_for_sinks(lens, answered, batch_size)
+        maps = [replace(one, sinks=own) for one, own in zip(maps, sinks, strict=True)]
+    return _named(lens, maps, answered, bos_token_id)
 
 
 def refuse(what: str, **given: object) -> None:
@@ -195,10 +206,12 @@ def _from_forward(
     lens: Lens, sites: Mapping[int, Site], read: Prompts, follow: Follow, batch_size: int | None
 ) -> list[PromptMaps]:
     values = follow == "value_norm"
+    others = [site for layer, site in _of_one_text(lens).items() if layer not in sites]
     names = {layer: {"pattern": site.pattern_name} for layer, site in sites.items()}
     for layer, site in sites.items() if values else ():
         names[layer] |= writing_names(lens, site) | {"x": lens.block_input_name(site)}
     keep = {name: Tensor.clone for of_layer in names.values() for name in of_layer.values()}
+    keep |= {site.pattern_name: most_attended for site in others}
     found: dict[int, PromptMaps] = {}
     for which, part in batches(lens, read, batch_size):
         batch = part.lay_out(lens)
@@ -224,8 +237,43 @@ def _from_forward(
             for layer, (written, stream) in norms.items():
                 own = _numpy(written[i, :, span]), _numpy(stream[i, span])
                 layers[layer] = LayerMaps(layers[layer].maps, *own)
-            found[place] = replace(one, layers=layers)
+            most = [most_attended(m).cpu() for m in maps.values()]
+            most += [_most_within(shown, site, i, span) for site in others]
+            quiet = (
+                None if others or not norms else [w[i, :, span].cpu() for w, _ in norms.values()]
+            )
+            sinks = sinks_of(torch.cat(most), None if quiet is None else torch.cat(quiet))
+            found[place] = replace(one, layers=layers, sinks=sinks)
     return [found[place] for place in sorted(found)]
+
+
+def _of_one_text(lens: Lens) -> dict[int, Site]:
+    """The layers that attend from a text to itself."""
+    every = lens.sites.items()
+    return {n: site for n, site in every if not site.cross and site.query_side == "input"}
+
+
+def _look_for_sinks(lens: Lens, read: Prompts, batch_size: int | None) -> list[tuple[int, ...]]:
+    sites = _of_one_text(lens).values()
+    keep = {site.pattern_name: most_attended for site in sites}
+    found: dict[int, tuple[int, ...]] = {}
+    for which, part in batches(lens, read, batch_size):
+        batch = part.lay_out(lens)
+        with watched(lens, batch):
+            shown, _ = lens.look(keep, batch.tokens, batch.attention_mask, batch.last)
+        for i, place in enumerate(which):
+            most = [_most_within(shown, site, i, batch.span(i)) for site in sites]
+            found[place] = sinks_of(torch.cat(most))
+    return [found[place] for place in sorted(found)]
+
+
+def _most_within(
+    shown: Mapping[str, Tensor], site: Site, i: int, span: slice
+) -> Int[Tensor, "some query"]:
+    """What one prompt's tokens attend to most, counted without padding; nothing if not shown."""
+    if site.pattern_name not in shown:
+        return torch.zeros(0, span.stop - span.start, dtype=torch.long)
+    return (shown[site.pattern_name][i, :, span] - span.start).cpu()
 
 
 # ---- what is already there ----------------------------------------------------------------------
@@ -241,23 +289,37 @@ def _from_cache(
         )
     sites = cache.sites.choose(layers)
     _check_sites(sites, follow, cache.info.model_name)
-    kind = "ra" if follow in GRADIENT else "pattern"
-    maps = {layer: _batched(cache[kind, layer], cache.has_batch_dim) for layer in sites}
+    maps = {
+        layer: _batched(_followed(cache, layer, follow), cache.has_batch_dim) for layer in sites
+    }
+    seen = [_batched(cache["pattern", n], cache.has_batch_dim) for n in _with_pattern(cache)]
     known, starts = cache.info.str_tokens, cache.info.starts
     found: list[PromptMaps] = []
     for i in _examples(cache.batch_size, example):
-        own = {layer: m[i] for layer, m in maps.items()}
+        own, span = {layer: m[i] for layer, m in maps.items()}, slice(None)
         if known is not None:
             start = starts[i] if starts else 0
             span = slice(start, start + len(known[i]))
             own = {layer: m[:, span, span] for layer, m in own.items()}
         one = _unnamed(own, follow, cache.info.model_name, sites)
+        one = replace(one, sinks=_sinks([m[i, :, span, span] for m in seen]))
         if known is not None:
             bos = _places(known[i], known[i][0]) if cache.info.prepended else frozenset[int]()
             front = cache.info.prepended
             one = replace(one, tokens=tuple(known[i]), bos=bos, prepended=front)
         found.append(one)
     return found
+
+
+def _with_pattern(cache: RACache) -> list[int]:
+    """Layers of one text whose pattern is there."""
+    sites = cache.sites.items()
+    own = [n for n, site in sites if not site.cross and site.query_side == "input"]
+    return [n for n in own if ("pattern", n) in cache]
+
+
+def _followed(cache: RACache, layer: int, follow: Follow) -> Float[Tensor, "*batch head query key"]:
+    return cache["ra" if follow in REVERSED else follow, layer]
 
 
 def _from_activation_cache(
@@ -271,19 +333,24 @@ def _from_activation_cache(
         return lens, _from_cache(converted, follow, layers, example)
     sites = lens.sites.choose(layers)
     _check_sites(sites, follow, lens.name)
-    maps: dict[int, Tensor] = {}
+    has_batch = bool(getattr(cache, "has_batch_dim", True))
+    held = {
+        layer: _batched(cache.cache_dict[site.pattern_name], has_batch)
+        for layer, site in _of_one_text(lens).items()
+        if site.pattern_name in cache.cache_dict
+    }
     for layer, site in sites.items():
-        if site.pattern_name not in cache.cache_dict:
+        if layer not in held:
             raise NotStored(f"{site.pattern_name} is not in this ActivationCache; keep it there.")
-        has_batch = bool(getattr(cache, "has_batch_dim", True))
-        maps[layer] = _batched(cache.cache_dict[site.pattern_name], has_batch)
-    examples = _examples(len(next(iter(maps.values()))), example)
-    held = [{layer: m[i] for layer, m in maps.items()} for i in examples]
-    return lens, [_unnamed(own, follow, lens.name, sites) for own in held]
+    found: list[PromptMaps] = []
+    for i in _examples(len(held[next(iter(sites))]), example):
+        one = _unnamed({layer: held[layer][i] for layer in sites}, follow, lens.name, sites)
+        found.append(replace(one, sinks=_sinks([m[i] for m in held.values()])))
+    return lens, found
 
 
 def _from_tensor(weights: Tensor, follow: Follow, example: int | None) -> list[PromptMaps]:
-    """Read attention weights, or R: `[query, key]`, `[head, query, key]`, or batches of those."""
+    """Read a tensor of attention weights, R or knockouts, of one head, a layer, or a batch."""
     if follow == "value_norm":
         raise BadInput("found follow='value_norm' with a tensor; give the model.")
     maps = _batched(weights, weights.ndim > 2)
@@ -293,7 +360,11 @@ def _from_tensor(weights: Tensor, follow: Follow, example: int | None) -> list[P
             f"found a tensor of shape {tuple(weights.shape)}; attention weights are [query, key], "
             "[head, query, key] or [batch, head, query, key], with as many queries as keys."
         )
-    return [_unnamed({0: maps[i]}, follow, "tensor", {}) for i in _examples(len(maps), example)]
+    found: list[PromptMaps] = []
+    for i in _examples(len(maps), example):
+        one = _unnamed({0: maps[i]}, follow, "tensor", {})
+        found.append(replace(one, sinks=find_sinks(maps[i]) if follow == "pattern" else ()))
+    return found
 
 
 def _with_ids(
@@ -333,6 +404,10 @@ def _with_ids(
             f"found an attention_mask of {rows.shape[-1]} positions for {shape[1]} tokens."
         )
     return [replace(one, usable=row.numpy()) for one, row in zip(maps, rows, strict=True)]
+
+
+def _sinks(patterns: Sequence[Tensor]) -> tuple[int, ...]:
+    return sinks_of(torch.cat([most_attended(m).cpu() for m in patterns])) if patterns else ()
 
 
 # ---- shared -------------------------------------------------------------------------------------

@@ -25,21 +25,27 @@ from ra_lens.text import label, shorten, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-Follow = Literal["pattern", "more", "less", "abs", "value_norm"]
+Follow = Literal["pattern", "more", "less", "abs", "knockout", "value_norm"]
 StepKind = Literal["attention", "head", "residual"]
 
-GRADIENT = ("more", "less", "abs")
+REVERSED = ("more", "less", "abs")
+"""What follows R, whose sign says more or less."""
+
+GRADIENT = (*REVERSED, "knockout")
+"""What needs a loss."""
+
 _FOLLOW = {
     "pattern": "attention",
     "value_norm": "attention × norm of what is written",
     "more": "where descent wants more attention (−R)",
     "less": "where descent wants less attention (R)",
     "abs": "where descent changes attention (|R|)",
+    "knockout": "edges whose cut raises the loss (−R~/(1−A))",
 }
 _METADATA = (
     "seq_len", "target_pos", "layer", "layers", "top_beam", "top_k", "follow", "search",
     "length_norm", "agg_heads", "model_name",
-    "prepended",
+    "prepended", "sinks",
 )  # fmt: skip
 
 
@@ -53,7 +59,8 @@ class Step:
         layer: Layer of the step.
         head: The head; None where heads are aggregated, and for the residual connection.
         weight: What is multiplied along the path, in (0, 1].
-        value: What the map says there: A, the norm written, or −R (negative: descent wants less).
+        value: What the map says there: A, the norm written, −R (negative: descent wants less), or
+            by how much cutting the edge would raise the loss, in its unit (nats).
         kind: `attention` (heads aggregated, or one chosen), `head` or `residual`.
     """
 
@@ -116,12 +123,13 @@ class TraceResult:
         top_k: Steps considered from each token, the heaviest; None: all.
         tokens: What the model read.
         beams: The paths, best first.
-        follow: What was followed: `pattern`, `more`, `less`, `abs` or `value_norm`.
+        follow: What was followed: `pattern`, `more`, `less`, `abs`, `knockout` or `value_norm`.
         search: `exact` or `beam`.
         length_norm: How scores of paths of different lengths were compared.
         agg_heads: How heads were put together: `mean`, `max`, a head; `none` across layers.
         model_name: Where the maps are from.
         prepended: The token put in front of text; empty if none was; None where that is not known.
+        sinks: Positions of the attention sinks that paths were kept from.
     """
 
     seq_len: int
@@ -138,11 +146,19 @@ class TraceResult:
     agg_heads: str | int = "mean"
     model_name: str = "unknown"
     prepended: str | None = None
+    sinks: tuple[int, ...] = ()
 
     @property
     def is_layered(self) -> bool:
         """Whether paths run through layers, one step per layer."""
         return self.layer is None
+
+    @property
+    def sinks_text(self) -> str:
+        """Which attention sinks were left out, in words; empty if none."""
+        if not self.sinks:
+            return ""
+        return f"left out: {spell_sinks(self.tokens, self.sinks)} (sinks=True goes there)"
 
     @property
     def paths_text(self) -> list[str]:
@@ -258,7 +274,8 @@ class TraceResult:
             f"TraceResult of {self.model_name}: {len(self.beams)} paths to position "
             f"{self.target_pos} of {self.seq_len}, {where}, follow={self.follow!r}"
         )
-        return "\n".join([first, *(f"  {text}" for text in self.paths_text)])
+        lines = [first, *(f"  {text}" for text in self.paths_text)]
+        return "\n".join([*lines, f"  {self.sinks_text}"] if self.sinks else lines)
 
 
 def _softmax(scores: Sequence[float]) -> list[float]:
@@ -288,6 +305,12 @@ def step_text(trace: TraceResult, step: Step) -> str:
     if not step.moves:
         return f"layer {step.layer} head {step.head}: {here} attends to itself"
     return f"layer {step.layer} head {step.head} moved {there} to {here}"
+
+
+def spell_sinks(tokens: Sequence[str], sinks: Sequence[int]) -> str:
+    """Name attention sinks by token and position."""
+    named = ", ".join(f"“{label(tokens[position])}” ({position})" for position in sinks)
+    return f"the attention sink{'s' * (len(sinks) > 1)} {named}"
 
 
 def _name(trace: TraceResult, position: int) -> str:
@@ -326,9 +349,10 @@ def page_data(trace: TraceResult) -> dict[str, Any]:
             f"The {paths} to “{label(trace.tokens[trace.target_pos])}” (position "
             f"{trace.target_pos} of {trace.seq_len}) along {_FOLLOW[trace.follow]}, "
             f"{trace.search} search."
+            + (f" Left out: {spell_sinks(trace.tokens, trace.sinks)}." if trace.sinks else "")
         ),
         "layered": trace.is_layered,
-        "signed": trace.follow in GRADIENT,
+        "signed": trace.follow in REVERSED,
         "tokens": [visible(token) for token in trace.tokens],
         "target": _id(top, trace.target_pos),
         "nodes": [
@@ -369,6 +393,9 @@ def _beam_data(trace: TraceResult, beam: TracedPath) -> dict[str, Any]:
 def _value(trace: TraceResult, step: Step) -> str:
     if step.kind == "residual" or trace.follow == "pattern":
         return ""
+    if trace.follow == "knockout":
+        of_heads = ", mean of heads" * (trace.agg_heads == "mean")
+        return f", loss {step.value:+.3g} without it{of_heads}"
     name = "norm" if trace.follow == "value_norm" else "−R"
     return f", {name} {step.value:.3g}"
 

@@ -2,8 +2,9 @@
 
 A prompt's maps become weights, the search gives paths, and the paths become a `TraceResult`.
 
-Cost, beside the search: one forward pass without gradients; for Reversed Attention one forward and
-one backward pass (`run_with_ra`); nothing for a cache, a tensor or maps that have been read.
+Cost, beside the search: one forward pass without gradients; for Reversed Attention and knockouts
+one forward and one backward pass (`run_with_ra`), and of some layers one more forward pass, to look
+for attention sinks in all; nothing for a cache, a tensor or maps that have been read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ra_lens.inputs import Mask, read_given
 from ra_lens.model import Layers, PrependBos
 from ra_lens.numbers import Real, Whole, as_whole, real, real_or_none, whole, whole_or_none
 from ra_lens.paths.read import PromptMaps, Source, read_maps, refuse, refuse_later_tokens
-from ra_lens.paths.result import GRADIENT, Follow, Step, TracedPath, TraceResult
+from ra_lens.paths.result import GRADIENT, Follow, Step, TracedPath, TraceResult, spell_sinks
 from ra_lens.paths.search import Map, beam_paths, exact_paths, layered_paths, normalised, read_norm
 from ra_lens.paths.weights import across_layers, aggregate
 from ra_lens.prompts import PromptInput, Prompts
@@ -44,6 +45,7 @@ def trace_paths(
     agg_heads: AggHeads = "mean",
     length_norm: str = "none",
     stop_at_bos: bool = True,
+    sinks: bool = False,
     bos_token_id: Whole | None = None,
     attention_mask: Mask | None = None,
     target: Any = None,
@@ -54,32 +56,39 @@ def trace_paths(
     """Trace paths through one layer's map, from a token back to an earlier one, and so on.
 
     Every step goes from a query to a strictly earlier key. A path ends at position 0, at a BOS
-    token it arrives at, or where no step is left. Its score is the sum of log weights.
+    token it arrives at, or where no step is left. Its score is the sum of log weights. No path goes
+    to an attention sink unless `sinks=True`.
 
     Args:
         source: A TransformerLens model; an `RACache`; an `ActivationCache`; attention weights
-            (R, where that is followed) as a tensor `[query, key]`, `[head, query, key]` or
-            `[batch, head, query, key]`; or one of `ra_lens.paths.read_maps`.
+            (R or knockouts, where those are followed) as a tensor `[query, key]`,
+            `[head, query, key]` or `[batch, head, query, key]`; or one of
+            `ra_lens.paths.read_maps`.
         prompt: For a model: text, or token ids, as `run_with_ra` takes them. For an
             `ActivationCache` or a tensor: the ids, if tokens are to be named. An `RACache` knows.
         target_pos: Where to begin; negative counts from the end of the prompt.
         layer: The layer; negative counts from the last (of those that were read).
         follow: `pattern`: forward attention. Or Reversed Attention: `more` goes where descent
             wants more attention (−R, its positive part), `less` where it wants less, `abs` both.
-            Default: `pattern`, or what maps were read for.
+            `knockout`: along edges that the loss would miss, by how much cutting each would raise
+            it, to first order (−R~ / (1 − A), its positive part). Default: `pattern`, or what maps
+            were read for.
         search: `exact`: the best paths there are. `beam`: those that beam search finds.
         top_beam: How many paths (and the width of the beam).
         top_k: From each token only so many of its heaviest steps. Default: all; 5 for `beam`.
-        min_attn: Steps of less weight are not taken. For R, weights are shares of the largest row.
+        min_attn: Steps of less weight are not taken. Weights of R and knockouts are shares of the
+            largest row.
         agg_heads: Heads put together by `mean` or `max`, or one: its index, or `"L2H3"`.
         length_norm: Divides a score by the number of steps to a power: `none`, `avg_logprob`
             (1), `sqrt` (½), `pow:α`.
         stop_at_bos: End at a BOS token also past position 0.
+        sinks: Also go to attention sinks, tokens that most heads look at where they have nothing to
+            say: `ra_lens.knockouts.sinks` says how they are found.
         bos_token_id: What counts as BOS. Default: what was put in front of text, or the
             tokenizer's.
         attention_mask: For token ids with padding, as in `run_with_ra`: positions then count real
             tokens. For a tensor of weights: 0 where no path may go.
-        target: For R of a model: what the loss asks for, as in `run_with_ra`.
+        target: For R and knockouts of a model: what the loss asks for, as in `run_with_ra`.
         metric: The same, as a function of the logits.
         example: For a cache or tensor of several: which one.
         prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
@@ -112,7 +121,8 @@ def trace_paths(
     )
     follow, layer = maps.follow, _layer(maps, layer if isinstance(source, PromptMaps) else -1)
     start, agg = _start(maps, target_pos), _of_layer(agg, layer)
-    weights, values = aggregate(maps.layers[layer].maps, follow, agg)
+    left_out = () if sinks else maps.sinks
+    weights, values = aggregate(maps.layers[layer].maps, follow, agg, left_out)
     top_k = 5 if search == "beam" and top_k is None else top_k
     bos = maps.bos if stop_at_bos else ()
     graph = Map.make(weights, start, bos=bos, usable=maps.usable, min_attn=min_attn, top_k=top_k)
@@ -121,6 +131,7 @@ def trace_paths(
             f"found nothing to follow from position {start} in layer {layer}: follow={follow!r} is "
             f"0 there (or below min_attn={min_attn:g}). The loss reaches the rows of R at or "
             "before the position it reads; take another target_pos or layer."
+            f"{_sinks_hint(maps, left_out)}"
         )
     best = exact_paths if search == "exact" else beam_paths
     head = agg % len(maps.layers[layer].maps) if isinstance(agg, int) else None
@@ -147,6 +158,7 @@ def trace_paths(
         agg_heads=agg if head is None else head,
         model_name=maps.model_name,
         prepended=maps.prepended,
+        sinks=left_out,
     )
 
 
@@ -160,6 +172,7 @@ def trace_layers(
     top_beam: Whole = 5,
     residual: Real | None = None,
     must_move: bool = True,
+    sinks: bool = False,
     attention_mask: Mask | None = None,
     target: Any = None,
     metric: Any = None,
@@ -169,7 +182,9 @@ def trace_layers(
     """Trace paths through all layers: which head moved what from where, layer by layer.
 
     A path has one step per layer, through a head (from a query to a key that is not later) or
-    along the residual connection, which keeps the position. The best paths are exact.
+    along the residual connection, which keeps the position. The best paths are exact. No path goes
+    to an attention sink unless `sinks=True`; what is left of a token's weight is shared as if
+    nothing had come from there.
 
     Args:
         source: A TransformerLens model; for any `follow` but `value_norm`, an `RACache` or an
@@ -179,12 +194,14 @@ def trace_layers(
         layers: Only these; what the others do stays in place. Default: all.
         follow: `value_norm`: attention × norm of the value as it is written into the stream
             (‖A v W_O‖). `pattern`: attention alone. `more`, `less`, `abs`: Reversed Attention.
-            Default: `value_norm`, or what maps were read for.
+            `knockout`: edges that the loss would miss, as in `trace_paths`. Default: `value_norm`,
+            or what maps were read for.
         top_beam: How many paths.
         residual: Share of the residual connection at each token, instead of what `follow` gives it.
         must_move: Leave out the paths that never leave the target.
+        sinks: Also go to attention sinks, as in `trace_paths`.
         attention_mask: For token ids: 1 at real tokens.
-        target: For Reversed Attention of a model: what the loss asks for.
+        target: For Reversed Attention and knockouts of a model: what the loss asks for.
         metric: The same, as a function of the logits.
         example: For a cache of several: which one.
         prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
@@ -215,7 +232,8 @@ def trace_layers(
     if maps.usable is not None:
         raise BadInput("found attention_mask= with a tensor; use trace_paths for each example.")
     follow, start, through = maps.follow, _start(maps, target_pos), sorted(maps.layers)
-    weights = across_layers([maps.layers[layer] for layer in through], follow, residual)
+    left_out = () if sinks else maps.sinks
+    weights = across_layers([maps.layers[layer] for layer in through], follow, residual, left_out)
     with np.errstate(divide="ignore"):
         heads, stays = [np.log(w.heads) for w in weights], [np.log(w.residual) for w in weights]
     beams: list[TracedPath] = []
@@ -234,6 +252,7 @@ def trace_layers(
         raise BadInput(
             f"found no path that leaves position {start}: follow={follow!r} has no step from there "
             "to an earlier token. Take another target_pos, or must_move=False."
+            f"{_sinks_hint(maps, left_out)}"
         )
     return TraceResult(
         seq_len=len(maps.tokens),
@@ -248,6 +267,7 @@ def trace_layers(
         agg_heads="none",
         model_name=maps.model_name,
         prepended=maps.prepended,
+        sinks=left_out,
     )
 
 
@@ -332,6 +352,12 @@ def _start(maps: PromptMaps, target_pos: int) -> int:
             "from the end)."
         )
     return target_pos % n
+
+
+def _sinks_hint(maps: PromptMaps, left_out: Sequence[int]) -> str:
+    if not left_out:
+        return ""
+    return f" Left out: {spell_sinks(maps.tokens, left_out)}; sinks=True goes there."
 
 
 def _path(
