@@ -465,7 +465,8 @@ class RACache:
             k: How many of each example.
             by: What they are ordered by, without regard to its sign: a kind of map. `"knockout"`:
                 the foretold change of the loss when the edge is cut.
-            bos: Whether edges to the token that was put in front of a text count. Many heads rest
+            bos: Whether edges to the token that was put in front of a text count, and those to
+                attention sinks (`ra_lens.knockouts.sinks`, from the patterns kept). Heads rest
                 there, and cutting that is seldom what is asked about.
 
         Returns:

@@ -71,7 +71,7 @@ def test_run_prints_loss_heads_and_the_strongest_map(tiny: str, shared: Any) -> 
             *(["is", "needed"] if edge.effect > 0 else ["is", "in", "the", "way"]),
         ]  # fmt: skip
     assert "loss (nats)" in text
-    assert "looks at “<|endoftext|>”, in front, are left out" in " ".join(text.split())
+    assert "looks at “<|endoftext|>”, where heads rest, are left out" in " ".join(text.split())
     assert arrows[5] == [
         top.tokens[cell.query], f"({cell.query})", "→", top.tokens[cell.key], f"({cell.key})",
         f"{-cell.ra:+.3g}", f"{cell.pattern:.3f}", cell.moves,

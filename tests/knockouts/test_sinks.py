@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from ra_lens import load_demo_model, load_task
+from ra_lens import RACache, load_demo_model, load_task
+from ra_lens.collect import reversed_attention
+from ra_lens.knockouts.read import rest_names, rests
 from ra_lens.knockouts.sinks import find_sinks, most_attended
+from ra_lens.model import Site, Sites
 from ra_lens.paths import read_maps
+from ra_lens.run_info import RunInfo
 from real_model import needs_real_model, real_model
 from tiny_models import KINDS
 
@@ -121,3 +127,27 @@ def test_a_real_model_rests_on_its_first_token(kind: str) -> None:
     # TransformerLens puts the chat token in front of one that is there, and heads rest on both.
     chat = "<|im_start|>user\nWhat is the capital of Italy?<|im_end|>\n<|im_start|>assistant\n"
     assert read_maps(model, chat, follow="value_norm", prepend_bos=True)[0].sinks == (0, 1)
+
+
+def test_top_edges_leave_out_where_heads_rest_unless_asked() -> None:
+    # All 16 heads of the first prompt rest on its second token; the second prompt has padding.
+    patterns = torch.stack([made(8, {1: list(range(16))}), made(8, {})])
+    grads = torch.randn(patterns.shape, generator=torch.Generator().manual_seed(0))
+    site = Site(0, "blocks.0.attn", 16, 16, 0.5)
+    rows = (tuple("abcdefgh"), tuple("abcdef"))
+    patterns[1, :, 6:], patterns[1, :, :, 6:] = 0.0, 0.0
+    ra = RACache(sites=Sites({0: site}), info=RunInfo(str_tokens=rows, starts=(0, 0)))
+    ra._put(0, "pattern", patterns)
+    ra._put(0, "ra", reversed_attention(patterns, grads, 0.5))
+    left, every = (
+        [{edge.key for edge in edges} for edges in ra.top_edges(2000, bos=bos).by_example()]
+        for bos in (False, True)
+    )
+    assert 1 in every[0]
+    assert left == [every[0] - {1}, every[1]]
+    assert (rests(ra), rest_names(ra)) == ([(1,), ()], ["b"])
+    assert len(ra.top_edges(3)) == 6  # three of each
+    # What was put in front is one of them, wherever heads look.
+    ra.info = replace(ra.info, prepended="a")
+    assert (rests(ra), rest_names(ra)) == ([(0, 1), (0,)], ["a", "b"])
+    assert not {0, 1} & {edge.key for edge in ra.top_edges(2000).by_example()[0]}

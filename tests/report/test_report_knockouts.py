@@ -99,7 +99,7 @@ def test_the_table_has_the_top_edges_of_each_prompt(write: Any, tmp_path: Path) 
     for said in (
         "Strongest edges: loss if one look were blocked", "one edge at a time, in nats",
         "Positive: the loss would rise, the answer needs this look",
-        "Looks at “<|end|>”, which was put in front, are left out", "Prompt 2",
+        "Looks at “<|end|>” are left out", "Prompt 2",
     ):  # fmt: skip
         assert said in page.text
 

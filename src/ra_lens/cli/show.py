@@ -18,6 +18,7 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
 from ra_lens.knockouts.edges import Edge
+from ra_lens.knockouts.read import rest_names
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
 from ra_lens.paths.result import spell_sinks
@@ -272,8 +273,8 @@ def _edges_table(ra: RACache, edges: Sequence[Edge], width: int) -> list[Rendera
             edge.label, Text(query), "→", Text(key), f"{edge.pattern:.3f}", f"{edge.effect:+.3g}",
             says,
         )  # fmt: skip
-    front = ra.info.prepended
-    left_out = f"; looks at “{label(front)}”, in front, are left out" if front else ""
+    rests = ", ".join(f"“{name}”" for name in rest_names(ra))
+    left_out = f"; looks at {rests}, where heads rest, are left out" if rests else ""
     return [table, Text(f"Foretold to first order, one edge at a time{left_out}.", style="dim")]
 
 

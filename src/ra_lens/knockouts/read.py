@@ -17,6 +17,8 @@ from torch import Tensor
 from ra_lens.errors import BadInput
 from ra_lens.knockouts.edges import Edge, Edges, EdgeSet, Tokens, edge_set
 from ra_lens.knockouts.predict import cut_of_set, knockout_of_set
+from ra_lens.knockouts.sinks import most_attended, sinks_of
+from ra_lens.text import label
 
 if TYPE_CHECKING:
     from ra_lens.cache import RACache
@@ -58,16 +60,60 @@ def effect_of(ra: RACache, edges: EdgeSet, *, renormalise: bool) -> Float[Tensor
     return total if ra.has_batch_dim else total[0]
 
 
+def rests(ra: RACache) -> list[tuple[int, ...]]:
+    """Where heads rest in each example: the token put in front, and attention sinks.
+
+    Sinks are known from the patterns that were kept; see `ra_lens.knockouts.sinks`.
+    """
+    front = (0,) if ra.info.prepended else ()
+    return [tuple(sorted({*front, *sinks})) for sinks in sinks_in(ra)]
+
+
+def sinks_in(ra: RACache) -> list[tuple[int, ...]]:
+    """The attention sinks of each example, from the patterns that were kept of one text."""
+    own = [
+        (_batched(ra, "pattern", layer), site)
+        for layer, site in ra.sites.items()
+        if not site.cross and site.query_side == "input" and ("pattern", layer) in ra
+    ]
+    found: list[tuple[int, ...]] = []
+    for example in range(ra.batch_size if own else 0):
+        rows = [_positions(ra, site.query_side, pattern.shape[-1]) for pattern, site in own]
+        real = [row[example % len(row)] >= 0 for row in rows]
+        most = [
+            most_attended(pattern[example][:, marks.to(pattern.device)][..., marks]).cpu()
+            for (pattern, _), marks in zip(own, real, strict=True)
+        ]
+        found.append(sinks_of(torch.cat(most)))
+    return found or [()] * ra.batch_size
+
+
+def rest_names(ra: RACache) -> list[str]:
+    """The tokens where heads rest, in any of the examples, as labels; each once."""
+    rows = ra.info.str_tokens
+    names = [label(ra.info.prepended)] if ra.info.prepended else []
+    if rows is not None:
+        names += [
+            label(row[at]) for row, at_all in zip(rows, rests(ra), strict=True) for at in at_all
+        ]
+    return list(dict.fromkeys(names))
+
+
 def strongest(ra: RACache, k: int, *, by: MapKind, bos: bool) -> Edges:
     """The edges that matter most; see `RACache.top_edges`."""
     found: list[list[tuple[float, Edge]]] = [[] for _ in range(ra.batch_size)]
+    resting = [()] * ra.batch_size if bos else rests(ra)
     for layer, site in ra.sites.items():
         values, pattern = _batched(ra, by, layer), _batched(ra, "pattern", layer)
         queries = _positions(ra, site.query_side, values.shape[-2])
         keys = _positions(ra, site.key_side, values.shape[-1])
         counts = keys >= 0
-        if not bos and ra.info.prepended and site.key_side == "input":
-            counts = counts & (keys > 0)
+        if site.key_side == "input" and any(resting):
+            keys_of = keys.expand(ra.batch_size, -1)
+            rest = [
+                torch.isin(row, torch.tensor(at)) for row, at in zip(keys_of, resting, strict=True)
+            ]
+            counts = counts & ~torch.stack(rest)
         size = values.abs().nan_to_num().masked_fill(~counts.to(values.device)[:, None, None], 0.0)
         top = rearrange(size, "batch head query key -> batch (head query key)").topk(
             min(k, size[0].numel())

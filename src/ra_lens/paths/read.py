@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel, one_of
 from ra_lens.inputs import Mask, TokenIds, read_given
+from ra_lens.knockouts.read import sinks_in
 from ra_lens.knockouts.sinks import find_sinks, most_attended, sinks_of
 from ra_lens.model import Layers, Lens, PrependBos, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
@@ -292,7 +293,7 @@ def _from_cache(
     maps = {
         layer: _batched(_followed(cache, layer, follow), cache.has_batch_dim) for layer in sites
     }
-    seen = [_batched(cache["pattern", n], cache.has_batch_dim) for n in _with_pattern(cache)]
+    sinks = sinks_in(cache)
     known, starts = cache.info.str_tokens, cache.info.starts
     found: list[PromptMaps] = []
     for i in _examples(cache.batch_size, example):
@@ -302,20 +303,13 @@ def _from_cache(
             span = slice(start, start + len(known[i]))
             own = {layer: m[:, span, span] for layer, m in own.items()}
         one = _unnamed(own, follow, cache.info.model_name, sites)
-        one = replace(one, sinks=_sinks([m[i, :, span, span] for m in seen]))
+        one = replace(one, sinks=sinks[i])
         if known is not None:
             bos = _places(known[i], known[i][0]) if cache.info.prepended else frozenset[int]()
             front = cache.info.prepended
             one = replace(one, tokens=tuple(known[i]), bos=bos, prepended=front)
         found.append(one)
     return found
-
-
-def _with_pattern(cache: RACache) -> list[int]:
-    """Layers of one text whose pattern is there."""
-    sites = cache.sites.items()
-    own = [n for n, site in sites if not site.cross and site.query_side == "input"]
-    return [n for n in own if ("pattern", n) in cache]
 
 
 def _followed(cache: RACache, layer: int, follow: Follow) -> Float[Tensor, "*batch head query key"]:

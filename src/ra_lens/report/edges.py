@@ -12,6 +12,7 @@ from dataclasses import replace
 from ra_lens import html
 from ra_lens.cache import RACache
 from ra_lens.knockouts.edges import Edge
+from ra_lens.knockouts.read import rest_names
 from ra_lens.model import Sites
 from ra_lens.text import label
 
@@ -39,12 +40,8 @@ def said_of_edges(ra: RACache) -> str:
         f"Foretold to first order, one edge at a time, in {ra.loss_unit}. Positive: the loss would "
         "rise, the answer needs this look. Negative: it would fall, the look is in the way."
     )
-    if ra.info.prepended:
-        text += (
-            f" Looks at “{label(ra.info.prepended)}”, which was put in front, are left out: many "
-            "heads rest there."
-        )
-    return text
+    names = [f"“{name}”" for name in rest_names(ra)]
+    return text + f" Looks at {', '.join(names)} are left out: many heads rest there." * bool(names)
 
 
 def edges_html(ra: RACache, found: Sequence[Sequence[Edge]]) -> str:
