@@ -14,7 +14,7 @@ from ra_lens import load_model, load_task, run_with_ra
 from ra_lens.experiments.cuts import Cut, CutQuestions, edge_cut
 from ra_lens.knockouts import Edge
 from ra_lens.model import as_lens, available_kinds
-from ra_lens.questions import read_questions
+from ra_lens.questions import Questions, read_questions
 
 RUN, FORETOLD, DONE = "run_with_ra", "foretold", "done"
 REAL = "smollm2-135m"
@@ -47,7 +47,9 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
         real = kind == REAL
         model = load_model(REAL, device="cpu") if real else gpt2_small(kind, n_layer=n_layer)
         asked = [load_task("present-past").sample(1, shots=1)[0]] if real else prompts(1, shots=1)
-        rows.append([name, *_compared(model, asked, rounds, batch_size, each)])
+        front = "<|endoftext|>" if real else None  # its BOS is a chat token
+        questions = read_questions(as_lens(model), asked, prepend_bos=front)
+        rows.append([name, *_compared(model, questions, rounds, batch_size, each)])
     return {
         "title": "Knockouts of single edges",
         "how": (
@@ -55,7 +57,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             f"−R~/(1−A), of every layer. Done: {each} edges of each layer really cut, {batch_size} "
             "rows to a batch, each forward pass from the layer of the cut on; the proof that this "
             "may be, and tokenising, are not in the time. A spread is that of the ratio within a "
-            f"round. Medians of {rounds} rounds, interleaved."
+            f"round. Medians of {rounds} rounds, interleaved; threads: {torch.get_num_threads()}."
         ),
         "columns": [
             "model",
@@ -76,10 +78,9 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
 
 
 def _compared(
-    model: Any, asked: list[Any], rounds: int, batch_size: int, each: int
+    model: Any, questions: Questions, rounds: int, batch_size: int, each: int
 ) -> list[float | int | str | None]:
     lens = as_lens(model)
-    questions = read_questions(lens, asked)
     answer, n = [questions.answers[0][0]], questions.prompts.lengths[0]
     by_layer = sample(model, n, each)
     cutting = CutQuestions(lens, questions, batch_size=batch_size)

@@ -243,6 +243,8 @@ def knockout_curves(
     _finish(figure, layout, part, count, above=(66, 88), legend=legend)
     if by == "window":
         figure.update_xaxes(tickvals=sorted({int(n) for n in part["window"]}))
+    elif by == "layer":
+        figure.update_xaxes(dtick=1 if part["layer"].nunique() <= 12 else 5)
     elif by == "pattern":
         figure.update_xaxes(categoryorder="array", categoryarray=_class_names())
     figure.update_xaxes(showticklabels=True)
