@@ -189,10 +189,11 @@ class Run:
                     n = None if n is None else min(n, len(split.test))
                     asked = split.prompts("test", shots=k, n=n, **self._drawn)
                 shots = self.settings.get("rank_shots")
-                learned: dict[Part, list[Prompt]] = {
-                    part: self._learned(split, part, k if shots is None else shots, count)
-                    for part in dict.fromkeys(parts if count is not None else ())
-                }
+                learned: dict[Part, list[Prompt]] = {}
+                if count is not None:
+                    n_shots = k if shots is None else shots
+                    for part in dict.fromkeys(parts):
+                        learned[part] = self._learned(split, part, n_shots, count)
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
