@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ from ra_lens.errors import BadFile, BadInput, NotStored
 from ra_lens.files import read_tensors, write_tensors
 from ra_lens.head_names import Head, Heads, HeadScore, layer_and_index, spell_head
 from ra_lens.knockouts.edges import Edges, EdgeSet, Tokens
-from ra_lens.knockouts.predict import cut_map, knockout_map
+from ra_lens.knockouts.predict import FORETOLD_FROM, foretold
 from ra_lens.knockouts.read import effect_of, flow_of, set_of, strongest
 from ra_lens.model import Layers, Site, Sites, as_lens
 from ra_lens.model.sites import (
@@ -124,10 +124,7 @@ class RACache:
                 f"{kind!r} is made from {parts[0]!r} and {parts[1]!r}; {self._why_not(missing[0])}"
             )
         pattern, other = (self._maps[site.map_name(part)] for part in parts)
-        if kind == "cut":
-            return cut_map(pattern, other)
-        wide = other.to(torch.promote_types(other.dtype, torch.float32))
-        return knockout_map(pattern, wide / site.need_scale())
+        return foretold(kind, pattern, other, site.need_scale() if kind == "knockout" else 1.0)
 
     def __contains__(self, key: object) -> bool:
         """Tell whether a map can be had, by either form of name."""
@@ -140,13 +137,15 @@ class RACache:
             return name in self._maps
         return all(made[1].map_name(part) in self._maps for part in made[2])
 
-    def _made_from(self, name: str) -> tuple[MapKind, Site, tuple[StoredKind, StoredKind]] | None:
+    def _made_from(
+        self, name: str
+    ) -> tuple[Literal["knockout", "cut"], Site, tuple[StoredKind, StoredKind]] | None:
         """What a map that is not stored itself is made from; None where it is no such map."""
+        kinds: tuple[Literal["knockout", "cut"], ...] = ("knockout", "cut")
         for site in self.sites.values():
-            if name == site.map_name("knockout"):
-                return "knockout", site, ("pattern", "ra")
-            if name == site.map_name("cut"):
-                return "cut", site, ("pattern", "pattern_grad")
+            for kind in kinds:
+                if name == site.map_name(kind):
+                    return kind, site, FORETOLD_FROM[kind]
         return None
 
     def __len__(self) -> int:

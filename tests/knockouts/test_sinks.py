@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ra_lens import RACache, load_demo_model, load_task
 from ra_lens.collect import reversed_attention
-from ra_lens.knockouts.read import rest_names, rests
+from ra_lens.knockouts.read import rests
 from ra_lens.knockouts.sinks import find_sinks, most_attended
 from ra_lens.model import Site, Sites
 from ra_lens.paths import read_maps
@@ -145,9 +145,9 @@ def test_top_edges_leave_out_where_heads_rest_unless_asked() -> None:
     )
     assert 1 in every[0]
     assert left == [every[0] - {1}, every[1]]
-    assert (rests(ra), rest_names(ra)) == ([(1,), ()], ["b"])
-    assert len(ra.top_edges(3)) == 6  # three of each
+    assert (rests(ra), ra.top_edges(1).left_out) == ([(1,), ()], (("b",), ()))
+    assert repr(ra.top_edges(3)).startswith("6 edges by knockout, but for those to “b”:")
     # What was put in front is one of them, wherever heads look.
     ra.info = replace(ra.info, prepended="a")
-    assert (rests(ra), rest_names(ra)) == ([(0, 1), (0,)], ["a", "b"])
+    assert (rests(ra), ra.top_edges(1).left_out) == ([(0, 1), (0,)], (("a", "b"), ("a",)))
     assert not {0, 1} & {edge.key for edge in ra.top_edges(2000).by_example()[0]}

@@ -17,13 +17,12 @@ from torch import nn
 
 from ra_lens.cache import RACache
 from ra_lens.head_maps import HeadMaps, head_of_example
-from ra_lens.knockouts.edges import Edge
-from ra_lens.knockouts.read import rest_names
+from ra_lens.knockouts.edges import Edge, Edges
 from ra_lens.model import as_lens
 from ra_lens.paths import TraceResult
 from ra_lens.paths.result import spell_sinks
 from ra_lens.report import PatchedPrompt, Predictions, Section
-from ra_lens.report.edges import strongest_edges
+from ra_lens.report.edges import left_out, strongest_edges
 from ra_lens.report.prompt_tokens import prompt_tokens
 from ra_lens.scales import PAPER_SCALE
 from ra_lens.text import isolated, label, scale_name, shorten, visible
@@ -248,12 +247,13 @@ def _heads(ra: RACache, top: int) -> Table:
     return table
 
 
-def _edges(ra: RACache) -> list[list[Edge]]:
+def _edges(ra: RACache) -> list[Edges]:
     """The strongest edges of each prompt; a run keeps all maps."""
-    return strongest_edges(ra, range(ra.batch_size), _EDGES) or [[] for _ in range(ra.batch_size)]
+    found = strongest_edges(ra, range(ra.batch_size), _EDGES)
+    return [Edges((), "knockout")] * ra.batch_size if found is None else found
 
 
-def _edges_table(ra: RACache, edges: Sequence[Edge], width: int) -> list[RenderableType]:
+def _edges_table(ra: RACache, edges: Edges, width: int) -> list[RenderableType]:
     title = "Strongest edges: what the loss would do if this look were blocked"
     if not edges:
         return [Text(title, style="bold"), Text("The gradient is 0 in every cell.")]
@@ -273,9 +273,9 @@ def _edges_table(ra: RACache, edges: Sequence[Edge], width: int) -> list[Rendera
             edge.label, Text(query), "→", Text(key), f"{edge.pattern:.3f}", f"{edge.effect:+.3g}",
             says,
         )  # fmt: skip
-    rests = ", ".join(f"“{name}”" for name in rest_names(ra))
-    left_out = f"; looks at {rests}, where heads rest, are left out" if rests else ""
-    return [table, Text(f"Foretold to first order, one edge at a time{left_out}.", style="dim")]
+    rests = left_out([edges])
+    but = f"; looks at {rests}, where heads rest, are left out" if rests else ""
+    return [table, Text(f"Foretold to first order, one edge at a time{but}.", style="dim")]
 
 
 def _map(maps: HeadMaps, width: int) -> list[RenderableType]:

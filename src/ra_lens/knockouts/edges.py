@@ -74,12 +74,20 @@ class Edge:
 
 
 class Edges(Sequence[Edge]):
-    """Edges in an order, as `RACache.top_edges` gives them."""
+    """Edges in an order, as `RACache.top_edges` gives them.
 
-    def __init__(self, edges: Iterable[Edge], by: str) -> None:
+    Attributes:
+        by: The kind of map that they were ordered by.
+        left_out: For each example the tokens where heads rest, edges to which were left out.
+    """
+
+    def __init__(
+        self, edges: Iterable[Edge], by: str, left_out: Sequence[tuple[str, ...]] = ()
+    ) -> None:
         """Hold edges that were ordered `by` a kind of map."""
         self._edges = tuple(edges)
         self.by = by
+        self.left_out = tuple(left_out)
 
     @overload
     def __getitem__(self, index: int) -> Edge: ...
@@ -88,7 +96,7 @@ class Edges(Sequence[Edge]):
     def __getitem__(self, index: int | slice) -> Edge | Edges:
         """Give one edge, or some of them."""
         found = self._edges[index]
-        return Edges(found, self.by) if isinstance(found, tuple) else found
+        return Edges(found, self.by, self.left_out) if isinstance(found, tuple) else found
 
     def __len__(self) -> int:
         """Give the number of edges."""
@@ -100,8 +108,11 @@ class Edges(Sequence[Edge]):
 
     def by_example(self) -> list[Edges]:
         """Give the edges of each example; of several prompts, `knockout_hooks` takes them so."""
-        n = max((edge.example for edge in self), default=-1) + 1
-        return [Edges((e for e in self if e.example == i), self.by) for i in range(n)]
+        n = max((edge.example + 1 for edge in self), default=0)
+        return [
+            Edges((e for e in self if e.example == i), self.by, self.left_out[i : i + 1])
+            for i in range(max(n, len(self.left_out)))
+        ]
 
     def to_dataframe(self) -> pd.DataFrame:
         """Tabulate one row per edge."""
@@ -111,8 +122,10 @@ class Edges(Sequence[Edge]):
         return pd.DataFrame([asdict(edge) for edge in self], columns=columns)
 
     def __repr__(self) -> str:
-        """List the edges, one a line."""
-        return "\n".join([f"{len(self)} edges by {self.by}:", *map(str, self)])
+        """List the edges, one a line, and name the tokens that were left out."""
+        names = dict.fromkeys(name for names in self.left_out for name in names)
+        but = f", but for those to {', '.join(f'“{name}”' for name in names)}" if names else ""
+        return "\n".join([f"{len(self)} edges by {self.by}{but}:", *map(str, self)])
 
 
 @dataclass(frozen=True)

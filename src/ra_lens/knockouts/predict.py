@@ -26,9 +26,13 @@ taken from what is left, as their difference to the whole would be rounding.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from ra_lens.model.sites import StoredKind
 
 _ROUNDING = 8  # so many steps of the dtype may a row that sums to 1 be off
 
@@ -72,6 +76,25 @@ def cut_map(
         In the unit of the loss, positive where it rises; float32 at least.
     """
     return -_wide(pattern) * _wide(grad)
+
+
+def foretold(
+    kind: Literal["knockout", "cut"],
+    pattern: Float[Tensor, "*batch query key"],
+    other: Float[Tensor, "*batch query key"],
+    scale: float,
+) -> Float[Tensor, "*batch query key"]:
+    """Either map of single edges, from A and what is stored beside it: R, or G for a plain cut."""
+    if kind == "cut":
+        return cut_map(pattern, other)
+    return knockout_map(pattern, _wide(other) / scale)
+
+
+FORETOLD_FROM: dict[str, tuple[StoredKind, StoredKind]] = {
+    "knockout": ("pattern", "ra"),
+    "cut": ("pattern", "pattern_grad"),
+}
+"""What the maps of single edges are made from."""
 
 
 def knockout_of_set(

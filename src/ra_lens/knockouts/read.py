@@ -6,7 +6,7 @@ time, so that no more than a few maps of one layer are held beside the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.knockouts.edges import Edge, Edges, EdgeSet, Tokens, edge_set
-from ra_lens.knockouts.predict import cut_of_set, knockout_of_set
+from ra_lens.knockouts.predict import FORETOLD_FROM, cut_of_set, foretold, knockout_of_set
 from ra_lens.knockouts.sinks import most_attended, sinks_of
 from ra_lens.text import label
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ra_lens.head_names import Heads
     from ra_lens.model import Side
     from ra_lens.model.sites import MapKind
+
+_CELLS = 2**24
+"""Of a map that are worked on at once, but for at least one head."""
 
 
 def set_of(ra: RACache, **choice: Any) -> EdgeSet:
@@ -71,75 +74,83 @@ def rests(ra: RACache) -> list[tuple[int, ...]]:
 
 def sinks_in(ra: RACache) -> list[tuple[int, ...]]:
     """The attention sinks of each example, from the patterns that were kept of one text."""
-    own = [
-        (_batched(ra, "pattern", layer), site)
+    most = [
+        most_attended(_batched(ra, "pattern", layer)).cpu()
         for layer, site in ra.sites.items()
         if not site.cross and site.query_side == "input" and ("pattern", layer) in ra
     ]
+    if not most:
+        return [()] * ra.batch_size
+    every = torch.cat(most, dim=1)
+    spans = [row.nonzero()[:, 0] for row in _positions(ra, "input", every.shape[-1]) >= 0]
     found: list[tuple[int, ...]] = []
-    for example in range(ra.batch_size if own else 0):
-        rows = [_positions(ra, site.query_side, pattern.shape[-1]) for pattern, site in own]
-        real = [row[example % len(row)] >= 0 for row in rows]
-        most = [
-            most_attended(pattern[example][:, marks.to(pattern.device)][..., marks]).cpu()
-            for (pattern, _), marks in zip(own, real, strict=True)
-        ]
-        found.append(sinks_of(torch.cat(most)))
-    return found or [()] * ra.batch_size
-
-
-def rest_names(ra: RACache) -> list[str]:
-    """The tokens where heads rest, in any of the examples, as labels; each once."""
-    rows = ra.info.str_tokens
-    names = [label(ra.info.prepended)] if ra.info.prepended else []
-    if rows is not None:
-        names += [
-            label(row[at]) for row, at_all in zip(rows, rests(ra), strict=True) for at in at_all
-        ]
-    return list(dict.fromkeys(names))
+    for example, of_example in enumerate(every):
+        span = spans[example % len(spans)]
+        found.append(sinks_of(of_example[:, span] - int(span[0])))
+    return found
 
 
 def strongest(ra: RACache, k: int, *, by: MapKind, bos: bool) -> Edges:
     """The edges that matter most; see `RACache.top_edges`."""
     found: list[list[tuple[float, Edge]]] = [[] for _ in range(ra.batch_size)]
-    resting = [()] * ra.batch_size if bos else rests(ra)
+    resting: list[tuple[int, ...]] = [()] * ra.batch_size if bos else rests(ra)
     for layer, site in ra.sites.items():
-        values, pattern = _batched(ra, by, layer), _batched(ra, "pattern", layer)
-        queries = _positions(ra, site.query_side, values.shape[-2])
-        keys = _positions(ra, site.key_side, values.shape[-1])
-        counts = keys >= 0
+        pattern = _batched(ra, "pattern", layer)
+        n_queries, n_keys = pattern.shape[-2:]
+        queries = _positions(ra, site.query_side, n_queries)
+        keys = _positions(ra, site.key_side, n_keys)
+        counts = (keys >= 0).expand(ra.batch_size, -1)
         if site.key_side == "input" and any(resting):
-            keys_of = keys.expand(ra.batch_size, -1)
-            rest = [
-                torch.isin(row, torch.tensor(at)) for row, at in zip(keys_of, resting, strict=True)
-            ]
+            own = zip(keys.expand(ra.batch_size, -1), resting, strict=True)
+            rest = [torch.isin(row, torch.tensor(at, dtype=row.dtype)) for row, at in own]
             counts = counts & ~torch.stack(rest)
-        size = values.abs().nan_to_num().masked_fill(~counts.to(values.device)[:, None, None], 0.0)
-        top = rearrange(size, "batch head query key -> batch (head query key)").topk(
-            min(k, size[0].numel())
-        )
-        for example, (sizes, places) in enumerate(
-            zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ):
-            for at in (place for one, place in zip(sizes, places, strict=True) if one > 0):
-                head, cell = divmod(at, values.shape[-2] * values.shape[-1])
-                row, column = divmod(cell, values.shape[-1])
-                query = int(queries[example % len(queries), row])
-                key = int(keys[example % len(keys), column])
-                edge = Edge(
-                    layer,
-                    head,
-                    query,
-                    key,
-                    float(values[example, head, row, column]),
-                    float(pattern[example, head, row, column]),
-                    _token(ra, site.query_side, example, query),
-                    _token(ra, site.key_side, example, key),
-                    example,
-                )
-                found[example].append((abs(edge.effect), edge))
+        nowhere = ~counts.to(pattern.device)[:, None, None]
+        for heads, values in _some_heads(ra, by, layer):
+            size = values.abs().nan_to_num_().masked_fill_(nowhere, 0.0)
+            flat = rearrange(size, "batch head query key -> batch (head query key)")
+            top = flat.topk(min(k, flat.shape[1]))
+            for example in range(len(flat)):
+                largest = (top.values[example].tolist(), top.indices[example].tolist())
+                for at in (place for one, place in zip(*largest, strict=True) if one > 0):
+                    head, cell = divmod(at, n_queries * n_keys)
+                    row, column = divmod(cell, n_keys)
+                    query = int(queries[example % len(queries), row])
+                    key = int(keys[example % len(keys), column])
+                    edge = Edge(
+                        layer,
+                        heads[head],
+                        query,
+                        key,
+                        float(values[example, head, row, column]),
+                        float(pattern[example, heads[head], row, column]),
+                        _token(ra, site.query_side, example, query),
+                        _token(ra, site.key_side, example, key),
+                        example,
+                    )
+                    found[example].append((abs(edge.effect), edge))
     best = (sorted(of, key=lambda pair: -pair[0])[:k] for of in found)
-    return Edges((edge for of in best for _, edge in of), by)
+    names = [
+        tuple(label(_token(ra, "input", example, at) or f"#{at}") for at in of_example)
+        for example, of_example in enumerate(resting)
+    ]
+    return Edges((edge for of in best for _, edge in of), by, names)
+
+
+def _some_heads(
+    ra: RACache, by: MapKind, layer: int
+) -> Iterator[tuple[range, Float[Tensor, "batch head query key"]]]:
+    """A layer's map, some heads at a time: of a long prompt what is made on the way is large."""
+    parts = FORETOLD_FROM.get(by, (by,)) if (by, layer) in ra else (by,)
+    made = [_batched(ra, part, layer) for part in parts]
+    n_heads, n_at_once = made[0].shape[1], max(1, _CELLS // made[0][:, :1].numel())
+    for first in range(0, n_heads, n_at_once):
+        heads = range(first, min(first + n_at_once, n_heads))
+        some = [value[:, heads.start : heads.stop] for value in made]
+        if by == "knockout" or by == "cut":
+            scale = ra.sites[layer].need_scale() if by == "knockout" else 1.0
+            yield heads, foretold(by, some[0], some[1], scale)
+        else:
+            yield heads, some[0]
 
 
 def flow_of(

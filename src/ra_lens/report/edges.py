@@ -11,13 +11,12 @@ from dataclasses import replace
 
 from ra_lens import html
 from ra_lens.cache import RACache
-from ra_lens.knockouts.edges import Edge
-from ra_lens.knockouts.read import rest_names
+from ra_lens.knockouts.edges import Edge, Edges
 from ra_lens.model import Sites
 from ra_lens.text import label
 
 
-def strongest_edges(ra: RACache, examples: Sequence[int], k: int) -> list[list[Edge]] | None:
+def strongest_edges(ra: RACache, examples: Sequence[int], k: int) -> list[Edges] | None:
     """Give the `k` strongest edges of each of the examples, of the layers whose maps were kept.
 
     None where no layer has both R and its attention.
@@ -28,29 +27,32 @@ def strongest_edges(ra: RACache, examples: Sequence[int], k: int) -> list[list[E
     part = replace(ra, sites=Sites(kept, ra.sites.n_layers))
     if ra.has_batch_dim and list(examples) != list(range(ra.batch_size)):
         part = part.apply_slice_to_batch_dim(list(examples))
-    found: list[list[Edge]] = [[] for _ in examples]
-    for edge in part.top_edges(k):
-        found[edge.example].append(edge)
-    return found
+    return part.top_edges(k).by_example()
 
 
-def said_of_edges(ra: RACache) -> str:
+def said_of_edges(ra: RACache, found: Sequence[Edges]) -> str:
     """Say what the numbers are, and which edges are left out."""
     text = (
         f"Foretold to first order, one edge at a time, in {ra.loss_unit}. Positive: the loss would "
         "rise, the answer needs this look. Negative: it would fall, the look is in the way."
     )
-    names = [f"“{name}”" for name in rest_names(ra)]
-    return text + f" Looks at {', '.join(names)} are left out: many heads rest there." * bool(names)
+    names = left_out(found)
+    return text + f" Looks at {names} are left out: many heads rest there." * bool(names)
 
 
-def edges_html(ra: RACache, found: Sequence[Sequence[Edge]]) -> str:
+def left_out(found: Sequence[Edges]) -> str:
+    """Spell the tokens edges to which are left out, each once."""
+    names = dict.fromkeys(name for one in found for names in one.left_out for name in names)
+    return ", ".join(f"“{name}”" for name in names)
+
+
+def edges_html(ra: RACache, found: Sequence[Edges]) -> str:
     """Write a table for each prompt; the explorer shows that of the prompt chosen."""
     several = len(found) > 1
     tables = "".join(_table(ra, edges, i, several=several) for i, edges in enumerate(found))
     return (
         '<div id="ra-edges"><h2>Strongest edges: loss if one look were blocked</h2>'
-        f"{tables}{html.note(said_of_edges(ra))}</div>"
+        f"{tables}{html.note(said_of_edges(ra, found))}</div>"
     )
 
 
