@@ -137,12 +137,16 @@ def strongest(ra: RACache, k: int, *, by: MapKind, bos: bool) -> Edges:
 
 
 def _some_heads(
-    ra: RACache, by: MapKind, layer: int
+    ra: RACache, by: MapKind, layer: int, rows: Int[Tensor, "row"] | None = None
 ) -> Iterator[tuple[range, Float[Tensor, "batch head query key"]]]:
-    """A layer's map, some heads at a time: of a long prompt what is made on the way is large."""
+    """A layer's map, some heads at a time: of a long prompt what is made on the way is large.
+
+    Only some `rows` of it, or all.
+    """
     parts = FORETOLD_FROM.get(by, (by,)) if (by, layer) in ra else (by,)
     made = [_batched(ra, part, layer) for part in parts]
-    n_heads, n_at_once = made[0].shape[1], max(1, _CELLS // made[0][:, :1].numel())
+    made = made if rows is None else [value[:, :, rows.to(value.device)] for value in made]
+    n_heads, n_at_once = made[0].shape[1], max(1, _CELLS // max(1, made[0][:, :1].numel()))
     for first in range(0, n_heads, n_at_once):
         heads = range(first, min(first + n_at_once, n_heads))
         some = [value[:, heads.start : heads.stop] for value in made]
@@ -163,14 +167,18 @@ def flow_of(
             "one table. Take maps layer by layer: ra['knockout', 0]."
         )
     chosen = set_of(ra, heads=heads, layers=None, queries=queries, keys=None)
-    rows: list[Tensor] = []
+    found: list[Tensor] = []
     for layer, site in ra.sites.items():
-        values = _batched(ra, by, layer)
-        where = _positions(ra, site.query_side, values.shape[-2])
-        columns = _positions(ra, site.key_side, values.shape[-1])
-        marks = chosen.marks(layer, site.n_heads, where, columns).to(values.device)
-        rows.append((values * marks).sum(dim=(-3, -2)))
-    flow = torch.stack([row.to(rows[0].device) for row in rows], dim=-2)
+        n_queries, n_keys = _size(ra, layer)
+        queries_at = _positions(ra, site.query_side, n_queries)
+        marks = chosen.marks(layer, site.n_heads, queries_at, _positions(ra, site.key_side, n_keys))
+        rows = marks.any(dim=-1).any(dim=0).any(dim=0).nonzero()[:, 0]  # of a long prompt a few
+        total = torch.zeros(())
+        for these, values in _some_heads(ra, by, layer, rows):
+            own = marks[:, these.start : these.stop][:, :, rows].to(values.device)
+            total = total.to(values.device) + (values * own).sum(dim=(-3, -2))
+        found.append(total)
+    flow = torch.stack([row.to(found[0].device) for row in found], dim=-2)
     return flow if ra.has_batch_dim else flow[0]
 
 
