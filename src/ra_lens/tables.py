@@ -236,7 +236,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
             where they should hold numbers.
     """
     path = user_path(path)
-    check_input(path, "Give the results of ra-lens rank, perturb, patch.")
+    check_input(path, "Give the results of ra-lens rank, perturb, patch, knockout.")
     try:
         frame = _read_table(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
@@ -244,7 +244,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
     if "experiment" not in frame or "model" not in frame:
         raise BadFile(
             f"{path} is a table without the columns of an experiment (experiment, model, task, …). "
-            "Give a file that ra-lens rank, perturb or patch wrote."
+            "Give a file that ra-lens rank, perturb, patch or knockout wrote."
         )
     for experiment, needed in _NEEDED.items():
         part: Any = frame[frame["experiment"] == experiment]
@@ -252,8 +252,8 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
         problem = None if part.empty else problem_of(part, [*needed, *measured])
         if problem is not None:
             raise BadFile(
-                f"{path} is a table {problem}. Give the file as ra-lens rank, perturb or patch "
-                "wrote it."
+                f"{path} is a table {problem}. Give the file as ra-lens rank, perturb, patch or "
+                "knockout wrote it."
             )
     return frame
 
