@@ -415,7 +415,7 @@ def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], me
         (["perturb", *SMALL, "--figure", ""], "found --figure '', which is empty"),
         (["perturb", *SMALL, "--methods", ""], "found --methods '', which is empty"),
         (["knockout", *SMALL, "--windows", "9"], "found windows=[9]; give different numbers"),
-        (["knockout", *SMALL, "--cuts", "half"], "found cuts=['half']; give"),
+        (["knockout", *SMALL, "--cuts", "half"], "found --cuts half; give some of"),
         (["knockout", *SMALL, "--n-edges", "0", "--n-sets", "0"], "which cut nothing"),
         (["knockout", *SMALL, "--steps", "0"], "steps"),
         (["patch", *SMALL, "--scales", ""], "found --scales '', which is empty"),

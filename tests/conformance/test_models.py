@@ -92,7 +92,7 @@ def _cut_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _foretell_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     # As if the keys that stay got nothing of what is cut.
-    monkeypatch.setattr("ra_lens.cache.knockout_map", lambda pattern, step: -step)
+    monkeypatch.setattr("ra_lens.knockouts.predict.knockout_map", lambda pattern, step: -step)
 
 
 def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:

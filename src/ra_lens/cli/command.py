@@ -151,6 +151,15 @@ def split_values(values: Sequence[str], option: str) -> list[str]:
     return parts
 
 
+def some_of(values: list[str], option: str, known: Sequence[str]) -> list[str]:
+    """Read values of an option that are some of those known; refuse others."""
+    given = split_values(values, option)
+    unknown = [value for value in given if value not in known]
+    if unknown:
+        raise BadInput(f"found {option} {unknown[0]}; give some of {', '.join(known)}.")
+    return given
+
+
 def whole_numbers(values: Sequence[str], option: str) -> list[int]:
     """Read whole numbers."""
     return _each(int, values, option, "whole numbers such as 0 1 5 10")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from ra_lens.cli import options as opt
-from ra_lens.cli.command import numbers, split_values, whole_numbers
+from ra_lens.cli.command import numbers, some_of, split_values, whole_numbers
 from ra_lens.errors import BadInput
 from ra_lens.files import PAGE, check_output, user_path
 
@@ -344,11 +344,7 @@ def patch(
             )
     else:
         factors = list(PAPER_SCALES) if scales is None else numbers(scales, "--scales")
-    maps = ["ra", "pattern"] if kinds is None else split_values(kinds, "--kinds")
-    known = get_args(MapName)
-    unknown = [name for name in maps if name not in known]
-    if unknown:
-        raise BadInput(f"found --kinds {unknown[0]}; give some of {', '.join(known)}.")
+    maps = ["ra", "pattern"] if kinds is None else some_of(kinds, "--kinds", get_args(MapName))
     frame = setup.run(
         patching_sweep,
         scales=factors,
@@ -414,6 +410,7 @@ def knockout(
     """Cut edges of attention, and show how well one backward pass foretold what that does."""
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import knockout_agreement, knockout_test
+    from ra_lens.experiments.knockout import CutName
     from ra_lens.report.experiments import write_knockout_page
 
     setup.shots = ["1"] if shots is None else shots
@@ -423,7 +420,7 @@ def knockout(
         n_edges=n_edges,
         n_sets=n_sets,
         windows=None if windows is None else whole_numbers(windows, "--windows"),
-        cuts=["renormalised"] if cuts is None else split_values(cuts, "--cuts"),
+        cuts=["renormalised"] if cuts is None else some_of(cuts, "--cuts", get_args(CutName)),
         steps=() if steps is None else whole_numbers(steps, "--steps"),
         ends=ends,
         steps_of=steps_of,
