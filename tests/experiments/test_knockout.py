@@ -166,12 +166,12 @@ def test_cuts_and_slopes_are_those_of_finite_differences(exact, tested):
 
         assert row.measured == pytest.approx(made(1.0) - made(0.0), abs=1e-10)
         start, middle, end = (slope(made, at) for at in (0.0, 0.5, 1.0))
-        assert row.predicted == pytest.approx(start, abs=1e-7, rel=1e-6)
-        assert row.gauss_1 == pytest.approx(middle, abs=1e-7, rel=1e-6)
-        assert row.end == pytest.approx(end, abs=1e-7, rel=1e-6)
-        assert row.trapezoid == pytest.approx((start + end) / 2, abs=1e-7, rel=1e-6)
+        assert row.predicted == pytest.approx(start, abs=1e-7, rel=1e-5)
+        assert row.gauss_1 == pytest.approx(middle, abs=1e-7, rel=1e-5)
+        assert row.end == pytest.approx(end, abs=1e-7, rel=1e-5)
+        assert row.trapezoid == pytest.approx((start + end) / 2, abs=1e-7, rel=1e-5)
         two = [slope(made, 0.5 + sign / 12**0.5) for sign in (-1, 1)]
-        assert row.gauss_2 == pytest.approx(sum(two) / 2, abs=1e-7, rel=1e-6)
+        assert row.gauss_2 == pytest.approx(sum(two) / 2, abs=1e-7, rel=1e-5)
 
 
 def test_rivals_are_those_of_finite_differences(exact, tested):
@@ -196,9 +196,9 @@ def test_rivals_are_those_of_finite_differences(exact, tested):
 
             return loss(exact, row, [(name, hook)])
 
-        assert row.a_grad == pytest.approx(slope(plain), abs=1e-7, rel=1e-6)
-        assert row.minus_ra == pytest.approx(slope(weakened), abs=1e-7, rel=1e-6)
-        assert row.input_grad == pytest.approx(slope(less_input), abs=1e-7, rel=1e-6)
+        assert row.a_grad == pytest.approx(slope(plain), abs=1e-7, rel=1e-5)
+        assert row.minus_ra == pytest.approx(slope(weakened), abs=1e-7, rel=1e-5)
+        assert row.input_grad == pytest.approx(slope(less_input), abs=1e-7, rel=1e-5)
         attention, largest, values = 0.0, 0.0, 0.0
         ids, _ = asked(exact, row)
         with torch.no_grad():

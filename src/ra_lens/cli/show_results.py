@@ -285,7 +285,7 @@ def agreement_facts(frame: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
 
 
 def _cuts_name(what: str, window: int) -> str:
-    return "edges" if what == "edge" else f"sets, {window} layer{'s' * (window != 1)}"
+    return "edges" if what == "edge" else f"sets, {window} layer{'s' * bool(window != 1)}"
 
 
 def _agreement_cell(row: Any, column: str) -> str:

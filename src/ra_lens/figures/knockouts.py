@@ -309,12 +309,12 @@ def _finish(figure: Any, layout: Layout, frame: pd.DataFrame, count: str, **more
 def _group_name(what: str, window: int) -> str:
     if what == "edge":
         return "Single edges"
-    return f"Sets in {window} layer{'s' * (window != 1)}"
+    return f"Sets in {window} layer{'s' * bool(window != 1)}"
 
 
 def _described(row: dict[str, Any]) -> str:
     head = "" if row["head"] < 0 else f"H{row['head']}"
-    layers = f"L{row['layer']}" + (f" and {row['window'] - 1} more" * (row["window"] > 1))
+    layers = f"L{row['layer']}" + (f" and {row['window'] - 1} more" * bool(row["window"] > 1))
     tokens = plotly_text(f"{row['query_token']} → {row['key_tokens']}")
     return f"<b>{layers}{head}</b> {tokens}, A {row['pattern']:.2f}, {plotly_text(row['task'])}"
 
