@@ -14,6 +14,9 @@ import pytest
 from benchmarks import figures
 from benchmarks.timing import low_high
 
+# Drawing images takes seconds.
+pytestmark = pytest.mark.every_model
+
 DOCS = Path(__file__).parents[2] / "docs"
 TABLES = json.loads((DOCS / "performance.json").read_text(encoding="utf-8"))
 BARS = {

@@ -12,6 +12,9 @@ from command_line import call, refused_line
 from ra_lens.experiments import read_results
 from tiny_models import tokenizer, write_folder
 
+# What the options reach is tested in test_front.py and test_default_front.py.
+pytestmark = pytest.mark.every_model
+
 FRONTS = [((), "<|endoftext|>"), (("--no-bos",), ""), (("--bos", "A:"), "A:")]
 RANK = ("rank", "-t", "antonym", "--methods", "fa", "--shots", "0", "--n-rank", "2", "-q")
 PERTURB = ("perturb", "-t", "antonym", "--methods", "index", "--shots", "0", "--n-rank", "2",

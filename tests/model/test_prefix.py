@@ -18,6 +18,9 @@ from ra_lens.tasks import Prompt
 from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, relative
 from tiny_questions import PROMPTS, TASK
 
+# What it is for is tested in test_shared_prefix.py.
+pytestmark = pytest.mark.every_model
+
 SIDES = ("left", "right")
 # The lengths differ; words are in the vocabulary of both sets of tiny models.
 QUESTIONS = [

@@ -15,6 +15,9 @@ from made_caches import make
 from ra_lens.cache import RACache
 from ra_lens.report import inline_report
 
+# A browser takes seconds to start; what the frame holds is tested in test_inline.py.
+pytestmark = pytest.mark.every_model
+
 SECRET = "what the page knows"
 
 

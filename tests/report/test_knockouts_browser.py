@@ -15,6 +15,9 @@ from explorer_cells import value
 from made_caches import LAYERS, attending, knocked_out
 from ra_lens.report import inline_report, write_report
 
+# A browser takes seconds to start; what the page holds is tested in test_report_knockouts.py.
+pytestmark = pytest.mark.every_model
+
 READ = r"from .*\((\d+)\) to .*\((\d+)\): "
 
 
