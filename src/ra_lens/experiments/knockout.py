@@ -408,7 +408,8 @@ def _draw_edges(ra: RACache, n: int, drawing: random.Random) -> list[Row]:
         ]
         reached = size.sum(dim=-1, keepdim=True) > 0
         pool = ((pattern > _SEEN) & reached).flatten().nonzero()[:, 0].tolist()
-        pool = [place for place in pool if place not in set(strongest)]
+        taken = set(strongest)
+        pool = [place for place in pool if place not in taken]
         keyed = sorted((drawing.random(), place) for place in pool)
         others = [place for _, place in keyed[: n - n // 2]]
         for drawn, some in (("strongest", strongest), ("random", others)):

@@ -223,13 +223,7 @@ def read_cuts(edges: Cuts, sites: Sites) -> EdgeSet:
 def _row(given: Any, sites: Sites) -> EdgeSet:
     if isinstance(given, EdgeSet):
         return given
-    edges: list[Any] = (
-        [given]
-        if isinstance(given, Edge)
-        else list(given)
-        if isinstance(given, Iterable)
-        else [given]
-    )
+    edges: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     wrong = [edge for edge in edges if not isinstance(edge, Edge)]
     if wrong:
         raise BadInput(

@@ -51,7 +51,7 @@ def knockout_map(
         that its row has.
     """
     missing = lacking(pattern)
-    pattern, step = _wide(pattern), _wide(step)
+    pattern, step = wide(pattern), wide(step)
     found = torch.where(pattern >= 1, 0.0, -step / (1 - pattern))  # NaN stays NaN
     # Of a row at most one edge holds more than half; what the others hold tells the rest exactly.
     most, at = pattern.max(dim=-1, keepdim=True)
@@ -75,7 +75,7 @@ def cut_map(
     Returns:
         In the unit of the loss, positive where it rises; float32 at least.
     """
-    return -_wide(pattern) * _wide(grad)
+    return -wide(pattern) * wide(grad)
 
 
 def foretold(
@@ -87,7 +87,7 @@ def foretold(
     """Either map of single edges, from A and what is stored beside it: R, or G for a plain cut."""
     if kind == "cut":
         return cut_map(pattern, other)
-    return knockout_map(pattern, _wide(other) / scale)
+    return knockout_map(pattern, wide(other) / scale)
 
 
 FORETOLD_FROM: dict[str, tuple[StoredKind, StoredKind]] = {
@@ -107,7 +107,7 @@ def knockout_of_set(
     As `knockout_map`: −Σ R~ / (1 − Σ A), both sums over the edges of the row.
     """
     missing = lacking(pattern)[..., 0]
-    pattern, step = _wide(pattern), _wide(step)
+    pattern, step = wide(pattern), wide(step)
     held, gone = (pattern * edges).sum(dim=-1), (step * edges).sum(dim=-1)
     left = (pattern * ~edges).sum(dim=-1) + missing
     mostly = (held > 0.5) & (missing == 0)  # rows of R~ sum to 0
@@ -125,11 +125,12 @@ def cut_of_set(
     return (cut_map(pattern, grad) * edges).sum(dim=-1)
 
 
-def _wide(value: Tensor) -> Tensor:
+def wide(value: Tensor) -> Tensor:
+    """Give a map in float32 at least."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def lacking(pattern: Float[Tensor, "*batch query key"]) -> Float[Tensor, "*batch query 1"]:
     """What a row lacks to 1: the share of an attention sink, which no key has; rounding is none."""
-    lacks = 1 - _wide(pattern).sum(dim=-1, keepdim=True)
+    lacks = 1 - wide(pattern).sum(dim=-1, keepdim=True)
     return torch.where(lacks > _ROUNDING * torch.finfo(pattern.dtype).eps, lacks, 0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ra_lens.errors import BadInput
 from ra_lens.knockouts.edges import Edge, Edges, EdgeSet, Tokens, edge_set
-from ra_lens.knockouts.predict import FORETOLD_FROM, cut_of_set, foretold, knockout_of_set
+from ra_lens.knockouts.predict import FORETOLD_FROM, cut_of_set, foretold, knockout_of_set, wide
 from ra_lens.knockouts.sinks import most_attended, sinks_of
 from ra_lens.text import label
 
@@ -52,7 +52,7 @@ def effect_of(ra: RACache, edges: EdgeSet, *, renormalise: bool) -> Float[Tensor
         marks = edges.marks(layer, site.n_heads, queries, keys).to(pattern.device)
         marks = marks.expand(pattern.shape)
         if renormalise:
-            step = _wide(_batched(ra, "ra", layer)) / site.need_scale()
+            step = wide(_batched(ra, "ra", layer)) / site.need_scale()
             rows = knockout_of_set(pattern, step, marks)
         else:
             rows = cut_of_set(pattern, _batched(ra, "pattern_grad", layer), marks)
@@ -193,10 +193,6 @@ def _size(ra: RACache, layer: int) -> tuple[int, int]:
 def _batched(ra: RACache, kind: MapKind, layer: int) -> Float[Tensor, "batch head query key"]:
     value = ra[kind, layer]
     return value if ra.has_batch_dim else value[None]
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _positions(ra: RACache, side: Side, width: int) -> Int[Tensor, "some pos"]:
