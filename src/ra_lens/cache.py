@@ -45,6 +45,7 @@ from ra_lens.model.sites import (
     STORED_KINDS,
     MapKind,
     StoredKind,
+    VectorKind,
     read_kind,
     read_stored_kind,
     spell_counts,
@@ -716,8 +717,8 @@ class RACache:
             self.loss = torch.full(norms.shape[:1], float("nan"))
         return norms
 
-    def _keep(self, layer: int, kind: StoredKind, value: Tensor) -> None:
-        """Add a map without its norms."""
+    def _keep(self, layer: int, kind: StoredKind | VectorKind, value: Tensor) -> None:
+        """Add a map without its norms, or vectors."""
         self._maps[self.sites[layer].map_name(kind)] = value
 
     @staticmethod

@@ -1,0 +1,263 @@
+"""What each head reads and gives at every token, and the gradient of the loss at it.
+
+Of an attention layer with heads h, queries q and keys k (paper, section 3),
+
+    q = x W_Q + b_Q,  k = x W_K + b_K,  v = x W_V + b_V        then rotated, normalised …
+    S = c·q·k,  A = softmax(S),  z = A·v,  out = Σ_h z W_O + b_O
+
+| kind | shape | what it is | the hook of TransformerLens |
+|---|---|---|---|
+| `query_in`, `key_in`, `value_in` | `[batch, pos, d_model]` | x, what W_Q, W_K and W_V read | \
+`attn.q.hook_in` and so on (bridge) |
+| `q_grad`, `k_grad`, `v_grad` | `[batch, pos, head, d_head]` | gradient at what the projections \
+give, before rotation and norms | `hook_q`, `hook_k`, `hook_v` |
+| `query`, `key` | `[batch, pos, head, d_head]` | q and k as they enter their product, so that \
+S = c·q·k, and a bias or a cap | `hook_rot_q`, `hook_rot_k` where the model rotates, else `hook_q`, \
+`hook_k`, where it has no norm |
+| `value` | `[batch, pos, head, d_head]` | v as the pattern is applied to it | `hook_v` |
+| `z` | `[batch, pos, head, d_head]` | what the heads give to W_O | `hook_z` |
+| `query_grad`, `key_grad`, `value_grad`, `z_grad` | as those | δ_q, δ_k, δ_v and e | the \
+gradients there |
+| `attn_out_grad` | `[batch, pos, d_model]` | δ_o, the gradient at the layer's output | \
+`hook_attn_out`, where no norm follows |
+
+Keys and values have as many heads as the model has key/value heads; their gradients are summed over
+the query heads of a group. A positive gradient: the loss rises along it, and descent goes the other
+way. `ra_lens.vjp` has the paper's equations between these; here autograd gives each of them.
+
+How they are found. Keys, queries and values are the factors of the two products of the layer, which
+autograd keeps for its backward pass (`ra_lens.model.products`); so they are what the model really
+multiplies, whatever it did before, in every class of attention. Where a model scales its queries
+before the product, c is taken out again. The graph begins at the input of each block, not at its
+pattern, so that the first layer collected costs a little more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ra_lens.errors import UnsupportedModel
+from ra_lens.model import Lens, Site
+from ra_lens.model.products import Product, product_behind
+from ra_lens.model.projections import Projections
+from ra_lens.model.sites import VectorKind
+
+
+class VectorCollector:
+    """Keeps vectors of the layers of one forward and backward pass."""
+
+    def __init__(
+        self,
+        lens: Lens,
+        sites: dict[int, Site],
+        kinds: frozenset[VectorKind],
+        root: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Keep `kinds` of vectors at `sites`.
+
+        `root` makes a tensor that depends on nothing one of which a gradient can be asked.
+        """
+        self._lens, self._sites, self._kinds, self._root = lens, sites, kinds, root
+        self._found: dict[int, dict[VectorKind, Tensor]] = {layer: {} for layer in sites}
+        self._times: Counter[tuple[int, str]] = Counter()  # how often each was shown
+        self._why: dict[int, str] = {}
+
+    def _want(self, *kinds: VectorKind) -> bool:
+        return not self._kinds.isdisjoint(kinds)
+
+    # ---- attaching ------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self) -> Generator[None, None, None]:
+        """Attach to the model; the products behind the patterns are told by `at_pattern`."""
+        with ExitStack() as stack:
+            for layer, site in self._sites.items():
+                for point, register in self._hooks(layer, Projections(self._lens, site)):
+                    stack.callback(register(point).remove)
+            yield
+
+    def _hooks(
+        self, layer: int, at: Projections
+    ) -> list[tuple[nn.Module, Callable[[nn.Module], Any]]]:
+        hooks: list[tuple[nn.Module, Callable[[nn.Module], Any]]] = []
+
+        def before(point: nn.Module | None, hook: Callable[..., Any], *kinds: VectorKind) -> None:
+            if point is not None and self._want(*kinds):
+                bound = partial(hook, layer, *kinds)
+                hooks.append((point, lambda p: p.register_forward_pre_hook(bound, prepend=True)))
+
+        def after(point: nn.Module | None, hook: Callable[..., Any], *kinds: VectorKind) -> None:
+            if point is not None and self._want(*kinds):
+                hooks.append((point, lambda p: p.register_forward_hook(partial(hook, layer))))
+
+        before(at.z, self._at_product_with_values, "value", "value_grad")
+        after(at.z, self._at_z, "z", "z_grad")
+        after(at.out, self._at_out, "attn_out_grad")
+        for name, grad in at.GRADIENTS.items():
+            before(at.gives(name), self._at_projection, grad)
+        for kind in at.INPUTS:
+            if not self._want(kind):
+                continue
+            if at.reads_by_name:
+                take = partial(self._at_inputs, layer, kind)
+                hooks.append(
+                    (at.module, lambda p, f=take: p.register_forward_pre_hook(f, with_kwargs=True))
+                )
+            elif (point := at.reads(kind)) is not None:
+                take = partial(self._at_input, layer, kind)
+                hooks.append((point, lambda p, f=take: p.register_forward_hook(f)))
+        return hooks
+
+    # ---- in the forward pass --------------------------------------------------------------------
+
+    def at_pattern(self, layer: int, pattern: Tensor) -> None:
+        """Find queries and keys behind a pattern that has just been made."""
+        if not self._want("query", "key", "query_grad", "key_grad"):
+            return
+        site = self._sites[layer]
+        n, n_heads, rows, columns = pattern.shape
+        product = product_behind(pattern, rows, columns)
+        if product is None:
+            self._why[layer] = (
+                f"queries and keys of {site.label} are in no product that autograd keeps: a hook "
+                "replaces one of them, or the model computes its scores in another way"
+            )
+            return
+        times = product.factor / site.need_scale()  # 1 where nothing was scaled before the product
+        query = product.left.unflatten(0, (n, n_heads)).transpose(1, 2)
+        key = product.right.unflatten(0, (n, n_heads)).permute(0, 3, 1, 2)
+        self._keep(layer, "query", query if times == 1 else query * times)
+        self._keep(layer, "key", self._first_of_group(site, key))
+        latest = self._latest(layer, "query")
+
+        def receive(left: Tensor | None, right: Tensor | None, _product: Tensor) -> None:
+            if not latest() or left is None or right is None:
+                return
+            at_query = left.unflatten(0, (n, n_heads)).transpose(1, 2)
+            at_key = right.unflatten(0, (n, n_heads)).permute(0, 3, 1, 2)
+            self._keep(layer, "query_grad", at_query if times == 1 else at_query / times)
+            self._keep(layer, "key_grad", self._sum_of_group(site, at_key))
+
+        if self._want("query_grad", "key_grad"):
+            product.on_gradients(receive)
+
+    def _at_product_with_values(
+        self, layer: int, _value: str, _grad: str, _module: nn.Module, args: tuple[Any, ...]
+    ) -> None:
+        site, z = self._sites[layer], args[0]
+        if not torch.is_grad_enabled():
+            return
+        product = product_behind(z, z.shape[1])
+        if product is None:
+            return
+        split = (z.shape[0], site.n_heads)
+        value = product.right.unflatten(0, split).transpose(1, 2)
+        self._keep(layer, "value", self._first_of_group(site, value))
+        latest = self._latest(layer, "value")
+
+        def receive(_left: Tensor | None, right: Tensor | None, _product: Tensor) -> None:
+            if latest() and right is not None:
+                at_value = right.unflatten(0, split).transpose(1, 2)
+                self._keep(layer, "value_grad", self._sum_of_group(site, at_value))
+
+        if self._want("value_grad"):
+            product.on_gradients(receive)
+
+    def _at_z(self, layer: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        rooted = output if output.requires_grad else self._root(output)
+        by_head = rooted.detach().reshape(*rooted.shape[:2], self._sites[layer].n_heads, -1)
+        self._keep(layer, "z", by_head)
+        latest = self._latest(layer, "z")
+
+        def receive(grad: Tensor) -> None:
+            if latest():
+                self._keep(layer, "z_grad", grad.reshape(by_head.shape))
+
+        if self._want("z_grad"):
+            rooted.register_hook(receive)
+        return rooted
+
+    def _at_out(self, layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        out: Tensor = output[0] if isinstance(output, tuple) else output
+        if not torch.is_grad_enabled() or not out.requires_grad:
+            return
+        latest = self._latest(layer, "out")
+
+        def receive(grad: Tensor) -> None:
+            if latest():
+                self._keep(layer, "attn_out_grad", grad)
+
+        out.register_hook(receive)
+
+    def _at_projection(
+        self, layer: int, kind: VectorKind, _module: nn.Module, args: tuple[Any, ...]
+    ) -> None:
+        site, given = self._sites[layer], args[0]
+        if not torch.is_grad_enabled() or not given.requires_grad:
+            return
+        heads = site.n_heads if kind == "q_grad" else site.n_key_value_heads
+        latest = self._latest(layer, kind)
+
+        def receive(grad: Tensor) -> None:
+            if latest():
+                self._keep(layer, kind, grad.reshape(*grad.shape[:2], heads, -1))
+
+        given.register_hook(receive)
+
+    def _at_input(
+        self, layer: int, kind: VectorKind, _module: nn.Module, _args: Any, output: Tensor
+    ) -> None:
+        self._keep(layer, kind, output.detach())
+
+    def _at_inputs(
+        self, layer: int, kind: VectorKind, _module: nn.Module, _args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        # TransformerLens calls its own attention with query_input, key_input and value_input.
+        given: Tensor = kwargs[f"{kind}put"]
+        if given.ndim == 3:  # of split inputs there is one for each head
+            self._keep(layer, kind, given.detach())
+
+    def _latest(self, layer: int, what: str) -> Callable[[], bool]:
+        """Tell later whether nothing else was shown there meanwhile."""
+        # Of a layer that runs several times the vectors are those of the last.
+        self._times[layer, what] += 1
+        time = self._times[layer, what]
+        return lambda: self._times[layer, what] == time
+
+    def _first_of_group(self, site: Site, per_query_head: Tensor) -> Tensor:
+        share = per_query_head.shape[2] // site.n_key_value_heads
+        return per_query_head if share == 1 else per_query_head[:, :, ::share].contiguous()
+
+    def _sum_of_group(self, site: Site, per_query_head: Tensor) -> Tensor:
+        share = per_query_head.shape[2] // site.n_key_value_heads
+        return per_query_head if share == 1 else per_query_head.unflatten(2, (-1, share)).sum(3)
+
+    def _keep(self, layer: int, kind: VectorKind, value: Tensor) -> None:
+        if kind in self._kinds:
+            self._found[layer][kind] = value
+
+    # ---- afterwards -----------------------------------------------------------------------------
+
+    def found(self, loss_scale: float = 1.0) -> Iterator[tuple[Site, dict[VectorKind, Tensor]]]:
+        """Give what was found, layer by layer, in float32 at least.
+
+        Gradients are divided by `loss_scale`, and 0 where the loss does not depend on what there is
+        the gradient of.
+        """
+        for layer, found in self._found.items():
+            vectors = dict[VectorKind, Tensor]()
+            for kind, value in found.items():
+                wide = value.to(torch.promote_types(value.dtype, torch.float32))
+                scaled = loss_scale != 1 and kind.endswith("_grad")
+                vectors[kind] = wide / loss_scale if scaled else wide
+            found.clear()
+            yield self._sites[layer], vectors
