@@ -40,12 +40,12 @@ class Product:
     right: Tensor
     factor: float
 
-    def on_gradients(self, receive: Callable[[Tensor | None, Tensor | None, Tensor], None]) -> None:
-        """Have `receive` called with the gradients at left, right and the product."""
-        first = 1 if type(self.node).__name__.startswith("Baddbmm") else 0
+    def on_gradients(self, receive: Callable[[Tensor | None, Tensor | None], None]) -> None:
+        """Have `receive` called with the gradients at left and right."""
 
-        def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> None:
-            receive(inputs[first], inputs[first + 1], outputs[0])
+        def hook(inputs: tuple[Tensor | None, ...], _outputs: tuple[Tensor, ...]) -> None:
+            *_bias, left, right = inputs
+            receive(left, right)
 
         self.node.register_hook(hook)
 
