@@ -221,6 +221,8 @@ def test_vectors_lie_where_the_tokens_of_their_side_do(arch, both):
     cross = [layer for layer, site in ra.sites.items() if site.cross]
     for layer in cross:
         for name in ("key", "value", "key_grad", "value_grad", "key_in"):
+            assert ra[name, layer].shape[1] == POS
+            assert alone[name, layer].shape[1] == len(short)
             assert relative(ra[name, layer][1, : len(short)], alone[name, layer][0]) < 2e-5, name
             assert not ra[name, layer][1, len(short) :].any()
         for name in ("query", "query_grad", "z_grad", "query_in", "attn_out_grad"):
