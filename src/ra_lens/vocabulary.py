@@ -38,7 +38,7 @@ Limits. Where a model rotates queries and keys, `query`, `key` and their steps a
 and query stood at the same place: with distance, what q looks for turns. The scores are inner
 products, so that tokens with a long row of W_U come first often. And an early layer's stream need
 not use the final layer's directions: what is read there is what would be said if nothing else read
-it. See what was found of it in docs/vocabulary.md.
+it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,12 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, UnsupportedModel, one_of
-from ra_lens.head_names import Head, layer_and_index
-from ra_lens.model import Side, Site, as_lens
+from ra_lens.head_maps import kept_tokens, read_example, read_head
+from ra_lens.head_names import Head
+from ra_lens.model import Site, as_lens
 from ra_lens.model.sites import VectorKind
 from ra_lens.model.unembedding import Unembedding, unembedding
-from ra_lens.model.weights import HeadWeight, Weights, head_weights
+from ra_lens.model.weights import HEAD_WEIGHTS, HeadWeight, Weights, head_weights
 from ra_lens.numbers import Whole, as_whole, places, whole
 from ra_lens.text import label
 
@@ -254,7 +255,7 @@ class Vocabulary:
         """
         self._lens = as_lens(model)
         self.unembedding: Unembedding = unembedding(self._lens)
-        self._weights: dict[tuple[int, tuple[HeadWeight, ...], bool], Weights] = {}
+        self._weights: dict[tuple[int, tuple[HeadWeight, ...], bool], Weights | None] = {}
 
     # ---- vectors --------------------------------------------------------------------------------
 
@@ -279,12 +280,12 @@ class Vocabulary:
         """
         one_of("kind", kind, KINDS)
         site, index = self._head(ra, head)
-        example = _read_example(ra, example)
+        example = read_example(ra, example)
         recipe = _RECIPES[kind]
         found = self._stored(ra, site, recipe.vector, example) * recipe.sign
         if recipe.weight is None:
             return found.to(self.unembedding.weights)
-        names = tuple(name for name in (recipe.first, recipe.weight) if name is not None)
+        names = (recipe.weight,) if recipe.first is None else (recipe.first, recipe.weight)
         of_values = recipe.vector in ("value", "value_grad")
         weights = self._of_layer(site, names, applied_to_values=of_values)
 
@@ -303,7 +304,7 @@ class Vocabulary:
         return weights.norms[recipe.weight].back(found @ weight.T)
 
     def _head(self, ra: RACache, head: Head) -> tuple[Site, int]:
-        [(layer, marks)] = ra.sites.choose_heads(layer_and_index(head)).items()
+        layer, index = read_head(ra, head)
         own, site = self._lens.sites.get(layer), ra.sites[layer]
         heads = (site.n_heads, site.n_key_value_heads, site.prefix)
         if own is None or heads != (own.n_heads, own.n_key_value_heads, own.prefix):
@@ -312,7 +313,7 @@ class Vocabulary:
                 f"heads, and the model {self._lens.name}, which has no such layer. Give the cache "
                 "of a run of this model."
             )
-        return site, int(marks.nonzero()[0])
+        return site, index
 
     def _stored(
         self, ra: RACache, site: Site, kind: VectorKind, example: int
@@ -320,17 +321,27 @@ class Vocabulary:
         """The vectors of one example, without padding."""
         stored = ra[kind, site.layer]
         stored = stored[example] if ra.has_batch_dim else stored
-        return stored[_columns(ra, site.side_of(kind), example, len(stored))]
+        _, _, columns = kept_tokens(ra, site.side_of(kind), example, len(stored), None)
+        return stored[columns]
 
     def _of_layer(
         self, site: Site, names: tuple[HeadWeight, ...], *, applied_to_values: bool
     ) -> Weights:
-        key = (site.layer, names, applied_to_values)
-        if key not in self._weights:
-            self._weights[key] = head_weights(
-                self._lens, site, names, applied_to_values=applied_to_values
-            )
-        return self._weights[key]
+        everything = (site.layer, HEAD_WEIGHTS, True)
+        if everything not in self._weights:
+            try:
+                found = head_weights(self._lens, site, applied_to_values=True)
+            except UnsupportedModel:  # which what is asked for may not be
+                found = None
+            self._weights[everything] = found
+        whole_layer, key = self._weights[everything], (site.layer, names, applied_to_values)
+        if whole_layer is not None:
+            return whole_layer
+        own = self._weights.get(key)
+        if own is None:
+            own = head_weights(self._lens, site, names, applied_to_values=applied_to_values)
+            self._weights[key] = own
+        return own
 
     def _refuse_norm(
         self,
@@ -363,13 +374,13 @@ class Vocabulary:
         return self.unembedding.scores(directions)
 
     def ranks(
-        self, directions: Float[Tensor, "*some d_model"], tokens: Sequence[Whole]
+        self, directions: Float[Tensor, "*some d_model"], tokens: Sequence[str | Whole]
     ) -> Int[Tensor, "*some token"]:
         """Give the place of some tokens among all, for each direction; 1: the largest score.
 
         Other tokens with the same score count before it. A direction that is 0 ranks nothing: −1.
         """
-        ids = torch.tensor([self._token(token) for token in tokens])
+        ids = torch.tensor([self.token(token) for token in tokens])
         flat = directions.reshape(-1, directions.shape[-1])
         found = torch.full((len(flat), len(ids)), -1)
         size = max(1, _CELLS // self._lens.d_vocab)
@@ -388,9 +399,6 @@ class Vocabulary:
         Raises:
             BadInput: an empty text, or an id that is none.
         """
-        return self._token(given)
-
-    def _token(self, given: object) -> int:
         number = as_whole(given)
         if number is not None:
             if not 0 <= number < self._lens.d_vocab:
@@ -416,18 +424,20 @@ class Vocabulary:
         k: Whole = 5,
     ) -> HeadReading:
         """Read vectors of one head in tokens; see `read_vectors`."""
-        names = [kinds] if isinstance(kinds, str) else list(kinds)
-        for kind in names:
+        given = [kinds] if isinstance(kinds, str) else list(kinds)
+        for kind in given:
             one_of("kinds", kind, KINDS)
+        names = [kind for kind in KINDS if kind in given]
         k = whole("k", k, least=1)
-        token = None if target is None else self._token(target)
+        token = None if target is None else self.token(target)
         site, index = self._head(ra, head)
-        example = _read_example(ra, example)
+        example = read_example(ra, example)
         rows: list[VectorReading] = []
         for kind in names:
             directions = self.vectors(ra, (site.layer, index), kind, example=example)
             n = len(directions)
-            tokens = _tokens(ra, site.side_of(_RECIPES[kind].vector), example, n)
+            side = site.side_of(_RECIPES[kind].vector)
+            tokens, _, _ = kept_tokens(ra, side, example, n, None)
             chosen = range(n) if positions is None else places("positions", positions, n, "tokens")
             rows += self._entries(kind, directions, tokens, sorted(set(chosen)), token, k)
         rows.sort(key=lambda row: row.position)  # which keeps the order of kinds
@@ -450,19 +460,19 @@ class Vocabulary:
                 yield VectorReading(*entry, (), ())
                 continue
             scores = self.scores(direction)
-            ends = (
-                self._named(scores.topk(min(k, len(scores)), largest=up)) for up in (True, False)
-            )
+            n = min(k, len(scores))
+            top, bottom = (self._named(*scores.topk(n, largest=up)) for up in (True, False))
             rank = score = None
             if target is not None:
                 rank, score = int((scores >= scores[target]).sum()), float(scores[target])
-            yield VectorReading(*entry, *ends, rank, score)
+            yield VectorReading(*entry, top, bottom, rank, score)
 
-    def _named(self, found: tuple[Tensor, Tensor]) -> tuple[TokenScore, ...]:
-        values, ids = (part.tolist() for part in found)
+    def _named(
+        self, scores: Float[Tensor, "some"], ids: Int[Tensor, "some"]
+    ) -> tuple[TokenScore, ...]:
         return tuple(
             TokenScore(self._lens.decode(token), score, token)
-            for score, token in zip(values, ids, strict=True)
+            for score, token in zip(scores.tolist(), ids.tolist(), strict=True)
         )
 
 
@@ -496,8 +506,8 @@ def read_vectors(
     Returns:
         One entry per position and kind; `to_dataframe()` makes a table of them.
 
-    Cost: a forward pass of five tokens for the unembedding, and one for each weight of the layer
-    that a kind needs; then one product with W_U per vector. `Vocabulary` keeps what it has read.
+    Cost: a forward pass of five tokens for the unembedding and one for the layer; then one product
+    with W_U per vector. `Vocabulary` keeps what it has read.
 
     Raises:
         BadInput: no such head, kind, position, example or token, or a cache of another model.
@@ -508,24 +518,3 @@ def read_vectors(
     return Vocabulary(model).read(
         ra, head, kinds=kinds, positions=positions, example=example, target=target, k=k
     )
-
-
-def _read_example(ra: RACache, example: Whole) -> int:
-    index = whole("example", example)
-    if not 0 <= index < ra.batch_size:
-        raise BadInput(f"found example={index}; this cache has examples 0 to {ra.batch_size - 1}.")
-    return index
-
-
-def _columns(ra: RACache, side: Side, example: int, length: int) -> slice:
-    """Where the tokens of an example lie."""
-    rows = ra.info.tokens_of(side)
-    if rows is None:
-        return slice(0, length)
-    start = 0 if side == "decoder" or ra.info.starts is None else ra.info.starts[example]
-    return slice(start, start + len(rows[example]))
-
-
-def _tokens(ra: RACache, side: Side, example: int, length: int) -> Sequence[str]:
-    rows = ra.info.tokens_of(side)
-    return [f"#{i}" for i in range(length)] if rows is None else rows[example]

@@ -6,8 +6,8 @@ gradient) does not have. What remains is linear:
 
     direction d  ↦  g ⊙ (d − mean(d))
 
-It is what N adds for a small d, up to the positive factor 1 / size(x) and to the part of d that lies
-along x itself, which the size takes out again. b is the same for every x, and belongs to no d.
+It is what N adds for a small d, up to the positive factor 1 / size(x) and to the part of d that
+lies along x itself, which the size takes out again. b is the same for every x, and belongs to no d.
 
 The gain is read by showing the norm vectors of ±1, so that it does not matter where a class keeps
 it, or whether it stores 1 + g; what is read must then give what the norm gives for another vector.

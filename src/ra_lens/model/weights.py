@@ -4,7 +4,7 @@
 
 Where a module keeps them differs; where they mean something else (latent attention, adapters that
 are not merged, quantised integers) what is read would be wrong. So one short run compares: the
-difference of two tokens' x, times the weight, must be the difference of what the layer made of them.
+difference of two tokens' x, times the weight, must be that of what the layer made of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
@@ -76,14 +75,15 @@ def head_weights(
         UnsupportedModel: one is not there as a plain matrix of each head, the layer does something
             else, or another module than a norm in front stands between it and the residual stream.
     """
-    names = tuple(dict.fromkeys(names))
     refuse = partial(_unsupported, lens, site)
     if not site.prefix.startswith("blocks.") or site.cross or site.repeated:
         raise refuse("it is not one of a single stack of blocks, each of which runs once")
     at, block = Projections(lens, site), lens.module.get_submodule(site.block)
-    found = {name: _read(at.module, site, name, refuse) for name in names}
+    found = dict[HeadWeight, Tensor]()
+    for name in names:
+        found[name] = _read(at.module, site, name, refuse)
     around = _around(block, at.module)
-    points = {
+    points: dict[HeadWeight, tuple[nn.Module | None, nn.Module | None]] = {
         "W_Q": (at.reads("query_in"), at.gives("q")),
         "W_K": (at.reads("key_in"), at.gives("k")),
         "W_V": (at.reads("value_in"), at.gives("v")),
