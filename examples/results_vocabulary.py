@@ -8,7 +8,7 @@ tokens: of the three heads with the largest ‖R‖ in each third of the layers,
 drawn from the same layers. What counts is the rank of the answer's first token among all, and that
 of the answer to another question. Then it refreshes the tables of docs/vocabulary.md. Every task is
 a table in examples/results-vocabulary: a run that was stopped goes on, and with all tables there it
-only writes. `--results` names another folder, to begin anew. Five minutes of one core.
+only writes. `--results` names another folder, to begin anew. Four minutes of one core.
 
 `--source download` reads the pairs of Todd et al. as the paper used them; a folder of such files
 works offline.
