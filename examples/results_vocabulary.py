@@ -193,7 +193,7 @@ def of_third(frame: Any, kinds: tuple[str, ...] = KINDS) -> pd.DataFrame:
         of_kind = frame[frame.kind == kind]
         strongest, drawn = (of_kind[of_kind.picked == p] for p in ("strongest", "drawn"))
         ranks = by_question(strongest, "rank")
-        rows[f"`{kind}`"] = {
+        rows[kind] = {
             "median rank, strongest": median(strongest),
             "drawn": median(drawn),
             "among ten, strongest": top_10(strongest),
@@ -202,9 +202,9 @@ def of_third(frame: Any, kinds: tuple[str, ...] = KINDS) -> pd.DataFrame:
             "× nearer than another answer": nearer(ranks, by_question(strongest, "rank_of_other")),
         }
     table = pd.DataFrame(rows).T
-    if "`out_step`" in table.index:  # the same for all heads of a layer
+    if "out_step" in table.index:  # the same for all heads of a layer
         of_drawn = [name for name in table.columns if "drawn" in name]
-        table.loc["`out_step`", of_drawn] = "–"
+        table.loc["out_step", of_drawn] = "–"
     return table
 
 
@@ -213,7 +213,7 @@ def by_task(frame: Any) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for kind in KINDS:
         of_kind = frame[(frame.kind == kind) & (frame.picked == "strongest")]
-        rows[f"`{kind}`"] = {
+        rows[kind] = {
             task: median(of_kind[of_kind.task == task]) for task in of_kind.task.unique()
         }
     return pd.DataFrame(rows).T
