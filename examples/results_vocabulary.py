@@ -213,9 +213,7 @@ def by_task(frame: Any) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for kind in KINDS:
         of_kind = frame[(frame.kind == kind) & (frame.picked == "strongest")]
-        rows[kind] = {
-            task: median(of_kind[of_kind.task == task]) for task in of_kind.task.unique()
-        }
+        rows[kind] = {task: median(of_kind[of_kind.task == task]) for task in of_kind.task.unique()}
     return pd.DataFrame(rows).T
 
 
