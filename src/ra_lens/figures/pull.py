@@ -14,13 +14,12 @@ from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import Layout, finish, plotly_text
+from ra_lens.figures.style import PULL, PUSH, Layout, finish, plotly_text
 from ra_lens.head_maps import Cell, HeadMaps, head_of_example
 from ra_lens.head_names import Head
 from ra_lens.numbers import Whole, whole
 from ra_lens.text import label
 
-_PULL, _PUSH = (178, 24, 43), (33, 102, 172)
 _LEFT, _RIGHT = 0.0, 1.0
 
 
@@ -88,8 +87,8 @@ def query_key_pull(
         x=0.5,
         y=-1,
         text=(
-            f"{maps.label}: descent <span style='color:rgb{_PULL}'>pulls the query to the key"
-            f"</span>, <span style='color:rgb{_PUSH}'>pushes it away</span>"
+            f"{maps.label}: descent <span style='color:rgb{PULL}'>pulls the query to the key"
+            f"</span>, <span style='color:rgb{PUSH}'>pushes it away</span>"
         ),
         showarrow=False,
         yshift=20,
@@ -100,7 +99,7 @@ def query_key_pull(
 
 def _line(maps: HeadMaps, cell: Cell) -> go.Scatter:
     share = abs(cell.ra) / (maps.limit or 1.0)
-    red, green, blue = _PULL if cell.moves == "more" else _PUSH
+    red, green, blue = PULL if cell.moves == "more" else PUSH
     from_, to = cell.query - maps.first, cell.key - maps.first_key
     query = f"{plotly_text(label(maps.query_token(cell)))} ({cell.query})"
     key = f"{plotly_text(label(maps.key_token(cell)))} ({cell.key})"
