@@ -66,8 +66,8 @@ class VectorCollector:
         """
         self._lens, self._sites, self._kinds, self._root = lens, sites, kinds, root
         self._found: dict[int, dict[VectorKind, Tensor]] = {layer: {} for layer in sites}
+        self._shapes: dict[int, dict[VectorKind, Tensor]] = {layer: {} for layer in sites}
         self._times: Counter[tuple[int, str]] = Counter()  # how often each was shown
-        self._why: dict[int, str] = {}
 
     def _want(self, *kinds: VectorKind) -> bool:
         return not self._kinds.isdisjoint(kinds)
@@ -124,11 +124,7 @@ class VectorCollector:
         site = self._sites[layer]
         n, n_heads, rows, columns = pattern.shape
         product = product_behind(pattern, rows, columns)
-        if product is None:
-            self._why[layer] = (
-                f"queries and keys of {site.label} are in no product that autograd keeps: a hook "
-                "replaces one of them, or the model computes its scores in another way"
-            )
+        if product is None:  # a hook replaces queries or keys, so that autograd keeps none
             return
         times = product.factor / site.need_scale()  # 1 where nothing was scaled before the product
         query = product.left.unflatten(0, (n, n_heads)).transpose(1, 2)
@@ -145,6 +141,8 @@ class VectorCollector:
             self._keep(layer, "query_grad", at_query if times == 1 else at_query / times)
             self._keep(layer, "key_grad", self._sum_of_group(site, at_key))
 
+        self._expect(layer, "query_grad", query)
+        self._expect(layer, "key_grad", self._first_of_group(site, key))
         if self._want("query_grad", "key_grad"):
             product.on_gradients(receive)
 
@@ -167,6 +165,7 @@ class VectorCollector:
                 at_value = right.unflatten(0, split).transpose(1, 2)
                 self._keep(layer, "value_grad", self._sum_of_group(site, at_value))
 
+        self._expect(layer, "value_grad", self._first_of_group(site, value))
         if self._want("value_grad"):
             product.on_gradients(receive)
 
@@ -182,6 +181,7 @@ class VectorCollector:
             if latest():
                 self._keep(layer, "z_grad", grad.reshape(by_head.shape))
 
+        self._expect(layer, "z_grad", by_head)
         if self._want("z_grad"):
             rooted.register_hook(receive)
         return rooted
@@ -190,6 +190,7 @@ class VectorCollector:
         out: Tensor = output[0] if isinstance(output, tuple) else output
         if not torch.is_grad_enabled() or not out.requires_grad:
             return
+        self._expect(layer, "attn_out_grad", out)
         latest = self._latest(layer, "out")
 
         def receive(grad: Tensor) -> None:
@@ -205,6 +206,7 @@ class VectorCollector:
         if not torch.is_grad_enabled() or not given.requires_grad:
             return
         heads = site.n_heads if kind == "q_grad" else site.n_key_value_heads
+        self._expect(layer, kind, given.detach().reshape(*given.shape[:2], heads, -1))
         latest = self._latest(layer, kind)
 
         def receive(grad: Tensor) -> None:
@@ -245,6 +247,11 @@ class VectorCollector:
         if kind in self._kinds:
             self._found[layer][kind] = value
 
+    def _expect(self, layer: int, kind: VectorKind, like: Tensor) -> None:
+        """Remember the shape of a gradient, which is 0 where none arrives."""
+        if kind in self._kinds:
+            self._shapes[layer][kind] = like.detach().new_zeros(()).expand(like.shape)
+
     # ---- afterwards -----------------------------------------------------------------------------
 
     def found(self, loss_scale: float = 1.0) -> Iterator[tuple[Site, dict[VectorKind, Tensor]]]:
@@ -254,6 +261,7 @@ class VectorCollector:
         the gradient of.
         """
         for layer, found in self._found.items():
+            found |= {k: zero for k, zero in self._shapes[layer].items() if k not in found}
             vectors = dict[VectorKind, Tensor]()
             for kind, value in found.items():
                 wide = value.to(torch.promote_types(value.dtype, torch.float32))
