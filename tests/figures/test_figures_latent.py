@@ -211,14 +211,14 @@ def test_labels_of_an_ordinary_prompt_are_all_there_and_apart(seed: int, n: int)
 
 
 def test_of_a_crowd_those_of_the_strongest_pairs_are_named(ra: RACache) -> None:
-    words = tuple(f" w{i}" for i in range(40))
+    words = tuple(f" w{i}" for i in range(30))
     ra = with_vectors(make((words,)))
-    figure = latent_space(ra, (0, 0), k=3, max_tokens=40, width=240)
+    figure = latent_space(ra, (0, 0), k=3, max_tokens=30, width=200)
     shown = {(note.name, note.text) for note in figure.layout.annotations if note.name != "step"}
-    assert len(shown) < 80
+    assert len(shown) < 60
     for query, key in cell_names(ra, 0, 0, 0, 3):
         assert {("query", f"·w{query}"), ("key", f"·w{key}")} <= shown
-    assert len(of(figure, "queries").x) == 40  # pointing at a marker tells its token
+    assert len(of(figure, "queries").x) == 30  # pointing at a marker tells its token
 
 
 def test_a_token_that_comes_twice_has_its_position(ra: RACache) -> None:
