@@ -136,7 +136,7 @@ def test_lines_join_the_pairs_with_the_largest_r(ra: RACache) -> None:
         np.testing.assert_allclose([trace.x[0], trace.y[0]], queries[query], atol=1e-9)
         np.testing.assert_allclose([trace.x[-1], trace.y[-1]], keys[key], atol=1e-9)
         value = ra["ra", 2][0, 1, query, key].item()
-        assert trace.line.color.startswith("rgba(178,24,43" if value < 0 else "rgba(33,102,172")
+        assert trace.line.color.startswith("rgba(208,58,60" if value < 0 else "rgba(52,126,198")
         sign = "+" if value < 0 else "−"
         assert f"−R = {sign}{abs(value):.3g}" in trace.hovertemplate
     widths = [trace.line.width for trace in lines]

@@ -148,7 +148,7 @@ def _line(space: LatentSpace, drawing: Drawing, cell: Cell) -> go.Scatter:
         y=[query[1] + s * (key[1] - query[1]) for s in steps],
         mode="lines",
         line={
-            "color": f"rgba({red},{green},{blue},{0.2 + 0.6 * share:.2f})",
+            "color": f"rgba({red},{green},{blue},{0.35 + 0.5 * share:.2f})",
             "width": 0.8 + 3.2 * share,
         },
         name=_pair_name(space, cell),

@@ -21,6 +21,7 @@ from ra_lens.numbers import Whole, whole
 from ra_lens.text import label
 
 _LEFT, _RIGHT = 0.0, 1.0
+_LABEL, _BESIDE = 16, 124  # characters, and pixels of them
 
 
 def query_key_pull(
@@ -73,9 +74,10 @@ def query_key_pull(
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,
         hovermode="closest",
-        margin_b=12,
+        # Labels take as many pixels in a narrow figure as in a wide one.
+        margin={"l": _BESIDE, "r": _BESIDE, "b": 12},
     )
-    figure.update_xaxes(visible=False, range=[-0.45, 1.45], fixedrange=True)
+    figure.update_xaxes(visible=False, range=[_LEFT, _RIGHT], fixedrange=True)
     figure.update_yaxes(visible=False, range=[rows - 0.4, -1.4], fixedrange=True)
     heads = (("query", _LEFT, "right"), ("key", _RIGHT, "left"))
     for text, x, side in heads:
@@ -120,7 +122,7 @@ def _line(maps: HeadMaps, cell: Cell) -> go.Scatter:
         y=[from_ + s * (to - from_) for s in smooth],
         mode="lines",
         line={
-            "color": f"rgba({red},{green},{blue},{0.25 + 0.75 * share:.2f})",
+            "color": f"rgba({red},{green},{blue},{0.4 + 0.6 * share:.2f})",
             "width": 1 + 6 * share,
         },
         name=f"{query} → {key}",
@@ -133,7 +135,7 @@ def _tokens(
 ) -> None:
     for i, token in enumerate(tokens):
         on = first + i in used
-        name = plotly_text(label(token, 18))
+        name = plotly_text(label(token, _LABEL))
         figure.add_annotation(
             x=x,
             y=i,

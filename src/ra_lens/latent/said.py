@@ -33,3 +33,12 @@ def said_of_sharing(space: LatentSpace) -> str:
     if len(heads) == 1:
         return ""
     return f"heads {heads[0]} to {heads[-1]} read these keys: a key’s arrow is of all {len(heads)}"
+
+
+def said_of_limits() -> tuple[str, ...]:
+    """Say how to read a drawing, and what it cannot show."""
+    return (
+        "Attention is decided by q·k, hence by lengths and angles from the vector 0 (the small "
+        "cross), not by the distance of two points. Vectors are as they enter q·k, rotated where "
+        "the model rotates; the plane shows the share of their variance that its axes say.",
+    )

@@ -228,19 +228,24 @@ def _frame(
 def _prompt(ra: RACache, shown: Shown, place: int, patched: Sequence[PatchedPrompt]) -> str:
     example = shown.examples[place]
     title = f"<h2>Prompt {place + 1}</h2>" if len(shown.examples) > 1 else ""
-    read = sides(ra)
-    last = read[-1]
-    chips = ""
-    for side, name in zip(read, ("encoder", "decoder"), strict=False):
-        chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
-        tokens = prompt_tokens(ra, example, side, target=side == last)
-        chips += _chips(tokens, side, place) if tokens else ""
+    chips = token_chips(ra, example, place)
     after = _predictions(ra, example, patched[place]) if patched else ""
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (
         f'<div class="example" data-example="{place}">{title}<div class="stick">{chips}</div>'
         f'<div class="beside">{html.facts(ra.facts(example))}{after}</div></div>'
     )
+
+
+def token_chips(ra: RACache, example: int, place: int = 0) -> str:
+    """Write the tokens of an example, the prompt at some place of a page."""
+    read = sides(ra)
+    last, chips = read[-1], ""
+    for side, name in zip(read, ("encoder", "decoder"), strict=False):
+        chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
+        tokens = prompt_tokens(ra, example, side, target=side == last)
+        chips += _chips(tokens, side, place) if tokens else ""
+    return chips
 
 
 def _chips(tokens: Sequence[tuple[str, str]], side: str, place: int) -> str:

@@ -8,9 +8,7 @@ query can look at, per head and prompt: 1.7 MB for GPT-2 small on 64 tokens, 14 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
@@ -26,7 +24,7 @@ from ra_lens.paths.result import Follow
 from ra_lens.prompts import PromptInput
 from ra_lens.report.explorer import Shown, choose, explorer
 from ra_lens.report.predictions import PatchedPrompt
-from ra_lens.report.sections import Section, page
+from ra_lens.report.sections import Section, how_it_was_made, page
 from ra_lens.report.view import Sign, heading_of, how_to_read, read_view
 from ra_lens.text import label
 
@@ -104,7 +102,7 @@ def write_report(
         *([_paths(traces)] if traces else []),
         *sections,
         Section("How to read the maps", how_to_read(sign)),
-        _made(command),
+        how_it_was_made(command),
     ]
     heading = title or heading_of(ra)
     style, script = (resource("ra_lens.report", f"explorer.{end}") for end in ("css", "js"))
@@ -170,14 +168,3 @@ def _paths(traces: Sequence[TraceResult]) -> Section:
         "came from. Scores are sums of log weights: closer to 0, more weight."
     )
     return Section("Paths to the last token", (text,), traces=tuple(traces))
-
-
-def _made(command: str | None) -> Section:
-    rows = [] if command is None else [("Command", command)]
-    for name in ("ra-lens", "transformer-lens", "torch"):
-        try:
-            rows.append((name, version(name)))
-        except PackageNotFoundError:
-            rows.append((name, "unknown version"))
-    rows.append(("Python", platform.python_version()))
-    return Section("How this was made", table=Table(("", ""), tuple(rows)))
