@@ -5,21 +5,22 @@ Of an attention layer with heads h, queries q and keys k (paper, section 3),
     q = x W_Q + b_Q,  k = x W_K + b_K,  v = x W_V + b_V        then rotated, normalised …
     S = c·q·k,  A = softmax(S),  z = A·v,  out = Σ_h z W_O + b_O
 
-| kind | shape | what it is | the hook of TransformerLens |
-|---|---|---|---|
-| `query_in`, `key_in`, `value_in` | `[batch, pos, d_model]` | x, what W_Q, W_K and W_V read | \
-`attn.q.hook_in` and so on (bridge) |
-| `q_grad`, `k_grad`, `v_grad` | `[batch, pos, head, d_head]` | gradient at what the projections \
-give, before rotation and norms | `hook_q`, `hook_k`, `hook_v` |
-| `query`, `key` | `[batch, pos, head, d_head]` | q and k as they enter their product, so that \
-S = c·q·k, and a bias or a cap | `hook_rot_q`, `hook_rot_k` where the model rotates, else `hook_q`, \
-`hook_k`, where it has no norm |
-| `value` | `[batch, pos, head, d_head]` | v as the pattern is applied to it | `hook_v` |
-| `z` | `[batch, pos, head, d_head]` | what the heads give to W_O | `hook_z` |
-| `query_grad`, `key_grad`, `value_grad`, `z_grad` | as those | δ_q, δ_k, δ_v and e | the \
-gradients there |
-| `attn_out_grad` | `[batch, pos, d_model]` | δ_o, the gradient at the layer's output | \
-`hook_attn_out`, where no norm follows |
+    kind                      shape                       what it is, and the TransformerLens hook
+    query_in, key_in,         [batch, pos, d_model]       x, what W_Q, W_K and W_V read; on a bridge
+    value_in                                              attn.q.hook_in, k.hook_in, v.hook_in
+    q_grad, k_grad, v_grad    [batch, pos, head, d_head]  gradient at what the projections give,
+                                                          before rotation and norms: hook_q, hook_k,
+                                                          hook_v
+    query, key                [batch, pos, head, d_head]  q and k as they enter their product:
+                                                          hook_rot_q, hook_rot_k where the model
+                                                          rotates, hook_q, hook_k where not, less
+                                                          norms that come after the hook
+    value                     [batch, pos, head, d_head]  v as the pattern is applied to it: hook_v
+    z                         [batch, pos, head, d_head]  what the heads give to W_O: hook_z
+    query_grad, key_grad,     as those                    δ_q, δ_k, δ_v and e: the gradients there
+    value_grad, z_grad
+    attn_out_grad             [batch, pos, d_model]       δ_o, the gradient at the layer's output:
+                                                          hook_attn_out, where no norm precedes it
 
 Keys and values have as many heads as the model has key/value heads; their gradients are summed over
 the query heads of a group. A positive gradient: the loss rises along it, and descent goes the other
@@ -43,9 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ra_lens.errors import UnsupportedModel
 from ra_lens.model import Lens, Site
-from ra_lens.model.products import Product, product_behind
+from ra_lens.model.products import product_behind
 from ra_lens.model.projections import Projections
 from ra_lens.model.sites import VectorKind
 

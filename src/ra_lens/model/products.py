@@ -1,9 +1,9 @@
 """The two products of an attention layer, q·k and A·V, as the autograd graph holds them.
 
 Models come to them in many ways: rotated, normalised, scaled before or after, with biases, capped,
-written as a matmul, an einsum or a sum with a bias. What they have in common is a batched product of
-matrices, and for its backward pass autograd keeps both factors. Walking back from the pattern, or
-from z, to the nearest such product finds them as they entered it, and a hook on that node of the
+written as a matmul, an einsum or a sum with a bias. What they have in common is a batched product
+of matrices, and for its backward pass autograd keeps both factors. Walking back from the pattern,
+or from z, to the nearest such product finds them as they entered it, and a hook on that node of the
 graph is given the gradients of both.
 """
 
