@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.model.lens import Lens
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,14 @@ class Gain:
 def no_norm(like: Float[Tensor, "*some d_model"]) -> Gain:
     """The gain of no norm at all."""
     return Gain(torch.ones_like(like.reshape(-1, like.shape[-1])[0]), centred=False)
+
+
+def gain_in(
+    lens: Lens, norm: nn.Module, like: Float[Tensor, "batch pos d_model"], where: str
+) -> Gain:
+    """Read the linear part of a norm of a model, on which nothing is left; see `read_gain`."""
+    with lens.without_hooks(), lens.tensors_put_back():
+        return read_gain(norm, like.to(lens.dtype), f"the norm {where} of {lens.name}")
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
-from ra_lens.model.gains import Gain, no_norm, read_gain
+from ra_lens.model.gains import Gain, gain_in, no_norm
 from ra_lens.model.lens import Lens
 from ra_lens.model.short_run import Seen, fits, same, short_run
 
@@ -97,8 +97,7 @@ def _final_gain(
         raise _unsupported(
             lens, "something beside the final norm stands between its last block and W_U"
         )
-    like = at_norm.taken.to(lens.dtype)
-    return read_gain(norm, like, f"the final norm of {lens.name}")
+    return gain_in(lens, norm, at_norm.taken, "before the unembedding")
 
 
 def _same_order(scores: Tensor, logits: Tensor) -> bool:

@@ -19,7 +19,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
-from ra_lens.model.gains import Gain, no_norm, read_gain
+from ra_lens.model.gains import Gain, gain_in, no_norm
 from ra_lens.model.lens import Lens
 from ra_lens.model.projections import Projections
 from ra_lens.model.short_run import Seen, fits, same, short_run
@@ -185,9 +185,7 @@ def _norm_in_front(
         at = _of(seen, module)
         if at.taken is not None and at.gave is not None and same(at.gave, into):
             if same(at.taken, stream):
-                like = at.taken.to(lens.dtype)
-                with torch.no_grad(), lens.without_hooks():
-                    return read_gain(module, like, f"the norm before {site.label} of {lens.name}")
+                return gain_in(lens, module, at.taken, f"before {site.label}")
             if not same(at.taken, at.gave):
                 break
     raise refuse("what it reads is not the residual stream behind one norm")
