@@ -456,7 +456,7 @@ def pulls(
         ra: A run with `vectors=True`, or at least `query` and `key`; with `eta` also `query_in`,
             `q_grad`, `key_in` and `k_grad`.
         head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
-        example: Which prompt (negative: from the end).
+        example: Which prompt.
         k: How many pairs at most; those with R = 0 are none.
         eta: Size of a step to take. Default: none is taken. Costs a forward pass of all prompts and
             a backward pass down to this layer.

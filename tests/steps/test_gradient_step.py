@@ -129,7 +129,8 @@ def test_a_step_learnt_from_padded_prompts_and_applied_to_padded_ones(
         wanted = after.logits(row.unsqueeze(0))[0, -1]
         assert relative(again[i, -1], wanted) < 2e-5
     losses = [
-        float(-after.logits(r[None])[0, -1].log_softmax(-1)[t]) for r, t in zip(rows, targets)
+        float(-after.logits(r[None])[0, -1].log_softmax(-1)[t])
+        for r, t in zip(rows, targets, strict=True)
     ]
     assert stepped.loss.tolist() == pytest.approx(losses, rel=1e-4)
 
