@@ -28,39 +28,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
-from ra_lens.errors import BadInput, NothingToDifferentiate, NotStored, UnsupportedModel, one_of
+from ra_lens.errors import BadInput, NothingToDifferentiate, UnsupportedModel, one_of
+from ra_lens.head_maps import kept_tokens, read_example, read_head
 from ra_lens.head_names import Head, Heads, list_heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import FwdHooks, Lens, PrependBos, Site, as_lens
-from ra_lens.model.sites import VECTOR_KINDS, VectorKind
-from ra_lens.model.weight_in_use import Weight, WeightInUse, weight_in_use
-from ra_lens.numbers import Real, Whole, places, real, whole
+from ra_lens.model.sites import VectorKind
+from ra_lens.model.weight_in_use import Matrix, WeightInUse, weight_in_use
+from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.prompts import PaddingSide, PromptInput
 from ra_lens.run import run_with_ra
 from ra_lens.targets import Answers, Metric, Objective, Position
 from ra_lens.text import label
+from ra_lens.vjp import FACTORS, WEIGHTS, Weight
 
 if TYPE_CHECKING:
     import pandas as pd
 
 HookPairs = list[tuple[str, Callable[..., Any]]]
 
-WEIGHTS: tuple[Weight, ...] = get_args(Weight)
-# What a matrix read, and the gradient at what it gave.
-_FACTORS: dict[Weight, tuple[VectorKind, VectorKind]] = {
-    "W_Q": ("query_in", "q_grad"),
-    "W_K": ("key_in", "k_grad"),
-    "W_V": ("value_in", "v_grad"),
-    "W_O": ("z", "attn_out_grad"),
-}
+_MATRICES: dict[Weight, Matrix] = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
 _OF_QUERIES: tuple[Weight, ...] = ("W_Q", "W_O")
 # Largest error of what should be equal, relative to its size: a few roundings in that type.
 _ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -134,7 +130,7 @@ def gradient_step(
     lens, size = as_lens(model), real("eta", eta)
     pairs: HookPairs = []
     for site, weight, chosen in _stepped(lens, ra, heads, read_weights(weights)):
-        at = weight_in_use(lens, site, weight)
+        at = weight_in_use(lens, site, _MATRICES[weight])
         matrices = -size * _gradients(ra, site, weight)[chosen]
         if weight != "W_O":
             pairs.append((at.name, _Shift(at, site, weight, matrices, chosen).at_output))
@@ -163,10 +159,10 @@ def gradient_norm(
     *,
     weights: Weight | Iterable[Weight] = WEIGHTS,
 ) -> float:
-    """‖∂L/∂W‖ over the matrices that `gradient_step` steps; a step of η is foretold −η times its square.
+    """‖∂L/∂W‖ over the matrices that `gradient_step` steps.
 
-    The natural unit of η is L / ‖∂L/∂W‖², the step of which first order says that it takes the
-    whole loss away.
+    A step of η is foretold to change the loss by −η times its square. The natural unit of η is
+    therefore L / ‖∂L/∂W‖²: the step that, to first order, takes the whole loss away.
     """
     parts = _stepped(as_lens(model), ra, heads, read_weights(weights))
     squares = [
@@ -204,24 +200,13 @@ def _need_the_model(lens: Lens, site: Site) -> None:
 
 def _vectors(ra: RACache, site: Site, kind: VectorKind) -> Tensor:
     """Vectors of a layer, with a batch dimension."""
-    if (kind, site.layer) not in ra:
-        held = [one for one in VECTOR_KINDS if (one, site.layer) in ra]
-        model = (
-            f" It holds {', '.join(held)}; if the run asked for {kind}, the model does not show it."
-            if held
-            else ""
-        )
-        raise NotStored(
-            f"{kind!r} of {site.label} is not in this cache, and a step is made of it. Run again "
-            f"with run_with_ra(..., vectors=True).{model}"
-        )
     value = ra[kind, site.layer]
     return value if ra.has_batch_dim else value.unsqueeze(0)
 
 
 def _gradients(ra: RACache, site: Site, weight: Weight) -> Float[Tensor, "head _in _out"]:
     """Gradient of the mean loss at a matrix of every head of a layer."""
-    read, given = (_vectors(ra, site, kind) for kind in _FACTORS[weight])
+    read, given = (_vectors(ra, site, kind) for kind in FACTORS[weight])
     n = ra.batch_size if ra.loss.ndim or not ra.has_batch_dim else 1
     if weight == "W_O":
         form = "batch pos head d_head, batch pos d_model -> head d_head d_model"
@@ -363,7 +348,7 @@ class Pull:
             and so are the next two.
         product_after: q·k after it.
         cosine_after: Of the angle then.
-        query_token: The token that looks; empty where the cache was not told.
+        query_token: The token that looks; `#3` where the cache was not told.
         key_token: The token looked at.
         example: Which prompt of several.
     """
@@ -459,7 +444,7 @@ def pulls(
     input: PromptInput | None = None,
     **options: Unpack[RunOptions],
 ) -> Pulls:
-    """Which queries and keys of a head the loss wants nearer to each other, and which further apart.
+    """Queries and keys of a head that the loss draws together, and those it drives apart.
 
     R is the gradient at q·k: descent raises the product of a pair with R < 0. With `eta` the step
     is really taken, on W_Q and W_K of this head for this example's loss: the model runs with
@@ -471,7 +456,7 @@ def pulls(
         ra: A run with `vectors=True`, or at least `query` and `key`; with `eta` also `query_in`,
             `q_grad`, `key_in` and `k_grad`.
         head: `"L2H3"`, `(layer, head)` or a `HeadScore`.
-        example: Which prompt (negative: from the end).
+        example: Which prompt.
         k: How many pairs at most; those with R = 0 are none.
         eta: Size of a step to take. Default: none is taken. Costs a forward pass of all prompts and
             a backward pass down to this layer.
@@ -488,69 +473,48 @@ def pulls(
         NotStored: maps or vectors that were not kept.
         UnsupportedModel: a step that cannot be taken; see `gradient_step`.
     """
-    site, index = _one_head(ra, head)
-    one = places("example", example, ra.batch_size, "examples")[0]
+    layer, index = read_head(ra, head)
+    site, one = ra.sites[layer], read_example(ra, example)
     k = whole("k", k, least=1)
     size = None if eta is None else real("eta", eta)
-    name = f"L{site.layer}H{index}"
-    r, pattern = (_map(ra, kind, site, one, index) for kind in ("ra", "pattern"))
-    if r is None:
-        raise NotStored(f"{name} has no 'ra' in this cache: run again with store='maps'.")
-    before = [_vectors(ra, site, kind)[one] for kind in ("query", "key")]
-    after = None
+    r = _of_one(ra, ra["ra", layer], one)[index]
+    no_pattern = torch.full_like(r, float("nan"))
+    pattern = (
+        _of_one(ra, ra["pattern", layer], one)[index] if ("pattern", layer) in ra else no_pattern
+    )
+    query, key = _query_and_key(ra, site, one, index)
+    product, cosine = _product_and_cosine(query, key)
+    predicted = product_after = cosine_after = no_pattern
     if size is not None:
-        after = _after_step(ra, site, (site.layer, index), one, size, model, input, options)
-    group = site.kv_group(index)
-    q, key = before[0][:, index], before[1][:, group]
-    moved = None if after is None else (after[0][one][:, index], after[1][one][:, group])
-    product, cosine = _product_and_cosine(q, key)
-    if moved is not None:
-        product_after, cosine_after = _product_and_cosine(*moved)
-        predicted = (moved[0] - q) @ key.T + q @ (moved[1] - key).T
-    queries, keys = (_tokens(ra, site, side, one) for side in ("query", "key"))
+        again = _stepped_run(ra, site, index, one, size, model, input, options)
+        query_after, key_after = _query_and_key(again, site, one, index)
+        product_after, cosine_after = _product_and_cosine(query_after, key_after)
+        predicted = (query_after - query) @ key.T + query @ (key_after - key).T
+    query_tokens, _, rows = kept_tokens(ra, site.query_side, one, r.shape[0], None)
+    key_tokens, _, columns = kept_tokens(ra, site.key_side, one, r.shape[1], None)
     pairs: list[Pull] = []
-    order = r.abs().flatten().sort(descending=True, stable=True).indices.tolist()
-    for row, column in (divmod(at, r.shape[1]) for at in order):
-        if len(pairs) == k or float(r[row, column]) == 0:
+    tables = (r, pattern, product, cosine, predicted, product_after, cosine_after)
+    own = [table[rows, columns] for table in tables]
+    order = own[0].abs().flatten().sort(descending=True, stable=True).indices.tolist()
+    for at in (divmod(place, len(key_tokens)) for place in order[:k]):
+        values = [float(table[at]) for table in own]
+        if values[0] == 0:
             break
-        at = row, column
-        told: dict[str, float] = {}
-        if moved is not None:
-            told["predicted"] = float(predicted[at])
-            told["product_after"] = float(product_after[at])
-            told["cosine_after"] = float(cosine_after[at])
-        pairs.append(
-            Pull(
-                layer=site.layer,
-                head=index,
-                query=row - queries[0],
-                key=column - keys[0],
-                ra=float(r[at]),
-                pattern=float("nan") if pattern is None else float(pattern[at]),
-                product=float(product[at]),
-                cosine=float(cosine[at]),
-                query_token=_token(queries, row),
-                key_token=_token(keys, column),
-                example=one,
-                **told,
-            )
-        )
-    return Pulls(pairs, name, size)
+        tokens = query_tokens[at[0]], key_tokens[at[1]]
+        pairs.append(Pull(layer, index, *at, *values, *tokens, one))
+    return Pulls(pairs, f"L{layer}H{index}", size)
 
 
-def _one_head(ra: RACache, head: Head) -> tuple[Site, int]:
-    chosen = ra.sites.choose_heads([head] if isinstance(head, str) else head)
-    found = [(layer, int(i)) for layer, marks in chosen.items() for i in marks.nonzero()[:, 0]]
-    if len(found) != 1:
-        raise BadInput(f"found head={head!r}, which is {len(found)} heads. Give one.")
-    return ra.sites[found[0][0]], found[0][1]
+def _of_one(ra: RACache, value: Tensor, example: int) -> Tensor:
+    return value[example] if ra.has_batch_dim else value
 
 
-def _map(ra: RACache, kind: str, site: Site, example: int, head: int) -> Tensor | None:
-    if (kind, site.layer) not in ra:
-        return None
-    value = ra[kind, site.layer]
-    return (value[example] if ra.has_batch_dim else value)[head]
+def _query_and_key(
+    ra: RACache, site: Site, example: int, head: int
+) -> tuple[Float[Tensor, "query d_head"], Float[Tensor, "key d_head"]]:
+    query, key = (_of_one(ra, ra[kind, site.layer], example) for kind in ("query", "key"))
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    return query[:, head].to(dtype), key[:, site.kv_group(head)].to(dtype)
 
 
 def _product_and_cosine(
@@ -561,32 +525,16 @@ def _product_and_cosine(
     return product, product / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 
-_Tokens = tuple[int, Sequence[str]]  # column of the first, and the tokens
-
-
-def _tokens(ra: RACache, site: Site, which: str, example: int) -> _Tokens:
-    side = site.query_side if which == "query" else site.key_side
-    rows, starts = ra.info.tokens_of(side), ra.info.starts
-    if rows is None:
-        return 0, ()
-    return (0 if side == "decoder" or starts is None else starts[example]), rows[example]
-
-
-def _token(tokens: _Tokens, column: int) -> str:
-    first, texts = tokens
-    return texts[column - first] if 0 <= column - first < len(texts) else ""
-
-
-def _after_step(
+def _stepped_run(
     ra: RACache,
     site: Site,
-    head: tuple[int, int],
+    head: int,
     example: int,
     eta: float,
     model: nn.Module | None,
     input: PromptInput | None,
     options: RunOptions,
-) -> tuple[Tensor, Tensor]:
+) -> RACache:
     """Queries and keys of a layer after a step on W_Q and W_K of a head."""
     if model is None or input is None:
         missing = "model" if model is None else "input"
@@ -596,9 +544,8 @@ def _after_step(
             "input=prompts)."
         )
     of_example = ra.apply_slice_to_batch_dim([example]) if ra.has_batch_dim else ra
-    hooks = gradient_step(model, of_example, [head], eta, weights=("W_Q", "W_K"))
-    again = _run_again(ra, model, input, options, hooks, site, vectors=("query", "key"))
-    return _vectors(again, site, "query"), _vectors(again, site, "key")
+    hooks = gradient_step(model, of_example, [(site.layer, head)], eta, weights=("W_Q", "W_K"))
+    return _run_again(ra, model, input, options, hooks, site, vectors=("query", "key"))
 
 
 def _run_again(
@@ -717,18 +664,14 @@ def output_shift(
         UnsupportedModel: a step that cannot be taken, see `gradient_step`; or a layer that does
             something else than the softmax of c·q·k (scores with a cap) or gates what heads give.
     """
-    site, index = _one_head(ra, head)
-    chosen, size = read_weights(weights), real("eta", eta)
+    layer, index = read_head(ra, head)
+    site, chosen, size = ra.sites[layer], read_weights(weights), real("eta", eta)
     if "W_O" in chosen:
         raise BadInput("found W_O in weights=, which z does not depend on: it is what W_O reads.")
     kinds: tuple[VectorKind, ...] = ("query", "key", "value", "z")
     before = _of_head(ra, site, index, (*kinds, "query_grad"))
-    for kind in ("ra", "pattern"):
-        if (kind, site.layer) not in ra:
-            raise NotStored(f"{kind!r} of {site.label} was not kept: run with store='maps'.")
-    r, pattern = (ra[kind, site.layer] for kind in ("ra", "pattern"))
-    r, pattern = (one if ra.has_batch_dim else one[None] for one in (r, pattern))
-    r, pattern = r[:, index], pattern[:, index]
+    maps = [ra["ra", layer], ra["pattern", layer]]
+    r, pattern = ((m if ra.has_batch_dim else m[None])[:, index].to(before["z"]) for m in maps)
     _need_plain_attention(site, r, pattern, before)
     hooks = gradient_step(model, ra, [(site.layer, index)], size, weights=chosen)
     again = _run_again(ra, model, input, options, hooks, site, vectors=kinds)
@@ -756,7 +699,9 @@ def _of_head(
     for kind in kinds:
         index = site.kv_group(head) if kind in ("key", "value") else head
         found[kind] = _vectors(ra, site, kind)[:, :, index]
-    return found
+    # Some layers multiply in one type what they made in another.
+    dtype = torch.promote_types(found["query"].dtype, found["z"].dtype)
+    return {kind: value.to(dtype) for kind, value in found.items()}
 
 
 def _need_plain_attention(
@@ -885,7 +830,7 @@ def largest_linear_step(
     within: Real = 0.1,
     **options: Unpack[RunOptions],
 ) -> LinearStep:
-    """Find the largest step after which the loss is what first order foretells, within a share of it.
+    """Find the largest step after which the loss is what first order foretells, or nearly.
 
     Steps are really taken: from one that is foretold to change the mean loss by a thousandth,
     twice as large each time until one fails; then between the last two, until they are within 2 %

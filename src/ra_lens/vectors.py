@@ -206,12 +206,19 @@ class VectorCollector:
         if not torch.is_grad_enabled() or not given.requires_grad:
             return
         heads = site.n_heads if kind == "q_grad" else site.n_key_value_heads
-        self._expect(layer, kind, given.detach().reshape(*given.shape[:2], heads, -1))
+
+        def by_head(value: Tensor) -> Tensor:
+            # Of a HookedTransformer that gives every query head keys of its own, all of one weight.
+            if value.ndim == 4 and kind != "q_grad":
+                return self._sum_of_group(site, value)
+            return value.reshape(*value.shape[:2], heads, -1)
+
+        self._expect(layer, kind, by_head(given.detach()))
         latest = self._latest(layer, kind)
 
         def receive(grad: Tensor) -> None:
             if latest():
-                self._keep(layer, kind, grad.reshape(*grad.shape[:2], heads, -1))
+                self._keep(layer, kind, by_head(grad))
 
         given.register_hook(receive)
 

@@ -20,10 +20,9 @@ from ra_lens.model.in_use import argument_in_use
 from ra_lens.model.lens import Lens
 from ra_lens.model.sites import Site
 
-Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
+Matrix = Literal["q", "k", "v", "o"]
 
-_LETTERS: dict[Weight, str] = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
-_ARGUMENTS: dict[Weight, str] = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}
+_ARGUMENTS: dict[Matrix, str] = {"q": "query_input", "k": "key_input", "v": "value_input"}
 # Of a sum of products that rounds in this type, relative to its size.
 _ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROUNDING_OTHERWISE = 1e-3
@@ -65,18 +64,18 @@ class WeightInUse:
         return found
 
 
-def weight_in_use(lens: Lens, site: Site, weight: Weight) -> WeightInUse:
+def weight_in_use(lens: Lens, site: Site, matrix: Matrix) -> WeightInUse:
     """Find where a matrix of an attention layer is used.
 
     Raises:
         UnsupportedModel: the layer has no such matrix, shows nothing behind it, or puts something
             else around it.
     """
-    label = f"{weight} of {site.label}"
+    label = f"W_{matrix.upper()} of {site.label}"
     attention = lens.module.get_submodule(site.prefix)
     if lens.kind == "HookedTransformer":
-        name = f"{site.prefix}.hook_{_LETTERS[weight]}"
-        if weight == "W_O":
+        name = f"{site.prefix}.hook_{matrix}"
+        if matrix == "o":
             name = f"{site.block}.hook_attn_out"
             if hasattr(lens.module.get_submodule(site.block), "ln1_post"):
                 raise UnsupportedModel(
@@ -85,13 +84,12 @@ def weight_in_use(lens: Lens, site: Site, weight: Weight) -> WeightInUse:
                     "load the model as a TransformerBridge."
                 )
         found = WeightInUse(
-            name, _point(lens, name, label), label, attention, _ARGUMENTS.get(weight)
+            name, _point(lens, name, label), label, attention, _ARGUMENTS.get(matrix)
         )
     else:
-        letter = _LETTERS[weight]
-        name = f"{site.prefix}.{letter}.hook_out"
+        name = f"{site.prefix}.{matrix}.hook_out"
         point = _point(lens, name, label)
-        found = WeightInUse(name, point, label, attention.get_submodule(letter), "input")
+        found = WeightInUse(name, point, label, attention.get_submodule(matrix), "input")
         _need_linear(found)
     return found
 
