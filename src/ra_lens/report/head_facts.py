@@ -22,6 +22,7 @@ from ra_lens.head_names import Head
 from ra_lens.knockouts.read import rests
 from ra_lens.latent import LatentSpace, latent_space_of
 from ra_lens.model import Site
+from ra_lens.model.sites import VECTOR_KINDS
 from ra_lens.numbers import Whole, whole, whole_or_none
 from ra_lens.steps import Pull, pulls
 from ra_lens.text import label
@@ -133,11 +134,11 @@ def head_facts(
     def have(name: str, get: Callable[[], T], otherwise: T) -> T:
         try:
             return get()
-        except NotStored as error:
-            held = any(("query", layer) in ra for layer in ra.layers)
-            missing[name] = str(error.args[0]) if held else _WITHOUT_VECTORS
+        except NotStored:
+            held = any((kind, maps.layer) in ra for kind in VECTOR_KINDS)
+            missing[name] = _none(site) if held else _WITHOUT_VECTORS
         except RALensError as error:
-            missing[name] = str(error.args[0])
+            missing[name] = _short(error)
         return otherwise
 
     latent = have(
@@ -153,7 +154,9 @@ def head_facts(
         )
         weights += [] if found is None else [found]
     readings: tuple[VectorReading, ...] = ()
-    if model is not None:
+    if model is not None and not any((kind, maps.layer) in ra for kind in VECTOR_KINDS):
+        missing["vocabulary"] = _WITHOUT_VECTORS
+    elif model is not None:
         given: nn.Module = model
         readings = have("vocabulary", lambda: _readings(ra, given, own, maps, example, missing), ())
     resting = rests(ra)[example] if site.key_side == "input" else ()
@@ -174,6 +177,15 @@ def head_facts(
         readings,
         tuple(missing.items()),
     )
+
+
+def _none(site: Site) -> str:
+    return f"the attention of {site.label} has no such vectors, or the run did not keep them"
+
+
+def _short(error: RALensError) -> str:
+    """What was found, without what to do: nobody asked for this by name."""
+    return str(error.args[0]).split(". ")[0].rstrip(".")
 
 
 def _of_example(
@@ -240,7 +252,9 @@ def _readings(
                     ra, head, kinds=kind, positions=positions, example=example,
                     target=target or None, k=_TOKENS,
                 )  # fmt: skip
+            except NotStored:
+                missing[f"{kind} in the vocabulary"] = _none(ra.sites[head[0]])
             except RALensError as error:
-                missing[f"{kind} in the vocabulary"] = str(error.args[0])
+                missing[f"{kind} in the vocabulary"] = _short(error)
         found += sorted(own, key=lambda one, at=positions: at.index(one.position))
     return tuple(found)

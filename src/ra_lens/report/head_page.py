@@ -138,7 +138,7 @@ def said_of_missing(found: HeadFacts) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, why in found.missing:
         reasons.setdefault(why, []).append(name)
-    return [f"{', '.join(names)}: {why.rstrip('.')}." for why, names in reasons.items()]
+    return [f"{', '.join(names)}: {why}." for why, names in reasons.items()]
 
 
 def said_of_left_out(found: HeadFacts) -> tuple[str, ...]:

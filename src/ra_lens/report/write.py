@@ -4,6 +4,7 @@ Prompt and target, the grid of heads, the strongest edges, the three maps of eve
 where information enters the last token, the leading heads, what a patch does to the prediction, and
 how it was made. The file asks the network for nothing. Its size is about 5.3 bytes per cell that a
 query can look at, per head and prompt: 1.7 MB for GPT-2 small on 64 tokens, 14 MB for GPT-2 XL.
+Where the cache holds vectors, the first heads have their queries and keys in two dimensions too.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def write_report(
             top=view.top,
             patched=patched,
             flow=True,
+            latent=True,
             note=_left_out(shown),
         ),
         _top_heads(ra, shown, view.top),
