@@ -16,7 +16,7 @@ from ra_lens.files import PAGE, check_output
 
 
 def head(
-    which: Annotated[
+    head: Annotated[
         str, typer.Argument(metavar="HEAD", help="The head, such as L23H4; or top, the strongest.")
     ],
     prompt: Annotated[
@@ -60,8 +60,8 @@ def head(
     from ra_lens.run import run_with_ra
 
     session.prepare(model, device)
-    if which != "top":
-        layer_and_index(which)  # a slip of the keyboard is told before a model is loaded
+    if head != "top":
+        layer_and_index(head)  # a slip of the keyboard is told before a model is loaded
     text = session.read_text(prompt, escapes=escapes)
     wanted = None if target is None else session.read_text(target, escapes=escapes)
     front = session.read_bos(bos, no_bos=no_bos)
@@ -74,7 +74,7 @@ def head(
     with session.quiet(debug=debug):
         read = read_prompts(as_lens(loaded), [text], prepend_bos=front)
         _, ra = run_with_ra(loaded, read, target=wanted, vectors=True, progress=False)
-        own = ra.top_heads(1)[0] if which == "top" else which
+        own = ra.top_heads(1)[0] if head == "top" else head
         found = head_facts(ra, loaded, own, top=top)
     ra = ra.to("cpu")
     written = None
@@ -83,7 +83,7 @@ def head(
         words = [
             word for name, value in [*given, ("--kind", kind)] if value for word in (name, value)
         ]
-        command = shlex.join(["ra-lens", "head", which, *words, *["--no-bos"] * no_bos])
+        command = shlex.join(["ra-lens", "head", head, *words, *["--no-bos"] * no_bos])
         written = write_found(ra, found, output, command=command)
     if as_json:
         show_head.print_json(ra, loaded, text, found, page=written)
