@@ -20,9 +20,9 @@ from ra_lens import run_with_ra
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
 from ra_lens.report import write_head_page, write_report
-from ra_lens.report.explorer import MOST_SPACES
 from ra_lens.report.head_facts import head_facts
 from ra_lens.report.head_page import said_of_missing
+from ra_lens.report.latent_svg import MOST_SPACES
 from ra_lens.vjp import WEIGHTS, weight_gradient
 from ra_lens.vocabulary import read_vectors
 from refused import refused
@@ -271,7 +271,9 @@ def test_a_report_without_vectors_is_as_it_was(path: Path) -> None:
     page = read(write_report(make(), path))
     assert spaces(page) == []
     assert "two dimensions" not in page.text
-    assert "<svg" not in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "<svg" not in text
+    assert "latent" not in text  # nor its style and script
 
 
 def test_of_many_prompts_fewer_heads_are_drawn(path: Path) -> None:

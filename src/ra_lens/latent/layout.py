@@ -125,7 +125,11 @@ def lay_out(space: LatentSpace, *, width: float, step: float | None = None) -> D
         return float(at[0] - corner[0]) / per_pixel, float(corner[1] - at[1]) / per_pixel
 
     placed: dict[Side, list[tuple[Pixels, Pixels | None]]] = {"query": [], "key": []}
-    for name, side, factor in (("query", queries, times[0]), ("key", keys, times[1])):
+    sides: tuple[tuple[Side, Points, float], ...] = (
+        ("query", queries, times[0]),
+        ("key", keys, times[1]),
+    )
+    for name, side, factor in sides:
         for i, at in enumerate(side.at):
             end = None
             if side.step is not None and factor:
@@ -221,7 +225,8 @@ def _order(
     """Those of the strongest pairs, then the others from top to bottom."""
     first: list[tuple[Side, int]] = []
     for cell in space.pairs:
-        first += [("query", cell.query - space.queries.first), ("key", cell.key - space.keys.first)]
+        first.append(("query", cell.query - space.queries.first))
+        first.append(("key", cell.key - space.keys.first))
     rest: list[tuple[float, tuple[Side, int]]] = [
         (at[1], (side, i)) for side, places in placed.items() for i, (at, _) in enumerate(places)
     ]
@@ -255,12 +260,12 @@ def _joined(ways: Iterable[list[Pixels]]) -> Float[np.ndarray, "point 2"]:
 
 def _overlap(ones: Boxes, others: Boxes) -> Bool[np.ndarray, "_ _"]:
     one, other = ones[:, None], others[None]
-    return ((one[..., :2] < other[..., 2:]) & (other[..., :2] < one[..., 2:])).all(axis=-1)
+    return np.all((one[..., :2] < other[..., 2:]) & (other[..., :2] < one[..., 2:]), axis=-1)
 
 
 def _within(boxes: Boxes, points: Float[np.ndarray, "point 2"]) -> Bool[np.ndarray, "_ point"]:
     box, point = boxes[:, None], points[None]
-    return ((box[..., :2] <= point) & (point <= box[..., 2:])).all(axis=-1)
+    return np.all((box[..., :2] <= point) & (point <= box[..., 2:]), axis=-1)
 
 
 def _gap(boxes: Boxes, points: Float[np.ndarray, "point 2"]) -> Float[np.ndarray, "_ point"]:

@@ -416,9 +416,6 @@
       fillCells(maps);
     } else $("ra-cells").tBodies[0].replaceChildren();
     showMaps(); showCell(); shade(); markGrid();
-    const drawn = document.querySelectorAll("[data-latent]");
-    for (const one of drawn) one.hidden = one.dataset.latent !== `${state.example}.${head}`;
-    if (drawn.length) $("ra-latent-none").hidden = [...drawn].some((one) => !one.hidden);
     $("ra-before").disabled = rank <= 1;
     $("ra-after").disabled = rank >= ranked().length;
     if (scroll && $("ra-head").getBoundingClientRect().top > innerHeight * 0.8) {

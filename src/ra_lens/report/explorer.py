@@ -33,7 +33,6 @@ from ra_lens.head_maps import HeadMaps, head_of_example, kept_tokens, largest
 from ra_lens.head_names import HeadScore
 from ra_lens.model.sites import MapKind
 from ra_lens.report.edges import edges_html, strongest_edges
-from ra_lens.report.latent_svg import holds_vectors, latent_svg
 from ra_lens.report.predictions import PatchedPrompt, Predictions
 from ra_lens.report.prompt_tokens import prompt_tokens, sides
 from ra_lens.report.scale_curve import scale_svg
@@ -42,8 +41,6 @@ from ra_lens.text import label, scale_name
 
 BYTES_PER_CELL = 4
 BYTES_PER_ROW = 2
-MOST_SPACES = 40
-"""So many latent spaces are drawn in a page, of some ten kilobytes each."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,12 @@ def explorer(
     top: int,
     patched: Sequence[PatchedPrompt],
     flow: bool = False,
-    latent: bool = False,
+    latent: str = "",
     note: str = "",
 ) -> str:
     """Write it: HTML with a note below the grid, then the data.
 
-    With `flow`, layers × tokens; with `latent`, queries and keys of the first heads in two
-    dimensions, where the cache holds vectors.
+    With `flow`, layers × tokens. `latent` is the HTML of `ra_lens.report.latent_svg`.
     """
     norms = {kind: _norms(ra, kind) for kind in ("ra", "pattern")}
     counts = ra.sites.n_heads
@@ -163,34 +159,8 @@ def explorer(
     script = f'<script type="application/json" id="ra-data">{html.data(data)}</script>'
     edges = strongest_edges(ra, shown.examples, top)
     table = "" if edges is None else edges_html(ra, edges)
-    spaces = latent_spaces(ra, shown, top) if latent and holds_vectors(ra) else ""
-    drawn = _frame(ra, shown, patched, note, edges=table, flow=flow, latent=spaces)
+    drawn = _frame(ra, shown, patched, note, edges=table, flow=flow, latent=latent)
     return "\n".join([drawn, *blocks, script])
-
-
-def latent_spaces(ra: RACache, shown: Shown, top: int) -> str:
-    """Draw queries and keys of the `top` heads of each example, or of fewer where they are many."""
-    drawn: list[str] = []
-    per_example = max(1, min(top, MOST_SPACES // len(shown.examples)))
-    heads = shown.mapped[:per_example]
-    for place, example in enumerate(shown.examples[:MOST_SPACES]):
-        for head in heads:
-            space = latent_svg(ra, head, example=example, max_tokens=shown.max_tokens)
-            name = f"{place}.{head.layer}.{head.head}"
-            if space:
-                drawn.append(f'<div class="latent" data-latent="{name}" hidden>{space}</div>')
-    if not drawn:
-        return ""
-    of = "" if len(shown.examples) <= MOST_SPACES else f" of the first {MOST_SPACES} prompts"
-    plural = f"the {len(heads)} heads" if len(heads) > 1 else "the head"
-    return (
-        "<h3>Its queries and keys in two dimensions</h3>"
-        '<p class="soft"><span class="query">●</span> queries, <span class="key">■</span> keys; '
-        'largest |R|: descent <span class="pull">raises q·k</span>, <span class="push">lowers it'
-        f"</span>.</p>{''.join(drawn)}"
-        f'<p class="soft" id="ra-latent-none" hidden>Drawn for {plural} with the largest norms{of}.'
-        "</p>"
-    )
 
 
 def _flow(ra: RACache, example: int, max_tokens: int) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -170,7 +171,8 @@ def _maps(ra: RACache, found: HeadFacts, max_tokens: Whole) -> Section:
         for kind in ("pattern", "ra", "knockout")
     )
     for figure in (pattern, r, blocked):  # beside two others there is no room for it in one line
-        bar = figure.data[0].colorbar.title
+        traces: Any = figure.data
+        bar = traces[0].colorbar.title
         bar.text = "<br>".join(bar.text.split("   ", 1))
     return Section(
         "Its maps",
@@ -226,7 +228,7 @@ def _moves(ra: RACache, found: HeadFacts, max_tokens: Whole) -> Section:
         )
         for one in found.pulls
     )
-    options = {"example": found.example, "max_tokens": max_tokens}
+    options: dict[str, Any] = {"example": found.example, "max_tokens": max_tokens}
     figures = [("Which query is drawn to which key", (query_key_pull(ra, own, **options),))]
     notes: tuple[str, ...] = ()
     if found.latent is not None:

@@ -14,15 +14,48 @@ from ra_lens.head_names import Head
 from ra_lens.latent import Drawing, LatentSpace, Points, latent_space_of, lay_out
 from ra_lens.latent.layout import Dot
 from ra_lens.latent.said import said_of_arrows, said_of_plane, said_of_sharing
+from ra_lens.report.explorer import Shown
 from ra_lens.text import label
 
 _WIDTH, _PAIRS = 640.0, 8
+MOST_SPACES = 40
+"""So many latent spaces are drawn in a page, of some ten kilobytes each."""
 
 
 def holds_vectors(ra: RACache) -> bool:
     """Whether a cache holds queries and keys of a layer, and its maps."""
     kinds = ("query", "key", "ra", "pattern")
     return any(all((kind, layer) in ra for kind in kinds) for layer in ra.layers)
+
+
+def latent_spaces(ra: RACache, shown: Shown, top: int) -> str:
+    """Draw queries and keys of the `top` heads of each example, or of fewer where they are many.
+
+    Nothing where the cache holds no vectors. `latent.js` shows those of the head that is chosen.
+    """
+    if not holds_vectors(ra):
+        return ""
+    drawn: list[str] = []
+    per_example = max(1, min(top, MOST_SPACES // len(shown.examples)))
+    heads = shown.mapped[:per_example]
+    for place, example in enumerate(shown.examples[:MOST_SPACES]):
+        for head in heads:
+            space = latent_svg(ra, head, example=example, max_tokens=shown.max_tokens)
+            name = f"{place}.{head.layer}.{head.head}"
+            if space:
+                drawn.append(f'<div class="latent" data-latent="{name}" hidden>{space}</div>')
+    if not drawn:
+        return ""
+    of = "" if len(shown.examples) <= MOST_SPACES else f" of the first {MOST_SPACES} prompts"
+    plural = f"the {len(heads)} heads" if len(heads) > 1 else "the head"
+    return (
+        "<h3>Its queries and keys in two dimensions</h3>"
+        '<p class="soft"><span class="query">●</span> queries, <span class="key">■</span> keys; '
+        'largest |R|: descent <span class="pull">raises q·k</span>, <span class="push">lowers it'
+        f"</span>.</p>{''.join(drawn)}"
+        f'<p class="soft" id="ra-latent-none" hidden>Drawn for {plural} with the largest norms{of}.'
+        "</p>"
+    )
 
 
 def latent_svg(ra: RACache, head: Head, *, example: int, max_tokens: int) -> str:

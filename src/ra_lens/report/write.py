@@ -24,6 +24,7 @@ from ra_lens.paths import TraceResult, trace_layers
 from ra_lens.paths.result import Follow
 from ra_lens.prompts import PromptInput
 from ra_lens.report.explorer import Shown, choose, explorer
+from ra_lens.report.latent_svg import latent_spaces
 from ra_lens.report.predictions import PatchedPrompt
 from ra_lens.report.sections import Section, how_it_was_made, page
 from ra_lens.report.view import Sign, heading_of, how_to_read, read_view
@@ -88,6 +89,7 @@ def write_report(
         )
     in_base64 = int(3 / 4 * view.max_bytes)
     shown = choose(ra, view.examples, max_tokens=view.max_tokens, max_bytes=in_base64)
+    spaces = latent_spaces(ra, shown, view.top)
     body = [
         facts(ra.model_facts()),
         explorer(
@@ -97,7 +99,7 @@ def write_report(
             top=view.top,
             patched=patched,
             flow=True,
-            latent=True,
+            latent=spaces,
             note=_left_out(shown),
         ),
         _top_heads(ra, shown, view.top),
@@ -107,8 +109,11 @@ def write_report(
         how_it_was_made(command),
     ]
     heading = title or heading_of(ra)
-    style, script = (resource("ra_lens.report", f"explorer.{end}") for end in ("css", "js"))
-    return write_whole(path, page(heading, body, styles=[style], scripts=[script]), REPORT)
+    names = ["explorer", *["latent"] * bool(spaces)]
+    styles, scripts = (
+        [resource("ra_lens.report", f"{name}.{end}") for name in names] for end in ("css", "js")
+    )
+    return write_whole(path, page(heading, body, styles=styles, scripts=scripts), REPORT)
 
 
 def traces_of_run(ra: RACache, model: nn.Module, prompt: PromptInput) -> list[TraceResult]:
