@@ -89,7 +89,9 @@ def test_a_step_is_drawn_against_the_gradient_and_its_length_is_told(ra: RACache
         # What moves two points together in the plane, by the points of the plane alone.
         vectors = ra[kind, 2][0, :, 1].double().numpy()
         grad = ra[f"{kind}_grad", 2][0, :, 1].double().numpy()
-        inner = np.linalg.lstsq(vectors - vectors.mean(0), points.at - points.at.mean(0))[0]
+        inner = np.linalg.lstsq(
+            vectors - vectors.mean(0), points.at - points.at.mean(0), rcond=None
+        )[0]
         np.testing.assert_allclose(points.step, -grad @ inner, atol=1e-4)
         assert points.seen == pytest.approx((points.step**2).sum() / (grad**2).sum())
     for step in (None, 0.25):
