@@ -8,7 +8,7 @@ tokens: of the three heads with the largest ‖R‖ in each third of the layers,
 drawn from the same layers. What counts is the rank of the answer's first token among all, and that
 of the answer to another question. Then it refreshes the tables of docs/vocabulary.md. Every task is
 a table in examples/results-vocabulary: a run that was stopped goes on, and with all tables there it
-only writes. `--results` names another folder, to begin anew. Five minutes of one core.
+only writes. `--results` names another folder, to begin anew. Four minutes of one core.
 
 `--source download` reads the pairs of Todd et al. as the paper used them; a folder of such files
 works offline.
@@ -61,7 +61,7 @@ def measure(model: Any, vocabulary: Vocabulary, task: str, source: str) -> pd.Da
             logits, ra = run_with_ra(
                 model,
                 prompt.text,
-                target=prompt.answer,
+                target=answers[question],  # its first token, as the last one of the prompt says it
                 prepend_bos=IN_FRONT,
                 vectors=True,
                 progress=False,
@@ -176,8 +176,14 @@ def nearer(one: pd.DataFrame, other: pd.DataFrame) -> str:
     logs = (np.log10(table).mean(axis=1) for table in (other, one))
     difference = next(logs).sub(next(logs)).to_frame("times")
     row: Any = bootstrap_intervals(difference, level=LEVEL, resamples=RESAMPLES).iloc[0]
-    times = (f"{10 ** row[name]:.2g}" for name in ("mean", "low", "high"))
-    return "{} [{}, {}]".format(*times)
+    mean, low, high = (times(10 ** row[name]) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def times(value: float) -> str:
+    """A factor with two digits: `.76`, `1.4`, `1,200`."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else re.sub(r"^0\.", ".", f"{rounded:.2g}")
 
 
 def of_third(frame: Any, kinds: tuple[str, ...] = KINDS) -> pd.DataFrame:
@@ -187,17 +193,18 @@ def of_third(frame: Any, kinds: tuple[str, ...] = KINDS) -> pd.DataFrame:
         of_kind = frame[frame.kind == kind]
         strongest, drawn = (of_kind[of_kind.picked == p] for p in ("strongest", "drawn"))
         ranks = by_question(strongest, "rank")
-        rows[f"`{kind}`"] = {
-            "median rank": median(strongest),
-            "drawn heads": median(drawn),
-            "among ten": top_10(strongest),
-            "drawn heads ": top_10(drawn),
-            "× nearer than drawn": nearer(ranks, by_question(drawn, "rank")),
-            "× than another answer": nearer(ranks, by_question(strongest, "rank_of_other")),
+        rows[kind] = {
+            "median rank, strongest": median(strongest),
+            "drawn": median(drawn),
+            "among ten, strongest": top_10(strongest),
+            "drawn, among ten": top_10(drawn),
+            "× nearer than in drawn heads": nearer(ranks, by_question(drawn, "rank")),
+            "× nearer than another answer": nearer(ranks, by_question(strongest, "rank_of_other")),
         }
     table = pd.DataFrame(rows).T
-    if "`out_step`" in table.index:  # the same for all heads of a layer
-        table.loc["`out_step`", ["drawn heads", "drawn heads ", "× nearer than drawn"]] = "–"
+    if "out_step" in table.index:  # the same for all heads of a layer
+        of_drawn = [name for name in table.columns if "drawn" in name]
+        table.loc["out_step", of_drawn] = "–"
     return table
 
 
@@ -206,9 +213,7 @@ def by_task(frame: Any) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for kind in KINDS:
         of_kind = frame[(frame.kind == kind) & (frame.picked == "strongest")]
-        rows[f"`{kind}`"] = {
-            task: median(of_kind[of_kind.task == task]) for task in of_kind.task.unique()
-        }
+        rows[kind] = {task: median(of_kind[of_kind.task == task]) for task in of_kind.task.unique()}
     return pd.DataFrame(rows).T
 
 
@@ -243,7 +248,8 @@ def main(
     """Run what is missing, and refresh the document."""
     run_all(results, model, source)
     frame = pd.concat([pd.read_parquet(path_of(results, task)) for task in TASKS])
-    frame = frame[frame["rank"] > 0]  # of vectors that are 0 there is none
+    if bool((frame["rank"] < 1).any()):
+        raise SystemExit("some vectors are 0, and rank nothing: no median is of all questions")
     part = partial(frame.query, engine="python")
     sections = {"counts": counted(frame)}
     for third in THIRDS:

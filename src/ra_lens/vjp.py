@@ -206,8 +206,8 @@ def weight_gradient(
     at = site.kv_group(index) if weight in ("W_K", "W_V") else index
     kind = FACTORS[weight][0]
     tokens, _, columns = kept_tokens(ra, site.side_of(kind), number, read.shape[1], None)
-    one = [(part[:, :, at] if part.ndim == 4 else part)[number, columns] for part in (read, grad)]
-    return WeightGradient(weight, *one, tokens)
+    read, grad = ((part[:, :, at] if part.ndim == 4 else part)[number] for part in (read, grad))
+    return WeightGradient(weight, read[columns], grad[columns], tokens)
 
 
 def weight_norms(ra: RACache, weight: Weight) -> Float[Tensor, "*batch layer head"]:

@@ -424,16 +424,16 @@ class Vocabulary:
         k: Whole = 5,
     ) -> HeadReading:
         """Read vectors of one head in tokens; see `read_vectors`."""
-        given = [kinds] if isinstance(kinds, str) else list(kinds)
-        for kind in given:
-            one_of("kinds", kind, KINDS)
-        names = [kind for kind in KINDS if kind in given]
+        given: list[str] = [kinds] if isinstance(kinds, str) else list(kinds)
+        for name in given:
+            one_of("kinds", name, KINDS)
+        wanted: list[Kind] = [kind for kind in KINDS if kind in given]
         k = whole("k", k, least=1)
         token = None if target is None else self.token(target)
         site, index = self._head(ra, head)
         example = read_example(ra, example)
         rows: list[VectorReading] = []
-        for kind in names:
+        for kind in wanted:
             directions = self.vectors(ra, (site.layer, index), kind, example=example)
             n = len(directions)
             side = site.side_of(_RECIPES[kind].vector)
