@@ -26,7 +26,7 @@ them is chosen, by the gradient that all of them together give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -34,6 +34,7 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
@@ -94,6 +95,9 @@ def gradient_step(
         _, ra = run_with_ra(model, prompts, target=answers, vectors=True)
         with model.hooks(fwd_hooks=gradient_step(model, ra, ["L5H3"], eta=0.1)):
             model("Another prompt")
+
+    Several steps are these hooks after each other, each made of a run under those before it
+    (`run_with_ra(..., fwd_hooks=hooks)`).
 
     The step is along the gradient of the mean loss of the cache's examples (of a metric that gave
     one number for all, of that). Weights other than these, and biases, stay. Prompts of any length,
@@ -286,6 +290,10 @@ class _OutputShift:
         return given + shift.to(given.device, given.dtype)
 
 
+# What steps of W_O have made of the output of a HookedTransformer's attention, with its z.
+_moved_with: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
+
 class _CheckedShift(_OutputShift):
     """The same where z is seen at a hook of its own, before; what is given must follow from it."""
 
@@ -307,14 +315,17 @@ class _CheckedShift(_OutputShift):
 
     def at_output(self, given: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002  passed by name
         z, self._z = self._z, None
-        if z is None or not self._follows(given.detach(), z.detach()):
+        moved_before = given in _moved_with and _moved_with[given] is z  # by a step before this one
+        if z is None or not (moved_before or self._follows(given.detach(), z.detach())):
             raise UnsupportedModel(
                 f"{self._at.name} does not show z W_O + b_O, so a step of {self._at.label} would "
                 "not be exact. Either the model normalises what attention gives (load it as a "
                 "TransformerBridge, or leave W_O out of weights=), or another hook changes z after "
                 "the step, or the output before it: put the step between them."
             )
-        return self.moved(given, z)
+        moved = self.moved(given, z)
+        _moved_with[moved] = z
+        return moved
 
     def _follows(self, given: Tensor, z: Tensor) -> bool:
         weight, bias = self._weight.detach(), self._bias.detach()

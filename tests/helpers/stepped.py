@@ -24,8 +24,18 @@ class Stepped:
 
     def __init__(self, folder: Path) -> None:
         auto: Any = transformers.AutoModelForCausalLM
-        self.oracle = Oracle(auto.from_pretrained(str(folder), attn_implementation="eager").eval())
-        self.model = self.oracle.model
+        found = auto.from_pretrained(str(folder), attn_implementation="eager").eval()
+        self._take(Oracle(found))
+
+    @classmethod
+    def of(cls, oracle: Oracle) -> Stepped:
+        """The same of a model that is there, such as one that was stepped."""
+        new = cls.__new__(cls)
+        new._take(oracle)
+        return new
+
+    def _take(self, oracle: Oracle) -> None:
+        self.oracle, self.model = oracle, oracle.model
         self.n_kv = getattr(self.model.config, "num_key_value_heads", N_HEADS) or N_HEADS
 
     def after(

@@ -157,6 +157,20 @@ def greedy(oracle, ids, n):
     return ids[0, -n:]
 
 
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_several_steps_are_their_hooks_after_each_other(arch, kind, learnt, oracle):
+    model, ra = learnt(arch, kind)
+    changing, hooks = oracle(arch), gradient_step(model, ra, HEADS, 0.1)
+    for _ in range(2):
+        _, ra = run_with_ra(model, IDS, target=list(TARGETS), vectors=True, fwd_hooks=hooks)
+        hooks = [*hooks, *gradient_step(model, ra, HEADS, 0.1)]
+    plain = changing.oracle.logits(OTHER)
+    for _ in range(3):
+        after, _ = changed(changing, eta=0.1)
+        changing = Stepped.of(after)
+    assert error(logits_with(model, hooks, OTHER), after.logits(OTHER), plain) < 2e-5
+
+
 # ---- beside other hooks -------------------------------------------------------------------------
 
 
