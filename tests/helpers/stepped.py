@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from oracle import Oracle
+from oracle import Oracle, Wide
 from tiny_models import D_HEAD, D_MODEL, N_HEADS, N_KV
 
 Head = tuple[int, int]
@@ -106,10 +106,9 @@ def mean_nll(rows: Iterable[Tensor], targets: Iterable[int]) -> Callable[[Any], 
     pairs = list(zip(rows, targets, strict=True))
 
     def loss(oracle: Oracle) -> Tensor:
-        losses = [
-            -oracle.model(row.unsqueeze(0), use_cache=False).logits[0, -1].log_softmax(-1)[target]
-            for row, target in pairs
-        ]
+        with Wide():
+            every = [oracle.model(row.unsqueeze(0), use_cache=False).logits for row, _ in pairs]
+        losses = [-one[0, -1].log_softmax(-1)[t] for one, (_, t) in zip(every, pairs, strict=True)]
         return torch.stack(losses).mean()
 
     return loss

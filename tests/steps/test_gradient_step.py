@@ -7,7 +7,6 @@ import torch
 
 from generating import generate, need_sound_generate
 from left_behind import Oops, changes, raises, snapshot
-from oracle import Wide
 from padded_rows import padded
 from patches import logits_with
 from ra_lens import run_with_ra
@@ -61,8 +60,7 @@ def learnt(shared):
 
 
 def changed(oracle, heads=HEADS, weights=WEIGHTS, eta=0.05, rows=IDS, targets=TARGETS):
-    with Wide():
-        return oracle.after(mean_nll(rows, targets), heads, weights, eta)
+    return oracle.after(mean_nll(rows, targets), heads, weights, eta)
 
 
 def error(found, wanted, plain):
