@@ -16,8 +16,8 @@ that the answer needs the edge (formulas, proof and limits: `ra_lens.knockouts.p
   an edge is all that its row has, which cannot be cut so.
 * `cut`, `….hook_cut`: −A ⊙ G, the row not renormalised.
 
-A run with `vectors=True` also keeps queries, keys, values, what heads give, and the gradients there,
-token by token: `ra["query", 5]`, `ra["query_grad", 5]` and so on (`ra_lens.vectors`).
+A run with `vectors=True` also keeps queries, keys, values, what heads give, and the gradients
+there, token by token: `ra["query", 5]`, `ra["query_grad", 5]` and so on (`ra_lens.vectors`).
 
 In a cache that `run_with_ra` made, rows and columns of padding are 0. Norms are kept whatever is
 stored. `save` writes one safetensors file, which cannot run code, with a JSON description.
@@ -253,7 +253,8 @@ class RACache:
         return (
             f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
             f"layers {self.sites.spell()}, {spell_counts(self.sites.n_heads)} heads "
-            f"({', '.join(held)})" + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
+            f"({', '.join(held)})"
+            + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
         )
 
     def facts(self, example: Whole | None = None) -> list[tuple[str, str]]:

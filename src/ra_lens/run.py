@@ -218,6 +218,7 @@ def run_with_ra(
             device=device,
             dtype=dtype,
             recompute=recompute,
+            vectors=kinds,
         )
     )
     recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
 from einops import einsum
@@ -146,9 +146,10 @@ def gradient_step(
     return pairs
 
 
-def read_weights(weights: Weight | Iterable[Weight]) -> tuple[Weight, ...]:
+def read_weights(weights: object) -> tuple[Weight, ...]:
     """Read which matrices are meant, in the order of `WEIGHTS`; BadInput for others, or none."""
-    given = [weights] if isinstance(weights, str) else list(weights)
+    several = isinstance(weights, Iterable) and not isinstance(weights, str)
+    given: list[object] = list(cast("Iterable[object]", weights)) if several else [weights]
     for one in given:
         one_of("weights", one, WEIGHTS)
     if not given:
@@ -504,15 +505,33 @@ def pulls(
     query_tokens, _, rows = kept_tokens(ra, site.query_side, one, r.shape[0], None)
     key_tokens, _, columns = kept_tokens(ra, site.key_side, one, r.shape[1], None)
     pairs: list[Pull] = []
-    tables = (r, pattern, product, cosine, predicted, product_after, cosine_after)
-    own = [table[rows, columns] for table in tables]
-    order = own[0].abs().flatten().sort(descending=True, stable=True).indices.tolist()
-    for at in (divmod(place, len(key_tokens)) for place in order[:k]):
-        values = [float(table[at]) for table in own]
-        if values[0] == 0:
+    tables = {
+        "ra": r,
+        "pattern": pattern,
+        "product": product,
+        "cosine": cosine,
+        "predicted": predicted,
+        "product_after": product_after,
+        "cosine_after": cosine_after,
+    }
+    own = {name: table[rows, columns] for name, table in tables.items()}
+    order = own["ra"].abs().flatten().sort(descending=True, stable=True).indices.tolist()
+    for row, column in (divmod(place, len(key_tokens)) for place in order[:k]):
+        values = {name: float(table[row, column]) for name, table in own.items()}
+        if values["ra"] == 0:
             break
-        tokens = query_tokens[at[0]], key_tokens[at[1]]
-        pairs.append(Pull(layer, index, *at, *values, *tokens, one))
+        pairs.append(
+            Pull(
+                layer=layer,
+                head=index,
+                query=row,
+                key=column,
+                query_token=query_tokens[row],
+                key_token=key_tokens[column],
+                example=one,
+                **values,
+            )
+        )
     return Pulls(pairs, f"L{layer}H{index}", size)
 
 
@@ -720,11 +739,16 @@ def _need_plain_attention(
 ) -> None:
     """Refuse a layer whose scores are not c·q·k and a bias, or whose z is not A v."""
     equations = {
-        "its scores are not c·q·k (they may be capped)": (r @ vectors["key"], "query_grad"),
-        "what its heads give is not A v (it may be gated)": (pattern @ vectors["value"], "z"),
+        "its scores are not c·q·k (they may be capped)": (
+            r @ vectors["key"],
+            vectors["query_grad"],
+        ),
+        "what its heads give is not A v (it may be gated)": (
+            pattern @ vectors["value"],
+            vectors["z"],
+        ),
     }
-    for what, (found, kind) in equations.items():
-        wanted = vectors[kind]
+    for what, (found, wanted) in equations.items():
         if float((found - wanted).norm()) > 1e-2 * float(wanted.norm()):
             raise UnsupportedModel(
                 f"{site.label}: {what}, so the shift of z is not foretold by the softmax. "
@@ -919,7 +943,7 @@ class _Taken:
         weights: tuple[Weight, ...],
         options: RunOptions,
     ) -> None:
-        self._heads = heads if heads is None else list_heads(heads)
+        self._heads = cast("Heads", heads if heads is None else list_heads(heads))
         self._model, self._input, self._ra = model, input, ra
         self._weights, self._options = weights, options
         self.norm = gradient_norm(model, ra, self._heads, weights=weights)

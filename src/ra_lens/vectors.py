@@ -5,21 +5,22 @@ Of an attention layer with heads h, queries q and keys k (paper, section 3),
     q = x W_Q + b_Q,  k = x W_K + b_K,  v = x W_V + b_V        then rotated, normalised …
     S = c·q·k,  A = softmax(S),  z = A·v,  out = Σ_h z W_O + b_O
 
-| kind | shape | what it is | the hook of TransformerLens |
-|---|---|---|---|
-| `query_in`, `key_in`, `value_in` | `[batch, pos, d_model]` | x, what W_Q, W_K and W_V read | \
-`attn.q.hook_in` and so on (bridge) |
-| `q_grad`, `k_grad`, `v_grad` | `[batch, pos, head, d_head]` | gradient at what the projections \
-give, before rotation and norms | `hook_q`, `hook_k`, `hook_v` |
-| `query`, `key` | `[batch, pos, head, d_head]` | q and k as they enter their product, so that \
-S = c·q·k, and a bias or a cap | `hook_rot_q`, `hook_rot_k` where the model rotates, else `hook_q`, \
-`hook_k`, where it has no norm |
-| `value` | `[batch, pos, head, d_head]` | v as the pattern is applied to it | `hook_v` |
-| `z` | `[batch, pos, head, d_head]` | what the heads give to W_O | `hook_z` |
-| `query_grad`, `key_grad`, `value_grad`, `z_grad` | as those | δ_q, δ_k, δ_v and e | the \
-gradients there |
-| `attn_out_grad` | `[batch, pos, d_model]` | δ_o, the gradient at the layer's output | \
-`hook_attn_out`, where no norm follows |
+    kind                      shape                       what it is, and the TransformerLens hook
+    query_in, key_in,         [batch, pos, d_model]       x, what W_Q, W_K and W_V read; on a bridge
+    value_in                                              attn.q.hook_in, k.hook_in, v.hook_in
+    q_grad, k_grad, v_grad    [batch, pos, head, d_head]  gradient at what the projections give,
+                                                          before rotation and norms: hook_q, hook_k,
+                                                          hook_v
+    query, key                [batch, pos, head, d_head]  q and k as they enter their product:
+                                                          hook_rot_q, hook_rot_k where the model
+                                                          rotates, hook_q, hook_k where not, less
+                                                          norms that come after the hook
+    value                     [batch, pos, head, d_head]  v as the pattern is applied to it: hook_v
+    z                         [batch, pos, head, d_head]  what the heads give to W_O: hook_z
+    query_grad, key_grad,     as those                    δ_q, δ_k, δ_v and e: the gradients there
+    value_grad, z_grad
+    attn_out_grad             [batch, pos, d_model]       δ_o, the gradient at the layer's output:
+                                                          hook_attn_out, where no norm precedes it
 
 Keys and values have as many heads as the model has key/value heads; their gradients are summed over
 the query heads of a group. A positive gradient: the loss rises along it, and descent goes the other
@@ -43,9 +44,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ra_lens.errors import UnsupportedModel
 from ra_lens.model import Lens, Site
-from ra_lens.model.products import Product, product_behind
+from ra_lens.model.products import product_behind
 from ra_lens.model.projections import Projections
 from ra_lens.model.sites import VectorKind
 
@@ -76,44 +76,36 @@ class VectorCollector:
 
     @contextmanager
     def attached(self) -> Generator[None, None, None]:
-        """Attach to the model; the products behind the patterns are told by `at_pattern`."""
+        """Attach to the model; what is behind the patterns is found by `at_pattern`."""
         with ExitStack() as stack:
+
+            def before(point: nn.Module | None, hook: Callable[..., Any]) -> None:
+                if point is not None:
+                    stack.callback(point.register_forward_pre_hook(hook, prepend=True).remove)
+
+            def after(point: nn.Module | None, hook: Callable[..., Any]) -> None:
+                if point is not None:
+                    stack.callback(point.register_forward_hook(hook).remove)
+
             for layer, site in self._sites.items():
-                for point, register in self._hooks(layer, Projections(self._lens, site)):
-                    stack.callback(register(point).remove)
+                at = Projections(self._lens, site)
+                if self._want("value", "value_grad"):
+                    before(at.z, partial(self._at_product_with_values, layer))
+                if self._want("z", "z_grad"):
+                    after(at.z, partial(self._at_z, layer))
+                if self._want("attn_out_grad"):
+                    after(at.out, partial(self._at_out, layer))
+                for name, grad in at.GRADIENTS.items():
+                    if self._want(grad):
+                        before(at.gives(name), partial(self._at_projection, layer, grad))
+                if at.reads_by_name and self._want(*at.INPUTS):
+                    read = partial(self._at_inputs, layer)
+                    handle = at.module.register_forward_pre_hook(read, with_kwargs=True)
+                    stack.callback(handle.remove)
+                elif not at.reads_by_name:
+                    for kind in filter(self._want, at.INPUTS):
+                        after(at.reads(kind), partial(self._at_input, layer, kind))
             yield
-
-    def _hooks(
-        self, layer: int, at: Projections
-    ) -> list[tuple[nn.Module, Callable[[nn.Module], Any]]]:
-        hooks: list[tuple[nn.Module, Callable[[nn.Module], Any]]] = []
-
-        def before(point: nn.Module | None, hook: Callable[..., Any], *kinds: VectorKind) -> None:
-            if point is not None and self._want(*kinds):
-                bound = partial(hook, layer, *kinds)
-                hooks.append((point, lambda p: p.register_forward_pre_hook(bound, prepend=True)))
-
-        def after(point: nn.Module | None, hook: Callable[..., Any], *kinds: VectorKind) -> None:
-            if point is not None and self._want(*kinds):
-                hooks.append((point, lambda p: p.register_forward_hook(partial(hook, layer))))
-
-        before(at.z, self._at_product_with_values, "value", "value_grad")
-        after(at.z, self._at_z, "z", "z_grad")
-        after(at.out, self._at_out, "attn_out_grad")
-        for name, grad in at.GRADIENTS.items():
-            before(at.gives(name), self._at_projection, grad)
-        for kind in at.INPUTS:
-            if not self._want(kind):
-                continue
-            if at.reads_by_name:
-                take = partial(self._at_inputs, layer, kind)
-                hooks.append(
-                    (at.module, lambda p, f=take: p.register_forward_pre_hook(f, with_kwargs=True))
-                )
-            elif (point := at.reads(kind)) is not None:
-                take = partial(self._at_input, layer, kind)
-                hooks.append((point, lambda p, f=take: p.register_forward_hook(f)))
-        return hooks
 
     # ---- in the forward pass --------------------------------------------------------------------
 
@@ -127,45 +119,49 @@ class VectorCollector:
         if product is None:  # a hook replaces queries or keys, so that autograd keeps none
             return
         times = product.factor / site.need_scale()  # 1 where nothing was scaled before the product
-        query = product.left.unflatten(0, (n, n_heads)).transpose(1, 2)
-        key = product.right.unflatten(0, (n, n_heads)).permute(0, 3, 1, 2)
+
+        def of_queries(left: Tensor) -> Tensor:
+            return left.unflatten(0, (n, n_heads)).transpose(1, 2)
+
+        def of_keys(right: Tensor) -> Tensor:
+            return right.unflatten(0, (n, n_heads)).permute(0, 3, 1, 2)
+
+        query, key = of_queries(product.left), _first_of_group(site, of_keys(product.right))
         self._keep(layer, "query", query if times == 1 else query * times)
-        self._keep(layer, "key", self._first_of_group(site, key))
+        self._keep(layer, "key", key)
+        self._expect(layer, "query_grad", query)
+        self._expect(layer, "key_grad", key)
         latest = self._latest(layer, "query")
 
-        def receive(left: Tensor | None, right: Tensor | None, _product: Tensor) -> None:
-            if not latest() or left is None or right is None:
-                return
-            at_query = left.unflatten(0, (n, n_heads)).transpose(1, 2)
-            at_key = right.unflatten(0, (n, n_heads)).permute(0, 3, 1, 2)
-            self._keep(layer, "query_grad", at_query if times == 1 else at_query / times)
-            self._keep(layer, "key_grad", self._sum_of_group(site, at_key))
+        def receive(left: Tensor | None, right: Tensor | None) -> None:
+            if latest() and left is not None and right is not None:
+                grad = of_queries(left)
+                self._keep(layer, "query_grad", grad if times == 1 else grad / times)
+                self._keep(layer, "key_grad", _sum_of_group(site, of_keys(right)))
 
-        self._expect(layer, "query_grad", query)
-        self._expect(layer, "key_grad", self._first_of_group(site, key))
         if self._want("query_grad", "key_grad"):
             product.on_gradients(receive)
 
     def _at_product_with_values(
-        self, layer: int, _value: str, _grad: str, _module: nn.Module, args: tuple[Any, ...]
+        self, layer: int, _module: nn.Module, args: tuple[Any, ...]
     ) -> None:
         site, z = self._sites[layer], args[0]
-        if not torch.is_grad_enabled():
-            return
-        product = product_behind(z, z.shape[1])
+        product = product_behind(z, z.shape[1]) if torch.is_grad_enabled() else None
         if product is None:
             return
-        split = (z.shape[0], site.n_heads)
-        value = product.right.unflatten(0, split).transpose(1, 2)
-        self._keep(layer, "value", self._first_of_group(site, value))
+
+        def of_values(right: Tensor) -> Tensor:
+            return right.unflatten(0, (z.shape[0], site.n_heads)).transpose(1, 2)
+
+        value = _first_of_group(site, of_values(product.right))
+        self._keep(layer, "value", value)
+        self._expect(layer, "value_grad", value)
         latest = self._latest(layer, "value")
 
-        def receive(_left: Tensor | None, right: Tensor | None, _product: Tensor) -> None:
+        def receive(_left: Tensor | None, right: Tensor | None) -> None:
             if latest() and right is not None:
-                at_value = right.unflatten(0, split).transpose(1, 2)
-                self._keep(layer, "value_grad", self._sum_of_group(site, at_value))
+                self._keep(layer, "value_grad", _sum_of_group(site, of_values(right)))
 
-        self._expect(layer, "value_grad", self._first_of_group(site, value))
         if self._want("value_grad"):
             product.on_gradients(receive)
 
@@ -175,29 +171,15 @@ class VectorCollector:
         rooted = output if output.requires_grad else self._root(output)
         by_head = rooted.detach().reshape(*rooted.shape[:2], self._sites[layer].n_heads, -1)
         self._keep(layer, "z", by_head)
-        latest = self._latest(layer, "z")
-
-        def receive(grad: Tensor) -> None:
-            if latest():
-                self._keep(layer, "z_grad", grad.reshape(by_head.shape))
-
-        self._expect(layer, "z_grad", by_head)
-        if self._want("z_grad"):
-            rooted.register_hook(receive)
+        self._keep_gradient(layer, "z_grad", rooted, by_head.shape)
         return rooted
 
-    def _at_out(self, layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        out: Tensor = output[0] if isinstance(output, tuple) else output
-        if not torch.is_grad_enabled() or not out.requires_grad:
-            return
-        self._expect(layer, "attn_out_grad", out)
-        latest = self._latest(layer, "out")
-
-        def receive(grad: Tensor) -> None:
-            if latest():
-                self._keep(layer, "attn_out_grad", grad)
-
-        out.register_hook(receive)
+    def _at_out(self, layer: int, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        rooted = output if output.requires_grad else self._root(output)
+        self._keep_gradient(layer, "attn_out_grad", rooted, rooted.shape)
+        return rooted
 
     def _at_projection(
         self, layer: int, kind: VectorKind, _module: nn.Module, args: tuple[Any, ...]
@@ -206,21 +188,11 @@ class VectorCollector:
         if not torch.is_grad_enabled() or not given.requires_grad:
             return
         heads = site.n_heads if kind == "q_grad" else site.n_key_value_heads
-
-        def by_head(value: Tensor) -> Tensor:
-            # Of a HookedTransformer that gives every query head keys of its own, all of one weight.
-            if value.ndim == 4 and kind != "q_grad":
-                return self._sum_of_group(site, value)
-            return value.reshape(*value.shape[:2], heads, -1)
-
-        self._expect(layer, kind, by_head(given.detach()))
-        latest = self._latest(layer, kind)
-
-        def receive(grad: Tensor) -> None:
-            if latest():
-                self._keep(layer, kind, by_head(grad))
-
-        given.register_hook(receive)
+        shape, group = (*given.shape[:2], heads, given[0, 0].numel() // heads), None
+        if given.ndim == 4 and given.shape[2] > heads:
+            # A HookedTransformer that gives every query head keys of its own, all of one weight.
+            shape, group = tuple(given.shape), site
+        self._keep_gradient(layer, kind, given, shape, group)
 
     def _at_input(
         self, layer: int, kind: VectorKind, _module: nn.Module, _args: Any, output: Tensor
@@ -228,12 +200,40 @@ class VectorCollector:
         self._keep(layer, kind, output.detach())
 
     def _at_inputs(
-        self, layer: int, kind: VectorKind, _module: nn.Module, _args: Any, kwargs: dict[str, Any]
+        self, layer: int, _module: nn.Module, _args: Any, kwargs: dict[str, Tensor]
     ) -> None:
         # TransformerLens calls its own attention with query_input, key_input and value_input.
-        given: Tensor = kwargs[f"{kind}put"]
-        if given.ndim == 3:  # of split inputs there is one for each head
-            self._keep(layer, kind, given.detach())
+        for kind in Projections.INPUTS:
+            given = kwargs[f"{kind}put"]
+            if given.ndim == 3:  # of split inputs there is one for each head
+                self._keep(layer, kind, given.detach())
+
+    # ---- keeping --------------------------------------------------------------------------------
+
+    def _keep_gradient(
+        self,
+        layer: int,
+        kind: VectorKind,
+        at: Tensor,
+        shape: tuple[int, ...],
+        group: Site | None = None,
+    ) -> None:
+        """Keep the gradient that will arrive at a tensor, in this shape; of a group, its sum."""
+        if kind not in self._kinds:
+            return
+
+        def laid_out(value: Tensor) -> Tensor:
+            value = value.reshape(shape)
+            return value if group is None else _sum_of_group(group, value)
+
+        self._expect(layer, kind, laid_out(at.detach()))
+        latest = self._latest(layer, kind)
+
+        def receive(grad: Tensor) -> None:
+            if latest():
+                self._keep(layer, kind, laid_out(grad))
+
+        at.register_hook(receive)
 
     def _latest(self, layer: int, what: str) -> Callable[[], bool]:
         """Tell later whether nothing else was shown there meanwhile."""
@@ -241,14 +241,6 @@ class VectorCollector:
         self._times[layer, what] += 1
         time = self._times[layer, what]
         return lambda: self._times[layer, what] == time
-
-    def _first_of_group(self, site: Site, per_query_head: Tensor) -> Tensor:
-        share = per_query_head.shape[2] // site.n_key_value_heads
-        return per_query_head if share == 1 else per_query_head[:, :, ::share].contiguous()
-
-    def _sum_of_group(self, site: Site, per_query_head: Tensor) -> Tensor:
-        share = per_query_head.shape[2] // site.n_key_value_heads
-        return per_query_head if share == 1 else per_query_head.unflatten(2, (-1, share)).sum(3)
 
     def _keep(self, layer: int, kind: VectorKind, value: Tensor) -> None:
         if kind in self._kinds:
@@ -276,3 +268,14 @@ class VectorCollector:
                 vectors[kind] = wide / loss_scale if scaled else wide
             found.clear()
             yield self._sites[layer], vectors
+
+
+def _first_of_group(site: Site, per_query_head: Tensor) -> Tensor:
+    """One head for each key/value head, where they were repeated for their query heads."""
+    share = per_query_head.shape[2] // site.n_key_value_heads
+    return per_query_head if share == 1 else per_query_head[:, :, ::share].contiguous()
+
+
+def _sum_of_group(site: Site, per_query_head: Tensor) -> Tensor:
+    share = per_query_head.shape[2] // site.n_key_value_heads
+    return per_query_head if share == 1 else per_query_head.unflatten(2, (-1, share)).sum(3)

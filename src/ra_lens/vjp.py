@@ -7,7 +7,7 @@ names, and R of one head `[query, key]` (paper, sections 3 and 4; its numbers):
     (13)  δ_v = Aᵀ e              a value gets the e of those who look at it
     (14)  G   = e Vᵀ              what looking at a key would do: ∂L/∂A
     (17)  R   = c · A ⊙ (G − rowsum(A ⊙ G))
-    (18)  δ_q = R K               a query is drawn to the keys with R < 0, away from those with R > 0
+    (18)  δ_q = R K               a query is drawn to keys with R < 0, and away from R > 0
     (19)  δ_k = Rᵀ Q              and a key to the queries
      (7)  ∂L/∂W = Σ_t x_t ⊗ δ_t   a matrix: what it read, times the gradient of what it gave
 
@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.cache import RACache
-from ra_lens.errors import BadInput, one_of
+from ra_lens.errors import UnsupportedModel, one_of
 from ra_lens.head_maps import kept_tokens, read_example, read_head
 from ra_lens.head_names import Head
 from ra_lens.model.sites import VectorKind, table
@@ -197,6 +197,7 @@ def weight_gradient(
     Raises:
         BadInput: no such weight, head or example.
         NotStored: the run did not keep the vectors, or this attention has no such matrix.
+        UnsupportedModel: a layer that runs several times.
     """
     one_of("weight", weight, WEIGHTS)
     layer, index = read_head(ra, head)
@@ -205,8 +206,8 @@ def weight_gradient(
     at = site.kv_group(index) if weight in ("W_K", "W_V") else index
     kind = FACTORS[weight][0]
     tokens, _, columns = kept_tokens(ra, site.side_of(kind), number, read.shape[1], None)
-    one = [(part[:, :, at] if part.ndim == 4 else part)[number, columns] for part in (read, grad)]
-    return WeightGradient(weight, *one, tokens)
+    read, grad = ((part[:, :, at] if part.ndim == 4 else part)[number] for part in (read, grad))
+    return WeightGradient(weight, read[columns], grad[columns], tokens)
 
 
 def weight_norms(ra: RACache, weight: Weight) -> Float[Tensor, "*batch layer head"]:
@@ -216,22 +217,47 @@ def weight_norms(ra: RACache, weight: Weight) -> Float[Tensor, "*batch layer hea
 
     Raises:
         BadInput: no such weight.
-        NotStored: as `weight_gradient`.
+        NotStored, UnsupportedModel: as `weight_gradient`.
     """
     one_of("weight", weight, WEIGHTS)
-    rows = list[Tensor]()
-    for layer in ra.layers:
-        read, grad = _factors(ra, weight, layer)
-        wide, by_head = (read, grad) if read.ndim == 3 else (grad, read)
-        small = torch.linalg.qr(wide.mT, mode="r").R  # once for all heads: `WeightGradient._small`
-        terms = "batch some pos, batch pos head d_head -> batch head some d_head"
-        rows.append(einsum(small, by_head, terms).flatten(start_dim=2).norm(dim=-1))
+    rows = [_norms_at(ra, weight, layer) for layer in ra.layers]
     norms = table([row.to(rows[0].device) for row in rows])
     return norms if ra.has_batch_dim else norms[0]
 
 
+def norms_of_all_weights(ra: RACache) -> Float[Tensor, "batch layer head"]:
+    """(Σ ‖∂L/∂W‖²)^½ over the four matrices of every head; a shared W_K, W_V counts for each head.
+
+    NaN where a layer has fewer heads.
+    """
+    rows = list[Tensor]()
+    for layer, site in ra.sites.items():
+        share = site.n_heads // site.n_key_value_heads
+        squares = list[Tensor]()
+        for weight in WEIGHTS:
+            norms = _norms_at(ra, weight, layer)
+            shared = weight in ("W_K", "W_V")
+            squares.append((norms.repeat_interleave(share, dim=-1) if shared else norms) ** 2)
+        rows.append(torch.stack(squares).sum(dim=0).sqrt())
+    return table([row.to(rows[0].device) for row in rows])
+
+
+def _norms_at(ra: RACache, weight: Weight, layer: int) -> Float[Tensor, "batch head"]:
+    read, grad = _factors(ra, weight, layer)
+    wide, by_head = (read, grad) if read.ndim == 3 else (grad, read)
+    small = torch.linalg.qr(wide.mT, mode="r").R  # once for all heads: `WeightGradient._small`
+    terms = "batch some pos, batch pos head d_head -> batch head some d_head"
+    return einsum(small, by_head, terms).flatten(start_dim=2).norm(dim=-1)
+
+
 def _factors(ra: RACache, weight: Weight, layer: int) -> tuple[Tensor, Tensor]:
     """What a weight read and the gradient at what it gave, `[batch, pos, (head,) …]`."""
+    if ra.sites[layer].repeated:
+        raise UnsupportedModel(
+            f"{ra.sites[layer].label} of {ra.info.model_name} runs several times in one forward "
+            "pass, and the vectors kept are those of the last time, so the gradients of its "
+            "weights cannot be had from them."
+        )
     parts = [ra[kind, layer] for kind in FACTORS[weight]]
     read, grad = parts if ra.has_batch_dim else [part.unsqueeze(0) for part in parts]
     return read, grad

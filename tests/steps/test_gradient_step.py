@@ -13,6 +13,7 @@ from ra_lens import run_with_ra
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.patching.masking import mask_heads
 from ra_lens.steps import WEIGHTS, gradient_norm, gradient_step
+from refused import unchecked
 from stepped import Stepped, mean_nll
 from tiny_models import (
     ANY_KIND,
@@ -278,7 +279,7 @@ def test_what_cannot_be_used_is_refused(kind, learnt, shared):
     with pytest.raises(BadInput, match=r"found head L1H9, but layer 1 has heads 0 to 3"):
         gradient_step(model, ra, "L1H9", 0.1)
     with pytest.raises(BadInput, match=r"found weights='W_X'; give one of 'W_Q', 'W_K'"):
-        gradient_step(model, ra, "L1H2", 0.1, weights="W_X")
+        unchecked(gradient_step)(model, ra, "L1H2", 0.1, weights="W_X")
     with pytest.raises(BadInput, match=r"none of W_Q, W_K, W_V, W_O"):
         gradient_step(model, ra, "L1H2", 0.1, weights=())
     with pytest.raises(BadInput, match=r"found eta=nan; give a finite number"):

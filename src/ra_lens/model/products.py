@@ -1,9 +1,9 @@
 """The two products of an attention layer, q·k and A·V, as the autograd graph holds them.
 
 Models come to them in many ways: rotated, normalised, scaled before or after, with biases, capped,
-written as a matmul, an einsum or a sum with a bias. What they have in common is a batched product of
-matrices, and for its backward pass autograd keeps both factors. Walking back from the pattern, or
-from z, to the nearest such product finds them as they entered it, and a hook on that node of the
+written as a matmul, an einsum or a sum with a bias. What they have in common is a batched product
+of matrices, and for its backward pass autograd keeps both factors. Walking back from the pattern,
+or from z, to the nearest such product finds them as they entered it, and a hook on that node of the
 graph is given the gradients of both.
 """
 
@@ -40,12 +40,12 @@ class Product:
     right: Tensor
     factor: float
 
-    def on_gradients(self, receive: Callable[[Tensor | None, Tensor | None, Tensor], None]) -> None:
-        """Have `receive` called with the gradients at left, right and the product."""
-        first = 1 if type(self.node).__name__.startswith("Baddbmm") else 0
+    def on_gradients(self, receive: Callable[[Tensor | None, Tensor | None], None]) -> None:
+        """Have `receive` called with the gradients at left and right."""
 
-        def hook(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> None:
-            receive(inputs[first], inputs[first + 1], outputs[0])
+        def hook(inputs: tuple[Tensor | None, ...], _outputs: tuple[Tensor, ...]) -> None:
+            *_bias, left, right = inputs
+            receive(left, right)
 
         self.node.register_hook(hook)
 
@@ -65,11 +65,11 @@ def product_behind(result: Tensor, rows: int, columns: int | None = None) -> Pro
         seen.add(node)
         name = node.name()
         if name in _PRODUCTS:
-            left, right, multiplier = (
-                None if one is None else getattr(node, one) for one in _PRODUCTS[name]
-            )
-            if _fits(left, right, rows, columns):
-                times = 1.0 if multiplier is None else float(multiplier)
+            first, second, multiplier = _PRODUCTS[name]
+            left: Tensor | None = getattr(node, first)
+            right: Tensor | None = getattr(node, second)
+            if left is not None and right is not None and _fits(left, right, rows, columns):
+                times = 1.0 if multiplier is None else float(getattr(node, multiplier))
                 return Product(node, left.detach(), right.detach(), factor * times)
             continue
         factor *= _multiplied_with(node, name)
@@ -77,9 +77,7 @@ def product_behind(result: Tensor, rows: int, columns: int | None = None) -> Pro
     return None
 
 
-def _fits(left: Tensor | None, right: Tensor | None, rows: int, columns: int | None) -> bool:
-    if left is None or right is None:
-        return False
+def _fits(left: Tensor, right: Tensor, rows: int, columns: int | None) -> bool:
     return left.shape[-2] == rows and columns in (None, right.shape[-1])
 
 

@@ -349,14 +349,13 @@ def read_vectors(vectors: bool | str | Sequence[str]) -> frozenset[VectorKind]:
         BadInput: there is no such kind of vector.
     """
     if isinstance(vectors, bool):
-        return frozenset(VECTOR_KINDS if vectors else ())
+        return frozenset(VECTOR_KINDS) if vectors else frozenset()
     names = [vectors] if isinstance(vectors, str) else list(vectors)
-    found = {kind for kind in VECTOR_KINDS if kind in names}
-    if unknown := [name for name in names if name not in found]:
+    if unknown := [name for name in names if name not in VECTOR_KINDS]:
         raise BadInput(
             f"found vectors={unknown[0]!r}; give True, or some of {', '.join(VECTOR_KINDS)}."
         )
-    return frozenset(found)
+    return frozenset(kind for kind in VECTOR_KINDS if kind in names)
 
 
 def read_stored_kind(kind: str) -> StoredKind:
