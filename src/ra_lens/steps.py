@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
@@ -102,7 +103,8 @@ def gradient_step(
     The step is along the gradient of the mean loss of the cache's examples (of a metric that gave
     one number for all, of that). Weights other than these, and biases, stay. Prompts of any length,
     with padding or a key/value cache, are read as by the model whose weights were changed. Costs
-    two products of the size of each matrix stepped for its heads; memory as much as these.
+    a product more for each matrix, and memory for the vectors of the tokens learnt from (where
+    these are many, for the gradient).
 
     Where another hook of yours changes what q, k, v or the output of the attention is, it sees it
     as the stepped model makes it if it comes after these. On a HookedTransformer a hook that
@@ -135,13 +137,13 @@ def gradient_step(
     pairs: HookPairs = []
     for site, weight, chosen in _stepped(lens, ra, heads, read_weights(weights)):
         at = weight_in_use(lens, site, _MATRICES[weight])
-        matrices = -size * _gradients(ra, site, weight)[chosen]
+        gradient = _gradient(ra, site, weight, chosen)
         if weight != "W_O":
-            pairs.append((at.name, _Shift(at, site, weight, matrices, chosen).at_output))
+            pairs.append((at.name, _Shift(at, site, weight, chosen, gradient, -size).at_output))
         elif at.argument is not None:
-            pairs.append((at.name, _OutputShift(at, site, matrices, chosen).at_output))
+            pairs.append((at.name, _OutputShift(at, site, chosen, gradient, -size).at_output))
         else:
-            shift = _CheckedShift(at, site, matrices, chosen, *_output_weights(at.owner))
+            shift = _CheckedShift(at, site, chosen, gradient, -size)
             pairs += [(site.z_name, shift.at_z), (at.name, shift.at_output)]
     return pairs
 
@@ -170,10 +172,7 @@ def gradient_norm(
     therefore L / ‖∂L/∂W‖²: the step that, to first order, takes the whole loss away.
     """
     parts = _stepped(as_lens(model), ra, heads, read_weights(weights))
-    squares = [
-        _gradients(ra, site, one)[chosen].double().square().sum() for site, one, chosen in parts
-    ]
-    return math.sqrt(sum(map(float, squares)))
+    return math.sqrt(sum(_gradient(ra, site, one, chosen).square for site, one, chosen in parts))
 
 
 def _stepped(
@@ -209,71 +208,107 @@ def _vectors(ra: RACache, site: Site, kind: VectorKind) -> Tensor:
     return value if ra.has_batch_dim else value.unsqueeze(0)
 
 
-def _gradients(ra: RACache, site: Site, weight: Weight) -> Float[Tensor, "head _in _out"]:
-    """Gradient of the mean loss at a matrix of every head of a layer."""
+def _gradient(ra: RACache, site: Site, weight: Weight, chosen: list[int]) -> _Gradient:
+    """Gradient of the mean loss at the matrices of some heads of a layer, beside each other."""
     read, given = (_vectors(ra, site, kind) for kind in FACTORS[weight])
-    n = ra.batch_size if ra.loss.ndim or not ra.has_batch_dim else 1
     if weight == "W_O":
-        form = "batch pos head d_head, batch pos d_model -> head d_head d_model"
+        read = read[:, :, chosen].flatten(start_dim=2)
     else:
-        form = "batch pos d_model, batch pos head d_head -> head d_model d_head"
-    return einsum(read, given.to(read.device), form) / n
+        given = given[:, :, chosen].flatten(start_dim=2)
+    n = ra.batch_size if ra.loss.ndim or not ra.has_batch_dim else 1
+    read, given = read.flatten(0, 1), given.flatten(0, 1).to(read.device) / n
+    there = given.abs().amax(dim=1) > 0  # not padding, nor what the loss does not depend on
+    return _Gradient(read[there], given[there])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Gradient:
+    """∂L/∂W = Σ over tokens of read ⊗ given, which is only formed where that is the shorter way."""
+
+    read: Float[Tensor, "token _into"]
+    given: Float[Tensor, "token _out"]
+
+    @cached_property
+    def matrix(self) -> Float[Tensor, "_into _out"]:
+        return self.read.T @ self.given
+
+    @property
+    def square(self) -> float:
+        """‖∂L/∂W‖²."""
+        if not self._few:
+            return float(self.matrix.double().square().sum())
+        read, given = self.read.double(), self.given.double()
+        return float(((read @ read.T) * (given @ given.T)).sum())
+
+    def times(self, factor: float, x: Float[Tensor, "*pos _into"]) -> Float[Tensor, "*pos _out"]:
+        """x ∂L/∂W, times a factor, where x is."""
+        if not self._few:
+            return x @ (factor * self.matrix).to(x)
+        return (x @ self.read.to(x).T) @ (factor * self.given).to(x)
+
+    @property
+    def _few(self) -> bool:
+        (tokens, into), out = self.read.shape, self.given.shape[1]
+        return tokens * (into + out) < into * out
 
 
 class _Shift:
-    """Adds x times a matrix to what W_Q, W_K or W_V gives to some heads."""
+    """Adds x times a gradient to what W_Q, W_K or W_V gives to some heads."""
 
     def __init__(
         self,
         at: WeightInUse,
         site: Site,
         weight: Weight,
-        matrices: Float[Tensor, "chosen d_model d_head"],
         chosen: list[int],
+        gradient: _Gradient,
+        factor: float,
     ) -> None:
-        self._at, self._matrices = at, matrices
+        self._at, self._chosen = at, chosen
+        self._gradient, self._factor = gradient, factor
         self._n = site.n_heads if weight == "W_Q" else site.n_key_value_heads
-        self._chosen = chosen
 
     def at_output(self, given: Tensor, hook: Any) -> Tensor | None:
         if hook.name != self._at.point.name:
             return None  # an alias of it, in a bridge's compatibility mode: added once
         read = self._at.read()
-        by_head, chosen, matrices = self._by_head(given)
-        index = torch.tensor(chosen, device=given.device)
-        wide = torch.promote_types(given.dtype, torch.float32)
-        one_for_each = read.ndim == 4  # inputs that were split by head
-        form = "batch pos chosen d_model" if one_for_each else "batch pos d_model"
-        shift = einsum(
-            (read.index_select(2, index.to(read.device)) if one_for_each else read).to(wide),
-            matrices.to(read.device, wide),
-            f"{form}, chosen d_model d_head -> batch pos chosen d_head",
-        )
+        read = read.to(torch.promote_types(given.dtype, torch.float32))
+        # A HookedTransformer may give every query head keys of its own, all of one matrix.
+        share = given.shape[2] // self._n if given.ndim == 4 else 1
+        every = [head * share + i for head in self._chosen for i in range(share)]
+        index = torch.tensor(every, device=given.device)
+        if read.ndim == 4:  # inputs that were split by head: each meets the gradient of its own
+            own = read[:, :, every]
+            shift = self._by_head(own, share)
+        else:
+            shift = self._gradient.times(self._factor, read).unflatten(-1, (len(self._chosen), -1))
+            shift = shift.repeat_interleave(share, dim=2)
+        by_head = given.reshape(*given.shape[:2], self._n * share, -1)
         moved = by_head.index_add(2, index, shift.to(given.device, given.dtype))
         return moved.reshape(given.shape)
 
-    def _by_head(self, given: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        """What was given by head, the heads in it that are stepped, and their matrices."""
-        share = given.shape[2] // self._n if given.ndim == 4 else 1
-        if share == 1:
-            split = given.reshape(*given.shape[:2], self._n, -1)
-            return split, self._chosen, self._matrices
-        # A HookedTransformer that gives every query head keys of its own, all of one matrix.
-        every = [head * share + i for head in self._chosen for i in range(share)]
-        return given, every, self._matrices.repeat_interleave(share, dim=0)
+    def _by_head(
+        self, read: Float[Tensor, "batch pos some d_model"], share: int
+    ) -> Float[Tensor, "batch pos some d_head"]:
+        matrices = self._gradient.matrix.unflatten(1, (len(self._chosen), -1))
+        matrices = (self._factor * matrices).repeat_interleave(share, dim=1).to(read)
+        form = "batch pos some d_model, d_model some d_head -> batch pos some d_head"
+        return einsum(read, matrices, form)
 
 
 class _OutputShift:
-    """Adds z times a matrix to what W_O gives, for some heads."""
+    """Adds z times a gradient to what W_O gives, for some heads."""
 
     def __init__(
         self,
         at: WeightInUse,
         site: Site,
-        matrices: Float[Tensor, "chosen d_head d_model"],
         chosen: list[int],
+        gradient: _Gradient,
+        factor: float,
     ) -> None:
-        self._at, self._site, self._matrices, self._chosen = at, site, matrices, chosen
+        self._at, self._site, self._chosen = at, site, chosen
+        self._gradient, self._factor = gradient, factor
 
     def at_output(self, given: Tensor, hook: Any) -> Tensor | None:
         if hook.name != self._at.point.name:
@@ -281,13 +316,10 @@ class _OutputShift:
         return self.moved(given, self._at.read())
 
     def moved(self, given: Tensor, z: Tensor) -> Tensor:
-        wide = torch.promote_types(given.dtype, torch.float32)
         by_head = z.reshape(*given.shape[:-1], self._site.n_heads, -1)
-        shift = einsum(
-            by_head[..., self._chosen, :].to(wide),
-            self._matrices.to(z.device, wide),
-            "... chosen d_head, chosen d_head d_model -> ... d_model",
-        )
+        own = by_head[..., self._chosen, :].flatten(start_dim=-2)
+        wide = own.to(torch.promote_types(given.dtype, torch.float32))
+        shift = self._gradient.times(self._factor, wide)
         return given + shift.to(given.device, given.dtype)
 
 
@@ -298,18 +330,7 @@ _moved_with: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 class _CheckedShift(_OutputShift):
     """The same where z is seen at a hook of its own, before; what is given must follow from it."""
 
-    def __init__(
-        self,
-        at: WeightInUse,
-        site: Site,
-        matrices: Float[Tensor, "chosen d_head d_model"],
-        chosen: list[int],
-        weight: Float[Tensor, "head d_head d_model"],
-        bias: Float[Tensor, "d_model"],
-    ) -> None:
-        super().__init__(at, site, matrices, chosen)
-        self._weight, self._bias = weight, bias
-        self._z: Tensor | None = None
+    _z: Tensor | None = None
 
     def at_z(self, z: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
         self._z = z
@@ -329,7 +350,7 @@ class _CheckedShift(_OutputShift):
         return moved
 
     def _follows(self, given: Tensor, z: Tensor) -> bool:
-        weight, bias = self._weight.detach(), self._bias.detach()
+        weight, bias = (one.detach() for one in _output_weights(self._at.owner))
         into = "batch pos head d_head, head d_head d_model -> batch pos d_model"
         wanted = einsum(z.to(weight), weight, into).to(given) + bias.to(given)
         rounding = _ROUNDING.get(given.dtype, _ROUNDING_OTHERWISE)
@@ -397,7 +418,7 @@ class Pull:
             for token, at in ((self.query_token, self.query), (self.key_token, self.key))
         )
         wish = "together" if self.together else "apart"
-        text = f"{query} → {key}: R {self.ra:+.4f} ({wish}), q·k {self.product:.4g}"
+        text = f"{query} → {key}: R {self.ra:+.3g} ({wish}), q·k {self.product:.4g}"
         if self.product_after == self.product_after:
             text += f" → {self.product_after:.4g}"
         text += f", cosine {self.cosine:.3f}"
@@ -441,7 +462,7 @@ class Pulls(Sequence[Pull]):
 
     def __repr__(self) -> str:
         """List the pairs, a line each."""
-        step = "" if self.eta is None else f", before and after a step of {self.eta:g}"
+        step = "" if self.eta is None else f", before and after a step of {self.eta:.4g}"
         return "\n".join([f"Pulls of {self.label}: {len(self)} pairs{step}", *map(str, self)])
 
 
@@ -658,7 +679,7 @@ class OutputShift:
         """Say how far z moved, and how far that was foretold."""
         share = float(self.measured.norm() / self.z.norm())
         return (
-            f"OutputShift of L{self.layer}H{self.head} by a step of {self.eta:g}: z moved by "
+            f"OutputShift of L{self.layer}H{self.head} by a step of {self.eta:.4g}: z moved by "
             f"{share:.3g} of its size, foretold to {self.error:.1%}"
         )
 

@@ -137,7 +137,7 @@ def test_pairs_are_printed_and_tabulated(learnt):
     assert lines[0] == "Pulls of L1H2: 3 pairs, before and after a step of 0.5"
     assert len(lines) == 4 and all(" → " in line and "q·k" in line for line in lines[1:])
     wish = "together" if found[0].ra < 0 else "apart"
-    assert f"R {found[0].ra:+.4f} ({wish})" in lines[1]
+    assert f"R {found[0].ra:+.3g} ({wish})" in lines[1]
     assert repr(pulls(ra, "L1H2", k=3)[:2]).startswith("Pulls of L1H2: 2 pairs\n")
     frame = found.to_dataframe()
     assert list(frame.query_token) == [pair.query_token for pair in found]
