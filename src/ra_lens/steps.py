@@ -26,14 +26,16 @@ them is chosen, by the gradient that all of them together give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
@@ -95,10 +97,14 @@ def gradient_step(
         with model.hooks(fwd_hooks=gradient_step(model, ra, ["L5H3"], eta=0.1)):
             model("Another prompt")
 
+    Several steps are these hooks after each other, each made of a run under those before it
+    (`run_with_ra(..., fwd_hooks=hooks)`).
+
     The step is along the gradient of the mean loss of the cache's examples (of a metric that gave
     one number for all, of that). Weights other than these, and biases, stay. Prompts of any length,
     with padding or a key/value cache, are read as by the model whose weights were changed. Costs
-    two products of the size of each matrix stepped for its heads; memory as much as these.
+    a product more for each matrix, and memory for the vectors of the tokens learnt from (where
+    these are many, for the gradient).
 
     Where another hook of yours changes what q, k, v or the output of the attention is, it sees it
     as the stepped model makes it if it comes after these. On a HookedTransformer a hook that
@@ -131,20 +137,21 @@ def gradient_step(
     pairs: HookPairs = []
     for site, weight, chosen in _stepped(lens, ra, heads, read_weights(weights)):
         at = weight_in_use(lens, site, _MATRICES[weight])
-        matrices = -size * _gradients(ra, site, weight)[chosen]
+        gradient = _gradient(ra, site, weight, chosen)
         if weight != "W_O":
-            pairs.append((at.name, _Shift(at, site, weight, matrices, chosen).at_output))
+            pairs.append((at.name, _Shift(at, site, weight, chosen, gradient, -size).at_output))
         elif at.argument is not None:
-            pairs.append((at.name, _OutputShift(at, site, matrices, chosen).at_output))
+            pairs.append((at.name, _OutputShift(at, site, chosen, gradient, -size).at_output))
         else:
-            shift = _CheckedShift(at, site, matrices, chosen, *_output_weights(at.owner))
+            shift = _CheckedShift(at, site, chosen, gradient, -size)
             pairs += [(site.z_name, shift.at_z), (at.name, shift.at_output)]
     return pairs
 
 
-def read_weights(weights: Weight | Iterable[Weight]) -> tuple[Weight, ...]:
+def read_weights(weights: object) -> tuple[Weight, ...]:
     """Read which matrices are meant, in the order of `WEIGHTS`; BadInput for others, or none."""
-    given = [weights] if isinstance(weights, str) else list(weights)
+    several = isinstance(weights, Iterable) and not isinstance(weights, str)
+    given: list[object] = list(cast("Iterable[object]", weights)) if several else [weights]
     for one in given:
         one_of("weights", one, WEIGHTS)
     if not given:
@@ -165,10 +172,7 @@ def gradient_norm(
     therefore L / ‖∂L/∂W‖²: the step that, to first order, takes the whole loss away.
     """
     parts = _stepped(as_lens(model), ra, heads, read_weights(weights))
-    squares = [
-        _gradients(ra, site, one)[chosen].double().square().sum() for site, one, chosen in parts
-    ]
-    return math.sqrt(sum(map(float, squares)))
+    return math.sqrt(sum(_gradient(ra, site, one, chosen).square for site, one, chosen in parts))
 
 
 def _stepped(
@@ -204,71 +208,107 @@ def _vectors(ra: RACache, site: Site, kind: VectorKind) -> Tensor:
     return value if ra.has_batch_dim else value.unsqueeze(0)
 
 
-def _gradients(ra: RACache, site: Site, weight: Weight) -> Float[Tensor, "head _in _out"]:
-    """Gradient of the mean loss at a matrix of every head of a layer."""
+def _gradient(ra: RACache, site: Site, weight: Weight, chosen: list[int]) -> _Gradient:
+    """Gradient of the mean loss at the matrices of some heads of a layer, beside each other."""
     read, given = (_vectors(ra, site, kind) for kind in FACTORS[weight])
-    n = ra.batch_size if ra.loss.ndim or not ra.has_batch_dim else 1
     if weight == "W_O":
-        form = "batch pos head d_head, batch pos d_model -> head d_head d_model"
+        read = read[:, :, chosen].flatten(start_dim=2)
     else:
-        form = "batch pos d_model, batch pos head d_head -> head d_model d_head"
-    return einsum(read, given.to(read.device), form) / n
+        given = given[:, :, chosen].flatten(start_dim=2)
+    n = ra.batch_size if ra.loss.ndim or not ra.has_batch_dim else 1
+    read, given = read.flatten(0, 1), given.flatten(0, 1).to(read.device) / n
+    there = given.abs().amax(dim=1) > 0  # not padding, nor what the loss does not depend on
+    return _Gradient(read[there], given[there])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Gradient:
+    """∂L/∂W = Σ over tokens of read ⊗ given, which is only formed where that is the shorter way."""
+
+    read: Float[Tensor, "token _into"]
+    given: Float[Tensor, "token _out"]
+
+    @cached_property
+    def matrix(self) -> Float[Tensor, "_into _out"]:
+        return self.read.T @ self.given
+
+    @property
+    def square(self) -> float:
+        """‖∂L/∂W‖²."""
+        if not self._few:
+            return float(self.matrix.double().square().sum())
+        read, given = self.read.double(), self.given.double()
+        return float(((read @ read.T) * (given @ given.T)).sum())
+
+    def times(self, factor: float, x: Float[Tensor, "*pos _into"]) -> Float[Tensor, "*pos _out"]:
+        """x ∂L/∂W, times a factor, where x is."""
+        if not self._few:
+            return x @ (factor * self.matrix).to(x)
+        return (x @ self.read.to(x).T) @ (factor * self.given).to(x)
+
+    @property
+    def _few(self) -> bool:
+        (tokens, into), out = self.read.shape, self.given.shape[1]
+        return tokens * (into + out) < into * out
 
 
 class _Shift:
-    """Adds x times a matrix to what W_Q, W_K or W_V gives to some heads."""
+    """Adds x times a gradient to what W_Q, W_K or W_V gives to some heads."""
 
     def __init__(
         self,
         at: WeightInUse,
         site: Site,
         weight: Weight,
-        matrices: Float[Tensor, "chosen d_model d_head"],
         chosen: list[int],
+        gradient: _Gradient,
+        factor: float,
     ) -> None:
-        self._at, self._matrices = at, matrices
+        self._at, self._chosen = at, chosen
+        self._gradient, self._factor = gradient, factor
         self._n = site.n_heads if weight == "W_Q" else site.n_key_value_heads
-        self._chosen = chosen
 
     def at_output(self, given: Tensor, hook: Any) -> Tensor | None:
         if hook.name != self._at.point.name:
             return None  # an alias of it, in a bridge's compatibility mode: added once
         read = self._at.read()
-        by_head, chosen, matrices = self._by_head(given)
-        index = torch.tensor(chosen, device=given.device)
-        wide = torch.promote_types(given.dtype, torch.float32)
-        one_for_each = read.ndim == 4  # inputs that were split by head
-        form = "batch pos chosen d_model" if one_for_each else "batch pos d_model"
-        shift = einsum(
-            (read.index_select(2, index.to(read.device)) if one_for_each else read).to(wide),
-            matrices.to(read.device, wide),
-            f"{form}, chosen d_model d_head -> batch pos chosen d_head",
-        )
+        read = read.to(torch.promote_types(given.dtype, torch.float32))
+        # A HookedTransformer may give every query head keys of its own, all of one matrix.
+        share = given.shape[2] // self._n if given.ndim == 4 else 1
+        every = [head * share + i for head in self._chosen for i in range(share)]
+        index = torch.tensor(every, device=given.device)
+        if read.ndim == 4:  # inputs that were split by head: each meets the gradient of its own
+            own = read[:, :, every]
+            shift = self._by_head(own, share)
+        else:
+            shift = self._gradient.times(self._factor, read).unflatten(-1, (len(self._chosen), -1))
+            shift = shift.repeat_interleave(share, dim=2)
+        by_head = given.reshape(*given.shape[:2], self._n * share, -1)
         moved = by_head.index_add(2, index, shift.to(given.device, given.dtype))
         return moved.reshape(given.shape)
 
-    def _by_head(self, given: Tensor) -> tuple[Tensor, list[int], Tensor]:
-        """What was given by head, the heads in it that are stepped, and their matrices."""
-        share = given.shape[2] // self._n if given.ndim == 4 else 1
-        if share == 1:
-            split = given.reshape(*given.shape[:2], self._n, -1)
-            return split, self._chosen, self._matrices
-        # A HookedTransformer that gives every query head keys of its own, all of one matrix.
-        every = [head * share + i for head in self._chosen for i in range(share)]
-        return given, every, self._matrices.repeat_interleave(share, dim=0)
+    def _by_head(
+        self, read: Float[Tensor, "batch pos some d_model"], share: int
+    ) -> Float[Tensor, "batch pos some d_head"]:
+        matrices = self._gradient.matrix.unflatten(1, (len(self._chosen), -1))
+        matrices = (self._factor * matrices).repeat_interleave(share, dim=1).to(read)
+        form = "batch pos some d_model, d_model some d_head -> batch pos some d_head"
+        return einsum(read, matrices, form)
 
 
 class _OutputShift:
-    """Adds z times a matrix to what W_O gives, for some heads."""
+    """Adds z times a gradient to what W_O gives, for some heads."""
 
     def __init__(
         self,
         at: WeightInUse,
         site: Site,
-        matrices: Float[Tensor, "chosen d_head d_model"],
         chosen: list[int],
+        gradient: _Gradient,
+        factor: float,
     ) -> None:
-        self._at, self._site, self._matrices, self._chosen = at, site, matrices, chosen
+        self._at, self._site, self._chosen = at, site, chosen
+        self._gradient, self._factor = gradient, factor
 
     def at_output(self, given: Tensor, hook: Any) -> Tensor | None:
         if hook.name != self._at.point.name:
@@ -276,48 +316,41 @@ class _OutputShift:
         return self.moved(given, self._at.read())
 
     def moved(self, given: Tensor, z: Tensor) -> Tensor:
-        wide = torch.promote_types(given.dtype, torch.float32)
         by_head = z.reshape(*given.shape[:-1], self._site.n_heads, -1)
-        shift = einsum(
-            by_head[..., self._chosen, :].to(wide),
-            self._matrices.to(z.device, wide),
-            "... chosen d_head, chosen d_head d_model -> ... d_model",
-        )
+        own = by_head[..., self._chosen, :].flatten(start_dim=-2)
+        wide = own.to(torch.promote_types(given.dtype, torch.float32))
+        shift = self._gradient.times(self._factor, wide)
         return given + shift.to(given.device, given.dtype)
+
+
+# What steps of W_O have made of the output of a HookedTransformer's attention, with its z.
+_moved_with: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
 
 class _CheckedShift(_OutputShift):
     """The same where z is seen at a hook of its own, before; what is given must follow from it."""
 
-    def __init__(
-        self,
-        at: WeightInUse,
-        site: Site,
-        matrices: Float[Tensor, "chosen d_head d_model"],
-        chosen: list[int],
-        weight: Float[Tensor, "head d_head d_model"],
-        bias: Float[Tensor, "d_model"],
-    ) -> None:
-        super().__init__(at, site, matrices, chosen)
-        self._weight, self._bias = weight, bias
-        self._z: Tensor | None = None
+    _z: Tensor | None = None
 
     def at_z(self, z: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
         self._z = z
 
     def at_output(self, given: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002  passed by name
         z, self._z = self._z, None
-        if z is None or not self._follows(given.detach(), z.detach()):
+        moved_before = given in _moved_with and _moved_with[given] is z  # by a step before this one
+        if z is None or not (moved_before or self._follows(given.detach(), z.detach())):
             raise UnsupportedModel(
                 f"{self._at.name} does not show z W_O + b_O, so a step of {self._at.label} would "
                 "not be exact. Either the model normalises what attention gives (load it as a "
                 "TransformerBridge, or leave W_O out of weights=), or another hook changes z after "
                 "the step, or the output before it: put the step between them."
             )
-        return self.moved(given, z)
+        moved = self.moved(given, z)
+        _moved_with[moved] = z
+        return moved
 
     def _follows(self, given: Tensor, z: Tensor) -> bool:
-        weight, bias = self._weight.detach(), self._bias.detach()
+        weight, bias = (one.detach() for one in _output_weights(self._at.owner))
         into = "batch pos head d_head, head d_head d_model -> batch pos d_model"
         wanted = einsum(z.to(weight), weight, into).to(given) + bias.to(given)
         rounding = _ROUNDING.get(given.dtype, _ROUNDING_OTHERWISE)
@@ -385,7 +418,7 @@ class Pull:
             for token, at in ((self.query_token, self.query), (self.key_token, self.key))
         )
         wish = "together" if self.together else "apart"
-        text = f"{query} → {key}: R {self.ra:+.4f} ({wish}), q·k {self.product:.4g}"
+        text = f"{query} → {key}: R {self.ra:+.3g} ({wish}), q·k {self.product:.4g}"
         if self.product_after == self.product_after:
             text += f" → {self.product_after:.4g}"
         text += f", cosine {self.cosine:.3f}"
@@ -429,7 +462,7 @@ class Pulls(Sequence[Pull]):
 
     def __repr__(self) -> str:
         """List the pairs, a line each."""
-        step = "" if self.eta is None else f", before and after a step of {self.eta:g}"
+        step = "" if self.eta is None else f", before and after a step of {self.eta:.4g}"
         return "\n".join([f"Pulls of {self.label}: {len(self)} pairs{step}", *map(str, self)])
 
 
@@ -493,15 +526,33 @@ def pulls(
     query_tokens, _, rows = kept_tokens(ra, site.query_side, one, r.shape[0], None)
     key_tokens, _, columns = kept_tokens(ra, site.key_side, one, r.shape[1], None)
     pairs: list[Pull] = []
-    tables = (r, pattern, product, cosine, predicted, product_after, cosine_after)
-    own = [table[rows, columns] for table in tables]
-    order = own[0].abs().flatten().sort(descending=True, stable=True).indices.tolist()
-    for at in (divmod(place, len(key_tokens)) for place in order[:k]):
-        values = [float(table[at]) for table in own]
-        if values[0] == 0:
+    tables = {
+        "ra": r,
+        "pattern": pattern,
+        "product": product,
+        "cosine": cosine,
+        "predicted": predicted,
+        "product_after": product_after,
+        "cosine_after": cosine_after,
+    }
+    own = {name: table[rows, columns] for name, table in tables.items()}
+    order = own["ra"].abs().flatten().sort(descending=True, stable=True).indices.tolist()
+    for row, column in (divmod(place, len(key_tokens)) for place in order[:k]):
+        values = {name: float(table[row, column]) for name, table in own.items()}
+        if values["ra"] == 0:
             break
-        tokens = query_tokens[at[0]], key_tokens[at[1]]
-        pairs.append(Pull(layer, index, *at, *values, *tokens, one))
+        pairs.append(
+            Pull(
+                layer=layer,
+                head=index,
+                query=row,
+                key=column,
+                query_token=query_tokens[row],
+                key_token=key_tokens[column],
+                example=one,
+                **values,
+            )
+        )
     return Pulls(pairs, f"L{layer}H{index}", size)
 
 
@@ -628,7 +679,7 @@ class OutputShift:
         """Say how far z moved, and how far that was foretold."""
         share = float(self.measured.norm() / self.z.norm())
         return (
-            f"OutputShift of L{self.layer}H{self.head} by a step of {self.eta:g}: z moved by "
+            f"OutputShift of L{self.layer}H{self.head} by a step of {self.eta:.4g}: z moved by "
             f"{share:.3g} of its size, foretold to {self.error:.1%}"
         )
 
@@ -709,11 +760,16 @@ def _need_plain_attention(
 ) -> None:
     """Refuse a layer whose scores are not c·q·k and a bias, or whose z is not A v."""
     equations = {
-        "its scores are not c·q·k (they may be capped)": (r @ vectors["key"], "query_grad"),
-        "what its heads give is not A v (it may be gated)": (pattern @ vectors["value"], "z"),
+        "its scores are not c·q·k (they may be capped)": (
+            r @ vectors["key"],
+            vectors["query_grad"],
+        ),
+        "what its heads give is not A v (it may be gated)": (
+            pattern @ vectors["value"],
+            vectors["z"],
+        ),
     }
-    for what, (found, kind) in equations.items():
-        wanted = vectors[kind]
+    for what, (found, wanted) in equations.items():
         if float((found - wanted).norm()) > 1e-2 * float(wanted.norm()):
             raise UnsupportedModel(
                 f"{site.label}: {what}, so the shift of z is not foretold by the softmax. "
@@ -908,7 +964,7 @@ class _Taken:
         weights: tuple[Weight, ...],
         options: RunOptions,
     ) -> None:
-        self._heads = heads if heads is None else list_heads(heads)
+        self._heads = cast("Heads", heads if heads is None else list_heads(heads))
         self._model, self._input, self._ra = model, input, ra
         self._weights, self._options = weights, options
         self.norm = gradient_norm(model, ra, self._heads, weights=weights)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from oracle import Oracle
+from oracle import Oracle, Wide
 from tiny_models import D_HEAD, D_MODEL, N_HEADS, N_KV
 
 Head = tuple[int, int]
@@ -24,8 +24,18 @@ class Stepped:
 
     def __init__(self, folder: Path) -> None:
         auto: Any = transformers.AutoModelForCausalLM
-        self.oracle = Oracle(auto.from_pretrained(str(folder), attn_implementation="eager").eval())
-        self.model = self.oracle.model
+        found = auto.from_pretrained(str(folder), attn_implementation="eager").eval()
+        self._take(Oracle(found))
+
+    @classmethod
+    def of(cls, oracle: Oracle) -> Stepped:
+        """The same of a model that is there, such as one that was stepped."""
+        new = cls.__new__(cls)
+        new._take(oracle)
+        return new
+
+    def _take(self, oracle: Oracle) -> None:
+        self.oracle, self.model = oracle, oracle.model
         self.n_kv = getattr(self.model.config, "num_key_value_heads", N_HEADS) or N_HEADS
 
     def after(
@@ -96,10 +106,9 @@ def mean_nll(rows: Iterable[Tensor], targets: Iterable[int]) -> Callable[[Any], 
     pairs = list(zip(rows, targets, strict=True))
 
     def loss(oracle: Oracle) -> Tensor:
-        losses = [
-            -oracle.model(row.unsqueeze(0), use_cache=False).logits[0, -1].log_softmax(-1)[target]
-            for row, target in pairs
-        ]
+        with Wide():
+            every = [oracle.model(row.unsqueeze(0), use_cache=False).logits for row, _ in pairs]
+        losses = [-one[0, -1].log_softmax(-1)[t] for one, (_, t) in zip(every, pairs, strict=True)]
         return torch.stack(losses).mean()
 
     return loss

@@ -7,13 +7,13 @@ import torch
 
 from generating import generate, need_sound_generate
 from left_behind import Oops, changes, raises, snapshot
-from oracle import Wide
 from padded_rows import padded
 from patches import logits_with
 from ra_lens import run_with_ra
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.patching.masking import mask_heads
 from ra_lens.steps import WEIGHTS, gradient_norm, gradient_step
+from refused import unchecked
 from stepped import Stepped, mean_nll
 from tiny_models import (
     ANY_KIND,
@@ -61,8 +61,7 @@ def learnt(shared):
 
 
 def changed(oracle, heads=HEADS, weights=WEIGHTS, eta=0.05, rows=IDS, targets=TARGETS):
-    with Wide():
-        return oracle.after(mean_nll(rows, targets), heads, weights, eta)
+    return oracle.after(mean_nll(rows, targets), heads, weights, eta)
 
 
 def error(found, wanted, plain):
@@ -155,6 +154,20 @@ def greedy(oracle, ids, n):
     for _ in range(n):
         ids = torch.cat([ids, oracle.logits(ids)[:, -1:].argmax(-1)], dim=1)
     return ids[0, -n:]
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_several_steps_are_their_hooks_after_each_other(arch, kind, learnt, oracle):
+    model, ra = learnt(arch, kind)
+    changing, hooks = oracle(arch), gradient_step(model, ra, HEADS, 0.1)
+    for _ in range(2):
+        _, ra = run_with_ra(model, IDS, target=list(TARGETS), vectors=True, fwd_hooks=hooks)
+        hooks = [*hooks, *gradient_step(model, ra, HEADS, 0.1)]
+    plain = changing.oracle.logits(OTHER)
+    for _ in range(3):
+        after, _ = changed(changing, eta=0.1)
+        changing = Stepped.of(after)
+    assert error(logits_with(model, hooks, OTHER), after.logits(OTHER), plain) < 2e-5
 
 
 # ---- beside other hooks -------------------------------------------------------------------------
@@ -266,7 +279,7 @@ def test_what_cannot_be_used_is_refused(kind, learnt, shared):
     with pytest.raises(BadInput, match=r"found head L1H9, but layer 1 has heads 0 to 3"):
         gradient_step(model, ra, "L1H9", 0.1)
     with pytest.raises(BadInput, match=r"found weights='W_X'; give one of 'W_Q', 'W_K'"):
-        gradient_step(model, ra, "L1H2", 0.1, weights="W_X")
+        unchecked(gradient_step)(model, ra, "L1H2", 0.1, weights="W_X")
     with pytest.raises(BadInput, match=r"none of W_Q, W_K, W_V, W_O"):
         gradient_step(model, ra, "L1H2", 0.1, weights=())
     with pytest.raises(BadInput, match=r"found eta=nan; give a finite number"):
