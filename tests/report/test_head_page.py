@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from arch_models import BRIDGE, has, load_bridge
 from browser import Seen, opening
 from made_caches import attending, knocked_out, make, with_vectors
 from pages import HOSTILE, Page
@@ -26,7 +27,7 @@ from ra_lens.report.latent_svg import MOST_SPACES
 from ra_lens.vjp import WEIGHTS, weight_gradient
 from ra_lens.vocabulary import read_vectors
 from refused import refused
-from tiny_models import CASES, KINDS, REPRESENTATIVE
+from tiny_models import CASES, KINDS, REPRESENTATIVE, random_ids
 
 PROMPT = "w5 w7 w9 w4 w6"
 CASE = [
@@ -210,6 +211,31 @@ def test_what_an_attention_does_not_have_is_said_in_one_line(shared: Any, path: 
     assert [one.weight for one in found.weights] == ["W_O"]
     assert found.latent is not None
     assert "Not here: gradient of W_Q" in read(write_head_page(ra, model, (1, 2), path)).text
+
+
+@pytest.mark.every_model
+@pytest.mark.skipif(BRIDGE not in KINDS, reason="needs TransformerBridge")
+def test_latent_attention_has_no_projections_and_the_page_says_so(tmp_path: Path) -> None:
+    if not has("deepseek_v3"):
+        pytest.skip("this transformers has no DeepSeek V3")
+    model = load_bridge("deepseek_v3", tmp_path)
+    _, ra = run_with_ra(model, random_ids(1, 7), target=5, vectors=True, progress=False)
+    head = ra.top_heads(1)[0]
+    found = head_facts(ra, model, head)
+    assert [one.weight for one in found.weights] == ["W_O"]
+    assert found.latent is not None and found.pulls
+    assert {one.kind for one in found.readings} <= {"z", "z_step"}
+    lines = said_of_missing(found)
+    assert any(
+        line.startswith(
+            "gradient of W_Q, gradient of W_K, gradient of W_V, query in the vocabulary"
+        )
+        and line.endswith(f"layer {head.layer} has no such vectors, or the run did not keep them.")
+        for line in lines
+    )
+    assert any("value in the vocabulary" in line and "is not A·v" in line for line in lines)
+    text = read(write_head_page(ra, model, head, tmp_path / "head.html")).text
+    assert text.count("Not here:") == len(lines) == 2
 
 
 def test_a_gradient_of_zero_is_told(path: Path) -> None:
