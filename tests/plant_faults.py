@@ -652,6 +652,42 @@ FAULTS = (
         "return Positions(tuple(some))",
         "tests/knockouts/test_knockout_hooks_generate.py",
     ),
+    # ---- vectors as tokens ----------------------------------------------------------------------
+    Fault(
+        "steps point where the loss rises",
+        "vocabulary",
+        "recipe.vector, example) * recipe.sign",
+        "recipe.vector, example)",
+        "tests/vocabulary/test_vocabulary.py",
+    ),
+    Fault(
+        "the norm in front of a layer is left out",
+        "vocabulary",
+        "return weights.norms[recipe.weight].back(found @ weight.T)",
+        "return found @ weight.T",
+        "tests/vocabulary/test_vocabulary.py",
+    ),
+    Fault(
+        "a key/value head is read as the query head of its number",
+        "vocabulary",
+        "return site.kv_group(index) if name in _SHARED else index",
+        "return index % site.n_key_value_heads if name in _SHARED else index",
+        "tests/vocabulary/test_vocabulary.py",
+    ),
+    Fault(
+        "tokens are scored without the final norm's gain",
+        "vocabulary",
+        "self.norm(directions.to(self.weights)) @ self.weights",
+        "directions.to(self.weights) @ self.weights",
+        "tests/vocabulary/test_head_weights.py",
+    ),
+    Fault(
+        "weights are not compared with what the layer gives",
+        "vocabulary",
+        "if not fits(per_head, attention_output(a, v)):",
+        "if False:",
+        "tests/vocabulary/test_head_weights.py",
+    ),
 )
 
 

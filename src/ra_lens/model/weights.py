@@ -1,130 +1,217 @@
-"""The matrices of one attention layer, W_Q, W_K, W_V and W_O, where they are used.
+"""The weights of the heads of an attention layer, checked against what the layer computes.
 
-What a step of gradient descent changes is what a matrix gives: x W becomes x W − η·x ∂L/∂W. So it
-is enough to know where a matrix gives its product, and what it reads meanwhile; no weight is
-touched. A bridge has a module for each matrix, also where the model holds three in one. A
-HookedTransformer shows what W_Q, W_K and W_V give; behind W_O it has no hook point of its own.
+    q = x W_Q + b_Q,  k = x W_K + b_K,  v = x W_V + b_V,  out = Σ_h z W_O + b_O
+
+Where a module keeps them differs; where they mean something else (latent attention, adapters that
+are not merged, quantised integers) what is read would be wrong. So one short run compares: the
+difference of two tokens' x, times the weight, must be that of what the layer made of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
-from ra_lens.model.in_use import argument_in_use
+from ra_lens.model.gains import Gain, gain_in, no_norm
 from ra_lens.model.lens import Lens
+from ra_lens.model.projections import Projections
+from ra_lens.model.short_run import Seen, fits, same, short_run
 from ra_lens.model.sites import Site
+from ra_lens.model.values import attention_output
 
-Matrix = Literal["q", "k", "v", "o"]
+HeadWeight = Literal["W_Q", "W_K", "W_V", "W_O"]
+HEAD_WEIGHTS: tuple[HeadWeight, ...] = get_args(HeadWeight)
+_READS: dict[HeadWeight, Literal["query_in", "key_in", "value_in"]] = {
+    "W_Q": "query_in",
+    "W_K": "key_in",
+    "W_V": "value_in",
+}
 
-_ARGUMENTS: dict[Matrix, str] = {"q": "query_input", "k": "key_input", "v": "value_input"}
-# Of a sum of products that rounds in this type, relative to its size.
-_ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_ROUNDING_OTHERWISE = 1e-3
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class WeightInUse:
-    """Where one matrix of an attention layer gives its product.
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Weights of the heads of one layer, in float32 at least; only those that were asked for.
 
     Attributes:
-        name: Full hook name of what it gives.
-        label: The matrix and its layer, for errors.
-        owner: The module whose method is running then.
-        argument: Under which name that method was given what the matrix reads; None where it is
-            over by then, as behind W_O of a HookedTransformer.
+        weights: W_Q, W_K and W_V `[head, d_model, d_head]`, of keys and values for each key/value
+            head, and W_O `[head, d_head, d_model]`.
+        biases: b_Q, b_K, b_V, `[head, d_head]`, by the name of the weight.
+        norms: What the norm in front of the layer does to a direction of the residual stream,
+            by the name of the weight that reads behind it.
     """
 
-    name: str
-    label: str
-    owner: nn.Module
-    argument: str | None
+    weights: dict[HeadWeight, Tensor]
+    biases: dict[HeadWeight, Tensor]
+    norms: dict[HeadWeight, Gain]
 
-    def read(self) -> Float[Tensor, "batch pos *head _width"]:
-        """What the matrix has read, while a hook of that name is running.
-
-        Raises:
-            UnsupportedModel: the model computes the product in another way.
-        """
-        found = None if self.argument is None else argument_in_use(self.owner, self.argument)
-        if found is None:
-            raise UnsupportedModel(
-                f"what {self.label} reads was not found while {self.name} showed what it gives, so "
-                "the step cannot be taken: the model computes this product in another way than by "
-                "a module of its own. Switch off use_split_qkv_input and use_attn_in, and "
-                "torch.compile."
-            )
-        return found
+    def __getitem__(self, name: HeadWeight) -> Tensor:
+        """Give a weight."""
+        return self.weights[name]
 
 
-def weight_in_use(lens: Lens, site: Site, matrix: Matrix) -> WeightInUse:
-    """Find where a matrix of an attention layer is used.
+def head_weights(
+    lens: Lens,
+    site: Site,
+    names: Iterable[HeadWeight] = HEAD_WEIGHTS,
+    *,
+    applied_to_values: bool = False,
+) -> Weights:
+    """Read weights of the heads of a layer, and check them in one run of a few tokens.
+
+    Args:
+        lens: The model.
+        site: The layer.
+        names: Which weights.
+        applied_to_values: Whether to check too that what W_O reads is A·v and nothing more.
 
     Raises:
-        UnsupportedModel: the layer has no such matrix, shows nothing behind it, or puts something
-            else around it.
+        UnsupportedModel: one is not there as a plain matrix of each head, the layer does something
+            else, or another module than a norm in front stands between it and the residual stream.
     """
-    label = f"W_{matrix.upper()} of {site.label}"
-    attention = lens.module.get_submodule(site.prefix)
-    if lens.kind == "HookedTransformer":
-        name = f"{site.prefix}.hook_{matrix}"
-        if matrix == "o":
-            name = f"{site.block}.hook_attn_out"
-            if hasattr(lens.module.get_submodule(site.block), "ln1_post"):
-                raise UnsupportedModel(
-                    f"{lens.name} normalises what attention gives before any hook point shows it, "
-                    f"so a step of {label} cannot be taken by hooks. Leave W_O out of weights=, or "
-                    "load the model as a TransformerBridge."
-                )
-        _need_point(lens, name, label)
-        found = WeightInUse(name, label, attention, _ARGUMENTS.get(matrix))
-    else:
-        name = f"{site.prefix}.{matrix}.hook_out"
-        _need_point(lens, name, label)
-        found = WeightInUse(name, label, attention.get_submodule(matrix), "input")
-        _need_linear(found)
-    return found
+    refuse = partial(_unsupported, lens, site)
+    if not site.prefix.startswith("blocks.") or site.cross or site.repeated:
+        raise refuse("it is not one of a single stack of blocks, each of which runs once")
+    at, block = Projections(lens, site), lens.module.get_submodule(site.block)
+    found = dict[HeadWeight, Tensor]()
+    for name in names:
+        found[name] = _read(at.module, site, name, refuse)
+    around = _around(block, at.module)
+    points: dict[HeadWeight, tuple[nn.Module | None, nn.Module | None]] = {
+        "W_Q": (at.reads("query_in"), at.gives("q")),
+        "W_K": (at.reads("key_in"), at.gives("k")),
+        "W_V": (at.reads("value_in"), at.gives("v")),
+        "W_O": (at.z, at.out),
+    }
+    start = lens.hook_points[lens.block_input_name(site)]
+    pattern, values = (lens.hook_points.get(n) for n in (site.pattern_name, site.value_name))
+    asked = [start, at.module, pattern, values, *sum(points.values(), ()), *around]
+    seen, _ = short_run(lens, [module for module in asked if module is not None])
+    stream = _of(seen, start).gave
+    biases: dict[HeadWeight, Tensor] = {}
+    norms: dict[HeadWeight, Gain] = {}
+    for name, weight in found.items():
+        reads, gives = (_of(seen, module) for module in points[name])
+        into, out = reads.gave, gives.gave
+        if name != "W_O" and at.reads_by_name:
+            into = _of(seen, at.module).named.get(f"{_READS[name]}put")
+        if into is None or out is None or stream is None or (name != "W_O" and into.ndim != 3):
+            raise refuse(f"no hook shows what {name} reads and what it gives")
+        if name == "W_O":
+            _check_output(weight, into, out, refuse)
+            _refuse_behind(around, seen, out, refuse)
+            continue
+        per_head = rearrange(out, "b t ... -> b t (...)").unflatten(-1, (weight.shape[0], -1))
+        made = einsum(into, weight, "b t d_model, head d_model d_head -> b t head d_head")
+        if per_head.shape != made.shape or not fits(_steps(made), _steps(per_head)):
+            raise refuse(f"{name} is not what it multiplies with")
+        biases[name] = (per_head - made).mean(dim=(0, 1))
+        norms[name] = _norm_in_front(lens, site, around, seen, into, stream, refuse)
+    if applied_to_values:
+        _check_heads(seen, pattern, values, at.z, refuse)
+    return Weights(found, biases, norms)
 
 
-def _need_point(lens: Lens, name: str, label: str) -> None:
-    if name not in lens.hook_points:
-        raise UnsupportedModel(
-            f"{lens.name} has no {name}, where {label} would give its product: in latent attention "
-            "(MLA), and where a layer uses the keys and values of another, there is no such matrix."
-        )
+def _read(attention: nn.Module, site: Site, name: HeadWeight, refuse: Any) -> Tensor:
+    try:
+        weight: Any = getattr(attention, name, None)
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError):  # latent attention
+        weight = None
+    if not isinstance(weight, Tensor) or weight.ndim != 3 or not weight.is_floating_point():
+        raise refuse(f"it has no {name} of one matrix for each head")
+    heads = site.n_key_value_heads if name in ("W_K", "W_V") else site.n_heads
+    share = weight.shape[0] // heads
+    if share * heads != weight.shape[0]:
+        raise refuse(f"its {name} has {weight.shape[0]} heads, not {heads}")
+    weight = weight.detach()[::share]  # HookedTransformer repeats those of a group
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-@torch.no_grad()
-def _need_linear(found: WeightInUse) -> None:
-    """Refuse a module that does more than multiply with a matrix and add a bias."""
-    module = getattr(found.owner, "original_component", None)
-    weight, width = getattr(module, "weight", None), _width_read(module)
-    if isinstance(module, nn.Module) and isinstance(weight, Tensor) and width:
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        grid = torch.arange(2 * width, device=weight.device).reshape(2, width)
-        a, b = torch.sin(grid.float() ** 1.5).to(dtype)
-        some = torch.stack([a, b, a + b, torch.zeros_like(a)]).unsqueeze(0)
-        given = module.forward(some)  # without the hooks of anyone
-        if isinstance(given, Tensor) and given.ndim == 3:
-            of_a, of_b, of_both = given[0, :3].float() - given[0, 3].float()
-            rounding = _ROUNDING.get(dtype, _ROUNDING_OTHERWISE)
-            if float((of_a + of_b - of_both).norm()) <= rounding * float(given[0].float().norm()):
-                return
-    raise UnsupportedModel(
-        f"{found.label} is held by a {type(module).__name__}, which does more than multiply with a "
-        "matrix and add a bias (it may round what it reads), so a step of the matrix is not what "
-        "hooks could add. Load the model in floating point."
+def _around(block: nn.Module, attention: nn.Module) -> list[nn.Module]:
+    """Modules of a block that are outside of its attention."""
+    inside = set(attention.modules())
+    return [module for module in block.modules() if module not in inside and module is not block]
+
+
+def _steps(tokens: Tensor) -> Tensor:
+    """Differences between tokens, in which biases drop out."""
+    return tokens[:, 1:] - tokens[:, :1]
+
+
+def _check_output(weight: Tensor, z: Tensor, out: Tensor, refuse: Any) -> None:
+    by_head = rearrange(z, "b t ... -> b t (...)").unflatten(-1, (weight.shape[0], -1))
+    if by_head.shape[-1] != weight.shape[1]:
+        raise refuse(f"z has {by_head.shape[-1]} numbers per head, W_O {weight.shape[1]}")
+    made = einsum(by_head, weight, "b t head d_head, head d_head d_model -> b t d_model")
+    if not fits(_steps(made), _steps(out)):
+        raise refuse("its output is not the sum of what the heads write")
+
+
+def _check_heads(
+    seen: dict[nn.Module, Seen],
+    pattern: nn.Module | None,
+    values: nn.Module | None,
+    z: nn.Module | None,
+    refuse: Any,
+) -> None:
+    """Check that z = A·v."""
+    a, v, given = (_of(seen, module).gave for module in (pattern, values, z))
+    if a is None or v is None or given is None:
+        raise refuse("no hook shows its values")
+    per_head = rearrange(given, "b t ... -> b t (...)").unflatten(-1, (a.shape[1], -1))
+    v = rearrange(v, "b t ... -> b t (...)").unflatten(-1, (-1, per_head.shape[-1]))
+    if not fits(per_head, attention_output(a, v)):
+        raise refuse("what its heads give is not A·v")
+
+
+def _norm_in_front(
+    lens: Lens,
+    site: Site,
+    around: list[nn.Module],
+    seen: dict[nn.Module, Seen],
+    into: Tensor,
+    stream: Tensor,
+    refuse: Any,
+) -> Gain:
+    if same(into, stream):
+        return no_norm(stream)
+    for module in around:
+        at = _of(seen, module)
+        if at.taken is not None and at.gave is not None and same(at.gave, into):
+            if same(at.taken, stream):
+                return gain_in(lens, module, at.taken, f"before {site.label}")
+            if not same(at.taken, at.gave):
+                break
+    raise refuse("what it reads is not the residual stream behind one norm")
+
+
+def _refuse_behind(
+    around: list[nn.Module], seen: dict[nn.Module, Seen], out: Tensor, refuse: Any
+) -> None:
+    """Refuse a layer behind which something changes its output before it is added to the stream."""
+    for module in around:
+        at = _of(seen, module)
+        if at.taken is None or at.gave is None or not same(at.taken, out):
+            continue
+        if not same(at.gave, at.taken):
+            raise refuse(f"a {type(module).__name__} stands between it and the residual stream")
+
+
+_NOTHING = Seen(None, {}, None, 0)
+
+
+def _of(seen: dict[nn.Module, Seen], module: nn.Module | None) -> Seen:
+    return _NOTHING if module is None else seen.get(module, _NOTHING)
+
+
+def _unsupported(lens: Lens, site: Site, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the weights of the heads of {site.label} of {lens.name} are not known: {why}. What its "
+        "vectors mean in the residual stream cannot be said; ra holds the vectors themselves."
     )
-
-
-def _width_read(module: object) -> int:
-    """How wide what a module reads is: `in_features` of a Linear, `nx` of a Conv1D."""
-    for name in ("in_features", "nx"):
-        if isinstance(width := getattr(module, name, None), int):
-            return width
-    return 0
