@@ -583,13 +583,6 @@ FAULTS = (
         "tests/steps/test_gradient_step.py",
     ),
     Fault(
-        "a step is taken once for each name of a hook point",
-        "steps",
-        "return None  # an alias of it",
-        "pass  # an alias of it",
-        "tests/steps/test_gradient_step.py",
-    ),
-    Fault(
         "first order of a pair leaves out that its key moves",
         "steps",
         "predicted = (query_after - query) @ key.T + query @ (key_after - key).T",

@@ -45,7 +45,7 @@ from ra_lens.head_names import Head, Heads, list_heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import FwdHooks, Lens, PrependBos, Site, as_lens
 from ra_lens.model.sites import VectorKind
-from ra_lens.model.weight_in_use import Matrix, WeightInUse, weight_in_use
+from ra_lens.model.matrices import Matrix, WeightInUse, weight_in_use
 from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.prompts import PaddingSide, PromptInput
 from ra_lens.run import run_with_ra
@@ -268,9 +268,7 @@ class _Shift:
         self._gradient, self._factor = gradient, factor
         self._n = site.n_heads if weight == "W_Q" else site.n_key_value_heads
 
-    def at_output(self, given: Tensor, hook: Any) -> Tensor | None:
-        if hook.name != self._at.point.name:
-            return None  # an alias of it, in a bridge's compatibility mode: added once
+    def at_output(self, given: Tensor, hook: Any) -> Tensor:  # noqa: ARG002  TransformerLens passes it by name
         read = self._at.read()
         read = read.to(torch.promote_types(given.dtype, torch.float32))
         # A HookedTransformer may give every query head keys of its own, all of one matrix.
@@ -310,9 +308,7 @@ class _OutputShift:
         self._at, self._site, self._chosen = at, site, chosen
         self._gradient, self._factor = gradient, factor
 
-    def at_output(self, given: Tensor, hook: Any) -> Tensor | None:
-        if hook.name != self._at.point.name:
-            return None
+    def at_output(self, given: Tensor, hook: Any) -> Tensor:  # noqa: ARG002  TransformerLens passes it by name
         return self.moved(given, self._at.read())
 
     def moved(self, given: Tensor, z: Tensor) -> Tensor:
@@ -335,7 +331,7 @@ class _CheckedShift(_OutputShift):
     def at_z(self, z: Tensor, hook: Any) -> None:  # noqa: ARG002  TransformerLens passes it by name
         self._z = z
 
-    def at_output(self, given: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002  passed by name
+    def at_output(self, given: Tensor, hook: Any) -> Tensor:  # noqa: ARG002  TransformerLens passes it by name
         z, self._z = self._z, None
         moved_before = given in _moved_with and _moved_with[given] is z  # by a step before this one
         if z is None or not (moved_before or self._follows(given.detach(), z.detach())):

@@ -7,6 +7,7 @@ the model is moved against, bias and all else as they were.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -134,10 +135,12 @@ OF_VARIANTS += every_model("attention_only", "score_softcap", "attention_sinks",
 needs_hooked = pytest.mark.skipif("HookedTransformer" not in KINDS, reason="TransformerLens 4")
 
 
-def hooked(name: str, **more: Any) -> Any:
+def hooked(name: str) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    options = {**BASE, **VARIANTS[name], **more, "dtype": torch.float64, "seed": 0}
+    options = {**BASE, **VARIANTS[name], "dtype": torch.float64, "seed": 0}
+    if not options.keys() <= set(inspect.signature(HookedTransformerConfig).parameters):
+        pytest.skip(f"this HookedTransformer has no {name}")
     model = HookedTransformer(HookedTransformerConfig(**options))
     randomise(model, seed=3)
     return model.eval()

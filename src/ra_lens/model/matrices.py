@@ -34,7 +34,6 @@ class WeightInUse:
 
     Attributes:
         name: Full hook name of what it gives.
-        point: That hook point.
         label: The matrix and its layer, for errors.
         owner: The module whose method is running then.
         argument: Under which name that method was given what the matrix reads; None where it is
@@ -42,13 +41,12 @@ class WeightInUse:
     """
 
     name: str
-    point: nn.Module
     label: str
     owner: nn.Module
     argument: str | None
 
     def read(self) -> Float[Tensor, "batch pos *head _width"]:
-        """What the matrix has read, while a hook of `point` is running.
+        """What the matrix has read, while a hook of that name is running.
 
         Raises:
             UnsupportedModel: the model computes the product in another way.
@@ -83,24 +81,22 @@ def weight_in_use(lens: Lens, site: Site, matrix: Matrix) -> WeightInUse:
                     f"so a step of {label} cannot be taken by hooks. Leave W_O out of weights=, or "
                     "load the model as a TransformerBridge."
                 )
-        found = WeightInUse(
-            name, _point(lens, name, label), label, attention, _ARGUMENTS.get(matrix)
-        )
+        _need_point(lens, name, label)
+        found = WeightInUse(name, label, attention, _ARGUMENTS.get(matrix))
     else:
         name = f"{site.prefix}.{matrix}.hook_out"
-        point = _point(lens, name, label)
-        found = WeightInUse(name, point, label, attention.get_submodule(matrix), "input")
+        _need_point(lens, name, label)
+        found = WeightInUse(name, label, attention.get_submodule(matrix), "input")
         _need_linear(found)
     return found
 
 
-def _point(lens: Lens, name: str, label: str) -> nn.Module:
+def _need_point(lens: Lens, name: str, label: str) -> None:
     if name not in lens.hook_points:
         raise UnsupportedModel(
             f"{lens.name} has no {name}, where {label} would give its product: in latent attention "
             "(MLA), and where a layer uses the keys and values of another, there is no such matrix."
         )
-    return lens.hook_points[name]
 
 
 @torch.no_grad()
