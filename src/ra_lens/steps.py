@@ -44,8 +44,8 @@ from ra_lens.head_maps import kept_tokens, read_example, read_head
 from ra_lens.head_names import Head, Heads, list_heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import FwdHooks, Lens, PrependBos, Site, as_lens
-from ra_lens.model.sites import VectorKind
 from ra_lens.model.matrices import Matrix, WeightInUse, weight_in_use
+from ra_lens.model.sites import VectorKind
 from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.prompts import PaddingSide, PromptInput
 from ra_lens.run import run_with_ra
