@@ -8,7 +8,7 @@ a patch with the mean maps of training questions, and a step along their gradien
 is best for the training questions; then the test questions. Beside that, what single heads' steps
 do to their pairs of queries and keys. Every part of every task is a table in
 examples/results-steps: a run that was stopped goes on, and with all tables there it only refreshes
-the page. `--results` names another folder, to begin anew. Seven minutes of one core.
+the page. `--results` names another folder, to begin anew. About ten minutes of one core.
 """
 
 from __future__ import annotations
