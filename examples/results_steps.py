@@ -32,11 +32,11 @@ from ra_lens.files import whole_file
 from ra_lens.model import FwdHooks, as_lens
 from ra_lens.questions import Questions, ask, read_questions
 from ra_lens.scales import SCALES
-from ra_lens.steps import WEIGHTS, gradient_norm, gradient_step, largest_linear_step, pulls
+from ra_lens.steps import gradient_norm, gradient_step, largest_linear_step, pulls
 from ra_lens.tables import TABLE
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Prompt, same_length_sets
-from ra_lens.vjp import Weight
+from ra_lens.vjp import WEIGHTS, Weight
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "steps.md"
 RESULTS = Path(__file__).parent / "results-steps"

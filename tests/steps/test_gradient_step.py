@@ -12,7 +12,8 @@ from patches import logits_with
 from ra_lens import run_with_ra
 from ra_lens.errors import BadInput, NotStored, UnsupportedModel
 from ra_lens.patching.masking import mask_heads
-from ra_lens.steps import WEIGHTS, gradient_norm, gradient_step
+from ra_lens.steps import gradient_norm, gradient_step
+from ra_lens.vjp import WEIGHTS
 from refused import unchecked
 from stepped import Stepped, mean_nll
 from tiny_models import (

@@ -18,7 +18,8 @@ from conformance.variants import BASE, VARIANTS
 from patches import logits_with
 from ra_lens import run_with_ra
 from ra_lens.errors import NotStored, UnsupportedModel
-from ra_lens.steps import WEIGHTS, gradient_step
+from ra_lens.steps import gradient_step
+from ra_lens.vjp import WEIGHTS
 from saved_models import randomise
 from tiny_models import KINDS, every_model
 
