@@ -24,8 +24,9 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from results_real import IN_FRONT, markdown, refresh, share
+from results_real import IN_FRONT
 
+from pages import markdown, refresh, share
 from ra_lens import best_scale, load_demo_model, load_model, load_task, run_with_ra
 from ra_lens.errors import NothingToDifferentiate
 from ra_lens.files import whole_file
@@ -312,7 +313,7 @@ def main(
             f"pairs{suffix}": markdown(pairs(paired)),
             f"counts{suffix}": f"Training and test questions: {counted(asked)}.",
         }
-    refresh(sections, DOCUMENT)
+    refresh(DOCUMENT, sections)
 
 
 if __name__ == "__main__":
