@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
-from typer.testing import CliRunner
+import typer.main
+import typer.testing
 
 from ra_lens.cli import app
+
+# What the options are is read from the functions' signatures, for every command, at every call:
+# once is enough, and the parser keeps nothing of a call.
+parser = cache(typer.main.get_command)
+typer.testing._get_command = parser
 
 WITHOUT = """\
 import sys
@@ -24,7 +31,7 @@ HEAVY = ("torch", "transformers", "transformer_lens", "plotly", "pandas", "numpy
 
 
 def call(*arguments: str, text: str | bytes | None = None) -> Any:
-    return CliRunner().invoke(app, list(arguments), input=text)
+    return typer.testing.CliRunner().invoke(app, list(arguments), input=text)
 
 
 def refused_line(*arguments: str, text: str | bytes | None = None) -> str:
