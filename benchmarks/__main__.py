@@ -21,6 +21,7 @@ NAMES = (
     "peers",
     "memory",
     "recompute",
+    "vectors",
     "mediation",
     "perturbation",
     "knockouts",

@@ -16,6 +16,9 @@ that the answer needs the edge (formulas, proof and limits: `ra_lens.knockouts.p
   an edge is all that its row has, which cannot be cut so.
 * `cut`, `….hook_cut`: −A ⊙ G, the row not renormalised.
 
+A run with `vectors=True` also keeps queries, keys, values, what heads give, and the gradients
+there, token by token: `ra["query", 5]`, `ra["query_grad", 5]` and so on (`ra_lens.vectors`).
+
 In a cache that `run_with_ra` made, rows and columns of padding are 0. Norms are kept whatever is
 stored. `save` writes one safetensors file, which cannot run code, with a JSON description.
 """
@@ -43,8 +46,10 @@ from ra_lens.model import Layers, Site, Sites, as_lens
 from ra_lens.model.sites import (
     MAP_KINDS,
     STORED_KINDS,
+    VECTOR_KINDS,
     MapKind,
     StoredKind,
+    VectorKind,
     read_kind,
     read_stored_kind,
     spell_counts,
@@ -105,8 +110,10 @@ class RACache:
 
     def __getitem__(
         self, key: str | tuple[str, SupportsIndex]
-    ) -> Float[Tensor, "*batch head query key"]:
+    ) -> Float[Tensor, "*batch head query key"] | Float[Tensor, "*batch pos ..."]:
         """Give a map by name: `ra["ra", 5]`, `ra["knockout", -1]`, `ra["blocks.5.attn.hook_ra"]`.
+
+        Or vectors, `ra["query", 5]`, where the run kept them.
 
         Raises:
             NotStored: that map is not here; the message says what is.
@@ -239,12 +246,15 @@ class RACache:
     def __repr__(self) -> str:
         """Say what is in the cache."""
         kinds = [k for k in STORED_KINDS if any((k, layer) in self for layer in self.layers)]
-        held = f"{', '.join(kinds)}, {self.n_bytes / 1e6:.2f} MB" if kinds else f"{self.store} only"
+        some = any((k, layer) in self for k in VECTOR_KINDS for layer in self.layers)
+        held = [*(kinds or [f"{self.store} only"]), *["vectors"] * some]
+        held += [f"{self.n_bytes / 1e6:.2f} MB"] if self._maps else []
         n = self.batch_size
         return (
             f"RACache of {self.info.model_name}: {n} prompt{'s' * (n != 1)}, "
             f"layers {self.sites.spell()}, {spell_counts(self.sites.n_heads)} heads "
-            f"({held})" + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
+            f"({', '.join(held)})"
+            + "".join(f"\n  {name.lower()}: {value}" for name, value in self.facts())
         )
 
     def facts(self, example: Whole | None = None) -> list[tuple[str, str]]:
@@ -355,7 +365,7 @@ class RACache:
             for kind in chosen:
                 mean.by_layer(kind)
             return mean
-        if not self._maps:
+        if not any((kind, layer) in self for kind in STORED_KINDS for layer in self.layers):
             raise NotStored(self._why_not("ra"))
         running = RunningMean(self.sites, self.batch_size)
         for site in self.sites.values():
@@ -716,8 +726,8 @@ class RACache:
             self.loss = torch.full(norms.shape[:1], float("nan"))
         return norms
 
-    def _keep(self, layer: int, kind: StoredKind, value: Tensor) -> None:
-        """Add a map without its norms."""
+    def _keep(self, layer: int, kind: StoredKind | VectorKind, value: Tensor) -> None:
+        """Add a map without its norms, or vectors."""
         self._maps[self.sites[layer].map_name(kind)] = value
 
     @staticmethod
@@ -748,6 +758,16 @@ class RACache:
     # ---- inside ---------------------------------------------------------------------------------
 
     def _why_not(self, key: object) -> str:
+        if (kind := self._vector_kind(key)) is not None:
+            layers = {site.map_name(kind): site for site in self.sites.values()}
+            site = layers.get(self.sites.name(key))
+            if site is None or not any((other, site.layer) in self for other in VECTOR_KINDS):
+                return f"{key!r} was not kept. Run again with run_with_ra(..., vectors=True)."
+            return (
+                f"{key!r} is not in this cache. Either it is not among the vectors= asked for, or "
+                f"the attention of {site.label} has none: latent attention (MLA) has no W_Q, W_K "
+                "and W_V, some modules show no projections, and a hook may have replaced them."
+            )
         if self.store != "maps":
             other = "ra.norms()" if self.store == "norms" else "ra.mean() and ra.norms()"
             return (
@@ -757,6 +777,10 @@ class RACache:
         names = self.keys()
         some = f"{names[0]} to {names[-1]}" if names else "nothing yet (run the backward pass)"
         return f"{key!r} is not in this cache, which holds {some} (layers {self.layers})."
+
+    def _vector_kind(self, key: object) -> VectorKind | None:
+        name = self.sites.name(key)  # pyright: ignore[reportArgumentType]
+        return next((kind for kind in VECTOR_KINDS if name.endswith(f".hook_{kind}")), None)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> RACache:
         return replace(

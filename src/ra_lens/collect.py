@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
 from ra_lens.model import Lens, Site
 from ra_lens.model.blocks import recomputed
-from ra_lens.model.sites import StoredKind
+from ra_lens.model.sites import StoredKind, VectorKind
+from ra_lens.vectors import VectorCollector
 
 Store = Literal["maps", "norms", "mean"]
 
@@ -111,11 +112,12 @@ class Collector:
         *,
         edited: bool = True,
         retained: bool = False,
+        vectors: frozenset[VectorKind] = frozenset(),
     ) -> None:
         """Collect at `sites` of `lens` and hand each layer's maps to `deliver`.
 
         Hooks of the user's may cut layers off from the loss if `edited`; each of several backward
-        passes through one graph delivers if `retained`.
+        passes through one graph delivers if `retained`. These `vectors` are kept beside the maps.
         """
         self._lens = lens
         self._sites = sites
@@ -130,6 +132,7 @@ class Collector:
         self._times: Counter[int] = Counter()  # how often each was shown
         self._arrived: set[int] = set()
         self._consumed: set[int] = set()
+        self.vectors = VectorCollector(lens, sites, vectors, self.root) if vectors else None
 
     # ---- attaching ------------------------------------------------------------------------------
 
@@ -157,8 +160,10 @@ class Collector:
                 # Where the model goes on with the tensor hooked, the graph begins at the pattern.
                 # Elsewhere it must begin above, and at every layer, as a hook may have replaced
                 # what came before.
-                if site.observe_only is not False:
+                if site.observe_only is not False or self.vectors is not None:
                     above.add(self._lens.block_input_name(site))
+            if self.vectors is not None:
+                stack.enter_context(self.vectors.attached())
             for name in above:
                 point = self._lens.hook_points[name]
                 stack.callback(point.register_forward_hook(self._tap_input).remove)
@@ -230,6 +235,8 @@ class Collector:
                 f"(hook_pattern is observe-only). Leave layer {layer} out with layers=, or drop "
                 "that hook."
             )
+        if self.vectors is not None:
+            self.vectors.at_pattern(layer, pattern)
         self._patterns[layer] = kept = pattern.detach()
         at_gradient = partial(self._at_gradient, layer, self._times[layer])
         scores = self._scores.pop(layer, None)

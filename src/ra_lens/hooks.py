@@ -18,7 +18,7 @@ from ra_lens.cache import RACache
 from ra_lens.collect import Collector, Deliver, Store
 from ra_lens.errors import BadInput, one_of
 from ra_lens.model import Layers, Side, Site, Sites, as_lens
-from ra_lens.model.sites import StoredKind
+from ra_lens.model.sites import StoredKind, VectorKind
 from ra_lens.numbers import Real
 from ra_lens.patching.mean import RunningMean
 from ra_lens.prompts import Batch
@@ -108,6 +108,18 @@ class Recorder:
             self.cache._keep(site.layer, kind, value.to(device=self.device, dtype=self._dtype))
         elif self._sums is not None:
             self._sums.add(name, value[(..., *tokens)].to(device=self.device))
+
+    def receive_vectors(
+        self, site: Site, vectors: dict[VectorKind, Tensor], read: dict[Side, Batch]
+    ) -> None:
+        """Keep vectors of a layer, as their tokens lie in the batch `read`."""
+        for kind, value in vectors.items():
+            batch = read[site.side_of(kind)]
+            laid_out = batch.spread(value, 1)
+            if batch.is_padded:
+                real = batch.attention_mask.to(value.device)
+                laid_out = laid_out.where(real.reshape(*real.shape, *[1] * (value.ndim - 2)), 0.0)
+            self.cache._keep(site.layer, kind, laid_out.to(device=self.device, dtype=self._dtype))
 
     def regroup(self, n_groups: int, order: Sequence[int]) -> None:
         """Make one batch of the last ones, which were groups of it, its examples in `order`."""

@@ -1,6 +1,7 @@
 """How much memory a run takes at least, and refusing what cannot fit before anything is computed.
 
     maps   Σ over layers of  kinds kept · examples · heads · queries · keys · 4 bytes
+           + kinds of vectors kept · examples · tokens · d_model · 4 bytes
     graph  Σ over layers of  batch · heads · queries · keys · bytes of the model's dtype
            + batch · tokens · (5 · d_model + d_mlp) · bytes of the model's dtype
 
@@ -21,8 +22,11 @@ import torch
 from ra_lens.collect import Store
 from ra_lens.errors import NotEnoughMemory
 from ra_lens.model import Lens, Side, Site
-from ra_lens.model.sites import STORED_KINDS
+from ra_lens.model.sites import STORED_KINDS, VectorKind
 from ra_lens.prompts import Prompts
+
+# Kinds with as many heads as there are key/value heads.
+_OF_SHARED = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Plan:
     device: torch.device | None  # where they are kept
     dtype: torch.dtype | None  # in what they are kept
     recompute: bool
+    vectors: frozenset[VectorKind] = frozenset()
 
     @property
     def batch(self) -> int:
@@ -61,11 +66,12 @@ class Plan:
         if torch.device(self.device or lens.device).type != lens.device.type:
             return 0
         made_in = torch.float64 if lens.dtype == torch.float64 else torch.float32
-        entries = sum(
+        entries = examples * sum(
             self._cells(site) * sum(self.wanted(site.map_name(kind)) for kind in STORED_KINDS)
             for site in self.sites.values()
         )
-        return examples * (self.dtype or made_in).itemsize * entries
+        entries += len(self.prompts) * sum(map(self._vector_entries, self.sites.values()))
+        return (self.dtype or made_in).itemsize * entries
 
     @property
     def graph(self) -> int:
@@ -84,6 +90,15 @@ class Plan:
     def need(self) -> int:
         """Bytes needed at least beside the model."""
         return max(self.maps, self.graph)
+
+    def _vector_entries(self, site: Site) -> int:
+        share = site.n_heads // site.n_key_value_heads
+        of_shared = (self.lens.d_model // share for kind in self.vectors if kind in _OF_SHARED)
+        rest = [kind for kind in self.vectors if kind not in _OF_SHARED]
+        # One tensor where all three are asked for, but in cross-attention and few others.
+        inputs = max(0, sum(kind.endswith("_in") for kind in rest) - 1)
+        widest = self.widths[site.query_side]
+        return widest * (sum(of_shared) + (len(rest) - inputs) * self.lens.d_model)
 
     def _cells(self, site: Site) -> int:
         return site.n_heads * self.widths[site.query_side] * self.widths[site.key_side]

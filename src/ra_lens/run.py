@@ -30,8 +30,9 @@ from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
-from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, as_lens
+from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, Side, as_lens
 from ra_lens.model.forward import at_columns
+from ra_lens.model.sites import VectorKind, read_vectors
 from ra_lens.numbers import Real, Whole, whole_or_none
 from ra_lens.padding import (
     BatchResult,
@@ -65,6 +66,7 @@ def run_with_ra(
     layers: Layers = None,
     names_filter: NamesFilter = None,
     store: Store = "maps",
+    vectors: bool | str | Sequence[str] = False,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]] = (),
@@ -111,6 +113,9 @@ def run_with_ra(
             (`blocks.5.attn.hook_ra`, `….hook_pattern`, `….hook_pattern_grad`). Default: all three.
         store: `"maps"`; `"norms"`, which drops each map once its norms are taken; or `"mean"`,
             which keeps only the running mean over the examples.
+        vectors: Keep also, of every token, queries, keys, values, what heads give, and the
+            gradients there: True for all kinds, or names (`"query"`, `["value", "value_grad"]`),
+            read as `ra["query", 5]`. See `ra_lens.vectors`. Not with `store="mean"`.
         device: Where to keep maps and logits. Default: where they are made.
         dtype: In what to keep them, a floating-point dtype. Default: float32 (float64 for a float64
             model); R is computed in that before it is converted.
@@ -163,6 +168,9 @@ def run_with_ra(
     lens.refuse_checkpointing()
     device, dtype = read_device(device), read_dtype(dtype)
     sites = lens.sites.choose(layers).with_scales(softmax_scale)
+    kinds = read_vectors(vectors)
+    if kinds and store == "mean":
+        raise BadInput("found vectors with store='mean', which keeps maps only; use store='norms'.")
     _check_hook_names(lens, fwd_hooks)
     objective = as_objective(target, metric)
     prompts = read_prompts(
@@ -210,6 +218,7 @@ def run_with_ra(
             device=device,
             dtype=dtype,
             recompute=recompute,
+            vectors=kinds,
         )
     )
     recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)
@@ -221,6 +230,7 @@ def run_with_ra(
         padding_is_hidden=padding_is_hidden(lens, read.prompts, read.encoded),
         every=every,
         recompute=recompute,
+        vectors=kinds,
     )
     parts = [examples for examples, _ in read.prompts.batches(batch_size)]
     with lens.only_run():
@@ -262,6 +272,7 @@ class _Run:
     padding_is_hidden: bool
     every: bool
     recompute: bool
+    vectors: frozenset[VectorKind]
 
     def part(self, read: _Read, bound: Loss) -> BatchResult:
         """Run a batch as it is laid out or, where padding would show, in groups of one length."""
@@ -322,7 +333,9 @@ class _Run:
         columns = batch.last if bound.positions is None else batch.columns(bound.positions)
         at_logits: list[Tensor] = []
         deliver = self.recorder.begin(layout, encoder_layout)
-        collector = Collector(lens, self.recorder.sites, deliver, edited=self._edited)
+        collector = Collector(
+            lens, self.recorder.sites, deliver, edited=self._edited, vectors=self.vectors
+        )
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(lens.parameters_frozen())
@@ -344,6 +357,10 @@ class _Run:
             if given.requires_grad:
                 given.register_hook(lambda grad: at_logits.append(grad.norm(p=math.inf)))
             collector.backward(total, scale)
+        if collector.vectors is not None:
+            sides: dict[Side, Batch] = {"input": encoder_layout or layout, "decoder": layout}
+            for site, found in collector.vectors.found(scale):
+                self.recorder.receive_vectors(site, found, sides)
         kept = (logits if self.every else at_read).detach().to(self.recorder.device)
         starts = (encoder_layout or layout).starts
         reached = float(at_logits[0]) / scale if at_logits else 0.0

@@ -22,6 +22,7 @@ from benchmarks import (
     recompute,
     startup,
     timing,
+    vectors,
 )
 from benchmarks.__main__ import NAMES
 from ra_lens.collect import reversed_attention
@@ -129,10 +130,11 @@ def test_ratios_have_the_spread_of_their_rounds(module, over, base, monkeypatch)
 
 
 @pytest.mark.every_model
-def test_what_recomputing_costs_has_the_spread_of_its_rounds(monkeypatch):
+@pytest.mark.parametrize("module", [recompute, vectors])
+def test_what_an_option_costs_has_the_spread_of_its_rounds(module, monkeypatch):
     narrow = partial(models.gpt2_small, width=24, n_head=4)
-    monkeypatch.setattr(recompute, "gpt2_small", narrow)
-    table = recompute.measure(rounds=2, quick=True)
+    monkeypatch.setattr(module, "gpt2_small", narrow)
+    table = module.measure(rounds=2, quick=True)
     for row, (low, high) in zip(table["rows"], spreads(table), strict=True):
         assert low - 0.006 < row[table["columns"].index("ratio")] < high + 0.006
 

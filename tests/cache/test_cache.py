@@ -56,11 +56,11 @@ def test_what_is_not_there_is_said_with_what_is(ra):
         assert key not in ra
         with pytest.raises(NotStored, match=r"not in this cache, which holds blocks.*layers \[0"):
             ra[key]
-    assert ("z", 0) not in ra
-    with pytest.raises(NotStored, match=r"found kind 'z'.*ra, pattern, pattern_grad"):
-        ra["z", 0]
+    assert ("resid", 0) not in ra
+    with pytest.raises(NotStored, match=r"found kind 'resid'.*ra, pattern, pattern_grad"):
+        ra["resid", 0]
     with pytest.raises(KeyError):
-        ra["z", 0]
+        ra["resid", 0]
     assert 5 not in ra
     assert None not in ra
     assert ra["ra", np.int64(1)] is ra["ra", torch.tensor(1)] is ra["ra", 1]

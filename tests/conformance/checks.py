@@ -8,6 +8,8 @@
 - knockouts: what a cache foretells of cuts, single edges and sets, against central differences of
   the oracle's loss; and edges cut by `knockout_hooks`, against the same cut at the oracle's softmax
   output, relative to what the cut changed.
+- vectors: queries, keys, values and their gradients against what Hugging Face's code multiplies and
+  autograd there, the paper's equations too; gradients of weights against autograd's.
 - scale: against the factor measured between q·k and S.
 - heads: heads masked by `mask_hooks`, against the oracle without their patterns.
 - padding: R and loss of two prompts in a batch padded on either side, against each alone; and
@@ -55,6 +57,7 @@ from .record import (
 )
 from .scale import measured_scale
 from .subject import TARGETS, Subject
+from .vectors import vector_errors
 
 
 def check(architecture: Architecture, *, quick: bool = False) -> Record:
@@ -88,6 +91,7 @@ class _Checks(Subject):
         self.scales()
         self.patches()
         self.knockouts()
+        self.vectors()
         self.own_backward()
         self.heads()
         self.padded()
@@ -199,6 +203,12 @@ class _Checks(Subject):
         record.knockouts = max(errors)
         if not record.knockouts <= PATCH_LIMIT:
             self.fail(f"knockouts: error {record.knockouts:.1e}")
+
+    def vectors(self) -> None:
+        errors, self.record.no_vectors, over = vector_errors(self, TARGETS)
+        self.record.vectors = max(errors.values())
+        if over:
+            self.fail(f"vectors: error of {', '.join(over)}")
 
     def own_backward(self) -> None:
         """The hooks alone, with the caller's own backward pass, parameters frozen or not."""

@@ -53,6 +53,7 @@ class Expected:
         scale: Not None: why the softmax scale cannot be compared.
         heads: Not None: why masking a head cannot be compared.
         knockouts: Not None: why edges cannot be cut.
+        no_vectors: Kinds of vectors that a run does not give.
     """
 
     status: Status = "exact"
@@ -63,8 +64,12 @@ class Expected:
     scale: str | None = None
     heads: str | None = None
     knockouts: str | None = None
+    no_vectors: str = ""
 
 
+_OF_PROJECTIONS = "q_grad, k_grad, v_grad, query_in, key_in, value_in"
+# Latent attention (MLA): its queries, keys and values come through smaller vectors.
+_LATENT = Expected(no_vectors=_OF_PROJECTIONS)
 _NO_PATTERN = Expected("no attention", "no hook point")
 _CHANGES = "changes the logits"
 
@@ -96,6 +101,11 @@ _BRIDGE: dict[str | tuple[str, str], Expected] = {
         "mixture of experts",
         heads="no hook point",
         knockouts="mixture of experts",
+        no_vectors=f"value, z, value_grad, z_grad, {_OF_PROJECTIONS}, attn_out_grad",
+    ),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v3_yarn", "glm4_moe_lite", "glm_moe_dsa", "youtu"),
+        _LATENT,
     ),
     ("3", "cohere"): Expected("logits differ"),
     ("3", "cohere2"): Expected("logits differ"),
@@ -145,6 +155,8 @@ def surprises(record: dict[str, object], what: Expected) -> list[str]:
         found.append(f"by length: {groups}, expected {what.by_length}")
     if status not in ("exact", "patches refused"):
         return found
+    if record["no_vectors"] != what.no_vectors:
+        found.append(f"no vectors: {record['no_vectors']}, expected {what.no_vectors!r}")
     beside = {
         "compat": what.compat,
         "bfloat16": what.precision,

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oracle import Seen, Wide
-from ra_lens import check_model, run_with_ra
+from oracle import Open, Seen, Wide, nll
+from ra_lens import check_model, run_with_ra, vjp
 from ra_lens.errors import RALensError
 from ra_lens.patching import patch_hooks
 from ra_lens.patching.masking import mask_hooks
@@ -33,6 +33,7 @@ from .padded import SIDES, Side, by_length, padded_error
 from .record import COMPAT_LIMIT, SAME_LOGITS, Over, Record, relative, spell
 from .scale import measured_scale
 from .variants import BASE, D_VOCAB, N_HEADS, VARIANTS
+from .vectors import errors_of, wanted_vectors, weight_errors
 
 POS, STEP = 6, 1e-5
 TARGETS = (5, 11)
@@ -70,6 +71,7 @@ class _Variant:
         self.scale()
         self.patches()
         self.knockouts()
+        self.vectors()
         self.heads()
         self.padding()
         self.processing()
@@ -235,6 +237,38 @@ class _Variant:
         record.knockouts = max(errors)
         if not record.knockouts <= PATCH_LIMIT:
             record.failures.append(f"knockouts: error {record.knockouts:.1e}")
+
+    def vectors(self) -> None:
+        """Against autograd at what the model's own code multiplies, and at its weights."""
+        _, ra = run_with_ra(self.model, self.ids, **self.inputs, vectors=True)
+        loss = nll(*TARGETS)
+        attention = {i: self.model.blocks[i].attn for i in self.sites}
+        weights = {
+            (name, i): getattr(attn, f"_{name}", None)
+            if hasattr(attn, f"_{name}")
+            else getattr(attn, name)
+            for i, attn in attention.items()
+            for name in vjp.WEIGHTS
+        }
+        with torch.enable_grad(), Wide(), Open(2, {(POS, POS)}, {}, None) as opened:
+            total = loss(self.model(self.ids))
+        wanted = wanted_vectors(
+            self.sites.values(), opened.seen, total, self.options.get("attn_scores_soft_cap")
+        )
+        errors = errors_of(ra, wanted, self.options.get("attn_scores_soft_cap"))
+
+        def gradients(kept: dict[Any, Tensor]) -> dict[Any, Tensor]:
+            found = torch.autograd.grad(total, list(kept.values()))
+            return {
+                key: g.flatten(0, 1) if key[0] == "W_O" else g.transpose(0, 1).flatten(1)
+                for key, g in zip(kept, found, strict=True)
+            }
+
+        errors |= weight_errors(ra, weights, gradients)
+        self.record.vectors = max(errors.values())
+        over = [f"{what} {error:.1e}" for what, error in errors.items() if not error <= MAPS_LIMIT]
+        if over:
+            self.record.failures.append(f"vectors: error of {', '.join(over)}")
 
     def cut_by_hand(self, cells: dict[int, list[Cell]], *, renormalise: bool) -> Tensor:
         """Logits with scores of −∞ at some edges, or with their patterns at 0."""

@@ -11,6 +11,7 @@ from torch import Tensor
 MAPS_LIMIT = 1e-5
 PATCH_LIMIT = 1e-4
 FORETOLD_LIMIT = 1e-5
+VECTORS_LIMIT = 1e-5
 COMPAT_LIMIT = 1e-4
 SAME_LOGITS = 1e-3
 FINITE = 1e30
@@ -33,6 +34,8 @@ class Record:
     route: str = ""
     foretold: float | None = None
     knockouts: float | str | None = None
+    vectors: float | None = None
+    no_vectors: str = ""  # kinds of vectors that a run does not give
     scale: float | str | None = None
     scales: list[float] = field(default_factory=list)
     compat: float | str | None = None

@@ -29,6 +29,8 @@ _KEPT = (
     "route",
     "foretold",
     "knockouts",
+    "vectors",
+    "no_vectors",
     "scales",
     "scale",
     "compat",
@@ -112,6 +114,11 @@ your own: `ra_lens.check_model(model)`.
   the logits with such edges cut by `knockout_hooks`, against the same cut of Hugging Face's
   softmax output, relative to what the cut changed; the limit is 1e-4. Cuts take the route of
   patches.
+- **Vectors**: queries, keys, values and the gradients there (`vectors=True`), against what Hugging
+  Face's own code multiplies and autograd there, and so the paper's equations 13, 14, 18 and 19,
+  where neither a cap nor a gate stands between; gradients of W_Q, W_K, W_V and W_O against
+  autograd's for the weights. Worst relative error; the limit is 1e-5, or three times the error of
+  Hugging Face's own gradient in float32.
 - **Scale**: the softmax scale of each layer (once, if all have the same), the factor measured
   between the products of queries and keys and the softmax input.
 - **bf16**, **fp16**: error of R of a model of that type, against R in float32. Where a router picks
@@ -127,7 +134,8 @@ your own: `ra_lens.check_model(model)`.
 
 A HookedTransformer has no second implementation of its variants to compare with. There, in float64,
 the maps are compared with finite differences of the loss, entry by entry, patches with the same
-addition made to z, and cuts with scores of −∞, or with a pattern of 0, at the edges.
+addition made to z, cuts with scores of −∞, or with a pattern of 0, at the edges, and vectors with
+autograd at what its own code multiplies.
 
 Numbers in brackets lead to the reasons below each table.
 """
@@ -184,7 +192,7 @@ def _table(
     notes, versions = _Notes(), list(results)
     of = {v: records for v, (_, records) in results.items()}
     per_version = [f"{what} {v}" for what in ("Maps", "Patches") for v in versions]
-    rest = ["Knockouts", "Scale", "bf16", "fp16", "Compatibility mode", "Head masking"]
+    rest = ["Knockouts", "Vectors", "Scale", "bf16", "fp16", "Compatibility mode", "Head masking"]
     rest += ["Left padding", "Right padding"]
     head = [first, *per_version, *rest]
     lines = [f"## {kind}", "", _row(head), _row(["---"] * len(head))]
@@ -192,6 +200,7 @@ def _table(
         rows = [of[v].get(name, {"status": "not run"}) for v in versions]
         cells = [_maps(row, notes) for row in rows] + [_patches(row, notes) for row in rows]
         cells.append(_joined([_knockouts(row, notes) for row in rows], versions))
+        cells.append(_joined([_vectors(row, notes) for row in rows], versions))
         cells.append(_joined([_scale(row, notes) for row in rows], versions))
         for key, spell in (
             ("bfloat16", _percent),
@@ -230,6 +239,13 @@ def _knockouts(row: dict[str, Any], notes: _Notes) -> str:
     if isinstance(done, str):
         return f"{_error(foretold)}, refused {notes.number(_tidy(done))}"
     return f"{_error(foretold)}, {_error(done)}"
+
+
+def _vectors(row: dict[str, Any], notes: _Notes) -> str:
+    if "vectors" not in row:
+        return "–"
+    missing = row.get("no_vectors")
+    return _error(row["vectors"]) + (f" {notes.number(f'no {missing}')}" if missing else "")
 
 
 def _scale(row: dict[str, Any], notes: _Notes) -> str:

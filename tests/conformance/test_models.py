@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from ra_lens.model import available_kinds
+from ra_lens.vectors import VectorCollector
 
 from .configs import ARCHITECTURES
 from .expectations import expected, surprises
@@ -95,6 +96,15 @@ def _foretell_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ra_lens.knockouts.predict.knockout_map", lambda pattern, step: -step)
 
 
+def _mix_up_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = VectorCollector._keep
+
+    def wrong(self: Any, layer: int, kind: str, value: Any) -> None:
+        keep(self, layer, kind, value.flip(1) if kind == "query_grad" else value)
+
+    monkeypatch.setattr(VectorCollector, "_keep", wrong)
+
+
 def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ra_lens.run.padding_is_hidden", lambda *_: True)
     monkeypatch.setattr("ra_lens.run.watched", lambda *_: nullcontext())
@@ -108,6 +118,7 @@ def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         (_patch_nothing, "patches", ("gpt2", "standard")),
         (_cut_nothing, "knockouts: error", ("gpt2", "standard")),
         (_foretell_without_the_others, "knockouts: foretold", ("gpt2", "standard")),
+        (_mix_up_queries, "vectors", ("gpt2", "standard")),
         (_trust_every_mask, "padding", ("openai_gpt", "bidirectional")),
     ],
 )

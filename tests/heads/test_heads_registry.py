@@ -21,7 +21,7 @@ from refused import unchecked
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
 PROMPTS = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8", " w9")]
-BUILT_IN = ["ra", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"]
+BUILT_IN = ["ra", "w_norm", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"]
 
 
 @pytest.fixture

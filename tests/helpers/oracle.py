@@ -37,12 +37,18 @@ _ADDED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
 
 @dataclass
 class Seen:
-    """One attention softmax of a forward pass; tensors are [example, head, query, key]."""
+    """One attention softmax of a forward pass; tensors are [example, head, query, key].
+
+    `factors` are what was multiplied to give `product`, `values` what the pattern was multiplied
+    with, as the model's own code handed them over, with their graph.
+    """
 
     site: int
     scores: Tensor
     pattern: Tensor
     product: Tensor | None
+    factors: tuple[Tensor, Tensor] | None = None
+    values: Tensor | None = None
 
 
 class Wide(TorchFunctionMode):
@@ -85,6 +91,7 @@ class Open(TorchFunctionMode):
         self.module = ""  # the attention module that is running
         self._sites: dict[str, int] = {}
         self._product: Tensor | None = None
+        self._factors: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(
         self,
@@ -96,14 +103,27 @@ class Open(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SOFTMAX and self._is_attention(_argument("input", 0, args, kwargs)):
             return self._softmax(func, args, kwargs)
+        if func in _PRODUCTS:
+            args = tuple(_of_its_own(a) for a in args)
         out = func(*args, **kwargs)
+        if func in _PRODUCTS:
+            self._factors_of_values(args)
         if func in _PRODUCTS and self._is_attention(out):
             self._product = out.detach().clone()  # what comes next may divide it in place
+            self._factors = (args[-2], args[-1])
         elif func in _ADDED_PRODUCTS and self._is_attention(out):
             left = _argument("batch1", 1, args, kwargs)
             right = _argument("batch2", 2, args, kwargs)
             self._product = (left @ right).detach()
+            self._factors = (left, right)
         return out
+
+    def _factors_of_values(self, args: tuple[Any, ...]) -> None:
+        left, right = args[-2], args[-1]
+        if not self.seen or self.seen[-1].values is not None or not self._is_attention(left):
+            return
+        if left.numel() == self.seen[-1].pattern.numel() and left.shape[-1] == right.shape[-2]:
+            self.seen[-1].values = right
 
     def _is_attention(self, x: object) -> bool:
         if not isinstance(x, Tensor) or x.ndim not in (3, 4):
@@ -130,7 +150,8 @@ class Open(TorchFunctionMode):
         else:
             product = None
         site = self._sites.setdefault(self.module, len(self._sites))
-        self.seen.append(Seen(site, x, self._by_head(pattern.detach())[..., :n_keys], product))
+        by_head = self._by_head(pattern.detach())[..., :n_keys]
+        self.seen.append(Seen(site, x, by_head, product, self._factors))
         if self.edit is None:
             return pattern
         by_head = self._by_head(pattern)
@@ -139,6 +160,12 @@ class Open(TorchFunctionMode):
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.reshape(self.n_examples, -1, *x.shape[-2:])
+
+
+def _of_its_own(given: Any) -> Any:
+    """A tensor as another one that the graph goes through, which autograd is asked about."""
+    graph = isinstance(given, Tensor) and given.requires_grad
+    return given.view_as(given) if graph else given
 
 
 def _argument(name: str, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -205,6 +232,13 @@ class Oracle:
             for g, one in zip(gradients, seen, strict=True)
         ]
         return by_head, seen
+
+    def with_graph(self, ids: Tensor, loss: Loss, **inputs: Any) -> tuple[Tensor, list[Seen]]:
+        """The loss with its graph, and what was seen at each site in the order of the model."""
+        with torch.enable_grad(), self._open(ids, None, None, inputs) as (run, seen):
+            total = loss(run())
+        last = {one.site: one for one in seen}
+        return total, [last[site] for site in sorted(last)]
 
     def score_gradients(
         self,

@@ -207,6 +207,31 @@ def test_sites_say_where_they_are_and_maps_are_as_long_as_what_they_read(arch, b
 
 
 @pytest.mark.parametrize("arch", TWO_SIDED)
+def test_vectors_lie_where_the_tokens_of_their_side_do(arch, both):
+    # The encoder's prompts have another length than what the decoder reads, and padding.
+    model, _ = both(arch)
+    short = IDS[1, :-2].tolist()
+    rows = torch.tensor([IDS[0].tolist(), [*short, PAD, PAD]])
+    mask = torch.ones_like(rows)
+    mask[1, -2:] = 0
+    options = {"decoder_input": DECODER, "target": TARGETS, "vectors": True}
+    _, ra = run_with_ra(model, rows, attention_mask=mask, **options)
+    options = {"decoder_input": DECODER[1:], "target": TARGETS[1], "vectors": True}
+    _, alone = run_with_ra(model, torch.tensor([short]), **options)
+    cross = [layer for layer, site in ra.sites.items() if site.cross]
+    for layer in cross:
+        for name in ("key", "value", "key_grad", "value_grad", "key_in"):
+            assert ra[name, layer].shape[1] == POS
+            assert alone[name, layer].shape[1] == len(short)
+            assert relative(ra[name, layer][1, : len(short)], alone[name, layer][0]) < 2e-5, name
+            assert not ra[name, layer][1, len(short) :].any()
+        for name in ("query", "query_grad", "z_grad", "query_in", "attn_out_grad"):
+            assert ra[name, layer].shape[1] == DECODER.shape[1]
+            assert relative(ra[name, layer][1], alone[name, layer][0]) < 2e-5, name
+    assert cross
+
+
+@pytest.mark.parametrize("arch", TWO_SIDED)
 def test_answers_are_teacher_forced_in_the_decoder(arch, both):
     model, reference = both(arch)
     answers = [[7, 9, 2], [4, 6, 1]]

@@ -46,6 +46,12 @@ EVENTS = {
     "success, batches": (None, {"batch_size": 1, "progress": False}),
     "success, last layer": (None, {"layers": -1}),
     "success, recomputed": (None, {"recompute": True}),
+    "success, vectors": (None, {"vectors": True}),
+    "success, vectors recomputed": (None, {"vectors": True, "recompute": True}),
+    "interrupted with vectors": (
+        KeyboardInterrupt,
+        {"names_filter": only_on_ra(KeyboardInterrupt()), "vectors": True},
+    ),
     "bad target": (BadInput, {"target": 10_000}),
     "bad layer": (BadInput, {"layers": [9]}),
     "unknown hook": (BadInput, {"fwd_hooks": [("blocks.0.nothing", constant)]}),

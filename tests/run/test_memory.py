@@ -32,6 +32,17 @@ def needed(error):
         ({"names_filter": lambda n: n.endswith("ra")}, N_LAYERS * MAP, N_LAYERS * (MAP + REST)),
         ({"dtype": torch.float16}, 3 * N_LAYERS * MAP / 2, N_LAYERS * (MAP + REST)),
         ({"store": "norms"}, 0, N_LAYERS * (MAP + REST)),
+        # Fifteen kinds as wide as the model, of which three are one tensor.
+        (
+            {"store": "norms", "vectors": True},
+            N_LAYERS * 13 * 2 * 7 * D_MODEL * 4,
+            N_LAYERS * (MAP + REST),
+        ),
+        (
+            {"vectors": ["query", "key_in"], "layers": [2]},
+            3 * MAP + 2 * 2 * 7 * D_MODEL * 4,
+            MAP + REST,
+        ),
         ({"store": "mean"}, 3 * N_LAYERS * MAP / 2, N_LAYERS * (MAP + REST)),
         ({"batch_size": 1}, 3 * N_LAYERS * MAP, N_LAYERS * (MAP + REST) / 2),
         ({"layers": [2]}, 3 * MAP, MAP + REST),

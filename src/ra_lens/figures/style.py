@@ -202,6 +202,7 @@ class MethodStyle:
 _KNOWN = {
     "ra": MethodStyle("#d55e00", "circle"),
     "fa": MethodStyle("#0072b2", "square"),
+    "w_norm": MethodStyle("#332288", "hexagon-open"),
     "cm1": MethodStyle("#009e73", "diamond"),
     "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(

@@ -12,7 +12,7 @@ more important. A new one is registered with a decorator and is then a name like
 
 Cost, for n prompts and a model of L layers with H heads:
 
-* `ra`: n forwards, and n backwards with respect to activations only;
+* `ra`, `w_norm`: n forwards, and n backwards with respect to activations only;
 * `fa`, `fa_of_mean`: n forwards;
 * `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
   on average where the layers are alike; `cm2`: n forwards more;
@@ -112,7 +112,7 @@ class RankingMethod:
 
 
 # Built-in ones are listed in this order, before all others, in whatever order they register.
-_BUILT_IN = ("ra", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index")
+_BUILT_IN = ("ra", "w_norm", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index")
 _methods: dict[str, RankingMethod] = {}
 
 
@@ -201,6 +201,7 @@ def rank_heads(
     """Score every head of a model on some questions, by one of `ranking_methods()`.
 
     * `"ra"`: mean Frobenius norm of Reversed Attention, for the answer's cross-entropy.
+    * `"w_norm"`: mean norm of the gradient of the head's W_Q, W_K, W_V and W_O.
     * `"fa"`: mean Frobenius norm of the pattern; `"fa_of_mean"`: norm of the mean pattern.
     * `"cm1"`: probability that the answer loses where the head is set to zero at every position;
       `"cm1_last"`: at the last token only.
@@ -217,9 +218,9 @@ def rank_heads(
         method: Name of the method.
         seed: Of the random orders and of the shuffled labels.
         draw: Which random order, for `"random"`.
-        answer_in_input: For `"ra"` and `"fa"`: True reads prompt and answer, the loss being the
-            mean over the answer's tokens; False reads the prompt alone, the loss being −log p of
-            the answer's first token.
+        answer_in_input: For `"ra"`, `"w_norm"` and `"fa"`: True reads prompt and answer, the loss
+            being the mean over the answer's tokens; False reads the prompt alone, the loss being
+            −log p of the answer's first token.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt, or a prompt with one head changed.
         progress: False hides the progress bars.

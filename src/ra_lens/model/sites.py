@@ -14,7 +14,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,13 @@ STORED_KINDS: tuple[StoredKind, ...] = ("ra", "pattern", "pattern_grad")
 MapKind = Literal["ra", "pattern", "pattern_grad", "knockout", "cut"]
 MAP_KINDS: tuple[MapKind, ...] = (*STORED_KINDS, "knockout", "cut")
 """All kinds; the last two are made from those that are stored."""
+VectorKind = Literal[
+    "query", "key", "value", "z", "query_grad", "key_grad", "value_grad", "z_grad",
+    "q_grad", "k_grad", "v_grad", "query_in", "key_in", "value_in", "attn_out_grad",
+]  # fmt: skip
+VECTOR_KINDS: tuple[VectorKind, ...] = get_args(VectorKind)
+"""What a run keeps of each token beside maps; see `ra_lens.vectors`."""
+_OF_KEYS = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad", "key_in", "value_in")
 Gate = Literal["sigmoid", "softplus"]
 Side = Literal["input", "decoder"]
 
@@ -127,8 +134,12 @@ class Site:
         """What the keys are made from."""
         return "input" if self.cross else self.query_side
 
+    def side_of(self, kind: VectorKind) -> Side:
+        """Whose tokens a kind of vector is of."""
+        return self.key_side if kind in _OF_KEYS else self.query_side
+
     def map_name(self, kind: str) -> str:
-        """Full name of a map: `{prefix}.hook_ra`, `….hook_pattern` and so on."""
+        """Full name of a map or of vectors: `{prefix}.hook_ra`, `….hook_query` and so on."""
         return f"{self.prefix}.hook_{kind}"
 
     def kv_group(self, head: int) -> int:
@@ -246,7 +257,7 @@ class Sites(dict[int, Site]):
             case str():
                 return key
             case (str() as given, number) if (layer := as_whole(number)) is not None:
-                kind, layer = read_kind(given), self._from_the_start(layer)
+                kind, layer = _read_any_kind(given), self._from_the_start(layer)
                 site = self.get(layer)
                 return f"blocks.{layer}.attn.hook_{kind}" if site is None else site.map_name(kind)
             case _:
@@ -260,9 +271,9 @@ class Sites(dict[int, Site]):
         return [site.map_name(kind) for site in self.values() for kind in STORED_KINDS]
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """Sort full names of maps by layer, then by kind."""
-        present = set(names)
-        every = (site.map_name(kind) for site in self.values() for kind in MAP_KINDS)
+        """Sort full names of maps and vectors by layer, then by kind."""
+        present, kinds = set(names), (*MAP_KINDS, *VECTOR_KINDS)
+        every = (site.map_name(kind) for site in self.values() for kind in kinds)
         return [name for name in every if name in present]
 
     # ---- heads ----------------------------------------------------------------------------------
@@ -322,6 +333,29 @@ def read_kind(kind: str) -> MapKind:
         if kind.removeprefix("hook_") == known:
             return known
     raise NotStored(f"found kind {kind!r}; a cache gives {', '.join(MAP_KINDS)}.")
+
+
+def _read_any_kind(kind: str) -> MapKind | VectorKind:
+    for known in VECTOR_KINDS:
+        if kind.removeprefix("hook_") == known:
+            return known
+    return read_kind(kind)
+
+
+def read_vectors(vectors: bool | str | Sequence[str]) -> frozenset[VectorKind]:
+    """Read which vectors a run is to keep: all, none, or those named.
+
+    Raises:
+        BadInput: there is no such kind of vector.
+    """
+    if isinstance(vectors, bool):
+        return frozenset(VECTOR_KINDS) if vectors else frozenset()
+    names = [vectors] if isinstance(vectors, str) else list(vectors)
+    if unknown := [name for name in names if name not in VECTOR_KINDS]:
+        raise BadInput(
+            f"found vectors={unknown[0]!r}; give True, or some of {', '.join(VECTOR_KINDS)}."
+        )
+    return frozenset(kind for kind in VECTOR_KINDS if kind in names)
 
 
 def read_stored_kind(kind: str) -> StoredKind:
