@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def prepare_to_run(config: pytest.Config) -> None:
     """Import what all tests use, and have what they import checked if that was asked for."""
+    # Little of what an import or a test leaves is in a circle, and that may wait for some more.
+    gc.set_threshold(20_000, 20, 20)
     import torch
     import transformer_lens  # noqa: F401  before that hook, under which no compiled file is found
     from jaxtyping import install_import_hook
@@ -88,8 +90,6 @@ def pytest_collection_finish() -> None:
     # What is imported stays; looking through it in every collection takes most of a collection.
     gc.collect()
     gc.freeze()
-    # Little of what a test leaves is in a circle, and what is may wait for some more of them.
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from made_caches import make
 from ra_lens import run_with_ra
 from ra_lens.cli import main, options, show
 from ra_lens.cli.command import reported
-from ra_lens.cli.session import hints, read_layers, read_text
+from ra_lens.cli.session import hints, prepare, read_layers, read_text
 from ra_lens.errors import BadInput
 from ra_lens.experiments.perturbation import Rule
 from ra_lens.head_maps import head_of_example
@@ -561,6 +561,7 @@ def test_every_option_is_in_the_help() -> None:
 # ---- demo ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model  # to import all that TransformerLens does takes seconds
 def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
     block = (
         "import socket, sys\n"
@@ -576,6 +577,15 @@ def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
     assert f"Report: {tmp_path / 'ra_report.html'}" in text
     assert "A patched prediction" in text
     assert "A patched prediction" in (tmp_path / "ra_report.html").read_text()
+
+
+def test_local_models_keep_hugging_face_off_the_network(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model, offline in (("demo", "1"), (tiny, "1"), ("gpt2", None)):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        prepare(model, None)
+        assert os.environ.get("HF_HUB_OFFLINE") == offline, model
 
 
 def test_the_patched_prediction_is_what_the_hooks_give() -> None:
