@@ -343,15 +343,15 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def refresh(sections: dict[str, str]) -> None:
+def refresh(sections: dict[str, str], document: Path = DOCUMENT) -> None:
     """Put new text between the marks of each section of the document."""
-    text = DOCUMENT.read_text(encoding="utf-8")
+    text = document.read_text(encoding="utf-8")
     for name, new in sections.items():
         pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
         if found != 1:
-            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
-    write_whole(DOCUMENT, text)
+            raise SystemExit(f"{document} has no section {name!r}")
+    write_whole(document, text)
 
 
 def joined(jobs: Iterable[Job]) -> pd.DataFrame:
