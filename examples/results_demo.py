@@ -11,7 +11,6 @@ Figures are written as PNG, for which plotly needs kaleido and a Chrome or Chrom
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +18,10 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
+from pages import refresh
 from ra_lens import load_demo_model
 from ra_lens.experiments import area_under_curve, patching_sweep, perturbation_test
 from ra_lens.figures import patching_sweep_curve, perturbation_curves
-from ra_lens.files import write_whole
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results-demo.md"
 ROWS = {
@@ -96,17 +95,6 @@ def patched(sweep: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def refresh(sections: dict[str, str]) -> None:
-    """Put new text between the marks of each section of the document."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, new in sections.items():
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
-        if found != 1:
-            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
-    write_whole(DOCUMENT, text)
-
-
 def draw(curves: pd.DataFrame, sweep: pd.DataFrame) -> None:
     """Write the figures beside the document."""
     folder = DOCUMENT.parent / "figures"
@@ -138,12 +126,13 @@ def main(
     accuracy = full.pivot_table(index="kind", columns="n_shots", values="top1")
     accuracy.index = ["15 in-context tasks", "6 natural questions"]
     refresh(
+        DOCUMENT,
         {
             "accuracy": markdown(accuracy),
             "auc": markdown(by_method(areas)),
             "wins": markdown(wins(icl)),
             "patching": markdown(patched(sweep[sweep.kind == "icl"])),
-        }
+        },
     )
     if images:
         draw(curves, sweep)

@@ -11,7 +11,6 @@ to begin anew. Half an hour of one core.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,13 +20,12 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from results_real import markdown as as_markdown
-from results_real import share
 
+from pages import markdown as as_markdown
+from pages import refresh, share
 from ra_lens import load_demo_model, load_model
 from ra_lens.experiments import knockout_agreement, knockout_test, read_results
 from ra_lens.figures import knockout_curves, knockout_scatter
-from ra_lens.files import write_whole
 from ra_lens.knockouts.agreement import forecasts_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "knockouts.md"
@@ -207,17 +205,6 @@ def of_edges(frame: Any) -> pd.DataFrame:
     return pd.DataFrame(columns).reindex([one.label for one in forecasts_of(frame)])
 
 
-def refresh(sections: dict[str, str]) -> None:
-    """Put new text between the marks of each section of the document."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, new in sections.items():
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
-        if found != 1:
-            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
-    write_whole(DOCUMENT, text)
-
-
 def counted(frame: pd.DataFrame) -> str:
     """Say how much was cut."""
     edges, sets = (int((frame.what == what).sum()) for what in ("edge", "set"))
@@ -251,6 +238,7 @@ def main(
     run_all(results, model)
     real, embedded = (read(results, name, "all") for name in NAMES)
     refresh(
+        DOCUMENT,
         {
             "counts": f"SmolLM2: {counted(real)}. The embedded model: {counted(embedded)}.",
             "aims": markdown(aims(real)),
@@ -262,7 +250,7 @@ def main(
             "plain": markdown(of_edges(read(results, "smollm2-135m", "plain"))),
             "plain embedded": markdown(of_edges(read(results, "demo", "plain"))),
             "tasks": markdown(by_task(real)),
-        }
+        },
     )
     if images:
         draw(real)

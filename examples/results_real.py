@@ -15,7 +15,6 @@ works offline.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +28,7 @@ import pandas as pd
 import torch
 import typer
 
+from pages import markdown, refresh, share
 from ra_lens import load_model, load_task
 from ra_lens.experiments import (
     PAPER_SCALES,
@@ -40,7 +40,7 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.figures import patching_sweep_curve, perturbation_curves
-from ra_lens.files import whole_file, write_whole
+from ra_lens.files import whole_file
 from ra_lens.model import as_lens
 from ra_lens.questions import ask, read_questions
 from ra_lens.tables import TABLE
@@ -208,24 +208,9 @@ def run_all(jobs: list[Job], workers: int) -> None:
 # ---- what came out ------------------------------------------------------------------------------
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A table of texts as Markdown; its index is the first column."""
-    head = ["", *map(str, table.columns)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in zip(table.index, table.to_numpy().tolist(), strict=True):
-        cells = ["–" if pd.isna(cell) else str(cell) for cell in row]
-        lines.append("| " + " | ".join([str(name), *cells]) + " |")
-    return "\n".join(lines)
-
-
 def examples(n: Any) -> str:
     """Name a number of examples."""
     return f"{n} example" if n == 1 else f"{n} examples"
-
-
-def share(value: float) -> str:
-    """A share or another number with two digits, without a zero in front."""
-    return re.sub(r"\b0\.", ".", f"{value:.2f}").replace("-", "−")
 
 
 def with_interval(row: Any) -> str:
@@ -343,17 +328,6 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def refresh(sections: dict[str, str]) -> None:
-    """Put new text between the marks of each section of the document."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, new in sections.items():
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
-        if found != 1:
-            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
-    write_whole(DOCUMENT, text)
-
-
 def joined(jobs: Iterable[Job]) -> pd.DataFrame:
     """The tables of several jobs as one."""
     return pd.concat([read_results(job.path) for job in jobs], ignore_index=True)
@@ -398,6 +372,7 @@ def main(
     accuracy, logits = by_question(curves, "top1"), by_question(curves, "logit_diff")
     drawn = joined(job for job in own if job.path.exists())
     refresh(
+        DOCUMENT,
         {
             "done": " ".join(said),
             "accuracy": markdown(accuracies(survey)),
@@ -409,7 +384,7 @@ def main(
             "demonstrations": markdown(own_beside_shared(by_question(drawn, "top1"), accuracy)),
             "patching": markdown(at_thirty(sweep)),
             "patching tasks": markdown(best_scales(sweep)),
-        }
+        },
     )
     if images:
         draw(curves, sweep)

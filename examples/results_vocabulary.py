@@ -28,11 +28,10 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from results_real import markdown, share
 
+from pages import markdown, refresh, share
 from ra_lens import load_model, load_task, run_with_ra
 from ra_lens.experiments import bootstrap_intervals
-from ra_lens.files import write_whole
 from ra_lens.tables import write_results
 from ra_lens.tasks.task import stable_int
 from ra_lens.vocabulary import KINDS, Vocabulary
@@ -217,17 +216,6 @@ def by_task(frame: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def refresh(sections: dict[str, str]) -> None:
-    """Put new text between the marks of each section of the document."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, new in sections.items():
-        pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text, found = pattern.subn(lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text)
-        if found != 1:
-            raise SystemExit(f"{DOCUMENT} has no section {name!r}")
-    write_whole(DOCUMENT, text)
-
-
 def counted(frame: Any) -> str:
     """Say how much was read."""
     questions = frame.drop_duplicates(["task", "question"])
@@ -259,7 +247,7 @@ def main(
         of_it = part(f"third == '{third}' and place == 'longest'")
         sections[f"longest, {third}"] = markdown(of_third(of_it, values))
     sections["tasks"] = markdown(by_task(part("third == 'last third' and place == 'last'")))
-    refresh(sections)
+    refresh(DOCUMENT, sections)
 
 
 if __name__ == "__main__":

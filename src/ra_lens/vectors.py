@@ -185,10 +185,14 @@ class VectorCollector:
         self, layer: int, kind: VectorKind, _module: nn.Module, args: tuple[Any, ...]
     ) -> None:
         site, given = self._sites[layer], args[0]
-        if torch.is_grad_enabled() and given.requires_grad:
-            heads = site.n_heads if kind == "q_grad" else site.n_key_value_heads
-            d_head = given[0, 0].numel() // heads
-            self._keep_gradient(layer, kind, given, (*given.shape[:2], heads, d_head))
+        if not torch.is_grad_enabled() or not given.requires_grad:
+            return
+        heads = site.n_heads if kind == "q_grad" else site.n_key_value_heads
+        shape, group = (*given.shape[:2], heads, given[0, 0].numel() // heads), None
+        if given.ndim == 4 and given.shape[2] > heads:
+            # A HookedTransformer that gives every query head keys of its own, all of one weight.
+            shape, group = tuple(given.shape), site
+        self._keep_gradient(layer, kind, given, shape, group)
 
     def _at_input(
         self, layer: int, kind: VectorKind, _module: nn.Module, _args: Any, output: Tensor
@@ -207,17 +211,27 @@ class VectorCollector:
     # ---- keeping --------------------------------------------------------------------------------
 
     def _keep_gradient(
-        self, layer: int, kind: VectorKind, at: Tensor, shape: tuple[int, ...]
+        self,
+        layer: int,
+        kind: VectorKind,
+        at: Tensor,
+        shape: tuple[int, ...],
+        group: Site | None = None,
     ) -> None:
-        """Keep the gradient that will arrive at a tensor, in this shape."""
+        """Keep the gradient that will arrive at a tensor, in this shape; of a group, its sum."""
         if kind not in self._kinds:
             return
-        self._expect(layer, kind, at.detach().reshape(shape))
+
+        def laid_out(value: Tensor) -> Tensor:
+            value = value.reshape(shape)
+            return value if group is None else _sum_of_group(group, value)
+
+        self._expect(layer, kind, laid_out(at.detach()))
         latest = self._latest(layer, kind)
 
         def receive(grad: Tensor) -> None:
             if latest():
-                self._keep(layer, kind, grad.reshape(shape))
+                self._keep(layer, kind, laid_out(grad))
 
         at.register_hook(receive)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captum.attr import LayerGradientXActivation
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import pointing
@@ -70,6 +69,8 @@ def test_methods_are_what_they_are_called(both):
 
 
 def test_gradients_at_the_embeddings_are_those_of_captum(both):
+    from captum.attr import LayerGradientXActivation  # brings matplotlib
+
     theirs, ours = both
     ids, target = torch.tensor([[5, 9, 3, 17, 8, 21, 4]]), 30
 

@@ -18,12 +18,12 @@ import torch
 import typer
 from rich.console import Console
 
-from command_line import HEAVY, call, done_without, refused_line
+from command_line import HEAVY, call, printed_without, refused_line
 from made_caches import make
 from ra_lens import run_with_ra
 from ra_lens.cli import main, options, show
 from ra_lens.cli.command import reported
-from ra_lens.cli.session import hints, read_layers, read_text
+from ra_lens.cli.session import hints, prepare, read_layers, read_text
 from ra_lens.errors import BadInput
 from ra_lens.experiments.perturbation import Rule
 from ra_lens.head_maps import head_of_example
@@ -87,8 +87,8 @@ def test_without_a_target_it_says_whose_the_target_is(tiny: str) -> None:
 
 
 def in_another_process(*words: str) -> tuple[int, str, str]:
-    done = done_without(("plotly",), *words)
-    return done.returncode, done.stdout, done.stderr
+    [text] = printed_without(("plotly",), words)
+    return 0, text, ""
 
 
 def in_this_process(*words: str) -> tuple[int, str, str]:
@@ -532,11 +532,10 @@ def test_slips_of_the_shell_are_pointed_out() -> None:
 # ---- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["demo", "-h"], ["--version"]]
-)
-def test_help_is_fast(arguments: list[str]) -> None:
-    assert "ra-lens" in done_without(HEAVY, *arguments).stdout
+def test_help_is_fast() -> None:
+    calls = [["--help"], ["run", "--help"], ["demo", "-h"], ["--version"]]
+    for words, text in zip(calls, printed_without(HEAVY, *calls), strict=True):
+        assert "ra-lens" in text, words
 
 
 def test_choices_are_those_of_the_library() -> None:
@@ -553,7 +552,7 @@ def test_version_is_that_of_the_package() -> None:
 
 
 def test_every_option_is_in_the_help() -> None:
-    text = done_without(HEAVY, "run", "--help", env={**os.environ, "COLUMNS": "140"}).stdout
+    [text] = printed_without(HEAVY, ["run", "--help"], env={**os.environ, "COLUMNS": "140"})
     for option in ("--model", "--prompt", "--target", "--top", "--layers", "--scale", "--at",
                    "--kind", "--device", "--json", "--output", "--debug", "--escapes"):  # fmt: skip
         assert option in text
@@ -562,6 +561,7 @@ def test_every_option_is_in_the_help() -> None:
 # ---- demo ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model  # to import all that TransformerLens does takes seconds
 def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
     block = (
         "import socket, sys\n"
@@ -570,11 +570,22 @@ def test_demo_writes_its_report_offline(tmp_path: Path) -> None:
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     # Its report needs no plotly either.
-    done = done_without(("plotly",), "demo", before=block, cwd=tmp_path, env=env, timeout=120)
+    [text] = printed_without(
+        ("plotly",), ["demo"], before=block, cwd=tmp_path, env=env, timeout=120
+    )
     assert os.listdir(tmp_path) == ["ra_report.html"]
-    assert f"Report: {tmp_path / 'ra_report.html'}" in done.stdout
-    assert "A patched prediction" in done.stdout
+    assert f"Report: {tmp_path / 'ra_report.html'}" in text
+    assert "A patched prediction" in text
     assert "A patched prediction" in (tmp_path / "ra_report.html").read_text()
+
+
+def test_local_models_keep_hugging_face_off_the_network(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model, offline in (("demo", "1"), (tiny, "1"), ("gpt2", None)):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        prepare(model, None)
+        assert os.environ.get("HF_HUB_OFFLINE") == offline, model
 
 
 def test_the_patched_prediction_is_what_the_hooks_give() -> None:

@@ -142,7 +142,7 @@ def weight_errors(ra: RACache, weights: Weights, gradients: Any) -> Errors:
         if all((kind, key[1]) in ra for kind in vjp.FACTORS[key[0]])
     }
     errors = Errors()
-    for (name, layer), right in gradients(kept).items():
+    for (name, layer), right in (gradients(kept) if kept else {}).items():
         error = relative(_whole(ra, name, layer), right)
         errors[name] = max(errors.get(name, 0.0), error)
     return errors

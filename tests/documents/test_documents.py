@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
-from typer.testing import CliRunner
 
 import ra_lens
+from command_line import call, parser
 from documents import PAGES, ROOT, Block, blocks, commands, name_of, run, same
 from ra_lens.cli import app
 from ra_lens.heads import ranking
@@ -90,7 +89,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
     """Options of a command, as its own parser reads them; fails where it would."""
     # Variables of a loop stand for one word, $ICL for several.
     words = [word.replace("$", "") for word in words]
-    group: Any = typer.main.get_command(app)
+    group: Any = parser(app)
     with group.commands[words[0]].make_context(words[0], words[1:]) as context:
         return dict(context.params)
 
@@ -117,7 +116,7 @@ def test_the_command_line_knows_every_command_shown():
 @pytest.mark.parametrize("case", [case for case in COMMANDS if offline(*case)], ids=place)
 def test_commands_that_need_no_network_run(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, case[1])
+    result = call(*case[1])
     assert result.exit_code == 0, result.output
     written = [Path(case[1][i + 1]) for i, word in enumerate(case[1]) if word in ("-o", "--out")]
     assert all(path.stat().st_size for path in written)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ra_lens.experiments import cuts, knockout_test, read_results
 from ra_lens.experiments import knockout as knockout_module
 from ra_lens.experiments.cuts import gauss_points
 from ra_lens.experiments.journal import journal_path
-from ra_lens.model import as_lens, blocks
+from ra_lens.model import Sites, as_lens, blocks
 from ra_lens.tasks import Pair, Task, load_task
 from refused import refused
 from tiny_models import KINDS, every_model, load, write_folder
@@ -66,13 +67,23 @@ def tested(exact):
 
 def asked(model: Any, row: Any) -> tuple[torch.Tensor, int]:
     """Token ids of the question of a row, and the first token of its answer."""
+    return question(model, row.task, row.n_shots, row.n_test, row.seed, row.question)
+
+
+@lru_cache(maxsize=1)  # a row asks it dozens of times
+def question(
+    model: Any, name: str, n_shots: int, n_test: int, seed: int, number: int
+) -> tuple[torch.Tensor, int]:
     lens = as_lens(model)
-    task = {"three-on": knowing_task}.get(row.task, lambda: load_task(row.task))()
-    prompt = task.split("code").prompts("test", shots=row.n_shots, n=row.n_test, seed=row.seed)[
-        row.question
-    ]
+    task = {"three-on": knowing_task}.get(name, lambda: load_task(name))()
+    prompt = task.split("code").prompts("test", shots=n_shots, n=n_test, seed=seed)[number]
     ids = lens.encode(prompt.text, prepend_bos=None)
     return torch.tensor([ids]), lens.encode(prompt.text + prompt.answer, prepend_bos=None)[len(ids)]
+
+
+@lru_cache(maxsize=1)
+def sites_of(model: Any) -> Sites:
+    return as_lens(model).sites
 
 
 def loss(model: Any, row: Any, hooks: list[Any]) -> float:
@@ -84,7 +95,7 @@ def loss(model: Any, row: Any, hooks: list[Any]) -> float:
 
 def edges(model: Any, row: Any) -> dict[int, list[tuple[int, list[int]]]]:
     """Layers of a row with its heads, and the keys."""
-    sites = as_lens(model).sites
+    sites = sites_of(model)
     layers = [layer for layer in sites if row.layer <= layer < row.layer + row.window]
     keys = [int(key) for key in row["keys"].split()]
     heads = {layer: range(sites[layer].n_heads) if row["head"] < 0 else [row["head"]]
@@ -94,7 +105,7 @@ def edges(model: Any, row: Any) -> dict[int, list[tuple[int, list[int]]]]:
 
 def at_patterns(model: Any, row: Any, change: Callable[[torch.Tensor, list[int]], torch.Tensor]):
     """Hooks that put `change(row of A, keys)` into the place of each row that is cut."""
-    sites = as_lens(model).sites
+    sites = sites_of(model)
 
     def hooked(some: list[tuple[int, list[int]]]) -> Any:
         def hook(pattern: torch.Tensor, hook: Any) -> torch.Tensor:

@@ -31,7 +31,7 @@ def test_lines_join_the_queries_and_keys_of_the_strongest_cells() -> None:
     assert widths == sorted(widths, reverse=True)
     for trace, (query, key) in zip(reversed(figure.data), cells, strict=True):
         pulled = values[query, key].item() < 0
-        assert trace.line.color.startswith("rgba(178,24,43" if pulled else "rgba(33,102,172")
+        assert trace.line.color.startswith("rgba(208,58,60" if pulled else "rgba(52,126,198")
         assert ("pulled to" if pulled else "pushed from") in trace.hovertemplate
         assert trace.name.endswith(f"({key})")
         assert f"({query}) →" in trace.name

@@ -1,7 +1,8 @@
-"""Counts the tensors that graphs of autograd keep."""
+"""Counts the tensors that graphs of autograd keep, and those that are alive at all."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,19 @@ class Held:
 
     def __del__(self) -> None:
         Held.alive -= 1
+
+
+def forget_older() -> None:
+    """Let `tensors_of` look through what is made from now on only, which is much less."""
+    gc.collect()
+    gc.freeze()
+
+
+def tensors_of(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """The tensors of a shape that are alive, garbage included."""
+    # By type(), as isinstance asks objects of other libraries, some of which then warn.
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return [t for t in tensors if tuple(t.shape) == shape]
 
 
 def counted(which: Callable[[torch.Tensor], bool]) -> Any:

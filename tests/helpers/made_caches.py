@@ -64,6 +64,36 @@ def attending(rows=ROWS, *, sharp: float = 1.0, objective: str = "answer_nll") -
     return ra
 
 
+def with_vectors(ra: RACache, *, d_head: int = 4, shared: int = 1, seed: int = 2) -> RACache:
+    """The same with random queries and keys, and their gradients: sums over the cells of R.
+
+    So many heads share a key. What is at padding is 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ra.sites = Sites(
+        {i: replace(site, n_key_value_heads=HEADS // shared) for i, site in ra.sites.items()}
+    )
+    for layer in LAYERS:
+        r = ra["ra", layer]
+        n, _, width, _ = r.shape
+        there = ra["pattern", layer].sum(dim=1).diagonal(dim1=-2, dim2=-1) != 0
+        query = torch.randn(n, width, HEADS, d_head, generator=generator)
+        key = torch.randn(n, width, HEADS // shared, d_head, generator=generator)
+        query, key = (v * there[:, :, None, None] for v in (query, key))
+        at_query, at_key = torch.zeros_like(query), torch.zeros_like(key)
+        for head in range(HEADS):
+            for i in range(width):
+                for j in range(width):
+                    cell = r[:, head, i, j, None]
+                    at_query[:, i, head] += cell * key[:, j, head // shared]
+                    at_key[:, j, head // shared] += cell * query[:, i, head]
+        for kind, value in (
+            ("query", query), ("key", key), ("query_grad", at_query), ("key_grad", at_key)
+        ):  # fmt: skip
+            ra._keep(layer, kind, value)
+    return ra
+
+
 def knocked_out(ra: RACache, layer: int) -> np.ndarray:
     """What each edge's removal does to a loss that is linear in A: done, not by the formula."""
     a, g = (ra[kind, layer].double().numpy() for kind in ("pattern", "pattern_grad"))

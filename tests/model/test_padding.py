@@ -25,7 +25,7 @@ from ra_lens.prompts import Prompts
 from ra_lens.questions import ask, read_questions
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Prompt, Task
-from tiny_models import KINDS, relative
+from tiny_models import KINDS, copied, relative
 
 BRIDGE, HOOKED = "TransformerBridge", "HookedTransformer"
 needs_bridge = pytest.mark.skipif(BRIDGE not in KINDS, reason="no TransformerBridge here")
@@ -79,19 +79,19 @@ def bidirectional():
 
 
 @pytest.fixture(scope="module")
-def loaded(folder, tmp_path_factory):
+def loaded(fresh, tmp_path_factory):
     """`loaded(fault, kind)`: a model with that fault; `fresh=True` for one of the test's own."""
-    models, folders = {}, {}
+    models, as_loaded = {}, {}
 
     def load(fault, kind):
         if fault == "bidirectional":
             return bidirectional()
         if fault == "columns":
-            model = load_folder(folder("gpt2"), kind=kind, device="cpu")
-            return counting_columns(model, kind)
-        if fault not in folders:
-            folders[fault] = arch_models.write(fault, tmp_path_factory.mktemp(fault))
-        return load_folder(folders[fault], kind=kind, device="cpu")
+            return counting_columns(fresh("gpt2", kind), kind)
+        if (fault, kind) not in as_loaded:
+            folder = arch_models.write(fault, tmp_path_factory.mktemp(fault))
+            as_loaded[fault, kind] = load_folder(folder, kind=kind, device="cpu")
+        return copied(as_loaded[fault, kind])
 
     def get(fault, kind, *, fresh=False):
         if fresh:

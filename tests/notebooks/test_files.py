@@ -7,8 +7,8 @@ import pytest
 from .files import NOTEBOOKS, same_text
 
 
-def test_there_are_five_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_"]
+def test_there_are_six_notebooks():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["1_", "2_", "3_", "4_", "5_", "6_"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from oracle import HFHeads, Oracle, load_oracle, nll
 from ra_lens import load_task, perturbation_test, run_with_ra
+from ra_lens.report.head_facts import head_facts
 from real_model import needs_real_model, real_folder, real_model
 from tiny_models import KINDS, relative
 
@@ -150,3 +151,23 @@ def test_accuracies_of_masked_heads_are_those_of_hugging_face(kind):
             assert row[f"top{top}"] == pytest.approx(sum(r < top for r in ranks) / n)
         assert row["logit_diff"] == pytest.approx(sum(margins) / n, rel=1e-3)
     assert table["top3"].max() > 0  # it answers something
+
+
+def test_what_is_said_of_the_strongest_head_is_what_its_prompt_is_about(kind):
+    """As known of the prompt: a token's value is its own word, and R moves the two countries."""
+    model = real_model(kind)
+    _, ra = run_with_ra(
+        model, PROMPT, target=PARIS, prepend_bos=True, vectors=True, layers=[STRONGEST[0]]
+    )
+    found = head_facts(ra, model, STRONGEST)
+    assert not found.missing
+    moved = {pair.key_token: pair.together for pair in found.pulls if pair.query_token == " of"}
+    assert (moved[" Italy"], moved[" France"]) == (False, True)
+    values = {one.token: one.top for one in found.readings if one.kind == "value"}
+    for country in (" Italy", " France"):
+        assert country in [score.token for score in values[country]]
+    assert found.latent is not None
+    assert found.latent.shared_by == (3, 4, 5)
+    # Queries and keys lie in cones of their own, which the first component tells apart.
+    lowest = found.latent.queries.at[1:, 0].min()
+    assert lowest > found.latent.keys.at[1:, 0].max()

@@ -153,8 +153,8 @@ def test_all_heads_of_a_small_language_model_fit() -> None:
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((30, 9, 128), {}),
-        ((30, 9, 200), {"max_tokens": 200, "max_megabytes": 1}),
+        ((20, 9, 128), {}),
+        ((10, 9, 200), {"max_tokens": 200, "max_megabytes": 1}),
         ((12, 12, 30, 12), {"max_megabytes": 0.4}),
         ((2, 3, 60), {"max_megabytes": 0.08}),
     ],

@@ -10,10 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from command_line import call
 from ra_lens import load_demo_model, load_task, perturbation_test, rank_heads, run_with_ra
-from ra_lens.cli import app
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import compare_with_paper, patching_sweep, rank_tasks, read_results
 from ra_lens.figures import patching_sweep_curve, perturbation_curves
@@ -232,19 +231,19 @@ def test_the_command_line_marks_whole_answers(tmp_path: Any) -> None:
     out = tmp_path / "a.parquet"
     words = ["-t", "antonym", "--shots", "0", "--n-test", "4", "-q", "--accuracy", "answer"]
     small = ["--methods", "index", "--n-rank", "2", "--step", "0.5", "--out", str(out)]
-    result = CliRunner().invoke(app, ["perturb", *words, *small, "--json"])
+    result = call("perturb", *words, *small, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["accuracy"] == "answer"
     assert found["all_heads"][0]["n_first_tokens"] == 4
-    shown = CliRunner().invoke(app, ["perturb", *words, *small])
+    shown = call("perturb", *words, *small)
     assert "accuracy (whole answer, greedily)" in shown.stdout
     assert set(read_results(out)["accuracy"]) == {"answer"}
     patch = ["patch", *words, "--scales", "1", "--n-mean", "3", "--answer-tokens", "1", "--json"]
-    cells = json.loads(CliRunner().invoke(app, patch).stdout)
+    cells = json.loads(call(*patch).stdout)
     assert cells["accuracy"] == "answer"
     assert {cell["n_first_tokens"] for cell in cells["cells"]} == {4}
-    wrong = CliRunner().invoke(app, ["perturb", "-t", "antonym", "--accuracy", "all"])
+    wrong = call("perturb", "-t", "antonym", "--accuracy", "all")
     assert wrong.exit_code == 2
 
 
@@ -255,7 +254,7 @@ def test_the_command_line_shows_the_warning(tmp_path: Any) -> None:
     (tmp_path / "icl" / "digits.json").write_text(json.dumps(pairs))
     command = ["perturb", "-m", str(tmp_path / "model"), "--source", str(tmp_path), "-t", "digits",
                "--shots", "0", "--methods", "index", "--step", "0.5", "-q"]  # fmt: skip
-    shown = CliRunner().invoke(app, command)
+    shown = call(*command)
     assert "begin with the token ' '" in shown.stderr, shown.output
     assert "--accuracy answer" in shown.stderr
 

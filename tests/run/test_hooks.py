@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from held import Held, counted
+from held import Held, counted, forget_older, tensors_of
 from oracle import nll
 from ra_lens import get_ra_caching_hooks, run_with_ra
 from ra_lens.errors import UnsupportedModel
@@ -110,13 +110,13 @@ def test_one_set_for_two_passes_is_refused_with_what_to_do(arch, kind, shared):
 
 def maps_alive():
     gc.collect()
-    shape = (2, N_HEADS, POS, POS)
-    return sum(isinstance(x, torch.Tensor) and x.shape == shape for x in gc.get_objects())
+    return len(tensors_of((2, N_HEADS, POS, POS)))
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
 def test_no_pattern_outlives_the_graph_it_belongs_to(arch, kind, fresh):
     model = fresh(arch, kind)
+    forget_older()
     run_with_ra(model, IDS, target=4)
     before = maps_alive()
     ra, fwd_hooks, _ = get_ra_caching_hooks(model, store="norms")

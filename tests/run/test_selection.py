@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from held import forget_older, tensors_of
 from ra_lens import run_with_ra
 from ra_lens.errors import NotStored
 from ra_lens.patching.mean import RunningMean
@@ -85,17 +86,12 @@ def test_norms_only(kind, shared):
             ra.mean()
 
 
-def tensors_of(shape):
-    # By type(), as isinstance asks objects of other libraries, some of which then warn.
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-    return [t for t in tensors if tuple(t.shape) == shape]
-
-
 @pytest.mark.parametrize("kind", ANY_KIND)
 def test_norms_only_holds_no_map_of_a_layer_that_is_done(kind, shared):
     # Not GPT-2: TransformerBridge keeps the last pattern of each of its layers in an attribute.
     model, shape = shared("llama", kind, num_hidden_layers=8), (2, N_HEADS, 11, 11)
     alive = {}
+    forget_older()
 
     def count(name):
         if name.endswith("hook_ra"):

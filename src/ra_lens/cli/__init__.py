@@ -1,4 +1,4 @@
-"""The command line, a thin shell over the package: `run`, `demo`, `check`, `trace` and more.
+"""The command line, a thin shell over the package: `run`, `head`, `demo`, `check` and more.
 
 Results go to standard output, warnings and errors to standard error. Exit code 0: done; 2: the
 input cannot be used, as one line `error: ...`; 3: `check` found a problem; 1: anything unexpected.
@@ -18,6 +18,7 @@ import typer
 from ra_lens.cli.command import Command, Commands, ManyValuesCommand, reported
 from ra_lens.cli.commands import check, demo, run, trace
 from ra_lens.cli.experiments import compare, knockout, patch, perturb, rank
+from ra_lens.cli.head import head
 
 app = typer.Typer(
     name="ra-lens",
@@ -60,7 +61,7 @@ def about(
     """Reversed Attention: what the backward pass wanted each attention head to do."""
 
 
-for command in (run, demo, check):
+for command in (run, head, demo, check):
     app.command(cls=Command)(command)
 for command in (rank, perturb, patch, knockout):
     app.command(cls=ManyValuesCommand)(command)

@@ -169,7 +169,7 @@ def print_run(
     """Print the facts of a run, its top heads, each prompt's strongest edges, map and patch."""
     console, edges = new_console(), _edges(ra)
     several = ra.batch_size > 1
-    facts = [_facts(ra, model, i) for i in range(ra.batch_size)]
+    facts = [facts_table(ra, model, i) for i in range(ra.batch_size)]
     parts: list[RenderableType] = [part for table in facts for part in (table, "")]
     parts += [_heads(ra, top), ""]
     for i in range(ra.batch_size):
@@ -219,7 +219,8 @@ def _strongest_head(ra: RACache, example: int) -> HeadMaps:
     return head_of_example(ra, ra.sites.heads[strongest], example=example)
 
 
-def _facts(ra: RACache, model: nn.Module, example: int) -> Table:
+def facts_table(ra: RACache, model: nn.Module, example: int) -> Table:
+    """Tell prompt, model, target and loss."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")

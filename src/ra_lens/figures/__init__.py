@@ -18,6 +18,7 @@ from ra_lens.figures.flow import flow_map
 from ra_lens.figures.grid import head_grid
 from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.knockouts import knockout_curves, knockout_scatter
+from ra_lens.figures.latent import latent_space
 from ra_lens.figures.maps import Sign, head_map, head_maps
 from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
@@ -37,6 +38,7 @@ __all__ = [
     "images_in_notebooks",
     "knockout_curves",
     "knockout_scatter",
+    "latent_space",
     "patching_sweep_curve",
     "path_diagram",
     "perturbation_curves",

@@ -14,14 +14,14 @@ from typing_extensions import Unpack
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
-from ra_lens.figures.style import Layout, finish, plotly_text
+from ra_lens.figures.style import PULL, PUSH, Layout, finish, plotly_text
 from ra_lens.head_maps import Cell, HeadMaps, head_of_example
 from ra_lens.head_names import Head
 from ra_lens.numbers import Whole, whole
 from ra_lens.text import label
 
-_PULL, _PUSH = (178, 24, 43), (33, 102, 172)
 _LEFT, _RIGHT = 0.0, 1.0
+_LABEL, _BESIDE = 16, 124  # characters, and pixels of them
 
 
 def query_key_pull(
@@ -74,9 +74,10 @@ def query_key_pull(
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,
         hovermode="closest",
-        margin_b=12,
+        # Labels take as many pixels in a narrow figure as in a wide one.
+        margin={"l": _BESIDE, "r": _BESIDE, "b": 12},
     )
-    figure.update_xaxes(visible=False, range=[-0.45, 1.45], fixedrange=True)
+    figure.update_xaxes(visible=False, range=[_LEFT, _RIGHT], fixedrange=True)
     figure.update_yaxes(visible=False, range=[rows - 0.4, -1.4], fixedrange=True)
     heads = (("query", _LEFT, "right"), ("key", _RIGHT, "left"))
     for text, x, side in heads:
@@ -88,8 +89,8 @@ def query_key_pull(
         x=0.5,
         y=-1,
         text=(
-            f"{maps.label}: descent <span style='color:rgb{_PULL}'>pulls the query to the key"
-            f"</span>, <span style='color:rgb{_PUSH}'>pushes it away</span>"
+            f"{maps.label}: descent <span style='color:rgb{PULL}'>pulls the query to the key"
+            f"</span>, <span style='color:rgb{PUSH}'>pushes it away</span>"
         ),
         showarrow=False,
         yshift=20,
@@ -100,7 +101,7 @@ def query_key_pull(
 
 def _line(maps: HeadMaps, cell: Cell) -> go.Scatter:
     share = abs(cell.ra) / (maps.limit or 1.0)
-    red, green, blue = _PULL if cell.moves == "more" else _PUSH
+    red, green, blue = PULL if cell.moves == "more" else PUSH
     from_, to = cell.query - maps.first, cell.key - maps.first_key
     query = f"{plotly_text(label(maps.query_token(cell)))} ({cell.query})"
     key = f"{plotly_text(label(maps.key_token(cell)))} ({cell.key})"
@@ -121,7 +122,7 @@ def _line(maps: HeadMaps, cell: Cell) -> go.Scatter:
         y=[from_ + s * (to - from_) for s in smooth],
         mode="lines",
         line={
-            "color": f"rgba({red},{green},{blue},{0.25 + 0.75 * share:.2f})",
+            "color": f"rgba({red},{green},{blue},{0.4 + 0.6 * share:.2f})",
             "width": 1 + 6 * share,
         },
         name=f"{query} → {key}",
@@ -134,7 +135,7 @@ def _tokens(
 ) -> None:
     for i, token in enumerate(tokens):
         on = first + i in used
-        name = plotly_text(label(token, 18))
+        name = plotly_text(label(token, _LABEL))
         figure.add_annotation(
             x=x,
             y=i,

@@ -178,6 +178,9 @@ NOTHING_THERE = "#c9ccd1"
 """Background of maps: shows through where a query cannot look."""
 
 MARK = "#e4572e"
+PULL, PUSH = (208, 58, 60), (52, 126, 198)
+"""Where descent draws a query and a key together, and where it drives them apart: to be seen on
+white and on black."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The pattern that an attention layer is using, where its hook point shows it too late.
+"""What an attention layer that is running is using, where no hook point shows it in time.
 
 A bridge that leaves the attention to Hugging Face shows the pattern when the layer is done. While
 hook_z fires, the layer is still running: the function that computed the pattern, or called what
@@ -8,6 +8,9 @@ can be left on it.
 
 What is found are candidates, known by their shape alone. Whoever uses one must check that it gives
 z, and that it is what hook_pattern shows afterwards.
+
+What a projection has read is found in the same way, while the hook of what it gives is running, by
+the name of its argument: as it was after every hook that changed it.
 """
 
 from __future__ import annotations
@@ -29,6 +32,17 @@ def patterns_in_use(n_examples: int, n_heads: int, n_queries: int) -> list[Tenso
             if value.ndim == 4 and value.shape[:3] == (n_examples, n_heads, n_queries):
                 found.setdefault(id(value), value)
     return [value for value in found.values() if value.is_floating_point()]
+
+
+def argument_in_use(owner: nn.Module, name: str) -> Tensor | None:
+    """The argument `name` of the method of `owner` that is running; None where there is none."""
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        if frame.f_locals.get("self") is owner and name in frame.f_locals:
+            value = frame.f_locals[name]
+            return value if isinstance(value, torch.Tensor) else None
+        frame = frame.f_back
+    return None
 
 
 def _frames_of_layer(frame: FrameType | None) -> Iterator[FrameType]:

@@ -284,13 +284,9 @@ def _hooked_transformer_from_folder(
         _correct_config(cfg, hf_model)
         state_dict = conversion.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=dtype)
         model = _class_of("HookedTransformer")(cfg, tokenizer, move_to_device=False)
-        model.load_and_process_state_dict(
-            state_dict,
-            fold_ln=False,
-            center_writing_weights=False,
-            center_unembed=False,
-            fold_value_biases=False,
-        )
+        # What load_and_process_state_dict does where nothing is processed, but at once: it goes
+        # through all modules of the model for each weight.
+        model.load_state_dict(model.fill_missing_keys(state_dict), strict=False)
     except (NotImplementedError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         where = f" in {path}" if weights is None else ""
         raise _CannotConvert(

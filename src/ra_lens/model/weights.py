@@ -166,7 +166,7 @@ def _check_heads(
         raise refuse("no hook shows its values")
     per_head = rearrange(given, "b t ... -> b t (...)").unflatten(-1, (a.shape[1], -1))
     v = rearrange(v, "b t ... -> b t (...)").unflatten(-1, (-1, per_head.shape[-1]))
-    if not fits(per_head, attention_output(a, v)):
+    if a.shape[1] % v.shape[2] or not fits(per_head, attention_output(a, v)):
         raise refuse("what its heads give is not A·v")
 
 

@@ -106,9 +106,13 @@ def explorer(
     top: int,
     patched: Sequence[PatchedPrompt],
     flow: bool = False,
+    latent: str = "",
     note: str = "",
 ) -> str:
-    """Write it: HTML with a note below the grid, then the data; with `flow`, layers × tokens."""
+    """Write it: HTML with a note below the grid, then the data.
+
+    With `flow`, layers × tokens. `latent` is the HTML of `ra_lens.report.latent_svg`.
+    """
     norms = {kind: _norms(ra, kind) for kind in ("ra", "pattern")}
     counts = ra.sites.n_heads
     data: dict[str, Any] = {
@@ -155,7 +159,7 @@ def explorer(
     script = f'<script type="application/json" id="ra-data">{html.data(data)}</script>'
     edges = strongest_edges(ra, shown.examples, top)
     table = "" if edges is None else edges_html(ra, edges)
-    drawn = _frame(ra, shown, patched, note, edges=table, flow=flow)
+    drawn = _frame(ra, shown, patched, note, edges=table, flow=flow, latent=latent)
     return "\n".join([drawn, *blocks, script])
 
 
@@ -209,6 +213,7 @@ def _frame(
     *,
     edges: str,
     flow: bool,
+    latent: str,
 ) -> str:
     n = len(shown.examples)
     mean = '<option value="mean">‖R‖, mean of all prompts</option>'
@@ -220,6 +225,7 @@ def _frame(
         mean=mean if n > 1 else "",
         note=html.note(note) if note else "",
         edges=edges,
+        latent=latent,
         flow=html.resource("ra_lens.report", "flow.html") if flow else "",
         choose=" Choose one to see its maps." if shown.mapped else "",
     )
@@ -228,19 +234,24 @@ def _frame(
 def _prompt(ra: RACache, shown: Shown, place: int, patched: Sequence[PatchedPrompt]) -> str:
     example = shown.examples[place]
     title = f"<h2>Prompt {place + 1}</h2>" if len(shown.examples) > 1 else ""
-    read = sides(ra)
-    last = read[-1]
-    chips = ""
-    for side, name in zip(read, ("encoder", "decoder"), strict=False):
-        chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
-        tokens = prompt_tokens(ra, example, side, target=side == last)
-        chips += _chips(tokens, side, place) if tokens else ""
+    chips = token_chips(ra, example, place)
     after = _predictions(ra, example, patched[place]) if patched else ""
     # Chips come first in a container as tall as the whole explorer, so that they stay in sight.
     return (
         f'<div class="example" data-example="{place}">{title}<div class="stick">{chips}</div>'
         f'<div class="beside">{html.facts(ra.facts(example))}{after}</div></div>'
     )
+
+
+def token_chips(ra: RACache, example: int, place: int = 0) -> str:
+    """Write the tokens of an example, the prompt at some place of a page."""
+    read = sides(ra)
+    last, chips = read[-1], ""
+    for side, name in zip(read, ("encoder", "decoder"), strict=False):
+        chips += f'<p class="soft">The {name} reads</p>' if len(read) > 1 else ""
+        tokens = prompt_tokens(ra, example, side, target=side == last)
+        chips += _chips(tokens, side, place) if tokens else ""
+    return chips
 
 
 def _chips(tokens: Sequence[tuple[str, str]], side: str, place: int) -> str:

@@ -5,8 +5,10 @@ plotly.js is in a page only if a plotly figure is.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ra_lens import html
@@ -21,7 +23,7 @@ class Section:
     """A part of a report, in plain text; nothing in it is read as HTML.
 
     Attributes:
-        title: Its heading.
+        title: Its heading; empty: none.
         paragraphs: Text in front.
         table: After the text.
         figures: After the table, plotly figures under headings; those of one inner tuple stand side
@@ -61,8 +63,20 @@ def page(
     return html.page(title, body, styles=styles, scripts=scripts, libraries=libraries)
 
 
+def how_it_was_made(command: str | None) -> Section:
+    """Tell the command and the versions."""
+    rows = [] if command is None else [("Command", command)]
+    for name in ("ra-lens", "transformer-lens", "torch"):
+        try:
+            rows.append((name, version(name)))
+        except PackageNotFoundError:
+            rows.append((name, "unknown version"))
+    rows.append(("Python", platform.python_version()))
+    return Section("How this was made", table=Table(("", ""), tuple(rows)))
+
+
 def _section(part: Section) -> str:
-    lines = [f"<section><h2>{html.text(part.title)}</h2>"]
+    lines = ["<section>", f"<h2>{html.text(part.title)}</h2>" if part.title else ""]
     lines += [f"<p>{html.tokens_apart(paragraph)}</p>" for paragraph in part.paragraphs]
     if part.table is not None:
         lines.append(html.table(part.table))

@@ -4,13 +4,12 @@ Prompt and target, the grid of heads, the strongest edges, the three maps of eve
 where information enters the last token, the leading heads, what a patch does to the prediction, and
 how it was made. The file asks the network for nothing. Its size is about 5.3 bytes per cell that a
 query can look at, per head and prompt: 1.7 MB for GPT-2 small on 64 tokens, 14 MB for GPT-2 XL.
+Where the cache holds vectors, the first heads have their queries and keys in two dimensions too.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +24,9 @@ from ra_lens.paths import TraceResult, trace_layers
 from ra_lens.paths.result import Follow
 from ra_lens.prompts import PromptInput
 from ra_lens.report.explorer import Shown, choose, explorer
+from ra_lens.report.latent_svg import latent_spaces
 from ra_lens.report.predictions import PatchedPrompt
-from ra_lens.report.sections import Section, page
+from ra_lens.report.sections import Section, how_it_was_made, page
 from ra_lens.report.view import Sign, heading_of, how_to_read, read_view
 from ra_lens.text import label
 
@@ -89,6 +89,7 @@ def write_report(
         )
     in_base64 = int(3 / 4 * view.max_bytes)
     shown = choose(ra, view.examples, max_tokens=view.max_tokens, max_bytes=in_base64)
+    spaces = latent_spaces(ra, shown, view.top)
     body = [
         facts(ra.model_facts()),
         explorer(
@@ -98,17 +99,21 @@ def write_report(
             top=view.top,
             patched=patched,
             flow=True,
+            latent=spaces,
             note=_left_out(shown),
         ),
         _top_heads(ra, shown, view.top),
         *([_paths(traces)] if traces else []),
         *sections,
         Section("How to read the maps", how_to_read(sign)),
-        _made(command),
+        how_it_was_made(command),
     ]
     heading = title or heading_of(ra)
-    style, script = (resource("ra_lens.report", f"explorer.{end}") for end in ("css", "js"))
-    return write_whole(path, page(heading, body, styles=[style], scripts=[script]), REPORT)
+    names = ["explorer", *["latent"] * bool(spaces)]
+    styles, scripts = (
+        [resource("ra_lens.report", f"{name}.{end}") for name in names] for end in ("css", "js")
+    )
+    return write_whole(path, page(heading, body, styles=styles, scripts=scripts), REPORT)
 
 
 def traces_of_run(ra: RACache, model: nn.Module, prompt: PromptInput) -> list[TraceResult]:
@@ -170,14 +175,3 @@ def _paths(traces: Sequence[TraceResult]) -> Section:
         "came from. Scores are sums of log weights: closer to 0, more weight."
     )
     return Section("Paths to the last token", (text,), traces=tuple(traces))
-
-
-def _made(command: str | None) -> Section:
-    rows = [] if command is None else [("Command", command)]
-    for name in ("ra-lens", "transformer-lens", "torch"):
-        try:
-            rows.append((name, version(name)))
-        except PackageNotFoundError:
-            rows.append((name, "unknown version"))
-    rows.append(("Python", platform.python_version()))
-    return Section("How this was made", table=Table(("", ""), tuple(rows)))
