@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from command_line import call, done_without, refused_line
+from command_line import call, printed_without, refused_line
 from ra_lens import run_with_ra
 from ra_lens.steps import pulls
 from ra_lens.vjp import WEIGHTS, weight_gradient
@@ -92,8 +92,8 @@ def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
 
 
 def test_without_a_page_no_figures_are_imported(tiny: str) -> None:
-    done = done_without(("plotly",), "head", "top", "-m", tiny, "-p", PROMPT)
-    assert "Edges it matters for" in done.stdout
+    [text] = printed_without(("plotly",), ["head", "top", "-m", tiny, "-p", PROMPT])
+    assert "Edges it matters for" in text
 
 
 @pytest.mark.parametrize(
