@@ -91,6 +91,7 @@ def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     assert f"ra-lens head L0H1 --model {tiny} --prompt &#x27;{PROMPT}&#x27; --no-bos" in text
 
 
+@pytest.mark.every_model  # a process of its own, which loads torch
 def test_without_a_page_no_figures_are_imported(tiny: str) -> None:
     [text] = printed_without(("plotly",), ["head", "top", "-m", tiny, "-p", PROMPT])
     assert "Edges it matters for" in text
