@@ -117,8 +117,52 @@ FAULTS = (
     Fault(
         "ranking sums over examples",
         "scales",
-        'cache.norms("ra").cpu().double().mean(dim=0)',
-        'cache.norms("ra").cpu().double().sum(dim=0)',
+        "total / len(questions) for name, total",
+        "total for name, total",
+    ),
+    Fault(
+        "a batch runs once for each method",
+        "scales",
+        "    together = _scores_of_one_run(context, chosen)\n",
+        "    together = {\n"
+        "        k: v for one in chosen for k, v in _scores_of_one_run(context, [one]).items()\n"
+        "    }\n",
+        "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "an experiment runs once for each method",
+        "scales",
+        "self._together[chosen.split] = self._ranked(sharing)",
+        "self._together[chosen.split] = self._ranked([m for m in sharing if m == method])",
+        "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "AtP points the other way",
+        "heads",
+        "return -_slope_of_gate(ra)",
+        "return _slope_of_gate(ra)",
+        "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "Michel's sizes of tokens do not cancel",
+        "heads",
+        '(ra["z", i] * ra["z_grad", i]).sum(dim=(1, 3))',
+        '(ra["z", i] * ra["z_grad", i]).sum(dim=3).abs().sum(dim=1)',
+        "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "norm of G counts keys that no query can look at",
+        "heads",
+        'ra["pattern_grad", layer].where(ra["pattern", layer] > 0, 0.0).square()',
+        'ra["pattern_grad", layer].square()',
+        "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "knockouts summed with their signs",
+        "heads",
+        'ra["knockout", layer].abs()',
+        'ra["knockout", layer]',
+        "tests/heads/test_heads_gradients.py",
     ),
     Fault(
         "a mean counts batches", "scales", "self._running.count += ", "self._running.count += 1 or "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 
 from left_behind import changes, snapshot
 from ra_lens import load_demo_model, load_task
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.figures.style import method_styles
 from ra_lens.heads import (
     RankingContext,
     RankingMethod,
@@ -21,7 +24,10 @@ from refused import unchecked
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
 PROMPTS = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8", " w9")]
-BUILT_IN = ["ra", "w_norm", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"]
+BUILT_IN = [
+    *["ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"],
+    *["fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"],
+]
 
 
 @pytest.fixture
@@ -44,6 +50,22 @@ def test_the_built_in_methods_are_there():
     assert len({method.title for method in methods.values()}) == len(BUILT_IN)
     methods.clear()  # a copy
     assert list(ranking_methods()) == BUILT_IN
+
+
+def test_the_command_line_lists_the_built_in_methods():
+    from ra_lens.cli.options import MethodsOption
+
+    _, option = typing.get_args(MethodsOption)
+    listed = option.help.removeprefix("Ways to rank heads: ").partition(".")[0]
+    assert listed.split() == BUILT_IN
+
+
+def test_each_built_in_method_has_a_look_of_its_own():
+    styles = method_styles(BUILT_IN)
+    assert len({style.colour for style in styles.values()}) == len(BUILT_IN)
+    assert len({style.symbol for style in styles.values()}) == len(BUILT_IN)
+    own = method_styles(["mine"])["mine"]
+    assert own.colour not in {style.colour for style in styles.values()}
 
 
 def test_a_function_becomes_a_method(own, model):
@@ -112,7 +134,7 @@ def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
     for prompts, found in (("w3 w4", "type str"), (["w3 w4"], r"prompts\[0\] is a str")):
         with pytest.raises(BadInput, match=found + r".*Prompt is needed.*load_task"):
             unchecked(rank_heads)(model, prompts)
-    for method in BUILT_IN[:6]:
+    for method in BUILT_IN[:-2]:
         with pytest.raises(BadInput, match=r"empty list of prompts"):
             rank_heads(model, [], method=method)
         with pytest.raises(BadInput, match=r"prompt of 1[78] tokens"):

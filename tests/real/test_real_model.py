@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from oracle import HFHeads, Oracle, load_oracle, nll
-from ra_lens import load_task, perturbation_test, run_with_ra
+from ra_lens import load_task, perturbation_test, rank_heads, run_with_ra
 from ra_lens.report.head_facts import head_facts
 from real_model import needs_real_model, real_folder, real_model
 from tiny_models import KINDS, relative
@@ -171,3 +171,29 @@ def test_what_is_said_of_the_strongest_head_is_what_its_prompt_is_about(kind):
     # Queries and keys lie in cones of their own, which the first component tells apart.
     lowest = found.latent.queries.at[1:, 0].min()
     assert lowest > found.latent.keys.at[1:, 0].max()
+
+
+def test_atp_is_the_slope_of_really_taking_a_little_of_heads_away(kind):
+    """Rows of W_O are made half a percent smaller and larger in Hugging Face's model."""
+    (prompt,) = load_task("present-past").split().prompts("train", shots=1, n=1)
+    options = {"prepend_bos": "<|endoftext|>", "progress": False, "answer_in_input": False}
+    model, heads = real_model(kind), HFHeads(real_folder())
+    found = rank_heads(model, [prompt], methods=["atp", "michel"], **options)
+    ids = model.to_tokens("<|endoftext|>" + prompt.text, prepend_bos=False)
+    answer = int(model.to_tokens(prompt.answer, prepend_bos=False)[0, 0])
+
+    def loss(layer: int, head: int, factor: float) -> float:
+        weight, rows = heads.rows(layer, head)
+        before = weight[rows].clone()
+        weight[rows] = before * factor
+        logits = heads.logits(ids).double()
+        weight[rows] = before
+        return float(nll(answer)(logits))
+
+    chosen = [*found["atp"].order()[:3], *found["atp"].order()[-3:]]
+    rises = [(loss(*head, 0.995) - loss(*head, 1.005)) / 0.01 for head in chosen]
+    assert min(rises) < -0.05
+    assert max(rises) > 0.05
+    foretold = [float(found["atp"].scores[head]) for head in chosen]
+    assert foretold == pytest.approx(rises, rel=0.02)
+    assert [float(found["michel"].scores[head]) for head in chosen] == list(map(abs, foretold))

@@ -67,14 +67,17 @@ MetricOption = Annotated[Metric, typer.Option(help="What is shown, and what area
 AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve is taken.")]
 MethodsOption = Annotated[
     list[str] | None,
-    typer.Option(help="Ways to rank heads. Default: ra fa cm1 cm2 index random."),
+    typer.Option(
+        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm fa "
+        "fa_of_mean cm1 cm1_last cm2 random index. Default: ra fa cm1 cm2 index random."
+    ),
 ]
 NRankOption = Annotated[int, typer.Option(min=1, help="Questions that heads are ranked on.")]
 AnswerOption = Annotated[
     bool,
     typer.Option(
         "--answer-in-input/--prompt-only",
-        help="What RA and FA rankings read: the prompt with its answer, or the prompt alone.",
+        help="What rankings by gradients or patterns read: prompt and answer, or the prompt alone.",
     ),
 ]
 NTestOption = Annotated[

@@ -104,8 +104,8 @@ def perturbation_test(
             in the questions.
         split: `"code"`: 70/9/21 % for train/valid/test, as in the paper's code; `"text"`: a third
             for test, as in its text.
-        answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
-            or on the prompt alone.
+        answer_in_input: Whether methods that read gradients or patterns read prompt and answer (the
+            paper's experiments) or the prompt alone.
         accuracy: What counts as right: `"first token"` of the answer (the paper's), or the whole
             `"answer"`, as a greedy decode gives it. The first says nothing where all answers of a
             task begin with one token, as digits after a space do in many tokenizers.

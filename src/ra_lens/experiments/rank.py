@@ -61,8 +61,8 @@ def rank_tasks(
         shots: Numbers of demonstrations.
         n_rank: Prompts per ranking.
         split: `"code"`: 70/9/21 % for train/valid/test; `"text"`: a third for test.
-        answer_in_input: Whether RA and FA are taken on prompt and answer (the paper's experiments)
-            or on the prompt alone.
+        answer_in_input: Whether methods that read gradients or patterns read prompt and answer (the
+            paper's experiments) or the prompt alone.
         seed: Demonstrations, and random orders.
         demonstrations: `"own"`: drawn anew for every question (the paper's way); `"shared"`: the
             same before every question of a task, drawn once from its train part by the seed. Their

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
 from ra_lens.heads import HeadScores, rank_heads
-from ra_lens.heads.ranking import Part, find_method
+from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
@@ -130,10 +130,7 @@ def read_tasks(task: Tasks) -> list[Task]:
 
 def read_methods(methods: str | Sequence[str]) -> list[str]:
     """Read names of ranking methods."""
-    given = [methods] if isinstance(methods, str) else list(methods)
-    if not given or len(set(given)) < len(given):
-        raise BadInput(f"found methods={methods!r}; give at least one, each once.")
-    return [find_method(name).name for name in given]
+    return [method.name for method in find_methods(methods)]
 
 
 def read_some(name: str, given: Iterable[Choice], choices: tuple[Choice, ...]) -> list[Choice]:
@@ -221,8 +218,12 @@ class Run:
 
     def _warn_of_first_tokens(self, cells: Iterable[Cell]) -> None:
         """Warn of tasks whose answers begin with one token, where that token alone is measured."""
-        which = {"cm1", "cm1_last", "cm2", *([] if self.answer_in_input else ["ra"])}
-        by_first = [name for name in self.methods if name in which]
+        by_first = [
+            name
+            for name in self.methods
+            if name in ("cm1", "cm1_last", "cm2")
+            or (find_method(name).needs is not None and not self.answer_in_input)
+        ]
         read = (
             [(cell.task, cell.questions) for cell in cells]
             if self.accuracy
@@ -324,6 +325,9 @@ class Cell:
     shots: int
     learned: dict[Part, list[Prompt]]
     asked: list[Prompt]
+    _together: dict[Part, dict[str, HeadScores]] = field(
+        default_factory=dict[Part, dict[str, HeadScores]], init=False
+    )
 
     @cached_property
     def questions(self) -> Questions:
@@ -339,12 +343,23 @@ class Cell:
         return self.learned[find_method(method).split]
 
     def ranked(self, method: str, draw: int = 0) -> HeadScores:
-        """Rank the heads by a method."""
+        """Rank the heads by a method; those that share a run are ranked in one, the first time."""
+        chosen = find_method(method)
+        if chosen.needs is None:
+            return self._ranked([method], draw)[method]
+        if chosen.split not in self._together:
+            every = map(find_method, self.run.methods)
+            sharing = [m.name for m in every if m.needs is not None and m.split == chosen.split]
+            self._together[chosen.split] = self._ranked(sharing)
+        return self._together[chosen.split][method]
+
+    def _ranked(self, methods: list[str], draw: int = 0) -> dict[str, HeadScores]:
+        """Rank the heads by methods of one part of the task."""
         protocol = self.run.protocol
         return rank_heads(
             self.run.lens.module,
-            self.given(method),
-            method=method,
+            self.given(methods[0]),
+            methods=methods,
             seed=protocol.seed,
             draw=draw,
             answer_in_input=self.run.answer_in_input,

@@ -206,6 +206,12 @@ _KNOWN = {
     "ra": MethodStyle("#d55e00", "circle"),
     "fa": MethodStyle("#0072b2", "square"),
     "w_norm": MethodStyle("#332288", "hexagon-open"),
+    "michel": MethodStyle("#882255", "triangle-down"),
+    "atp": MethodStyle("#aa4499", "triangle-down-open"),
+    "knockout": MethodStyle("#117733", "hexagram"),
+    "grad_sam": MethodStyle("#6f6f1e", "triangle-left"),
+    "ag": MethodStyle("#661100", "triangle-left-open"),
+    "grad_norm": MethodStyle("#2a7f74", "diamond-tall"),
     "cm1": MethodStyle("#009e73", "diamond"),
     "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(

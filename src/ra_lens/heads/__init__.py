@@ -1,7 +1,8 @@
 """Scores per head, one registry: how important each head is, larger = more important.
 
-`rank_heads` scores every head of a model on some questions by one of `ranking_methods()`;
-`ranking_method` adds another. `HeadScores` holds the result and the order that follows from it.
+`rank_heads` scores every head of a model on some questions by one or several of
+`ranking_methods()`; `ranking_method` adds another, and `one_run_method` one that reads a forward
+and a backward pass. `HeadScores` holds the result and the order that follows from it.
 
 Example:
     ```python
@@ -17,11 +18,14 @@ Example:
 from ra_lens.head_names import HeadScore
 
 # Importing these registers the built-in methods.
+from ra_lens.heads import gradients as gradients
 from ra_lens.heads import mediation as mediation
 from ra_lens.heads import methods as methods
+from ra_lens.heads.one_run import Needs
 from ra_lens.heads.ranking import (
     RankingContext,
     RankingMethod,
+    one_run_method,
     rank_heads,
     ranking_method,
     ranking_methods,
@@ -31,8 +35,10 @@ from ra_lens.heads.scores import HeadScores
 __all__ = [
     "HeadScore",
     "HeadScores",
+    "Needs",
     "RankingContext",
     "RankingMethod",
+    "one_run_method",
     "rank_heads",
     "ranking_method",
     "ranking_methods",

@@ -1,16 +1,11 @@
-"""Scores from maps, and orders that know nothing of the prompts.
+"""Scores from patterns alone, and orders that know nothing of the prompts.
 
-From maps: how large a head's Reversed Attention or pattern is (paper section 5.2).
+From patterns: how large a head's pattern is (paper section 5.2).
 
-    ra[l, h] = mean over prompts of ‖R‖,    fa[l, h] = mean over prompts of ‖A‖    (Frobenius)
+    fa[l, h] = mean over prompts of ‖A‖    (Frobenius)
 
-    w_norm[l, h] = mean over prompts of (‖∂L/∂W_Q‖² + ‖∂L/∂W_K‖² + ‖∂L/∂W_V‖² + ‖∂L/∂W_O‖²)^½
-
-on prompt and answer, R being that of the mean cross-entropy over the answer's tokens. Both are mean
-of norms, as in the published code; `fa_of_mean` is the norm of the mean pattern, as in the paper's
-appendix B. R carries the softmax scale, which differs between layers in few models. The gradients
-of a head's weights are those of `ra_lens.vjp`; a key/value head that several heads share counts for
-each of them. Like every norm it knows no sign: a head may be large because its change would hurt.
+on prompt and answer: a mean of norms, as in the published code; `fa_of_mean` is the norm of the
+mean pattern, as in the paper's appendix B.
 
 A random score is one uniform number per head, from a generator of its own that is seeded by `seed`
 and `draw`: the same on every machine and version, and no other generator notices.
@@ -18,15 +13,14 @@ and `draw`: the same on every machine and version, and no other generator notice
 `index` puts the first layer first, and within a layer the first head: the paper's text. In its code
 the plain run is the other one, last layer first: `rank_heads(..., method="index").reversed()`.
 
-Cost: `ra` and `w_norm` one forward and one backward per prompt; `fa` and `fa_of_mean` one forward,
-without unembedding more than one position; `random` and `index` none.
+Cost: `fa` and `fa_of_mean` one forward per prompt, without unembedding more than one position;
+`random` and `index` none.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -37,47 +31,6 @@ from ra_lens.heads.ranking import RankingContext, ranking_method
 from ra_lens.model.sites import table
 from ra_lens.padding import batches, watched
 from ra_lens.prompts import Prompts
-from ra_lens.questions import Questions
-from ra_lens.run import run_with_ra
-from ra_lens.targets import Objective, answer_nll, sequence_nll
-from ra_lens.vjp import norms_of_all_weights
-
-
-@ranking_method("ra", label="RA", title="norm of Reversed Attention")
-def ra_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
-    """Mean of the Frobenius norms of R."""
-    _, cache = run_with_ra(
-        context.model,
-        context.questions.prompts,
-        target=_objective(context, context.questions),
-        store="norms",
-        batch_size=context.batch_size,
-        progress=context.progress,
-    )
-    return cache.norms("ra").cpu().double().mean(dim=0)
-
-
-@ranking_method("w_norm", label="∂W", title="norm of the gradient of a head's weights")
-def w_norm_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
-    """Mean of the norms of ∂L/∂(W_Q, W_K, W_V, W_O), a batch of prompts at a time."""
-    questions = context.questions
-    total = torch.zeros(context.shape, dtype=torch.float64)
-    for examples, prompts in questions.prompts.batches(context.batch_size):
-        part = replace(
-            questions, prompts=prompts, answers=tuple(questions.answers[i] for i in examples)
-        )
-        objective = _objective(context, part)
-        _, cache = run_with_ra(
-            context.model, prompts, target=objective, store="norms", vectors=True
-        )
-        total += norms_of_all_weights(cache).cpu().double().sum(dim=0)
-    return total / len(questions)
-
-
-def _objective(context: RankingContext, questions: Questions) -> Objective:
-    if context.answer_in_input:
-        return sequence_nll([list(answer) for answer in questions.answers])
-    return answer_nll(questions.first_tokens.tolist())
 
 
 @ranking_method("fa", label="FA", title="norm of the pattern")

@@ -1,7 +1,7 @@
-"""`rank_heads`: score every head of a model by one method; and the registry of methods.
+"""`rank_heads`: score every head of a model by some methods; and the registry of methods.
 
-A method is one function from a `RankingContext` to scores, which all point the same way: larger =
-more important. A new one is registered with a decorator and is then a name like the others:
+A method is one function, and its scores all point the same way: larger = more important. A new one
+is registered with a decorator and is then a name like the others. Most read a `RankingContext`:
 
     @ranking_method("early", title="early layers first")
     def early(context):
@@ -10,9 +10,19 @@ more important. A new one is registered with a decorator and is then a name like
 
     rank_heads(model, prompts, method="early").top(3)
 
+Those that read one forward and one backward pass are handed the `RACache` of a batch and score each
+of its examples. All of them that are asked for together share that pass (`ra_lens.heads.one_run`):
+
+    @one_run_method("last_row", title="R of the last row", maps=["ra"])
+    def last_row(ra):
+        return torch.stack([ra["ra", i][:, :, -1].norm(dim=-1) for i in ra.layers], dim=1)
+
+    rank_heads(model, prompts, methods=["ra", "michel", "last_row"])["last_row"].top(3)
+
 Cost, for n prompts and a model of L layers with H heads:
 
-* `ra`, `w_norm`: n forwards, and n backwards with respect to activations only;
+* `ra`, `w_norm`, `michel`, `atp`, `knockout`, `grad_sam`, `ag`, `grad_norm`: n forwards, and n
+  backwards with respect to activations only; as many for all of them together;
 * `fa`, `fa_of_mean`: n forwards;
 * `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
   on average where the layers are alike; `cm2`: n forwards more;
@@ -24,16 +34,18 @@ A forward of several rows counts once per row; rows run in batches of `batch_siz
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, one_of
+from ra_lens.heads.one_run import Needs, OfRun, RunFunction, scores_of_one_run
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, PrependBos, as_lens
+from ra_lens.model.sites import MapKind, VectorKind, read_kind, read_vectors
 from ra_lens.numbers import Whole, whole
 from ra_lens.questions import Questions, read_questions
 from ra_lens.tasks import Prompt
@@ -88,6 +100,7 @@ class RankingContext:
 
 
 RankingFunction = Callable[[RankingContext], Tensor]
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -97,22 +110,29 @@ class RankingMethod:
     Attributes:
         name: What `rank_heads(method=...)` calls it.
         title: What it is, in a few words, for tables and figures.
-        function: Gives `Float[Tensor, "layer head"]`, larger = more important.
+        function: From a `RankingContext` to `Float[Tensor, "layer head"]`, or from the `RACache` of
+            a batch to `Float[Tensor, "batch layer head"]` where `needs` says what it reads there;
+            larger = more important.
         split: Part of a task whose questions it is computed on.
         random: Whether another `draw` gives another order.
         label: What legends and tables call it; empty: its name.
+        needs: What it reads of one forward and one backward pass; None: it runs the model itself.
     """
 
     name: str
     title: str
-    function: RankingFunction
+    function: RankingFunction | RunFunction
     split: Part = "train"
     random: bool = False
     label: str = ""
+    needs: Needs | None = None
 
 
 # Built-in ones are listed in this order, before all others, in whatever order they register.
-_BUILT_IN = ("ra", "w_norm", "fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index")
+_BUILT_IN = (
+    *("ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"),
+    *("fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"),
+)
 _methods: dict[str, RankingMethod] = {}
 
 
@@ -138,24 +158,77 @@ def ranking_method(
     Raises:
         BadInput: the name is taken, or empty; an unknown part.
     """
-    if not name:
-        raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
-    one_of("split", split, ("train", "valid"), where=f" for method {name!r}")
+    _check_name(name, split)
 
     def register(function: RankingFunction) -> RankingFunction:
-        known = _methods.get(name)
-        if known is not None and not replace and not _same_place(known.function, function):
-            raise BadInput(
-                f"there already is a ranking method {name!r} ({known.title}). Choose another name, "
-                "or put yours in its place with replace=True."
-            )
-        _methods[name] = RankingMethod(name, title or name, function, split, random, label)
-        return function
+        method = RankingMethod(name, title or name, function, split, random, label)
+        return _register(method, function, replace=replace)
 
     return register
 
 
-def _same_place(one: RankingFunction, other: RankingFunction) -> bool:
+def one_run_method(
+    name: str,
+    *,
+    title: str | None = None,
+    label: str = "",
+    maps: Sequence[MapKind] = (),
+    vectors: Sequence[VectorKind] = (),
+    split: Part = "train",
+    replace: bool = False,
+) -> Callable[[RunFunction], RunFunction]:
+    """Register a ranking method that reads one forward and one backward pass.
+
+    The decorated function gets the `RACache` of a batch, whose loss is that of the answers, and
+    gives `Float[Tensor, "batch layer head"]`, larger = more important; a head's score is the mean
+    over all examples. Where layers have fewer heads than others, NaN stands in for those they lack
+    (`ra_lens.model.sites.table` lays rows out so). Norms of all kinds of map are always there.
+    Methods of this kind that are ranked by together share the pass.
+
+    Args:
+        name: What `rank_heads(method=...)` is to call it.
+        title: What it is, in a few words. Default: the name.
+        label: What legends and tables call it. Default: the name.
+        maps: Kinds of map that it reads, `ra["pattern", layer]`: they are then kept for a batch.
+        vectors: Kinds of vectors that it reads, `ra["z", layer]`.
+        split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
+        replace: True to put it in the place of a method of the same name.
+
+    Raises:
+        BadInput: the name is taken, or empty; an unknown part or kind of vectors.
+        NotStored: an unknown kind of map.
+    """
+    _check_name(name, split)
+    needs = Needs(
+        tuple(read_kind(kind) for kind in ([maps] if isinstance(maps, str) else maps)),
+        tuple(sorted(read_vectors(vectors))),
+    )
+
+    def register(function: RunFunction) -> RunFunction:
+        method = RankingMethod(name, title or name, function, split, label=label, needs=needs)
+        return _register(method, function, replace=replace)
+
+    return register
+
+
+def _check_name(name: str, split: Part) -> None:
+    if not name:
+        raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
+    one_of("split", split, ("train", "valid"), where=f" for method {name!r}")
+
+
+def _register(method: RankingMethod, function: _Function, *, replace: bool) -> _Function:
+    name, known = method.name, _methods.get(method.name)
+    if known is not None and not replace and not _same_place(known.function, method.function):
+        raise BadInput(
+            f"there already is a ranking method {name!r} ({known.title}). Choose another name, "
+            "or put yours in its place with replace=True."
+        )
+    _methods[name] = method
+    return function
+
+
+def _same_place(one: object, other: object) -> bool:
     # A notebook cell that is run again defines the same function anew.
     return all(getattr(one, name, None) == getattr(other, name, 1) for name in _PLACE)
 
@@ -186,22 +259,75 @@ def find_method(name: str) -> RankingMethod:
     )
 
 
+def find_methods(methods: str | Iterable[str]) -> list[RankingMethod]:
+    """Give methods by their names, one or several.
+
+    Raises:
+        BadInput: there is none of a name, a name twice, or none at all.
+    """
+    given = [methods] if isinstance(methods, str) else list(methods)
+    if not given or len(set(given)) < len(given):
+        raise BadInput(f"found methods={methods!r}; give at least one, each once.")
+    return [find_method(name) for name in given]
+
+
+@overload
 def rank_heads(
     model: nn.Module,
     prompts: Iterable[Prompt],
     *,
-    method: str = "ra",
+    method: str | None = None,
+    methods: None = None,
     seed: Whole = 0,
     draw: Whole = 0,
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
     batch_size: Whole = 32,
     progress: bool = True,
-) -> HeadScores:
-    """Score every head of a model on some questions, by one of `ranking_methods()`.
+) -> HeadScores: ...
 
-    * `"ra"`: mean Frobenius norm of Reversed Attention, for the answer's cross-entropy.
-    * `"w_norm"`: mean norm of the gradient of the head's W_Q, W_K, W_V and W_O.
+
+@overload
+def rank_heads(
+    model: nn.Module,
+    prompts: Iterable[Prompt],
+    *,
+    methods: str | Iterable[str],
+    seed: Whole = 0,
+    draw: Whole = 0,
+    answer_in_input: bool = True,
+    prepend_bos: PrependBos = None,
+    batch_size: Whole = 32,
+    progress: bool = True,
+) -> dict[str, HeadScores]: ...
+
+
+def rank_heads(
+    model: nn.Module,
+    prompts: Iterable[Prompt],
+    *,
+    method: str | None = None,
+    methods: str | Iterable[str] | None = None,
+    seed: Whole = 0,
+    draw: Whole = 0,
+    answer_in_input: bool = True,
+    prepend_bos: PrependBos = None,
+    batch_size: Whole = 32,
+    progress: bool = True,
+) -> HeadScores | dict[str, HeadScores]:
+    """Score every head of a model on some questions, by one or several of `ranking_methods()`.
+
+    From one forward and one backward pass, for the answer's cross-entropy L, with A the pattern and
+    G = ∂L/∂A, each the mean over the prompts:
+
+    * `"ra"`: Frobenius norm of Reversed Attention.
+    * `"w_norm"`: norm of the gradient of the head's W_Q, W_K, W_V and W_O.
+    * `"michel"`: |Σ z·∂L/∂z|; `"atp"`: −Σ z·∂L/∂z, what zeroing the head does to L, foretold.
+    * `"knockout"`: Σ |−R~/(1 − A)|, what cutting each edge does to L, foretold.
+    * `"grad_sam"`: Σ relu(−A ⊙ G); `"ag"`: Σ |A ⊙ G|; `"grad_norm"`: ‖G‖ where A > 0.
+
+    The others:
+
     * `"fa"`: mean Frobenius norm of the pattern; `"fa_of_mean"`: norm of the mean pattern.
     * `"cm1"`: probability that the answer loses where the head is set to zero at every position;
       `"cm1_last"`: at the last token only.
@@ -215,25 +341,32 @@ def rank_heads(
     Args:
         model: A HookedTransformer or TransformerBridge.
         prompts: Questions with their answers, as `ra_lens.tasks` makes them.
-        method: Name of the method.
+        method: Name of one method. Default: `"ra"`.
+        methods: Instead of it the names of several; those that read one forward and one backward
+            pass share it.
         seed: Of the random orders and of the shuffled labels.
         draw: Which random order, for `"random"`.
-        answer_in_input: For `"ra"`, `"w_norm"` and `"fa"`: True reads prompt and answer, the loss
-            being the mean over the answer's tokens; False reads the prompt alone, the loss being
-            −log p of the answer's first token.
+        answer_in_input: For the methods of one run, and `"fa"`: True reads prompt and answer, the
+            loss being the mean over the answer's tokens; False reads the prompt alone, the loss
+            being −log p of the answer's first token.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt, or a prompt with one head changed.
         progress: False hides the progress bars.
 
     Returns:
-        The scores.
+        The scores; with `methods` those of each by its name, in the order given.
 
     Raises:
-        BadInput: an unknown method, prompts or options that cannot be used, scores of a wrong shape
-            or with NaN.
+        BadInput: `method` and `methods` together, an unknown method, prompts or options that cannot
+            be used, scores of a wrong shape or with NaN.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be edited.
     """
-    chosen = find_method(method)
+    if method is not None and methods is not None:
+        raise BadInput(
+            f"found method={method!r} and methods={methods!r}; give method= for the scores of one, "
+            "or methods= for those of several by name."
+        )
+    chosen = find_methods(("ra" if method is None else method,) if methods is None else methods)
     lens = as_lens(model)
     seed, draw = whole("seed", seed), whole("draw", draw)
     batch_size = whole("batch_size", batch_size)
@@ -250,24 +383,56 @@ def rank_heads(
         batch_size=batch_size,
         progress=progress,
     )
-    scores: object = chosen.function(context)
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != context.shape:
-        shaped = isinstance(scores, Tensor)
-        found = f"scores of shape {tuple(scores.shape)}" if shaped else f"a {_type(scores)}"
-        raise BadInput(
-            f"method {method!r} gave {found}; a tensor [layer, head] = {list(context.shape)} is "
-            f"needed for {lens.name}."
+    together = _scores_of_one_run(context, chosen)
+    ranked = {
+        one.name: HeadScores(
+            method=one.name,
+            title=one.title,
+            scores=together[one.name] if one.name in together else _scores_of(one, context),
+            layers=tuple(lens.sites),
+            heads=context.n_heads,
+            n_examples=len(context.prompts),
+            model_name=lens.name,
+            seed=seed,
+            draw=draw,
         )
-    return HeadScores(
-        method=method,
-        title=chosen.title,
-        scores=scores.detach().cpu().double(),
-        layers=tuple(lens.sites),
-        heads=context.n_heads,
-        n_examples=len(context.prompts),
-        model_name=lens.name,
-        seed=seed,
-        draw=draw,
+        for one in chosen
+    }
+    return ranked[chosen[0].name] if methods is None else ranked
+
+
+def _scores_of_one_run(
+    context: RankingContext, chosen: Iterable[RankingMethod]
+) -> dict[str, Tensor]:
+    """Give the scores of all methods that read one forward and one backward pass."""
+    sharing = {
+        one.name: OfRun(cast("RunFunction", one.function), one.needs)
+        for one in chosen
+        if one.needs is not None
+    }
+    if not sharing:
+        return {}
+    return scores_of_one_run(
+        context.lens,
+        context.model,
+        context.questions,
+        sharing,
+        answer_in_input=context.answer_in_input,
+        batch_size=context.batch_size,
+        progress=context.progress,
+    )
+
+
+def _scores_of(method: RankingMethod, context: RankingContext) -> Tensor:
+    """Give the scores of a method that runs the model itself."""
+    scores: object = cast("RankingFunction", method.function)(context)
+    if isinstance(scores, Tensor) and tuple(scores.shape) == context.shape:
+        return scores.detach().cpu().double()
+    shaped = isinstance(scores, Tensor)
+    found = f"scores of shape {tuple(scores.shape)}" if shaped else f"a {_type(scores)}"
+    raise BadInput(
+        f"method {method.name!r} gave {found}; a tensor [layer, head] = {list(context.shape)} is "
+        f"needed for {context.lens.name}."
     )
 
 
