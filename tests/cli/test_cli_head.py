@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from command_line import call, done_without, refused_line
+from command_line import call, printed_without, refused_line
 from ra_lens import run_with_ra
 from ra_lens.steps import pulls
 from ra_lens.vjp import WEIGHTS, weight_gradient
@@ -91,9 +91,10 @@ def test_a_page_is_written_where_it_says(tiny: str, tmp_path: Path) -> None:
     assert f"ra-lens head L0H1 --model {tiny} --prompt &#x27;{PROMPT}&#x27; --no-bos" in text
 
 
+@pytest.mark.every_model  # a process of its own, which loads torch
 def test_without_a_page_no_figures_are_imported(tiny: str) -> None:
-    done = done_without(("plotly",), "head", "top", "-m", tiny, "-p", PROMPT)
-    assert "Edges it matters for" in done.stdout
+    [text] = printed_without(("plotly",), ["head", "top", "-m", tiny, "-p", PROMPT])
+    assert "Edges it matters for" in text
 
 
 @pytest.mark.parametrize(

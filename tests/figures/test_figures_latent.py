@@ -18,7 +18,7 @@ from ra_lens.errors import NotStored
 from ra_lens.figures import latent_space
 from ra_lens.latent import latent_space_of, lay_out
 from refused import refused
-from tiny_models import KINDS
+from tiny_models import KINDS, every_model
 
 WORDS = tuple(f" word{i}" for i in range(16))
 
@@ -192,8 +192,8 @@ def boxes(drawing: Any) -> list[tuple[float, float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("n", [10, 16])
+@pytest.mark.parametrize("seed", [0, *every_model(1)])
+@pytest.mark.parametrize("n", [16, *every_model(10)])
 def test_labels_of_an_ordinary_prompt_are_all_there_and_apart(seed: int, n: int) -> None:
     ra = with_vectors(make((WORDS[:n],)), d_head=16, seed=seed)
     for layer in ra.layers:  # as in trained models: queries and keys in cones of their own

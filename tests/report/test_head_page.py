@@ -27,12 +27,11 @@ from ra_lens.report.latent_svg import MOST_SPACES
 from ra_lens.vjp import WEIGHTS, weight_gradient
 from ra_lens.vocabulary import read_vectors
 from refused import refused
-from tiny_models import CASES, KINDS, REPRESENTATIVE, random_ids
+from tiny_models import CASES, KINDS, random_ids
 
 PROMPT = "w5 w7 w9 w4 w6"
 CASE = [
-    pytest.param(*case, marks=() if case in REPRESENTATIVE else pytest.mark.every_model)
-    for case in CASES
+    pytest.param(*case, marks=() if case == CASES[0] else pytest.mark.every_model) for case in CASES
 ]
 
 

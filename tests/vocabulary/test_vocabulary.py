@@ -23,6 +23,7 @@ from tiny_models import (
     CASES,
     D_VOCAB,
     N_HEADS,
+    every_model,
     load,
     random_ids,
     relative,
@@ -255,7 +256,7 @@ def test_folding_changes_no_reading(kind, fresh):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", *every_model("right")])
 def test_padding_is_left_out(kind, side, shared):
     model = shared("llama", kind)
     prompts = [text(IDS), text(IDS[:4])]
