@@ -150,8 +150,10 @@ class VectorCollector:
         if product is None:
             return
 
+        n = z.shape[0]  # z itself must not be held by a hook of the graph that z holds
+
         def of_values(right: Tensor) -> Tensor:
-            return right.unflatten(0, (z.shape[0], site.n_heads)).transpose(1, 2)
+            return right.unflatten(0, (n, site.n_heads)).transpose(1, 2)
 
         value = _first_of_group(site, of_values(product.right))
         self._keep(layer, "value", value)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from held import forget_older, tensors_of
 from oracle import nll
 from ra_lens import RACache, run_with_ra, vjp
 from ra_lens.errors import BadInput, NotStored
@@ -247,3 +248,14 @@ def test_the_product_of_queries_and_keys_is_the_score(arch, kind, shared):
         scores = ra["pattern", layer].log()
         theirs = scores - scores[..., :1]
         assert relative(ours[..., lower], theirs[..., lower]) < 1e-4
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_nothing_of_the_graph_outlives_a_run(arch, kind, fresh):
+    # A hook on the graph that holds a tensor of that graph would keep both for good.
+    model = fresh(arch, kind)
+    run_with_ra(model, IDS, target=TARGETS, vectors=True)
+    forget_older()
+    run_with_ra(model, IDS, target=TARGETS, vectors=True)
+    for shape in ((2, POS, N_HEADS, D_HEAD), (2, POS, N_HEADS * D_HEAD), (2, POS, D_MODEL)):
+        assert not [t for t in tensors_of(shape) if t.grad_fn is not None], shape
