@@ -641,6 +641,13 @@ FAULTS = (
         "tests/steps/test_steps_models.py",
     ),
     Fault(
+        "a hook of the graph holds a tensor of it",
+        "vectors",
+        "return right.unflatten(0, (n, site.n_heads))",
+        "return right.unflatten(0, (z.shape[0], site.n_heads))",
+        "tests/run/test_vectors.py",
+    ),
+    Fault(
         "a knockout is not renormalised",
         "knockouts",
         "torch.where(pattern >= 1, 0.0, -step / (1 - pattern))",
