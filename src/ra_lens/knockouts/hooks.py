@@ -159,15 +159,10 @@ class _Places:
     ) -> Bool[Tensor, "some head query key"] | None:
         """The edges to cut in a pattern of this shape; None: none."""
         n_examples, n_heads, n_queries, n_keys = shape
-        # With a window a key/value cache may hold fewer keys than there were tokens.
-        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
+        if site.drops_keys(n_queries, n_keys):
             if self._mask is None and cuts.ends_before(site.layer, n_keys - n_queries):
                 return None
-            raise UnsupportedModel(
-                f"{site.label} attends to the last {site.window} tokens, and its key/value "
-                "cache has dropped earlier ones, so positions cannot be told. Generate with "
-                "use_past_kv_cache=False."
-            )
+            site.refuse_dropped_keys()
         if site.cross:
             queries, keys = torch.arange(n_queries)[None], torch.arange(n_keys)[None]
         else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -145,6 +145,22 @@ class Site:
     def kv_group(self, head: int) -> int:
         """Index of the key/value head that query head `head` reads (grouped queries)."""
         return head // (self.n_heads // self.n_key_value_heads)
+
+    def drops_keys(self, n_queries: int, n_keys: int) -> bool:
+        """Whether a key/value cache may have dropped keys, in a pattern of so many of both."""
+        return self.window is not None and n_queries < n_keys and n_keys >= self.window
+
+    def refuse_dropped_keys(self) -> NoReturn:
+        """Say that positions are lost where a cache `drops_keys`.
+
+        Raises:
+            UnsupportedModel: always.
+        """
+        raise UnsupportedModel(
+            f"{self.label} attends to the last {self.window} tokens, and its key/value "
+            "cache has dropped earlier ones, so positions cannot be told. Generate with "
+            "use_past_kv_cache=False."
+        )
 
     def need_scale(self) -> float:
         """The softmax scale.

@@ -198,15 +198,10 @@ def check_variant(at: str, *, renormalise: bool) -> None:
 def _editing(site: Site, addition: Addition, *, at: Where, renormalise: bool) -> Callable[..., Any]:
     def add_map(pattern: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001  TransformerLens passes it by name
         n_queries, n_keys = pattern.shape[-2:]
-        # With a window a key/value cache may hold fewer keys than there were tokens.
-        if site.window is not None and n_queries < n_keys and n_keys >= site.window:
+        if site.drops_keys(n_queries, n_keys):
             if addition.ends_before(n_keys - n_queries):
                 return None
-            raise UnsupportedModel(
-                f"{site.label} attends to the last {site.window} tokens, and its key/value "
-                "cache has dropped earlier ones, so positions cannot be told. Generate with "
-                "use_past_kv_cache=False."
-            )
+            site.refuse_dropped_keys()
         placed = addition.on(pattern.shape, pattern.device)
         if placed is None:
             return None
