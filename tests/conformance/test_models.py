@@ -1,7 +1,7 @@
 """Every architecture and variant that TransformerLens loads: exact, or refused with the reason.
 
 `python -m pytest tests/conformance --every-model` runs the whole matrix; a plain run takes the
-architectures below.
+architectures below, without compatibility mode and half precision.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 
 from ra_lens.model import available_kinds
 from ra_lens.vectors import VectorCollector
+from tiny_models import KINDS, every_model
 
 from .configs import ARCHITECTURES
 from .expectations import expected, surprises
@@ -47,10 +48,14 @@ def every(kind: str, names: Iterable[str], representative: set[str]) -> Any:
 
 
 @pytest.mark.parametrize("architecture", every("TransformerBridge", ARCHITECTURES, REPRESENTATIVE))
-def test_architecture_is_as_expected_on_the_bridge(architecture: str) -> None:
+def test_architecture_is_as_expected_on_the_bridge(
+    architecture: str, request: pytest.FixtureRequest
+) -> None:
     from .checks import check
 
-    record = check(ARCHITECTURES[architecture]).to_dict()
+    # Compatibility mode and half precision need further copies of the model: left to CI.
+    quick = not request.config.getoption("--every-model")
+    record = check(ARCHITECTURES[architecture], quick=quick).to_dict()
     assert not surprises(record, expected(architecture, "TransformerBridge"))
 
 
@@ -122,7 +127,7 @@ def _trust_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         (_trust_every_mask, "padding", ("openai_gpt", "bidirectional")),
     ],
 )
-@pytest.mark.parametrize("kind", available_kinds())
+@pytest.mark.parametrize("kind", [KINDS[-1], *every_model(*KINDS[:-1])])
 def test_mistakes_are_noticed(
     mistake: Any, noticed: str, of: tuple[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
