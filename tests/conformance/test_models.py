@@ -34,9 +34,7 @@ REPRESENTATIVE_VARIANTS = {
     "rotary_grouped_query",
     "local_windows",
     "score_softcap",
-    "bidirectional",
     "clip_qkv",
-    "result",
 }
 
 

@@ -46,7 +46,7 @@ from ra_lens.shared_prefix import SharedPrefix
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
 from refused import refused
-from tiny_models import ANY_KIND, KINDS
+from tiny_models import ANY_KIND, KINDS, every_model
 from toys import knowing_task, load_toy
 
 QUIET = {"progress": False}
@@ -586,7 +586,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["ra", "shuffled"])
+@pytest.mark.parametrize("kind", ["ra", *every_model("shuffled")])
 def test_a_scale_is_found_on_the_questions_averaged_and_on_no_other(demo, kind, monkeypatch):
     options = {"shots": 1, "n_mean": 3, "n_test": 5, "kinds": [kind], **QUIET}
     asked = []
@@ -679,7 +679,7 @@ def patched(model, **options):
 
 @pytest.mark.parametrize("run", [perturbed, patched])
 @pytest.mark.parametrize("kind", ANY_KIND)
-@pytest.mark.parametrize("accuracy", ["first token", "answer"])
+@pytest.mark.parametrize("accuracy", ["first token", *every_model("answer")])
 def test_shared_demonstrations_run_once_and_give_what_they_give_in_full(
     run, kind, accuracy, monkeypatch
 ):

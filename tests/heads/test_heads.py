@@ -109,7 +109,13 @@ def test_the_forward_pass_of_fa_builds_no_graph(shared):
 @pytest.mark.parametrize(
     ("arch", "kind", "side", "batch_size"),
     [
-        (arch, kind, "left" if (i + j) % 2 else "right", (2, 5, 64)[(i + j) % 3])
+        pytest.param(
+            arch,
+            kind,
+            "left" if (i + j) % 2 else "right",
+            (2, 5, 64)[(i + j) % 3],
+            marks=() if arch == "gpt2" else pytest.mark.every_model,
+        )
         for i, (arch, kind) in enumerate(CASES)
         for j in ((0, 1) if arch == "gpt2" else (0,))
     ],

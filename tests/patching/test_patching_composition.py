@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ra_lens import run_with_ra
-from tiny_models import CASES, N_HEADS, OBSERVE_ONLY, random_ids
+from tiny_models import CASES, N_HEADS, OBSERVE_ONLY, every_model, random_ids
 
 POS, TARGET = 6, 8
 IDS = random_ids(2, POS)
@@ -68,10 +68,16 @@ ACT_PATCH = {
 }
 
 
+SOME = (
+    "get_act_patch_resid_pre",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+)
+FUNCTIONS = [*SOME, *every_model(*(name for name in ACT_PATCH if name not in SOME))]
 PATCHED = [(arch, kind) for arch, kind in CASES if arch in ("llama", "opt")]
 
 
-@pytest.mark.parametrize("function", ACT_PATCH)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(("arch", "kind"), PATCHED)
 @pytest.mark.filterwarnings("ignore:A hook on .* returned a modified tensor")  # TransformerLens 4
 def test_activation_patching_of_a_patched_model(arch, kind, function, shared):

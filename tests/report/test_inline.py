@@ -19,6 +19,7 @@ from ra_lens.errors import BadInput, NotStored
 from ra_lens.model import Site, Sites
 from ra_lens.report import inline_report
 from ra_lens.run_info import RunInfo
+from tiny_models import every_model
 
 
 def large(
@@ -159,7 +160,7 @@ def test_all_heads_of_a_small_language_model_fit() -> None:
         ((2, 3, 60), {"max_megabytes": 0.08}),
     ],
 )
-@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize("looks_ahead", [False, *every_model(True)])
 def test_it_never_takes_more_than_it_may(shape: Any, options: Any, looks_ahead: bool) -> None:
     ra = large(*shape, looks_ahead=looks_ahead)
     html = inline_report(ra, **options)

@@ -17,7 +17,7 @@ from ra_lens.prompts import Prompts
 from ra_lens.questions import Questions, ask, last_logits, logits_at, mark, read_questions
 from ra_lens.shared_prefix import SharedPrefix
 from ra_lens.tasks import Pair, Task
-from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, relative
+from tiny_models import CASES, KINDS, N_HEADS, N_LAYERS, every_model, relative
 
 BEGIN = (3, 8, 5, 12, 9, 4, 14)
 # Of several lengths; one that begins otherwise; answers of one and two tokens.
@@ -107,7 +107,7 @@ def test_answers_are_those_of_prompts_in_full(arch, kind, accuracy, shared):
 
 @pytest.mark.parametrize(
     "arch",
-    ["bloom", "gpt_neox", "qwen2", "mistral_nowindow", "phi3", "olmo2"],
+    ["bloom", "gpt_neox", *every_model("qwen2", "mistral_nowindow", "phi3", "olmo2")],
 )
 def test_positions_groups_and_biases_go_on_in_a_bridge(arch, tmp_path):
     assert reused(load_bridge(arch, tmp_path))
