@@ -124,7 +124,8 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
             "question's own, as many. The sweep also takes the maps of four questions, in full. "
             "The last column compares with the same shared prompts run in full. Seconds are the "
             "process's own, so that other work on the machine does not count. The spread is that "
-            f"of the ratio within a round. Medians of {rounds} rounds, interleaved."
+            "of the ratio within a round. "
+            + ("One round." if rounds == 1 else f"Medians of {rounds} rounds, interleaved.")
         ),
         "columns": [
             "what",
