@@ -24,7 +24,6 @@ token in it and its singular values come from two small matrices.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from einops import einsum, reduce, repeat
@@ -35,11 +34,9 @@ from ra_lens.cache import RACache
 from ra_lens.errors import UnsupportedModel, one_of
 from ra_lens.head_maps import kept_tokens, read_example, read_head
 from ra_lens.head_names import Head
-from ra_lens.model.sites import VectorKind, table
+from ra_lens.model.sites import WEIGHTS, VectorKind, Weight, table
 from ra_lens.numbers import Whole
 
-Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
-WEIGHTS: tuple[Weight, ...] = get_args(Weight)
 # What a weight read and the gradient at what it gave; ∂L/∂W = Σ_t read_t ⊗ gradient_t.
 FACTORS: dict[Weight, tuple[VectorKind, VectorKind]] = {
     "W_Q": ("query_in", "q_grad"),

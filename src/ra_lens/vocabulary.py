@@ -56,9 +56,9 @@ from ra_lens.errors import BadInput, UnsupportedModel, one_of
 from ra_lens.head_maps import kept_tokens, read_example, read_head
 from ra_lens.head_names import Head
 from ra_lens.model import Site, as_lens
-from ra_lens.model.sites import VectorKind
+from ra_lens.model.sites import WEIGHTS, VectorKind, Weight
 from ra_lens.model.unembedding import Unembedding, unembedding
-from ra_lens.model.weights import HEAD_WEIGHTS, HeadWeight, Weights, head_weights
+from ra_lens.model.weights import Weights, head_weights
 from ra_lens.numbers import Whole, as_whole, places, whole
 from ra_lens.text import label
 
@@ -77,8 +77,8 @@ class _Recipe(NamedTuple):
     """A kind: the vector it is made from, what leads to the residual stream, and how."""
 
     vector: VectorKind
-    weight: HeadWeight | None
-    first: HeadWeight | None = None  # applied to the vector before, as the bias is
+    weight: Weight | None
+    first: Weight | None = None  # applied to the vector before, as the bias is
     sign: float = 1.0
 
 
@@ -255,7 +255,7 @@ class Vocabulary:
         """
         self._lens = as_lens(model)
         self.unembedding: Unembedding = unembedding(self._lens)
-        self._weights: dict[tuple[int, tuple[HeadWeight, ...], bool], Weights | None] = {}
+        self._weights: dict[tuple[int, tuple[Weight, ...], bool], Weights | None] = {}
 
     # ---- vectors --------------------------------------------------------------------------------
 
@@ -325,9 +325,9 @@ class Vocabulary:
         return stored[columns]
 
     def _of_layer(
-        self, site: Site, names: tuple[HeadWeight, ...], *, applied_to_values: bool
+        self, site: Site, names: tuple[Weight, ...], *, applied_to_values: bool
     ) -> Weights:
-        everything = (site.layer, HEAD_WEIGHTS, True)
+        everything = (site.layer, WEIGHTS, True)
         if everything not in self._weights:
             try:
                 found = head_weights(self._lens, site, applied_to_values=True)

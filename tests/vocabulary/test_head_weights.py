@@ -12,8 +12,9 @@ from projected import final, layer_of, load_projected
 from ra_lens.errors import UnsupportedModel
 from ra_lens.model import as_lens
 from ra_lens.model.gains import read_gain
+from ra_lens.model.sites import WEIGHTS
 from ra_lens.model.unembedding import unembedding
-from ra_lens.model.weights import HEAD_WEIGHTS, head_weights
+from ra_lens.model.weights import head_weights
 from tiny_models import ANY_KIND, CASES, D_MODEL, KINDS, random_ids, relative
 
 LAYER = 1
@@ -26,7 +27,7 @@ def test_weights_gains_and_unembedding_are_those_of_hugging_face(arch, kind, sha
     reference = load_projected(arch, folder(arch))
     wanted = layer_of(arch, reference, LAYER, IDS, 8)
     found = head_weights(lens, lens.sites[LAYER], applied_to_values=True)
-    for name in HEAD_WEIGHTS:
+    for name in WEIGHTS:
         assert relative(found[name], wanted.weights[name]) < 1e-6, name
     for name in ("W_Q", "W_K", "W_V"):
         assert relative(found.norms[name].gain, wanted.gain) < 1e-4
@@ -164,7 +165,7 @@ def test_gains_of_norms_and_of_what_is_none(width):
     [
         ("gemma2", ["W_O"], "stands between it and the residual stream"),
         ("deepseek_v3", ["W_Q"], "it has no W_Q of one matrix for each head"),
-        ("bert", HEAD_WEIGHTS, None),
+        ("bert", WEIGHTS, None),
     ],
 )
 def test_what_has_no_plain_matrices_is_refused(arch, names, message, tmp_path):

@@ -23,9 +23,11 @@ from ra_lens.model.sites import Site
 Matrix = Literal["q", "k", "v", "o"]
 
 _ARGUMENTS: dict[Matrix, str] = {"q": "query_input", "k": "key_input", "v": "value_input"}
-# Of a sum of products that rounds in this type, relative to its size.
-_ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_ROUNDING_OTHERWISE = 1e-3
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Largest error of a sum of products in this type, relative to its size: a few roundings."""
+    return {torch.bfloat16: 5e-2, torch.float16: 1e-2}.get(dtype, 1e-3)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,8 +114,8 @@ def _need_linear(found: WeightInUse) -> None:
         given = module.forward(some)  # without the hooks of anyone
         if isinstance(given, Tensor) and given.ndim == 3:
             of_a, of_b, of_both = given[0, :3].float() - given[0, 3].float()
-            rounding = _ROUNDING.get(dtype, _ROUNDING_OTHERWISE)
-            if float((of_a + of_b - of_both).norm()) <= rounding * float(given[0].float().norm()):
+            error = float((of_a + of_b - of_both).norm())
+            if error <= rounding(dtype) * float(given[0].float().norm()):
                 return
     raise UnsupportedModel(
         f"{found.label} is held by a {type(module).__name__}, which does more than multiply with a "

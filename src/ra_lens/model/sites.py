@@ -36,6 +36,9 @@ VectorKind = Literal[
 ]  # fmt: skip
 VECTOR_KINDS: tuple[VectorKind, ...] = get_args(VectorKind)
 """What a run keeps of each token beside maps; see `ra_lens.vectors`."""
+Weight = Literal["W_Q", "W_K", "W_V", "W_O"]
+WEIGHTS: tuple[Weight, ...] = get_args(Weight)
+"""The matrices of an attention layer."""
 _OF_KEYS = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad", "key_in", "value_in")
 Gate = Literal["sigmoid", "softplus"]
 Side = Literal["input", "decoder"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from einops import einsum, rearrange
@@ -23,12 +23,10 @@ from ra_lens.model.gains import Gain, gain_in, no_norm
 from ra_lens.model.lens import Lens
 from ra_lens.model.projections import Projections
 from ra_lens.model.short_run import Seen, fits, same, short_run
-from ra_lens.model.sites import Site
+from ra_lens.model.sites import WEIGHTS, Site, Weight
 from ra_lens.model.values import attention_output
 
-HeadWeight = Literal["W_Q", "W_K", "W_V", "W_O"]
-HEAD_WEIGHTS: tuple[HeadWeight, ...] = get_args(HeadWeight)
-_READS: dict[HeadWeight, Literal["query_in", "key_in", "value_in"]] = {
+_READS: dict[Weight, Literal["query_in", "key_in", "value_in"]] = {
     "W_Q": "query_in",
     "W_K": "key_in",
     "W_V": "value_in",
@@ -47,11 +45,11 @@ class Weights:
             by the name of the weight that reads behind it.
     """
 
-    weights: dict[HeadWeight, Tensor]
-    biases: dict[HeadWeight, Tensor]
-    norms: dict[HeadWeight, Gain]
+    weights: dict[Weight, Tensor]
+    biases: dict[Weight, Tensor]
+    norms: dict[Weight, Gain]
 
-    def __getitem__(self, name: HeadWeight) -> Tensor:
+    def __getitem__(self, name: Weight) -> Tensor:
         """Give a weight."""
         return self.weights[name]
 
@@ -59,7 +57,7 @@ class Weights:
 def head_weights(
     lens: Lens,
     site: Site,
-    names: Iterable[HeadWeight] = HEAD_WEIGHTS,
+    names: Iterable[Weight] = WEIGHTS,
     *,
     applied_to_values: bool = False,
 ) -> Weights:
@@ -79,11 +77,11 @@ def head_weights(
     if not site.prefix.startswith("blocks.") or site.cross or site.repeated:
         raise refuse("it is not one of a single stack of blocks, each of which runs once")
     at, block = Projections(lens, site), lens.module.get_submodule(site.block)
-    found = dict[HeadWeight, Tensor]()
+    found = dict[Weight, Tensor]()
     for name in names:
         found[name] = _read(at.module, site, name, refuse)
     around = _around(block, at.module)
-    points: dict[HeadWeight, tuple[nn.Module | None, nn.Module | None]] = {
+    points: dict[Weight, tuple[nn.Module | None, nn.Module | None]] = {
         "W_Q": (at.reads("query_in"), at.gives("q")),
         "W_K": (at.reads("key_in"), at.gives("k")),
         "W_V": (at.reads("value_in"), at.gives("v")),
@@ -94,8 +92,8 @@ def head_weights(
     asked = [start, at.module, pattern, values, *sum(points.values(), ()), *around]
     seen, _ = short_run(lens, [module for module in asked if module is not None])
     stream = _of(seen, start).gave
-    biases: dict[HeadWeight, Tensor] = {}
-    norms: dict[HeadWeight, Gain] = {}
+    biases: dict[Weight, Tensor] = {}
+    norms: dict[Weight, Gain] = {}
     for name, weight in found.items():
         reads, gives = (_of(seen, module) for module in points[name])
         into, out = reads.gave, gives.gave
@@ -118,7 +116,7 @@ def head_weights(
     return Weights(found, biases, norms)
 
 
-def _read(attention: nn.Module, site: Site, name: HeadWeight, refuse: Any) -> Tensor:
+def _read(attention: nn.Module, site: Site, name: Weight, refuse: Any) -> Tensor:
     try:
         weight: Any = getattr(attention, name, None)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError):  # latent attention

@@ -18,7 +18,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, UnsupportedModel, one_of
 from ra_lens.head_names import Heads
 from ra_lens.model import Lens, Site, as_lens
-from ra_lens.model.matrices import Matrix, WeightInUse, weight_in_use
+from ra_lens.model.matrices import Matrix, WeightInUse, rounding, weight_in_use
 from ra_lens.model.sites import VectorKind
 from ra_lens.numbers import Real, real
 from ra_lens.vjp import FACTORS, WEIGHTS, Weight
@@ -27,9 +27,6 @@ HookPairs = list[tuple[str, Callable[..., Any]]]
 
 _MATRICES: dict[Weight, Matrix] = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
 _OF_QUERIES: tuple[Weight, ...] = ("W_Q", "W_O")
-# Largest error of what should be equal, relative to its size: a few roundings in that type.
-_ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_ROUNDING_OTHERWISE = 1e-3
 
 
 def gradient_step(
@@ -298,8 +295,7 @@ class _CheckedShift(_OutputShift):
         weight, bias = (one.detach() for one in _output_weights(self._at.owner))
         into = "batch pos head d_head, head d_head d_model -> batch pos d_model"
         wanted = einsum(z.to(weight), weight, into).to(given) + bias.to(given)
-        rounding = _ROUNDING.get(given.dtype, _ROUNDING_OTHERWISE)
-        return float((given - wanted).norm()) <= rounding * float(wanted.norm())
+        return float((given - wanted).norm()) <= rounding(given.dtype) * float(wanted.norm())
 
 
 def _output_weights(attention: Any) -> tuple[Tensor, Tensor]:
