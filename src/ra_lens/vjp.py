@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, reduce, repeat
+from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from ra_lens.errors import UnsupportedModel, one_of
 from ra_lens.head_maps import kept_tokens, read_example, read_head
 from ra_lens.head_names import Head
 from ra_lens.model.sites import WEIGHTS, VectorKind, Weight, table
+from ra_lens.model.values import by_query_head
 from ra_lens.numbers import Whole
 
 # What a weight read and the gradient at what it gave; ∂L/∂W = Σ_t read_t ⊗ gradient_t.
@@ -74,7 +75,7 @@ def pattern_grad(
 ) -> Float[Tensor, "batch head query key"]:
     """G = e Vᵀ (14): the gradient at the pattern."""
     terms = "batch query head d_head, batch key head d_head -> batch head query key"
-    return einsum(z_grad, _shared(value, z_grad.shape[2]), terms)
+    return einsum(z_grad, by_query_head(value, z_grad.shape[2]), terms)
 
 
 def query_grad(
@@ -82,7 +83,7 @@ def query_grad(
 ) -> Float[Tensor, "batch query head d_head"]:
     """δ_q = R K (18): the gradient at the queries, as they enter their product with the keys."""
     terms = "batch head query key, batch key head d_head -> batch query head d_head"
-    return einsum(ra, _shared(key, ra.shape[1]), terms)
+    return einsum(ra, by_query_head(key, ra.shape[1]), terms)
 
 
 def key_grad(
@@ -93,14 +94,6 @@ def key_grad(
     """δ_k = Rᵀ Q (19), summed over the query heads of a group."""
     terms = "batch head query key, batch query head d_head -> batch key head d_head"
     return _summed(einsum(ra, query, terms), n_key_value_heads)
-
-
-def _shared(
-    vectors: Float[Tensor, "batch key kv_head d_head"], n_heads: int
-) -> Float[Tensor, "batch key head d_head"]:
-    share = n_heads // vectors.shape[2]
-    per_head = "batch key kv_head d_head -> batch key (kv_head share) d_head"
-    return repeat(vectors, per_head, share=share)
 
 
 def _summed(
