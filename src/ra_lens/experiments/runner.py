@@ -543,5 +543,8 @@ def prompts_hash(*groups: Sequence[Prompt]) -> str:
     for prompts in groups:
         for prompt in prompts:
             digest.update(f"{prompt.text}\x1f{prompt.answer}\x1e".encode())
+            if prompt.corrupted is not None:
+                corrupted = prompt.corrupted
+                digest.update(f"\x1c{corrupted.text}\x1f{corrupted.answer}\x1e".encode())
         digest.update(b"\x1d")
     return digest.hexdigest()

@@ -97,6 +97,8 @@ class Prompt:
         query: the pair that is asked for; None for a text that is of no task.
         demonstrations: the solved pairs in front of the question, in order.
         task: the task that asks; None for a text that is of no task. Not part of equality.
+        corrupted: the same question with something replaced that the answer hangs on, as long in
+            tokens and with another answer, for what patches or resamples one run from the other.
     """
 
     text: str
@@ -104,6 +106,7 @@ class Prompt:
     query: Pair | None = None
     demonstrations: tuple[Pair, ...] = ()
     task: Task | None = field(default=None, repr=False, compare=False)
+    corrupted: Prompt | None = field(default=None, repr=False)
 
     def with_demonstrations(self, demonstrations: Sequence[Pair]) -> Prompt:
         """Return the prompt that asks the same after other solved pairs.
