@@ -300,8 +300,8 @@ def patch(
     kinds: Annotated[
         list[str] | None,
         typer.Option(
-            help="Maps to add: ra, pattern, and two controls as large as RA, shuffled and grad. "
-            "Default: ra pattern."
+            help="Maps to add: ra, pattern, and controls as large as RA: shuffled, grad, "
+            "centred_grad and a_grad. Default: ra pattern."
         ),
     ] = None,
     n_mean: Annotated[int, typer.Option(min=1, help="Questions whose maps are averaged.")] = 25,
@@ -330,7 +330,7 @@ def patch(
     """Add scaled mean maps to the attention of other questions; show what the model then does."""
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import PAPER_SCALES, patching_sweep
-    from ra_lens.experiments.sweep import MapName
+    from ra_lens.experiments.mean_maps import MapName
     from ra_lens.report.experiments import write_sweep_page
     from ra_lens.tables import mean_over_questions
 

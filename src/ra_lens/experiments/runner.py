@@ -167,16 +167,17 @@ class Run:
     journal: Journal
     finished: pd.DataFrame | None
 
-    def cells(self, count: str | None) -> list[Cell]:
+    def cells(self, count: str | None, *, also: Sequence[Part] = ()) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
         they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
-        experiment has no such prompts. Test prompts are read if answers are marked, `n_test` of
-        them if that is set.
+        experiment has no such prompts. They are of the parts that the methods take, and `also` of
+        others. Test prompts are read if answers are marked, `n_test` of them if that is set.
         """
         cells: list[Cell] = []
-        parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
+        of_methods: list[Part] = [find_method(name).split for name in self.methods]
+        parts = [*also, *of_methods] or ["train"]
         for task in self.tasks:
             split = task.split(self.protocol.split)
             for k in self.protocol.shots:
@@ -190,13 +191,13 @@ class Run:
                 if count is not None:
                     n_shots = k if shots is None else shots
                     for part in dict.fromkeys(parts):
-                        learned[part] = self._learned(split, part, n_shots, count)
+                        learned[part] = self.learned(split, part, n_shots, count)
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
         return cells
 
-    def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
+    def learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
         """Take the first training pairs, or draw from the validation part with replacement."""
         n = self.settings[count]
         if part == "train" and n > len(split.train):
