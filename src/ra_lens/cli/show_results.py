@@ -32,7 +32,8 @@ _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw",
          "pattern", "grad", "value", "end", "trapezoid",
          *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
-_MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA"}
+_MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA",
+         "centred_grad": "G centred", "a_grad": "A⊙G"}  # fmt: skip
 
 # ---- all experiments ----------------------------------------------------------------------------
 

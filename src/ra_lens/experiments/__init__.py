@@ -1,12 +1,13 @@
 """The experiments, each one function that gives a tidy table and can write it.
 
-`rank_tasks`, `perturbation_test` and `patching_sweep`, the paper's, and `knockout_test` take a
-model and tasks; with `out=` they write the table and, when they are killed, go on where they
-stopped. `knockout_agreement` sums up a knockout test. `area_under_curve` sums up a
-perturbation test, `bootstrap_intervals` says how sure its numbers are, and `compare_with_paper`
-lays results beside the published numbers.
+`rank_tasks`, `perturbation_test` and `patching_sweep`, the paper's, `patching_ablations` and
+`knockout_test` take a model and tasks; with `out=` they write the table and, when they are killed,
+go on where they stopped. `knockout_agreement` sums up a knockout test, `ablation_effects` ablations
+of patching. `area_under_curve` sums up a perturbation test, `bootstrap_intervals` says how sure its
+numbers are, and `compare_with_paper` lays results beside the published numbers.
 """
 
+from ra_lens.experiments.ablations import ablation_effects, patching_ablations
 from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
 from ra_lens.experiments.knockout import knockout_test
 from ra_lens.experiments.paper import compare_with_paper, read_paper
@@ -19,12 +20,14 @@ from ra_lens.tables import mean_over_questions, read_results, write_results
 
 __all__ = [
     "PAPER_SCALES",
+    "ablation_effects",
     "area_under_curve",
     "bootstrap_intervals",
     "compare_with_paper",
     "knockout_agreement",
     "knockout_test",
     "mean_over_questions",
+    "patching_ablations",
     "patching_sweep",
     "perturbation_test",
     "question_areas",

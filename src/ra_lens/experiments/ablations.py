@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,7 +34,6 @@ from ra_lens.experiments.runner import (
     Cell,
     Protocol,
     Row,
-    Run,
     Tasks,
     experiment,
     read_accuracy,
@@ -43,9 +42,16 @@ from ra_lens.experiments.runner import (
     read_tasks,
 )
 from ra_lens.experiments.side_effects import PlainText
-from ra_lens.experiments.variants import Ablation, Material, Variant, materials_of, thirds
+from ra_lens.experiments.variants import (
+    Ablation,
+    Change,
+    Material,
+    Variant,
+    materials_of,
+    thirds,
+)
 from ra_lens.model import Lens, PrependBos, as_lens
-from ra_lens.numbers import Real, Reals, Whole, Wholes, reals, whole, whole_or_none, wholes
+from ra_lens.numbers import Real, Reals, Whole, Wholes, real, reals, whole, whole_or_none, wholes
 from ra_lens.patching.hooks import patch_hooks
 from ra_lens.questions import METRICS, Accuracy, FwdHooks, Metric
 from ra_lens.scales import PAPER_SCALE, SCALES
@@ -208,11 +214,11 @@ def patching_ablations(
 def _rows(of: Material, variants: Sequence[Variant | None]) -> Iterator[list[Row]]:
     """Give the rows of the unpatched model, and of each variant at each of its scales."""
     cell = of.cell
-    text = PlainText.read(
-        cell.run.lens, of.n_tokens, prepend_bos=cell.run.protocol.prepend_bos
-    )
-    unpatched = cell.unit("none", partial(_measured, cell, text, ()))
-    yield _told(cell, unpatched, ablation="none", variant="unpatched", map="none", scale_from="none")
+    front = cell.run.protocol.prepend_bos
+    text = PlainText.read(cell.run.lens, of.n_tokens, prepend_bos=front)
+    found = cell.unit("none", partial(_measured, cell, text, ()))
+    names = dict.fromkeys(("ablation", "map", "scale_from"), "none")
+    yield _told(cell, found, variant="unpatched", **names)
     for variant in variants:
         # The same maps serve for each way to find their scale, and then are let go.
         change = None if variant is None else cache(variant.change)
@@ -220,33 +226,29 @@ def _rows(of: Material, variants: Sequence[Variant | None]) -> Iterator[list[Row
             if variant is None or change is None:
                 yield []
                 continue
+            key = f"{variant.ablation}|{variant.name}|{scale_from}"
+            found = cell.unit(key, partial(_patched, of, text, variant.map, change, scale_from))
+            names = {"ablation": variant.ablation, "map": variant.map, "scale_from": scale_from}
+            yield _told(cell, found, variant=variant.name, **names)
 
-            def measure(variant: Variant = variant, scale_from: str = scale_from) -> Any:
-                maps, options = change()
-                learned, about = of.learned, Row()
-                scale = PAPER_SCALE.get(variant.map, PAPER_SCALE["ra"])
-                if scale_from == "best":
-                    best = learned.best_scale(
-                        maps, scales=cell.run.settings["tried"], align="left", **options
-                    )
-                    scale = best.scale
-                    about["train_loss"] = best.loss
-                    about["train_loss_unpatched"] = best.unpatched_loss
-                hooks: FwdHooks = ()
-                if scale != 0:
-                    sites = learned.mean.sites
-                    hooks = patch_hooks(maps, sites, scale=scale, align="left", **options)
-                return _measured(cell, text, hooks, scale=scale, **about)
 
-            found = cell.unit(f"{variant.ablation}|{variant.name}|{scale_from}", measure)
-            yield _told(
-                cell,
-                found,
-                ablation=variant.ablation,
-                variant=variant.name,
-                map=variant.map,
-                scale_from=scale_from,
-            )
+def _patched(
+    of: Material, text: PlainText, kind: str, change: Callable[[], Change], scale_from: ScaleFrom
+) -> list[Row]:
+    """Find the scale of a change, and measure what it does."""
+    maps, options = change()
+    scale = PAPER_SCALE.get(kind, PAPER_SCALE["ra"])
+    about: Row = {}
+    if scale_from == "best":
+        tried = of.cell.run.settings["tried"]
+        best = of.learned.best_scale(maps, scales=tried, align="left", **options)
+        scale = best.scale
+        about = {"train_loss": best.loss, "train_loss_unpatched": best.unpatched_loss}
+    hooks: FwdHooks = ()
+    if scale != 0:
+        sites = of.learned.mean.sites
+        hooks = patch_hooks(maps, sites, scale=scale, align="left", **options)
+    return _measured(of.cell, text, hooks, scale=scale, **about)
 
 
 def _measured(cell: Cell, text: PlainText, hooks: FwdHooks, **about: Any) -> list[Row]:
@@ -271,7 +273,7 @@ def _told(cell: Cell, found: list[Row], **names: str) -> list[Row]:
     return cell.rows(rows)
 
 
-def _tell_left_out(material: Any) -> None:
+def _tell_left_out(material: Iterable[Material]) -> None:
     left_out = [text for of in material for text in of.left_out]
     if left_out:
         more = f"; and {len(left_out) - 5} more" * (len(left_out) > 5)
@@ -282,9 +284,7 @@ def _tell_left_out(material: Any) -> None:
         )
 
 
-def _read_ranges(
-    lens: Lens, layer_ranges: Sequence[tuple[Whole, Whole]] | None
-) -> list[list[int]]:
+def _read_ranges(lens: Lens, layer_ranges: Sequence[tuple[Whole, Whole]] | None) -> list[list[int]]:
     layers = list(lens.sites)
     if layer_ranges is None:
         return thirds(layers)
@@ -346,8 +346,8 @@ def ablation_effects(
         over tasks, with `low` and `high`; `unpatched` and `whole`, what these give on the same
         tasks; `minus_unpatched` and `minus_whole`, each with `_low` and `_high`; `kl` and
         `top1_same`, means over tasks; `scale_low` and `scale_high`, smallest and largest of its
-        scales; `n_tasks`, `n_questions`. NaN where there is nothing to compare, and for intervals
-        of a table without single questions.
+        scales; `n_tasks`, `n_questions`, `metric`, `level`. NaN where there is nothing to compare,
+        and for intervals of a table without single questions.
 
     Raises:
         BadInput: not such a frame, several models in it, or an unknown `metric`.
@@ -358,6 +358,7 @@ def ablation_effects(
     problem = "without rows" if frame.empty else problem_of(frame, needed)
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of patching_ablations().")
+    level = real("level", level)
     models = list(dict.fromkeys(frame["model"].astype(str)))
     if len(models) > 1:
         raise BadInput(
@@ -396,7 +397,7 @@ def ablation_effects(
             for end in ("low", "high"):
                 column = end if name == "value" else f"{name}_{end}"
                 row[column] = float(found.loc[name, end]) if there and each else math.nan
-        of_tasks: Any = part.groupby("task")[["kl", "top1_same"]].mean().mean()
+        of_tasks: Any = part.groupby(level="task")[["kl", "top1_same"]].mean().mean()
         rows.append(
             {
                 **row,
@@ -406,7 +407,11 @@ def ablation_effects(
                 "scale_high": float(part["scale"].max()),
                 "n_tasks": int(part.index.get_level_values("task").nunique()),
                 "n_questions": len(part) if each else int(part["n_test"].sum()),
+                "metric": metric,
+                "level": level,
                 "model": models[0],
             }
         )
+    order = {name: i for i, name in enumerate(("none", "whole", *ABLATIONS))}
+    rows.sort(key=lambda row: (row["n_shots"], order.get(row["ablation"], len(order))))
     return pd.DataFrame(rows)

@@ -1,8 +1,8 @@
 """What a patch does to text that has nothing to do with it.
 
 Eight plain sentences, which come with the package, are read by the model as it is and patched. Each
-is cut to as many tokens as the questions have (or as the shortest sentence has, if that is less), so
-that a map lies on all of it, its first row on the first token. At every token
+is cut to as many tokens as the questions have (or as the shortest sentence has, if that is less),
+so that a map lies on all of it, its first row on the first token. At every token
 
     KL(unpatched ‖ patched) = Σ_v p(v) (log p(v) − log q(v))        in nats
 

@@ -97,7 +97,9 @@ class Material:
             label = find_method(method).label or method
             for part in self.cell.run.settings["head_shares"]:
                 for first in (True, False):
-                    named = f"first {_percent(part)}" if first else f"all but first {_percent(part)}"
+                    named = (
+                        f"first {_percent(part)}" if first else f"all but first {_percent(part)}"
+                    )
                     make = partial(self._of_heads, method, part, first=first)
                     yield Variant("heads", f"{label}: {named}", make)
 
