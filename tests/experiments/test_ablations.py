@@ -312,6 +312,7 @@ def test_sentences_are_cut_to_the_shortest(demo):
 # ---- tables -------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_a_run_that_was_stopped_gives_the_identical_result(demo, tmp_path, monkeypatch):
     options = {**SMALL, "ablations": ["rows", "sign"], "scales": ["paper", "best"], "tried": -3}
     out, ask, units = tmp_path / "a.parquet", runner_module.ask, iter(range(6))
@@ -335,9 +336,14 @@ def test_a_run_that_was_stopped_gives_the_identical_result(demo, tmp_path, monke
     other = {**options, "seed": 5}
     with pytest.raises(BadInput, match=r"with other settings \(seed: there 0, here 5\)"):
         patching_ablations(demo, "capitalize", out=out, **other)
-    # A row for each question, or their mean.
+
+
+def test_a_row_for_each_question_or_their_mean(demo):
+    options = {**SMALL, "ablations": ["sign"], "n_mean": 2}
+    each = patching_ablations(demo, "capitalize", **options)
     means = patching_ablations(demo, "capitalize", **{**options, "each_question": False})
-    taken = mean_over_questions(whole)
+    taken = mean_over_questions(each)
+    assert each.question.tolist() == [0, 1, 2, 3] * len(means)
     for column in ("variant", "scale_from", "scale", "top1", "logit_diff", "kl"):
         pd.testing.assert_series_equal(taken[column], means[column])
 
