@@ -52,7 +52,7 @@ from ra_lens.experiments.variants import (
 )
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import Real, Reals, Whole, Wholes, real, reals, whole, whole_or_none, wholes
-from ra_lens.patching.hooks import patch_hooks
+from ra_lens.patching.hooks import PatchOptions, patch_hooks
 from ra_lens.questions import METRICS, Accuracy, FwdHooks, Metric
 from ra_lens.scales import PAPER_SCALE, SCALES
 from ra_lens.tables import problem_of
@@ -236,18 +236,19 @@ def _patched(
     of: Material, text: PlainText, kind: str, change: Callable[[], Change], scale_from: ScaleFrom
 ) -> list[Row]:
     """Find the scale of a change, and measure what it does."""
-    maps, options = change()
+    maps, how = change()
+    options: PatchOptions = {**how, "align": "left"}
     scale = PAPER_SCALE.get(kind, PAPER_SCALE["ra"])
     about: Row = {}
     if scale_from == "best":
         tried = of.cell.run.settings["tried"]
-        best = of.learned.best_scale(maps, scales=tried, align="left", **options)
+        best = of.learned.best_scale(maps, scales=tried, **options)
         scale = best.scale
         about = {"train_loss": best.loss, "train_loss_unpatched": best.unpatched_loss}
     hooks: FwdHooks = ()
     if scale != 0:
         sites = of.learned.mean.sites
-        hooks = patch_hooks(maps, sites, scale=scale, align="left", **options)
+        hooks = patch_hooks(maps, sites, scale=scale, **options)
     return _measured(of.cell, text, hooks, scale=scale, **about)
 
 

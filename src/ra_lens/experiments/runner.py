@@ -177,7 +177,7 @@ class Run:
         """
         cells: list[Cell] = []
         of_methods: list[Part] = [find_method(name).split for name in self.methods]
-        parts = [*also, *of_methods] or ["train"]
+        parts: list[Part] = [*also, *of_methods] or ["train"]
         for task in self.tasks:
             split = task.split(self.protocol.split)
             for k in self.protocol.shots:

@@ -200,7 +200,11 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
     settings, run = cell.run.settings, cell.run
     learned = LearnedMaps(run.lens, run.protocol, cell.learned["train"])
     of_all = not settings.get("each_question")
-    edit: PatchOptions = {"renormalise": settings["renormalise"], "at": settings["at"]}
+    edit: PatchOptions = {
+        "renormalise": settings["renormalise"],
+        "at": settings["at"],
+        "align": "left",
+    }
     maps = cache(learned.maps)
 
     def evaluate(kind: MapName, scale: _Scale) -> Row | list[Row]:
@@ -215,7 +219,7 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
                 "train_loss_unpatched": best.unpatched_loss,
             }
         if scale is not None:
-            hooks = patch_hooks(maps(kind), learned.mean.sites, scale=scale, align="left", **edit)
+            hooks = patch_hooks(maps(kind), learned.mean.sites, scale=scale, **edit)
         return asked(cell, hooks, **of_scale)
 
     for kind, scale in _steps(cell.run):

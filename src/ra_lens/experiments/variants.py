@@ -81,9 +81,20 @@ class Material:
 
         All cells of an experiment give as many.
         """
+        kinds: dict[Ablation, Callable[[], Iterator[Variant | None]]] = {
+            "layers": self._layers,
+            "heads": self._heads,
+            "rows": self._rows,
+            "sign": self._sign,
+            "place": self._place,
+            "prompts": self._prompts,
+            "transfer": self._transfer,
+            "shots": self._shots,
+            "controls": self._controls,
+        }
         yield Variant("whole", "whole map", self._whole)
         for ablation in self.cell.run.settings["ablations"]:
-            yield from _KINDS[ablation](self)
+            yield from kinds[ablation]()
 
     def _layers(self) -> Iterator[Variant]:
         layers = list(self.cell.run.lens.sites)
@@ -224,19 +235,6 @@ class Material:
     def _n_tokens_of(self, prompt: Prompt) -> int:
         run = self.cell.run
         return len(run.lens.encode(prompt.text, prepend_bos=run.protocol.prepend_bos))
-
-
-_KINDS: dict[Ablation, Callable[[Material], Iterator[Variant | None]]] = {
-    "layers": Material._layers,
-    "heads": Material._heads,
-    "rows": Material._rows,
-    "sign": Material._sign,
-    "place": Material._place,
-    "prompts": Material._prompts,
-    "transfer": Material._transfer,
-    "shots": Material._shots,
-    "controls": Material._controls,
-}
 
 
 def materials_of(cells: Sequence[Cell]) -> dict[Cell, Material]:
