@@ -28,7 +28,9 @@ def test_ablate_patch_prints_the_effects_and_goes_on_from_its_results(tmp_path: 
         methods="index", progress=False,
     )  # fmt: skip
     found = read_results(out)
-    pd.testing.assert_frame_equal(found, wanted, check_exact=False, rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(
+        found, wanted, check_exact=False, rtol=1e-4, atol=1e-5, check_dtype=False
+    )
     effects = ablation_effects(found)
     lines = {line[:22].strip(): line[22:] for line in result.stdout.splitlines()}
     for variant, rows in effects[effects.ablation != "none"].groupby("variant"):

@@ -31,7 +31,7 @@ from ra_lens.scales import best_scale
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Task, same_length_sets
 from refused import refused
-from tiny_models import OBSERVE_ONLY
+from tiny_models import CASES, OBSERVE_ONLY
 
 QUIET = {"progress": False}
 SMALL = {"n_mean": 3, "n_test": 4, "each_question": True, **QUIET}
@@ -430,7 +430,7 @@ TOY = Task("three-on", "icl", tuple(Pair(f"w{i}", f"w{i + 3}") for i in range(3,
 
 
 @pytest.mark.every_model
-@pytest.mark.parametrize("case", sorted(OBSERVE_ONLY))
+@pytest.mark.parametrize("case", sorted(OBSERVE_ONLY & set(CASES)))
 def test_models_that_only_show_their_pattern_are_patched_but_at_one_place(shared, case):
     model = shared(*case)
     options = {"at_least": 10, "from_shots": 1, **SMALL}

@@ -139,11 +139,11 @@ def patching_ablations(
         progress: False hides the progress bar.
 
     Returns:
-        One row per task, number of demonstrations, variant and way to find its scale: `ablation`,
-        `variant`, `map` (the kind), `scale`, `scale_from`; accuracy `top1`, `top2`, `top3` and
-        `logit_diff` as in `perturbation_test`; `kl` (nats per token) and `top1_same`, what the
-        patch does to unrelated text; `train_loss` and `train_loss_unpatched` where the scale was
-        found; then what is needed to repeat it. The first row of a cell is the unpatched model
+        One row per task, number of demonstrations, variant and way to find its scale, with
+        `ablation`, `variant`, `map` (the kind), `scale`, `scale_from`; accuracy `top1`, `top2`,
+        `top3` and `logit_diff` as in `perturbation_test`; `kl` (nats per token) and `top1_same`,
+        what the patch does to unrelated text; `train_loss` and `train_loss_unpatched` where the
+        scale was found; then what is needed to repeat it. The first row of a cell is the unpatched model
         (`ablation` and `map` `"none"`), the second the whole map (`"whole"`). `ablation_effects`
         sums them up over the tasks.
 
@@ -343,9 +343,9 @@ def ablation_effects(
         seed: Of the draws.
 
     Returns:
-        One row per number of demonstrations, variant and way to find its scale: `value`, the mean
-        over tasks, with `low` and `high`; `unpatched` and `whole`, what these give on the same
-        tasks; `minus_unpatched` and `minus_whole`, each with `_low` and `_high`; `kl` and
+        One row per number of demonstrations, variant and way to find its scale, with `value`, the
+        mean over tasks, and its `low` and `high`; `unpatched` and `whole`, what these give on the
+        same tasks; `minus_unpatched` and `minus_whole`, each with `_low` and `_high`; `kl` and
         `top1_same`, means over tasks; `scale_low` and `scale_high`, smallest and largest of its
         scales; `n_tasks`, `n_questions`, `metric`, `level`. NaN where there is nothing to compare,
         and for intervals of a table without single questions.
