@@ -19,7 +19,7 @@ COMMAND = ["ablate-patch", "-t", "capitalize", "--ablations", "heads", "sign", "
 
 
 def test_ablate_patch_prints_the_effects_and_goes_on_from_its_results(tmp_path: Path) -> None:
-    out = tmp_path / "a.csv"
+    out = tmp_path / "a.parquet"
     result = call(*COMMAND, "--out", str(out))
     assert (result.exit_code, result.stderr) == (0, "")
     wanted = patching_ablations(
@@ -28,9 +28,7 @@ def test_ablate_patch_prints_the_effects_and_goes_on_from_its_results(tmp_path: 
         methods="index", progress=False,
     )  # fmt: skip
     found = read_results(out)
-    pd.testing.assert_frame_equal(
-        found, wanted, check_exact=False, rtol=1e-4, atol=1e-5, check_dtype=False
-    )
+    pd.testing.assert_frame_equal(found, wanted, check_exact=False, rtol=1e-4, atol=1e-5)
     effects = ablation_effects(found)
     lines = {line[:22].strip(): line[22:] for line in result.stdout.splitlines()}
     for variant, rows in effects[effects.ablation != "none"].groupby("variant"):

@@ -143,9 +143,9 @@ def patching_ablations(
         `ablation`, `variant`, `map` (the kind), `scale`, `scale_from`; accuracy `top1`, `top2`,
         `top3` and `logit_diff` as in `perturbation_test`; `kl` (nats per token) and `top1_same`,
         what the patch does to unrelated text; `train_loss` and `train_loss_unpatched` where the
-        scale was found; then what is needed to repeat it. The first row of a cell is the unpatched model
-        (`ablation` and `map` `"none"`), the second the whole map (`"whole"`). `ablation_effects`
-        sums them up over the tasks.
+        scale was found; then what is needed to repeat it. The first row of a cell is the unpatched
+        model (`ablation` and `map` `"none"`), the second the whole map (`"whole"`).
+        `ablation_effects` sums them up over the tasks.
 
     Raises:
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
