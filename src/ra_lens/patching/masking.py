@@ -30,7 +30,7 @@ def mask_hooks(
     sites: Mapping[int, Site],
     keep: Bool[Tensor, "layer head"] | Bool[Tensor, "batch layer head"],
     *,
-    instead: Mapping[int, Float[Tensor, "#batch #pos head d_head"]] | None = None,
+    instead: Mapping[int, Float[Tensor, "#batch #pos _heads _d_head"]] | None = None,
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Forward hooks that set z of the heads not kept to zero, at every position, or to `instead`.
 
