@@ -70,6 +70,7 @@ _LOSSES = {
     "top_prediction": "−log p of the target",
     "sequence_nll": "mean of −log p over the target's tokens",
     "logit_diff": "logit of the wrong answer − logit of the right one",
+    "probability_diff": "probability of the wrong tokens − that of the right ones",
     "custom": "a metric of the user's own",
 }
 _UNITS = {

@@ -21,6 +21,7 @@ from ra_lens.head_names import HeadScore
 from ra_lens.heads import gradients as gradients
 from ra_lens.heads import mediation as mediation
 from ra_lens.heads import methods as methods
+from ra_lens.heads.known import KnownHeads, Localisation, known_heads, localisation_scores
 from ra_lens.heads.one_run import Needs
 from ra_lens.heads.ranking import (
     RankingContext,
@@ -35,9 +36,13 @@ from ra_lens.heads.scores import HeadScores
 __all__ = [
     "HeadScore",
     "HeadScores",
+    "KnownHeads",
+    "Localisation",
     "Needs",
     "RankingContext",
     "RankingMethod",
+    "known_heads",
+    "localisation_scores",
     "one_run_method",
     "rank_heads",
     "ranking_method",

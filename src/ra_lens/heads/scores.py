@@ -122,6 +122,13 @@ class HeadScores:
         """Give the same heads in exactly the opposite order, ties included; scores are negated."""
         return replace(self, scores=0 - self.scores, is_reversed=not self.is_reversed)
 
+    def absolute(self) -> HeadScores:
+        """Give the same heads by the size of their scores, without its sign, the largest first.
+
+        A signed score puts heads that hurt last; so they come beside those that help as much.
+        """
+        return replace(self, scores=self.scores.abs(), is_reversed=False)
+
     def keep_mask(self, n: Whole) -> Bool[Tensor, "layer head"]:
         """Mark the first `n` heads of the order, for `ra_lens.patching.masking.mask_hooks`.
 
