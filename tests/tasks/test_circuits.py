@@ -161,8 +161,9 @@ INDUCTION_TEXT = (
 
 
 def unequal(text: str) -> list[int]:
-    """A token for each letter, so that hardly any two words have as many."""
-    return list(map(ord, text))
+    """A token for each letter, a space with the one after it: few words have as many."""
+    parts = re.findall(r" ?\w|[^\w\s]", text)
+    return [int.from_bytes(part.encode(), "big") for part in parts]
 
 
 def test_twins_that_are_not_as_long_are_left_out_and_too_few_are_refused():
@@ -170,16 +171,13 @@ def test_twins_that_are_not_as_long_are_left_out_and_too_few_are_refused():
         for prompt in circuit_prompts(name, 10, unequal):
             assert len(prompt.text) == len(prompt.corrupted.text)
             assert len(prompt.answer) == len(prompt.corrupted.answer)
-    with pytest.raises(
-        BadInput, match=r"no prompt 0 of 'induction' in 100 draws.* 's' and |tokens"
-    ):
-        induction_prompts(
-            2, unequal, length=4, repeated=1, words=["a", "bb", "ccc", "dddd", "eeeee"]
-        )
+    uneven = ["a", "bb", "ccc", "dddd", "eeeee"]
+    with pytest.raises(BadInput, match=r"no prompt 0 of 'induction' in 100 draws.* has \d+ tokens"):
+        induction_prompts(2, unequal, length=4, repeated=1, words=uneven)
     with pytest.raises(BadInput, match=r"prompt \d+ of 'induction'.*it repeats an earlier one"):
         induction_prompts(500, words, length=3, repeated=1, words=list("abcd"))
     with pytest.raises(BadInput, match=r"does not go on from 'The .*like numbers of tokens"):
-        greater_than_prompts(1, lambda text: [hash(text)])
+        greater_than_prompts(1, lambda text: [len(text)])
 
 
 @pytest.mark.parametrize(
