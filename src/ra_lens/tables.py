@@ -22,12 +22,13 @@ from ra_lens.files import FileKind, check_input, check_output, user_path, whole_
 from ra_lens.text import shorten
 
 _NUMBERS = frozenset(
-    {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "scale", "auc", "layer",
-     "head", "score", "rank", "question", "window", "query", "measured", "predicted"}
+    {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "answer_diff", "scale",
+     "auc", "layer", "head", "score", "rank", "question", "window", "query", "measured",
+     "predicted"}
 )  # fmt: skip
 # Measures of a model that may have given none here and there; everything else has a value in
 # every row, and what has none would silently be left out of a mean.
-_MAY_BE_UNKNOWN = frozenset({"logit_diff", "score", "auc"})
+_MAY_BE_UNKNOWN = frozenset({"logit_diff", "answer_diff", "score", "auc"})
 
 
 def problem_of(frame: pd.DataFrame, columns: Sequence[str]) -> str | None:
@@ -85,7 +86,7 @@ def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if "question" not in frame:
         return frame
-    measured = [name for name in _MARKS if name in frame]
+    measured = [name for name in _ALL_MARKS if name in frame]
     keys = [name for name in _TELLS_APART if name in frame]
     others = [name for name in frame if name not in (*measured, *keys, "question")]
     groups = frame.groupby(keys, sort=False, dropna=False)
@@ -131,6 +132,7 @@ _TEXTS = (
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
+_ALL_MARKS = (*_MARKS, "answer_diff")  # the last where there is a wrong answer to compare with
 # Columns of each experiment: those that tell its rows apart, and what it measures.
 _NEEDED = {
     "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
@@ -157,7 +159,7 @@ _TELLS_APART = (
     "scale", "settings_hash",
 )  # fmt: skip
 _MEASURES = {
-    "ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS,
+    "ranking": ("score", "rank"), "perturbation": _ALL_MARKS, "patching": _ALL_MARKS,
     "knockout": ("predicted", "measured"),
 }  # fmt: skip
 MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")

@@ -11,7 +11,7 @@ import typer
 
 # The library's own choices, which stand in modules that import torch; a test compares them.
 Kind = Literal["HookedTransformer", "TransformerBridge"]
-Metric = Literal["top1", "top2", "top3", "logit_diff"]
+Metric = Literal["top1", "top2", "top3", "logit_diff", "answer_diff"]
 AucRule = Literal["trapezoid", "mean"]
 Split = Literal["code", "text"]
 Where = Literal["pattern", "scores"]

@@ -30,7 +30,7 @@ _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw",
          "question", "what", "cut", "drawn", "window", "query", "keys", "key", "query_token",
          "key_tokens", "first", "loss", "measured", "predicted", "a_grad", "minus_ra", "input_grad",
          "pattern", "grad", "value", "end", "trapezoid",
-         *_METRIC_COLUMNS}  # fmt: skip
+         "answer_diff", *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
 _MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA"}
 
@@ -380,7 +380,7 @@ def _number(value: float, metric: str) -> str:
     """Write a value in few characters; nothing for NaN."""
     if math.isnan(value):
         return ""
-    return f"{value:.2f}" if metric == "logit_diff" else short(value)
+    return f"{value:.2f}" if metric in ("logit_diff", "answer_diff") else short(value)
 
 
 def _records(frame: Any) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ perturbation test, `bootstrap_intervals` says how sure its numbers are, and `com
 lays results beside the published numbers.
 """
 
+from ra_lens.experiments.head_only import head_only_cpr_cmd
 from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
 from ra_lens.experiments.knockout import knockout_test
 from ra_lens.experiments.paper import compare_with_paper, read_paper
-from ra_lens.experiments.perturbation import area_under_curve, perturbation_test
+from ra_lens.experiments.perturbation import MIB_SHARES, area_under_curve, perturbation_test
 from ra_lens.experiments.rank import rank_tasks
 from ra_lens.experiments.sweep import patching_sweep
 from ra_lens.knockouts.agreement import knockout_agreement
@@ -18,10 +19,12 @@ from ra_lens.scales import PAPER_SCALES
 from ra_lens.tables import mean_over_questions, read_results, write_results
 
 __all__ = [
+    "MIB_SHARES",
     "PAPER_SCALES",
     "area_under_curve",
     "bootstrap_intervals",
     "compare_with_paper",
+    "head_only_cpr_cmd",
     "knockout_agreement",
     "knockout_test",
     "mean_over_questions",

@@ -19,11 +19,12 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 from typing import Any, TypeVar, get_args
 
 import pandas as pd
@@ -47,6 +48,7 @@ from ra_lens.tasks import (
     Task,
     load_task,
     task_names,
+    with_corrupted,
 )
 from ra_lens.tasks.task import check_demonstrations
 from ra_lens.text import short, shots_name
@@ -54,6 +56,7 @@ from ra_lens.text import short, shots_name
 Tasks = str | Task | Iterable[str | Task]
 Row = dict[str, Any]
 Choice = TypeVar("Choice", bound=str)
+T = TypeVar("T")
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
@@ -185,6 +188,8 @@ class Run:
                     n = self.settings["n_test"]
                     n = None if n is None else min(n, len(split.test))
                     asked = split.prompts("test", shots=k, n=n, **self._drawn)
+                    if self.settings.get("others") == "resample":
+                        asked = self._with_twins(task, asked)
                 shots = self.settings.get("rank_shots")
                 learned: dict[Part, list[Prompt]] = {}
                 if count is not None:
@@ -195,6 +200,30 @@ class Run:
         if count is not None:
             self._warn_of_first_tokens(cells)
         return cells
+
+    def _with_twins(self, task: Task, asked: list[Prompt]) -> list[Prompt]:
+        """Give questions their corrupted twins; those that have none are left out, and told."""
+        encode = partial(self.lens.encode, prepend_bos=self.protocol.prepend_bos)
+        found: list[Prompt] = []
+        left: list[BadInput] = []
+        for prompt in asked:
+            try:
+                found += with_corrupted([prompt], encode, seed=self.protocol.seed)
+            except BadInput as error:
+                left.append(error)
+        if not found:
+            raise BadInput(
+                f"none of the {len(asked)} questions of task {task.name!r} has a corrupted twin: "
+                f"{left[0]}"
+            )
+        if left:
+            warnings.warn(
+                f"{len(left)} of {len(asked)} questions of task {task.name!r} are left out, since "
+                "no other pair of the task makes one of as many tokens with another answer.",
+                RALensWarning,
+                stacklevel=5,
+            )
+        return found
 
     def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
         """Take the first training pairs, or draw from the validation part with replacement."""
@@ -328,6 +357,10 @@ class Cell:
     _together: dict[Part, dict[str, HeadScores]] = field(
         default_factory=dict[Part, dict[str, HeadScores]], init=False
     )
+    _kept: dict[str, Any] = field(default_factory=dict[str, Any], init=False)
+    _seconds: dict[tuple[str, int], float] = field(
+        default_factory=dict[tuple[str, int], float], init=False
+    )
 
     @cached_property
     def questions(self) -> Questions:
@@ -338,15 +371,37 @@ class Cell:
         """Give a result that is in the journal, or is computed and goes there."""
         return self.run.journal.unit(f"{self.task.name}|{self.shots}|{key}", compute)
 
+    def kept(self, name: str, compute: Callable[[], T]) -> T:
+        """Give what is computed the first time and kept while the cell is, not in the journal."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+    def costs(self, method: str, draw: int = 0) -> Row:
+        """Say what ranking by a method takes: passes of one prompt, and seconds.
+
+        It is ranked for that where the ranking is in the journal, but not its time.
+        """
+        passes, n = find_method(method).passes, len(self.given(method))
+        n_heads = sum(self.run.lens.sites.n_heads)
+        if (method, draw) not in self._seconds:
+            self.ranked(method, draw)
+        return {
+            "forwards": None if passes is None else n * passes.forwards(n_heads),
+            "backwards": None if passes is None else n * passes.backward,
+            "seconds": round(self._seconds[method, draw], 3),
+        }
+
     def given(self, method: str) -> list[Prompt]:
         """Give the prompts that a method ranks heads with."""
         return self.learned[find_method(method).split]
 
     def ranked(self, method: str, draw: int = 0) -> HeadScores:
-        """Rank the heads by a method; those that share a run are ranked in one, the first time."""
+        """Rank the heads by a method, the first time; those that share a run in one."""
         chosen = find_method(method)
         if chosen.needs is None:
-            return self._ranked([method], draw)[method]
+            name = f"ranked|{method}|{draw}"
+            return self.kept(name, lambda: self._ranked([method], draw)[method])
         if chosen.split not in self._together:
             every = map(find_method, self.run.methods)
             sharing = [m.name for m in every if m.needs is not None and m.split == chosen.split]
@@ -355,8 +410,8 @@ class Cell:
 
     def _ranked(self, methods: list[str], draw: int = 0) -> dict[str, HeadScores]:
         """Rank the heads by methods of one part of the task."""
-        protocol = self.run.protocol
-        return rank_heads(
+        protocol, began = self.run.protocol, perf_counter()
+        ranked = rank_heads(
             self.run.lens.module,
             self.given(methods[0]),
             methods=methods,
@@ -367,6 +422,9 @@ class Cell:
             batch_size=protocol.batch_size,
             progress=protocol.progress,
         )
+        seconds = perf_counter() - began
+        self._seconds.update(dict.fromkeys(((name, draw) for name in methods), seconds))
+        return ranked
 
     def marked(
         self,
