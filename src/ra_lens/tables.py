@@ -24,7 +24,7 @@ from ra_lens.text import shorten
 _NUMBERS = frozenset(
     {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "answer_diff", "scale",
      "auc", "layer", "head", "score", "rank", "question", "window", "query", "measured",
-     "predicted"}
+     "predicted", "auroc", "average_precision"}
 )  # fmt: skip
 # Measures of a model that may have given none here and there; everything else has a value in
 # every row, and what has none would silently be left out of a mean.
@@ -128,7 +128,7 @@ _TEXTS = (
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
     "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
-    "steps_of",
+    "steps_of", "circuit", "order", "true_heads", "found_by",
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
@@ -153,6 +153,7 @@ _NEEDED = {
         "query",
         "keys",
     ),
+    "circuit": ("model", "circuit", "method", "order", "draw"),
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
@@ -160,7 +161,7 @@ _TELLS_APART = (
 )  # fmt: skip
 _MEASURES = {
     "ranking": ("score", "rank"), "perturbation": _ALL_MARKS, "patching": _ALL_MARKS,
-    "knockout": ("predicted", "measured"),
+    "knockout": ("predicted", "measured"), "circuit": ("auroc", "average_precision"),
 }  # fmt: skip
 MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")
 """Columns of what the experiments measure."""
@@ -238,7 +239,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
             where they should hold numbers.
     """
     path = user_path(path)
-    check_input(path, "Give the results of ra-lens rank, perturb, patch, knockout.")
+    check_input(path, "Give the results of ra-lens rank, perturb, patch, knockout, circuits.")
     try:
         frame = _read_table(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
@@ -246,7 +247,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
     if "experiment" not in frame or "model" not in frame:
         raise BadFile(
             f"{path} is a table without the columns of an experiment (experiment, model, task, …). "
-            "Give a file that ra-lens rank, perturb, patch or knockout wrote."
+            "Give a file that ra-lens rank, perturb, patch, knockout or circuits wrote."
         )
     for experiment, needed in _NEEDED.items():
         part: Any = frame[frame["experiment"] == experiment]

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from ra_lens.cli.circuits import circuits
 from ra_lens.cli.command import Command, Commands, ManyValuesCommand, reported
 from ra_lens.cli.commands import check, demo, run, trace
 from ra_lens.cli.experiments import compare, knockout, patch, perturb, rank
@@ -63,7 +64,7 @@ def about(
 
 for command in (run, head, demo, check):
     app.command(cls=Command)(command)
-for command in (rank, perturb, patch, knockout):
+for command in (rank, perturb, patch, knockout, circuits):
     app.command(cls=ManyValuesCommand)(command)
 for command in (compare, trace):
     app.command(cls=Command)(command)

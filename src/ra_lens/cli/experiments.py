@@ -251,6 +251,17 @@ def perturb(
     ] = None,
     n_test: opt.NTestOption = None,
     step: Annotated[float, typer.Option(help="Share of the heads unmasked at a time.")] = 0.1,
+    heads_kept: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead of --step, numbers of heads unmasked: 1 2 3 5 8."),
+    ] = None,
+    others: Annotated[
+        Literal["zero", "resample", "mean"],
+        typer.Option(
+            help="What masked heads get: zero; what they give on another question, as long, with "
+            "another answer (resample); or what they give on average (mean)."
+        ),
+    ] = "zero",
     random_orders: Annotated[int, typer.Option(min=1, help="How many random orders to draw.")] = 20,
     each_question: opt.EachQuestionOption = False,
     accuracy: opt.AccuracyOption = "first-token",
@@ -258,7 +269,7 @@ def perturb(
     auc_rule: opt.AucRuleOption = "trapezoid",
     answer_in_input: opt.AnswerOption = True,
 ) -> None:
-    """Zero all heads, unmask them in each method's order, and show the areas under the curves."""
+    """Mask all heads, unmask them in each method's order, and show the areas under the curves."""
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import area_under_curve, perturbation_test
     from ra_lens.report.experiments import write_perturbation_page
@@ -268,6 +279,8 @@ def perturb(
         perturbation_test,
         methods=methods,
         step=step,
+        heads_kept=None if heads_kept is None else whole_numbers(heads_kept, "--heads-kept"),
+        others=others,
         random_orders=random_orders,
         each_question=each_question,
         n_rank=n_rank,

@@ -98,6 +98,61 @@ def _top(part: Any, top: int) -> Any:
     return part.sort_values("rank").head(top)
 
 
+# ---- circuits -----------------------------------------------------------------------------------
+
+_LOCALISATION = ("auroc", "average_precision", "to_verify")
+
+
+def print_circuit(frame: pd.DataFrame) -> None:
+    """Print how well each method finds the true heads, random orders as their mean."""
+    first = frame.iloc[0]
+    title = (
+        f"{first['circuit']}: {int(first['n_true'])} of {int(first['n_heads'])} heads "
+        f"({first['found_by']})"
+    )
+    table = _table(title, "method", "order", "AUROC", "precision", "to verify", "seconds")
+    means = _circuit_means(frame)
+    styles = method_styles(frame["method"])
+    for row in means.sort_values("auroc", ascending=False, kind="stable").itertuples():
+        values: Any = row
+        table.add_row(
+            styles[values.method].name,
+            values.order,
+            f"{values.auroc:.3f}",
+            f"{values.average_precision:.3f}",
+            f"{values.to_verify:.0f}",
+            f"{values.seconds:.1f}",
+        )
+    _print(table, "")
+    notes = (
+        f"True heads: {first['true_heads']}. The model answers {first['top1']:.0%} of "
+        f"{int(first['n_rank'])} prompts right. precision: average precision; to verify: heads to "
+        "look at, the largest score first, until all are found."
+    )
+    _print(Text(notes, style="dim"))
+
+
+def print_circuit_json(frame: pd.DataFrame, *, out: Path | None) -> None:
+    """Print the test of a circuit as one JSON object."""
+    first = frame.iloc[0]
+    about = ("experiment", "model", "circuit", "found_by", "n_true", "n_heads", "n_rank", "top1")
+    facts = {name: _json_value(first[name]) for name in about}
+    show.print_json(
+        {
+            **facts,
+            "true_heads": str(first["true_heads"]).split(" "),
+            "methods": _records(_circuit_means(frame)),
+            "out": None if out is None else str(out),
+        }
+    )
+
+
+def _circuit_means(frame: pd.DataFrame) -> Any:
+    """Give the mean over draws of each method and order."""
+    columns = [*_LOCALISATION, "auroc_pessimistic", "seconds"]
+    return frame.groupby(["method", "order"], sort=False)[columns].mean().reset_index()
+
+
 # ---- perturbation test --------------------------------------------------------------------------
 
 

@@ -485,17 +485,11 @@ def experiment(
     journal that cannot be written or holds something else.
     """
     lens.refuse_dropout()
-    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
-    if hooked and protocol.out is not None:
-        raise BadInput(
-            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
-            "out=: what they do is not among the settings that results are found again by. Leave "
-            "out= away and write the table with write_results, or remove the hooks."
-        )
+    refuse_hooks(lens, protocol.out)
     settings = {
         "experiment": name,
         **model_facts(lens),
-        **({"methods": list(map(_method_facts, methods))} if methods else {}),
+        **({"methods": list(map(method_facts, methods))} if methods else {}),
         **settings,
         "split": protocol.split,
         **({"answer_in_input": answer_in_input} if methods else {}),
@@ -512,6 +506,17 @@ def experiment(
     with open_journal(protocol.out if finished is None else None, settings) as journal:
         yield Run(
             lens, tasks, protocol, methods, answer_in_input, accuracy, settings, journal, finished
+        )
+
+
+def refuse_hooks(lens: Lens, out: str | Path | None) -> None:
+    """Refuse hooks on a model whose results are to be found again."""
+    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
+    if hooked and out is not None:
+        raise BadInput(
+            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
+            "out=: what they do is not among the settings that results are found again by. Leave "
+            "out= away and write the table with write_results, or remove the hooks."
         )
 
 
@@ -561,7 +566,7 @@ def _task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str,
     return {"name": task.name, **_task_facts(task), "tokens": settings_hash({"ids": tokens})}
 
 
-def _method_facts(name: str) -> dict[str, Any]:
+def method_facts(name: str) -> dict[str, Any]:
     """Tell which method this is: a user's own by its code, as its name may be another's."""
     method = find_method(name)
     function: Any = method.function
