@@ -3,10 +3,12 @@
 `rank_tasks`, `perturbation_test` and `patching_sweep`, the paper's, and `knockout_test` take a
 model and tasks; with `out=` they write the table and, when they are killed, go on where they
 stopped. `knockout_agreement` sums up a knockout test. `area_under_curve` sums up a
-perturbation test, `bootstrap_intervals` says how sure its numbers are, and `compare_with_paper`
-lays results beside the published numbers.
+perturbation test, `head_only_cpr_cmd` says which heads suffice, `bootstrap_intervals` how sure
+numbers are, and `compare_with_paper` lays results beside the published ones. `circuit_test` asks
+how well rankings find the heads of a known circuit.
 """
 
+from ra_lens.experiments.circuits import circuit_heads, circuit_test
 from ra_lens.experiments.head_only import head_only_cpr_cmd
 from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
 from ra_lens.experiments.knockout import knockout_test
@@ -23,6 +25,8 @@ __all__ = [
     "PAPER_SCALES",
     "area_under_curve",
     "bootstrap_intervals",
+    "circuit_heads",
+    "circuit_test",
     "compare_with_paper",
     "head_only_cpr_cmd",
     "knockout_agreement",
