@@ -25,6 +25,7 @@ from ra_lens.tasks.builtin import (
     load_task,
     task_names,
 )
+from ra_lens.tasks.corrupted import with_corrupted
 from ra_lens.tasks.task import (
     Demonstrations,
     Pair,
@@ -54,4 +55,5 @@ __all__ = [
     "load_task",
     "same_length_sets",
     "task_names",
+    "with_corrupted",
 ]
