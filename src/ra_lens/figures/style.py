@@ -212,6 +212,11 @@ _KNOWN = {
     "grad_sam": MethodStyle("#6f6f1e", "triangle-left"),
     "ag": MethodStyle("#661100", "octagon"),
     "grad_norm": MethodStyle("#2a7f74", "diamond-tall"),
+    "nap": MethodStyle("#7b2fbe", "star-triangle-up"),
+    "nap_ig": MethodStyle("#b5460f", "star-triangle-down"),
+    "zero": MethodStyle("#111827", "circle-open"),
+    "mean": MethodStyle("#4d7c0f", "circle-x"),
+    "resample": MethodStyle("#0f4c81", "star-diamond"),
     "cm1": MethodStyle("#009e73", "diamond"),
     "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(

@@ -35,6 +35,7 @@ from ra_lens.tasks.circuits import (
     seen_tokens,
     year_tokens,
 )
+from ra_lens.tasks.corrupted import with_corrupted
 from ra_lens.tasks.task import (
     Demonstrations,
     Pair,
@@ -71,5 +72,6 @@ __all__ = [
     "same_length_sets",
     "seen_tokens",
     "task_names",
+    "with_corrupted",
     "year_tokens",
 ]
