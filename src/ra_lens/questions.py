@@ -151,7 +151,9 @@ class Marks:
 
     def part(self, questions: slice | Tensor) -> Marks:
         """The marks of some of the questions."""
-        return Marks(*(None if v is None else v[questions] for v in self._columns))
+        *of_answers, against = self._columns
+        cut = None if against is None else against[questions]
+        return Marks(*(values[questions] for values in of_answers), answer_diff=cut)
 
     @staticmethod
     def joined(parts: Sequence[Marks]) -> Marks:

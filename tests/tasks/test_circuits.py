@@ -212,10 +212,12 @@ def test_the_embedded_model_reads_every_word_of_an_induction_prompt():
 @pytest.mark.parametrize("name", CIRCUITS)
 def test_a_real_tokenizer_reads_twins_alike(name: str):
     tokenizer = AutoTokenizer.from_pretrained(str(real_folder()))
-    prompts = circuit_prompts(name, 60, lambda text: tokenizer(text)["input_ids"])
-    for prompt in prompts:
-        pair = (prompt, prompt.corrupted)
-        asked, other = (tokenizer(one.text)["input_ids"] for one in pair)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for prompt in circuit_prompts(name, 60, encode):
+        asked, other = (encode(one.text) for one in (prompt, prompt.corrupted))
         assert len(asked) == len(other)
-        right, wrong = (tokenizer(one.answer)["input_ids"] for one in pair)
+        right, wrong = (encode(one.answer) for one in (prompt, prompt.corrupted))
         assert right[0] != wrong[0] and len(right) == len(wrong)

@@ -150,7 +150,8 @@ def print_circuit_json(frame: pd.DataFrame, *, out: Path | None) -> None:
 def _circuit_means(frame: pd.DataFrame) -> Any:
     """Give the mean over draws of each method and order."""
     columns = [*_LOCALISATION, "auroc_pessimistic", "seconds"]
-    return frame.groupby(["method", "order"], sort=False)[columns].mean().reset_index()
+    means: Any = frame.groupby(["method", "order"], sort=False)[columns].mean()
+    return means.reset_index()
 
 
 # ---- perturbation test --------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def head_only_cpr_cmd(
         )
     generator = np.random.default_rng(seed)
     cells: list[_Scored] = []
-    for _, of_cell in frame.groupby(_CELL, sort=False):
+    for _, of_cell in _groups(frame, _CELL):
         curves = _Curves.read(of_cell, metric)
         drawn = draw_weights(curves.n, resamples, generator) if each else None
         curves.check_gap(drawn, level, metric)
@@ -134,12 +134,12 @@ class _Scored:
         drawn = None
         if first.drawn is not None:
             known = [one.drawn for one in cells if one.drawn is not None]
-            drawn = {order: sum(one[order] for one in known) / n for order in orders}
+            drawn = {order: np.mean([one[order] for one in known], axis=0) for order in orders}
         return _Scored(
             about,
             {name: sum(one.ends[name] for one in cells) / n for name in first.ends},
             sum(one.n_questions for one in cells),
-            {order: sum(one.found[order] for one in cells) / n for order in orders},
+            {order: np.mean([one.found[order] for one in cells], axis=0) for order in orders},
             drawn,
         )
 
@@ -182,7 +182,7 @@ class _Curves:
         shares = np.unique(frame["share"].to_numpy(dtype=float))
         columns = pd.MultiIndex.from_product([shares, frame["question"].unique()])
         values: dict[Order, Any] = {}
-        for order, curves in frame.groupby(["method", "direction"], sort=False):
+        for order, curves in _groups(frame, ["method", "direction"]):
             twice = bool(curves.duplicated(["draw", "share", "question"]).any())
             wide: Any = None
             if not twice:
@@ -191,11 +191,11 @@ class _Curves:
                 wide = wide.reindex(columns=columns).to_numpy(dtype=float)
             if twice or np.isnan(wide).any() or shares[0] != 0 or shares[-1] != 1:
                 raise BadInput(
-                    f"the curves of {' '.join(map(str, order))} on {_name(about)} do not have each "
+                    f"the curves of {' '.join(order)} on {_name(about)} do not have each "
                     f"of the shares {shares.tolist()} once, from 0 to 1, for every question. Give "
                     "the results of one run."
                 )
-            values[str(order[0]), str(order[1])] = wide.reshape(len(wide), len(shares), -1)
+            values[order] = wide.reshape(len(wide), len(shares), -1)
         return _Curves(about, shares, values)
 
     @property
@@ -272,6 +272,11 @@ def _told(
             low, high = np.quantile(drawn[i], [(1 - level) / 2, (1 + level) / 2])
             told |= {f"{score}{ending}_low": float(low), f"{score}{ending}_high": float(high)}
     return told
+
+
+def _groups(frame: pd.DataFrame, by: list[str]) -> list[tuple[Any, Any]]:
+    """Divide a frame by some columns, in the order of its rows."""
+    return list(frame.groupby(by, sort=False))
 
 
 def _name(about: dict[str, Any]) -> str:
