@@ -127,7 +127,7 @@ _TEXTS = (
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
     "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
-    "steps_of",
+    "steps_of", "ablation",
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
@@ -151,6 +151,8 @@ _NEEDED = {
         "query",
         "keys",
     ),
+    "head effects": ("model", "task", "kind", "n_shots", "question", "layer", "head"),
+    "faithfulness": ("model", "task", "kind", "n_shots", "method", "ablation"),
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
@@ -158,7 +160,8 @@ _TELLS_APART = (
 )  # fmt: skip
 _MEASURES = {
     "ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS,
-    "knockout": ("predicted", "measured"),
+    "knockout": ("predicted", "measured"), "head effects": ("loss",),
+    "faithfulness": ("spearman_signed", "spearman_abs"),
 }  # fmt: skip
 MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")
 """Columns of what the experiments measure."""
