@@ -152,7 +152,8 @@ def head_effect_table(
         model: As in `faithfulness_test`, and so are the other arguments.
         task: A task, the name of a built-in one, `"all"`, or several.
         methods: Names of ranking methods.
-        ablations: `"zero"`, `"mean"`, `"resample"`, one or several.
+        ablations: `"zero"`, `"mean"`, `"resample"`, one or several; none, `()`, for scores to be
+            joined to a table of the same prompts.
         shots: Numbers of demonstrations.
         n_rank: Prompts of each task and number of demonstrations.
         split: `"code"` or `"text"`.
@@ -182,7 +183,7 @@ def head_effect_table(
     )
     given = [ablations] if isinstance(ablations, str) else ablations
     settings: dict[str, Any] = {
-        "ablations": read_some("ablations", given, ABLATIONS),
+        "ablations": read_some("ablations", given, ABLATIONS) if given else [],
         "n_rank": whole("n_rank", n_rank, least=2),
     }
     lens = as_lens(model)
@@ -258,7 +259,7 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
         if name != run.methods[-1]:
             yield []
     prompts, heads = cell.learned["train"], run.lens.sites.heads
-    whole_model = measured[run.settings["ablations"][0]]
+    whole_model = next(iter(measured.values()), {})
     seconds = {SECONDS + name: found["seconds"] for name, found in {**scored, **measured}.items()}
     rows = [
         {
@@ -266,8 +267,7 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
             "layer": layer,
             "head": head,
             "label": f"L{layer}H{head}",
-            "loss": whole_model["loss"][i],
-            "logit_diff": whole_model["logit_diff"][i],
+            **{name: whole_model[name][i] for name in ("loss", "logit_diff") if whole_model},
             **{SCORE + name: found["each"][i][j] for name, found in scored.items()},
             **{EFFECT + name: found["each"][i][j] for name, found in measured.items()},
             **{LOGIT_DIFF + name: found["logit_diffs"][i][j] for name, found in measured.items()},
