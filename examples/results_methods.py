@@ -25,7 +25,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 import typer
 
@@ -44,8 +43,8 @@ TASKS = ("present-past", "singular-plural", "capitalize", "natural/country-capit
 DEMO_TASKS = ("antonym", "country-capital", "present-past", "prev_item")
 SHOTS = (1, 5)
 DEMONSTRATIONS: dict[int, Demonstrations] = {1: "own", 5: "shared"}
-SCORED = 12  # prompts on which heads are scored and taken away
-TESTED = 16  # questions that are asked with some heads left
+SCORED = {1: 12, 5: 6}  # prompts on which heads are scored and taken away, by examples
+TESTED = {1: 16, 5: 8}  # questions that are asked with some heads left
 OTHER_BACKWARD = ("relp", "gim")
 EXACT = {"zero": "zero", "resample": "resample"}
 KEPT = (1, 2, 3, 5, 8, 13, 20, 30, 50, 80, 120, 180, 240)
@@ -86,7 +85,7 @@ class Job:
         return {
             "shots": self.shots,
             "demonstrations": DEMONSTRATIONS[self.shots],
-            "n_rank": SCORED,
+            "n_rank": SCORED[self.shots],
             "prepend_bos": None if self.model == "demo" else IN_FRONT,
             "out": self.path,
             "progress": False,
@@ -150,7 +149,7 @@ def _bring_back(job: Job, **options: Any) -> None:
         methods=[*exact, *names],
         directions=("forward", "absolute"),
         random_orders=5,
-        n_test=TESTED,
+        n_test=TESTED[job.shots],
         each_question=True,
         costs=True,
         **options,

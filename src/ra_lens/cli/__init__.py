@@ -20,6 +20,7 @@ from ra_lens.cli.command import Command, Commands, ManyValuesCommand, reported
 from ra_lens.cli.commands import check, demo, run, trace
 from ra_lens.cli.experiments import compare, knockout, patch, perturb, rank
 from ra_lens.cli.head import head
+from ra_lens.cli.methods import compare_methods
 
 app = typer.Typer(
     name="ra-lens",
@@ -64,7 +65,7 @@ def about(
 
 for command in (run, head, demo, check):
     app.command(cls=Command)(command)
-for command in (rank, perturb, patch, knockout, circuits):
+for command in (rank, perturb, patch, knockout, circuits, compare_methods):
     app.command(cls=ManyValuesCommand)(command)
 for command in (compare, trace):
     app.command(cls=Command)(command)

@@ -198,7 +198,7 @@ class Setup:
             raise failed
 
 
-def _with_setup(
+def with_setup(
     command: Callable[..., None], *, without: Collection[str] = ()
 ) -> Callable[..., None]:
     """Give a command the options of `Setup` around its own, and hand them over as one."""
@@ -206,7 +206,7 @@ def _with_setup(
     shared = {name: p for name, p in parameters.items() if name not in without}
 
     @wraps(command)
-    def with_setup(**options: Any) -> None:
+    def whole(**options: Any) -> None:
         setup = Setup(**{name: options.pop(name) for name in shared})
         command(setup, **options)
 
@@ -214,11 +214,11 @@ def _with_setup(
     first = [p for p in shared.values() if p.kind is not Parameter.KEYWORD_ONLY]
     last = [p for p in shared.values() if p.kind is Parameter.KEYWORD_ONLY]
     every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*first, *own, *last)]
-    with_setup.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
-    return with_setup
+    whole.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
+    return whole
 
 
-@partial(_with_setup, without=["figure"])
+@partial(with_setup, without=["figure"])
 def rank(
     setup: Setup,
     *,
@@ -239,7 +239,7 @@ def rank(
     )
 
 
-@_with_setup
+@with_setup
 def perturb(
     setup: Setup,
     *,
@@ -299,7 +299,7 @@ def perturb(
     )
 
 
-@_with_setup
+@with_setup
 def patch(
     setup: Setup,
     *,
@@ -381,7 +381,7 @@ def patch(
     )
 
 
-@partial(_with_setup, without=["shots"])
+@partial(with_setup, without=["shots"])
 def knockout(
     setup: Setup,
     *,
