@@ -128,7 +128,7 @@ _TEXTS = (
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
     "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
-    "steps_of", "circuit", "order", "true_heads", "found_by",
+    "steps_of", "circuit", "order", "true_heads", "found_by", "ablation",
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
@@ -154,6 +154,8 @@ _NEEDED = {
         "keys",
     ),
     "circuit": ("model", "circuit", "method", "order", "draw"),
+    "head effects": ("model", "task", "kind", "n_shots", "question", "layer", "head"),
+    "faithfulness": ("model", "task", "kind", "n_shots", "method", "ablation"),
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
@@ -162,6 +164,7 @@ _TELLS_APART = (
 _MEASURES = {
     "ranking": ("score", "rank"), "perturbation": _ALL_MARKS, "patching": _ALL_MARKS,
     "knockout": ("predicted", "measured"), "circuit": ("auroc", "average_precision"),
+    "head effects": ("loss",), "faithfulness": ("spearman_signed", "spearman_abs"),
 }  # fmt: skip
 MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")
 """Columns of what the experiments measure."""

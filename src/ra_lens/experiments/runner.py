@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
-from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads import ABLATIONS, HeadScores, rank_heads
 from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
@@ -170,13 +170,16 @@ class Run:
     journal: Journal
     finished: pd.DataFrame | None
 
-    def cells(self, count: str | None) -> list[Cell]:
+    def cells(
+        self, count: str | None, choose: Callable[[Split, int], list[Prompt]] | None = None
+    ) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
         they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
-        experiment has no such prompts. Test prompts are read if answers are marked, `n_test` of
-        them if that is set.
+        experiment has no such prompts. `choose` gives those of a task and number of demonstrations,
+        in place of the first ones of the part that a method is for. Test prompts are read if
+        answers are marked, `n_test` of them if that is set.
         """
         cells: list[Cell] = []
         parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
@@ -195,7 +198,11 @@ class Run:
                 if count is not None:
                     n_shots = k if shots is None else shots
                     for part in dict.fromkeys(parts):
-                        learned[part] = self._learned(split, part, n_shots, count)
+                        learned[part] = (
+                            self._learned(split, part, n_shots, count)
+                            if choose is None
+                            else choose(split, n_shots)
+                        )
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
@@ -251,7 +258,7 @@ class Run:
             name
             for name in self.methods
             if name in ("cm1", "cm1_last", "cm2")
-            or (find_method(name).needs is not None and not self.answer_in_input)
+            or (_reads_answers(name) and not self.answer_in_input)
         ]
         read = (
             [(cell.task, cell.questions) for cell in cells]
@@ -564,6 +571,11 @@ def _task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str,
     first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
     tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
     return {"name": task.name, **_task_facts(task), "tokens": settings_hash({"ids": tokens})}
+
+
+def _reads_answers(name: str) -> bool:
+    """Whether a method's loss is that of the whole answer, where it is in the input."""
+    return find_method(name).needs is not None or name in ABLATIONS
 
 
 def method_facts(name: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar, cast, overload
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, one_of
@@ -457,10 +458,10 @@ def rank_heads(
         batch_size=batch_size,
         progress=progress,
     )
-    together = _scores_of_one_run(context, chosen)
+    scores = scores_by(context, chosen)
     ranked: dict[str, HeadScores] = {}
     for one in chosen:
-        found = together[one.name] if one.name in together else _scores_of(one, context)
+        found = scores[one.name]
         each = found if found.ndim == 3 else None
         if each_prompt and each is None:
             raise BadInput(
@@ -480,6 +481,18 @@ def rank_heads(
             each=each if each_prompt else None,
         )
     return ranked[chosen[0].name] if methods is None else ranked
+
+
+def scores_by(
+    context: RankingContext, methods: Iterable[RankingMethod]
+) -> dict[str, Float[Tensor, "*prompt layer head"]]:
+    """Give the scores by each method: those of each prompt, or of all where there are no others."""
+    chosen = list(methods)
+    together = _scores_of_one_run(context, chosen)
+    return {
+        one.name: together[one.name] if one.name in together else _scores_of(one, context)
+        for one in chosen
+    }
 
 
 def ranking_context(
