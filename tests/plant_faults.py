@@ -475,6 +475,41 @@ FAULTS = (
         "active = _best(going, top_beam, power)",
         "active = going[:top_beam]",
     ),
+    Fault(
+        "masked heads get what they gave on another question's twin",
+        "experiments",
+        "{layer: z[list(questions), columns] for layer, z",
+        "{layer: z[list(questions)[::-1], columns] for layer, z",
+        near="tests/experiments/test_others.py",
+    ),
+    Fault(
+        "CMD lets too much and too little cancel",
+        "experiments",
+        "for of_f in (f, np.abs(1 - f))",
+        "for of_f in (f, 1 - f)",
+        near="tests/experiments/test_head_only.py",
+    ),
+    Fault(
+        "heads of a circuit are found on the prompts that rank",
+        "experiments",
+        "_found(test, circuit, halves[0])",
+        "_found(test, circuit, halves[1])",
+        near="tests/experiments/test_circuit_test.py",
+    ),
+    Fault(
+        "ties count in full for the true head",
+        "experiments",
+        "auroc=float(above + tied / 2)",
+        "auroc=float(above + tied)",
+        near="tests/heads/test_known_heads.py",
+    ),
+    Fault(
+        "the twin names the indirect object twice, so that its answer stays",
+        "experiments",
+        "asked(subject, answer, answer_first=not answer_first)",
+        "asked(answer, subject, answer_first=not answer_first)",
+        near="tests/tasks/test_circuits.py",
+    ),
     # ---- journals and files ---------------------------------------------------------------------
     Fault(
         "journal gone after a failure",
