@@ -436,7 +436,10 @@ FAULTS = (
         "values[1:] * np.diff(shares)",
     ),
     Fault(
-        "reversed order is the order", "experiments", "order = order[::-1]\n", "order = order[:]\n"
+        "reversed order is the order",
+        "experiments",
+        'order[::-1] if direction == "reversed" else order',
+        "order",
     ),
     Fault(
         "ties in no order",
