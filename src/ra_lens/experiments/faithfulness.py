@@ -212,26 +212,32 @@ def _needs_twins(run: Run) -> bool:
 def _prompts(run: Run, split: Split, shots: int) -> list[Prompt]:
     """The first prompts of the train part; with their twins, where something needs them."""
     wanted, there = run.settings["n_rank"], len(split.train)
-    drawn = {"seed": run.protocol.seed, "demonstrations": run.protocol.demonstrations}
+    protocol = run.protocol
+    prompts_of = partial(
+        split.prompts,
+        "train",
+        shots=shots,
+        seed=protocol.seed,
+        demonstrations=protocol.demonstrations,
+    )
     if not _needs_twins(run):
-        return split.prompts("train", shots=shots, n=wanted, **drawn)
-    encode = partial(run.lens.encode, prepend_bos=run.protocol.prepend_bos)
+        return prompts_of(n=wanted)
+    encode = partial(run.lens.encode, prepend_bos=protocol.prepend_bos)
     known: dict[Prompt, Prompt | None] = {}
 
     def paired(prompt: Prompt) -> Prompt | None:
         if prompt not in known:
             try:
-                known[prompt] = with_corrupted([prompt], encode, seed=run.protocol.seed)[0]
+                known[prompt] = with_corrupted([prompt], encode, seed=protocol.seed)[0]
             except BadInput:  # no other is as long
                 known[prompt] = None
         return known[prompt]
 
     found: list[Prompt] = []
     # Shared demonstrations are none of those asked, so that how many are asked decides on them.
-    most = there if run.protocol.demonstrations == "own" else there - shots
+    most = there if protocol.demonstrations == "own" else there - shots
     for n in range(wanted, most + 1):
-        prompts = split.prompts("train", shots=shots, n=n, **drawn)
-        found = [twin for twin in map(paired, prompts) if twin is not None]
+        found = [twin for twin in map(paired, prompts_of(n=n)) if twin is not None]
         if len(found) == wanted:
             return found
     raise BadInput(

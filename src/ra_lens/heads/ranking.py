@@ -262,7 +262,7 @@ def one_run_method(
             f"found steps={steps} without corrupted=True for method {name!r}: steps lead from the "
             "corrupted twins to the prompts. Give both."
         )
-    kinds = read_vectors(vectors) | ({"z_grad"} if corrupted else set[VectorKind]())
+    kinds = read_vectors(vectors) | read_vectors(["z_grad"] if corrupted else [])
     needs = Needs(
         tuple(read_kind(kind) for kind in ([maps] if isinstance(maps, str) else maps)),
         tuple(sorted(kinds)),
