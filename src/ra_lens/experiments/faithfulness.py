@@ -24,12 +24,10 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from ra_lens.errors import BadInput
 from ra_lens.experiments.runner import (
     Cell,
     Protocol,
     Row,
-    Run,
     Tasks,
     experiment,
     prompts_hash,
@@ -43,7 +41,7 @@ from ra_lens.heads.ranking import find_method, ranking_context, scores_by
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Real, Whole, Wholes, whole
 from ra_lens.patching.masking import need_heads
-from ra_lens.tasks import Demonstrations, Prompt, Split, SplitRule, with_corrupted
+from ra_lens.tasks import Demonstrations, SplitRule
 
 COMPARED = (
     *("zero", "resample", "atp", "michel", "grad_sam", "ag", "grad_norm", "knockout", "ra"),
@@ -198,54 +196,9 @@ def head_effect_table(
     ) as run:
         if run.finished is not None:
             return run.finished
-        cells = run.cells("n_rank", partial(_prompts, run))
+        twins = "resample" in settings["ablations"]
+        cells = run.cells("n_rank", part="train", twins=twins)
         return run.frame("Heads", cells, _rows, steps=len(names) + len(settings["ablations"]))
-
-
-def _needs_twins(run: Run) -> bool:
-    needs = [find_method(name).needs for name in run.methods]
-    return "resample" in (*run.settings["ablations"], *run.methods) or any(
-        one is not None and one.corrupted for one in needs
-    )
-
-
-def _prompts(run: Run, split: Split, shots: int) -> list[Prompt]:
-    """The first prompts of the train part; with their twins, where something needs them."""
-    wanted, there = run.settings["n_rank"], len(split.train)
-    protocol = run.protocol
-    prompts_of = partial(
-        split.prompts,
-        "train",
-        shots=shots,
-        seed=protocol.seed,
-        demonstrations=protocol.demonstrations,
-    )
-    if not _needs_twins(run):
-        return prompts_of(n=wanted)
-    encode = partial(run.lens.encode, prepend_bos=protocol.prepend_bos)
-    known: dict[Prompt, Prompt | None] = {}
-
-    def paired(prompt: Prompt) -> Prompt | None:
-        if prompt not in known:
-            try:
-                known[prompt] = with_corrupted([prompt], encode, seed=protocol.seed)[0]
-            except BadInput:  # no other is as long
-                known[prompt] = None
-        return known[prompt]
-
-    found: list[Prompt] = []
-    # Shared demonstrations are none of those asked, so that how many are asked decides on them.
-    most = there if protocol.demonstrations == "own" else there - shots
-    for n in range(wanted, most + 1):
-        found = [twin for twin in map(paired, prompts_of(n=n)) if twin is not None]
-        if len(found) == wanted:
-            return found
-    raise BadInput(
-        f"found n_rank={wanted}, but of {max(most, 0)} training prompts of task "
-        f"{split.task.name!r} {len(found)} have a corrupted twin: another pair as long in tokens, "
-        "with another answer. Give a smaller n_rank, or leave out what needs twins: 'resample', "
-        "'nap', 'nap_ig'."
-    )
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:

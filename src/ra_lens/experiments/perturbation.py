@@ -98,7 +98,7 @@ def perturbation_test(
         each_question: Give a row for each test question, numbered in the column `question`, in
             place of their mean: for `bootstrap_intervals`. Everything that reads such a table takes
             the means itself (`mean_over_questions`).
-        n_rank: Prompts per ranking.
+        n_rank: Prompts per ranking; where a method needs corrupted twins, they have some.
         n_test: Test questions at most. Default: the whole test part.
         rank_shots: Demonstrations in the prompts that heads are ranked with. Default: as many as
             in the questions.

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -47,6 +47,7 @@ from ra_lens.tasks import (
     Task,
     load_task,
     task_names,
+    with_corrupted,
 )
 from ra_lens.tasks.task import check_demonstrations
 from ra_lens.text import short, shots_name
@@ -168,18 +169,21 @@ class Run:
     finished: pd.DataFrame | None
 
     def cells(
-        self, count: str | None, choose: Callable[[Split, int], list[Prompt]] | None = None
+        self, count: str | None, *, part: Part | None = None, twins: bool = False
     ) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
         they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
-        experiment has no such prompts. `choose` gives those of a task and number of demonstrations,
-        in place of the first ones of the part that a method is for. Test prompts are read if
-        answers are marked, `n_test` of them if that is set.
+        experiment has no such prompts. `part` is that of the task which all of them are from; None:
+        the one that a method is for. Those of the train part have corrupted twins, where a method
+        needs them, or `twins` are asked for. Test prompts are read if answers are marked, `n_test`
+        of them if that is set.
         """
         cells: list[Cell] = []
-        parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
+        chosen = list(map(find_method, self.methods))
+        parts: list[Part] = [one.split for one in chosen] or ["train"]
+        twins = twins or any(one.twins for one in chosen)
         for task in self.tasks:
             split = task.split(self.protocol.split)
             for k in self.protocol.shots:
@@ -192,27 +196,59 @@ class Run:
                 learned: dict[Part, list[Prompt]] = {}
                 if count is not None:
                     n_shots = k if shots is None else shots
-                    for part in dict.fromkeys(parts):
-                        learned[part] = (
-                            self._learned(split, part, n_shots, count)
-                            if choose is None
-                            else choose(split, n_shots)
-                        )
+                    for of in dict.fromkeys(parts):
+                        learned[of] = self._learned(split, part or of, n_shots, count, twins=twins)
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
         return cells
 
-    def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
-        """Take the first training pairs, or draw from the validation part with replacement."""
+    def _learned(
+        self, split: Split, part: Part, shots: int, count: str, *, twins: bool
+    ) -> list[Prompt]:
+        """Take the first training pairs, or draw from the validation part with replacement.
+
+        With `twins` the first training pairs that have one.
+        """
         n = self.settings[count]
         if part == "train" and n > len(split.train):
             raise BadInput(
                 f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
                 f"pairs. Give {count}={len(split.train)} or less."
             )
+        if part == "train" and twins:
+            return self._paired(split, shots, count)
         drawn = part == "valid"
         return split.prompts(part, shots=shots, n=n, with_replacement=drawn, **self._drawn)
+
+    def _paired(self, split: Split, shots: int, count: str) -> list[Prompt]:
+        """Take the first training pairs that have a corrupted twin, with it."""
+        n, there = self.settings[count], len(split.train)
+        encode = partial(self.lens.encode, prepend_bos=self.protocol.prepend_bos)
+        known: dict[Prompt, Prompt | None] = {}
+
+        def paired(prompt: Prompt) -> Prompt | None:
+            if prompt not in known:
+                try:
+                    known[prompt] = with_corrupted([prompt], encode, seed=self.protocol.seed)[0]
+                except BadInput:  # no other is as long
+                    known[prompt] = None
+            return known[prompt]
+
+        found: list[Prompt] = []
+        # Shared demonstrations are none of those asked: how many are asked decides on them.
+        most = there if self.protocol.demonstrations == "own" else there - shots
+        for asked in range(n, most + 1):
+            prompts = split.prompts("train", shots=shots, n=asked, **self._drawn)
+            found = [twin for twin in map(paired, prompts) if twin is not None]
+            if len(found) >= n:
+                return found[:n]
+        raise BadInput(
+            f"found {count}={n}, but of {max(most, 0)} training prompts of task "
+            f"{split.task.name!r} {len(found)} have a corrupted twin: another pair as long in "
+            f"tokens, with another answer. Give a smaller {count}, or leave out what needs twins: "
+            "'resample', 'nap', 'nap_ig'."
+        )
 
     @property
     def _drawn(self) -> dict[str, Any]:
