@@ -35,7 +35,8 @@ from ra_lens.experiments.runner import (
     read_some,
     read_tasks,
 )
-from ra_lens.heads import ABLATIONS, Ablation, head_effects
+from ra_lens.heads import head_effects
+from ra_lens.heads.ablation import ABLATIONS, Ablation
 from ra_lens.heads.agreement import EFFECT, LOGIT_DIFF, SCORE, SECONDS, faithfulness
 from ra_lens.heads.ranking import find_method, ranking_context, scores_by
 from ra_lens.model import PrependBos, as_lens
@@ -163,8 +164,8 @@ def head_effect_table(
         progress: False hides the progress bar.
 
     Returns:
-        One row per task, number of demonstrations, prompt (`question`), `layer` and `head`: its
-        `score_…` by each method; `effect_…` of each ablation, the rise of the loss in nats, and
+        One row per task, number of demonstrations, prompt (`question`), `layer` and `head`, with
+        its `score_…` by each method; `effect_…` of each ablation, the rise of the loss in nats, and
         `logit_diff_effect_…`, the fall of the logit difference; `loss` and `logit_diff` of the
         whole model on that prompt; `seconds_…` that each took for all prompts together; and what is
         needed to repeat it. Methods that score no single prompt have the same score on each.

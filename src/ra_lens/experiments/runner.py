@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
-from ra_lens.heads import ABLATIONS, HeadScores, rank_heads
+from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
