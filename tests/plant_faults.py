@@ -117,8 +117,8 @@ FAULTS = (
     Fault(
         "ranking sums over examples",
         "scales",
-        "total / len(questions) for name, total",
-        "total for name, total",
+        "found if each is None else each.mean(dim=0)",
+        "found if each is None else each.sum(dim=0)",
     ),
     Fault(
         "a batch runs once for each method",
@@ -156,6 +156,41 @@ FAULTS = (
         'ra["pattern_grad", layer].where(ra["pattern", layer] > 0, 0.0).square()',
         'ra["pattern_grad", layer].square()',
         "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "NAP goes away from the corrupted prompt",
+        "heads",
+        "((other.z[layer].to(z) - z) * other.z_grad",
+        "((z - other.z[layer].to(z)) * other.z_grad",
+        "tests/heads/test_heads_corrupted.py",
+    ),
+    Fault(
+        "the way from the corrupted prompt begins at the prompt",
+        "heads",
+        "return corrupted + share * (x - corrupted)",
+        "return x + share * (corrupted - x)",
+        "tests/heads/test_heads_corrupted.py",
+    ),
+    Fault(
+        "resampled heads get what they gave a token earlier, after shared demonstrations",
+        "heads",
+        "for q in questions.tolist()]) + start\n",
+        "for q in questions.tolist()]) + max(start - 1, 0)\n",
+        "tests/heads/test_heads_ablation.py",
+    ),
+    Fault(
+        "the mean of a head counts padding",
+        "heads",
+        "n_tokens = sum(read.lengths)",
+        "n_tokens = len(read) * read.padded_width",
+        "tests/heads/test_heads_ablation.py",
+    ),
+    Fault(
+        "sizes of effects are those of the mean effect",
+        "heads",
+        "self.weights @ np.abs(values)}",
+        "np.abs(self.weights @ values)}",
+        "tests/heads/test_heads_agreement.py",
     ),
     Fault(
         "knockouts summed with their signs",
@@ -202,14 +237,14 @@ FAULTS = (
     Fault(
         "CM1 with the sign of the paper's code",
         "signs",
-        "(before[:, None, None] - after)",
-        "(after - before[:, None, None])",
+        "before.probability[:, None, None] - after.probability",
+        "after.probability - before.probability[:, None, None]",
     ),
     Fault(
         "CM2 with the sign of CM1",
         "signs",
-        "(after - before[:, None, None])",
-        "(before[:, None, None] - after)",
+        "after.probability - before.probability[:, None, None]",
+        "before.probability[:, None, None] - after.probability",
     ),
     Fault(
         "figures show R as −R",
@@ -285,8 +320,8 @@ FAULTS = (
     Fault(
         "masking as a product keeps NaN",
         "masks",
-        "torch.where(factors, by_head(z, n_heads), zero)",
-        "(by_head(z, n_heads) * factors)",
+        "torch.where(factors, own, new)",
+        "(own * factors + new * ~factors)",
     ),
     Fault(
         "one head more is unmasked",
@@ -436,7 +471,10 @@ FAULTS = (
         "values[1:] * np.diff(shares)",
     ),
     Fault(
-        "reversed order is the order", "experiments", "order = order[::-1]\n", "order = order[:]\n"
+        "reversed order is the order",
+        "experiments",
+        'order[::-1] if direction == "reversed" else order',
+        "order",
     ),
     Fault(
         "ties in no order",
@@ -474,6 +512,41 @@ FAULTS = (
         "paths",
         "active = _best(going, top_beam, power)",
         "active = going[:top_beam]",
+    ),
+    Fault(
+        "masked heads get what they gave on another question's twin",
+        "experiments",
+        "{layer: z[list(questions), columns] for layer, z",
+        "{layer: z[list(questions)[::-1], columns] for layer, z",
+        near="tests/experiments/test_others.py",
+    ),
+    Fault(
+        "CMD lets too much and too little cancel",
+        "experiments",
+        "for of_f in (f, np.abs(1 - f))",
+        "for of_f in (f, 1 - f)",
+        near="tests/experiments/test_head_only.py",
+    ),
+    Fault(
+        "heads of a circuit are found on the prompts that rank",
+        "experiments",
+        "_found(test, circuit, halves[0])",
+        "_found(test, circuit, halves[1])",
+        near="tests/experiments/test_circuit_test.py",
+    ),
+    Fault(
+        "ties count in full for the true head",
+        "experiments",
+        "auroc=float(above + tied / 2)",
+        "auroc=float(above + tied)",
+        near="tests/heads/test_known_heads.py",
+    ),
+    Fault(
+        "the twin names the indirect object twice, so that its answer stays",
+        "experiments",
+        "asked(subject, answer, answer_first=not answer_first)",
+        "asked(answer, subject, answer_first=not answer_first)",
+        near="tests/tasks/test_circuits.py",
     ),
     # ---- journals and files ---------------------------------------------------------------------
     Fault(

@@ -164,8 +164,7 @@ _TELLS_APART = (
 _MEASURES = {
     "ranking": ("score", "rank"), "perturbation": _ALL_MARKS, "patching": _ALL_MARKS,
     "knockout": ("predicted", "measured"), "circuit": ("auroc", "average_precision"),
-    "head effects": ("loss",),
-    "faithfulness": ("spearman_signed", "spearman_abs"),
+    "head effects": ("loss",), "faithfulness": ("spearman_signed", "spearman_abs"),
 }  # fmt: skip
 MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")
 """Columns of what the experiments measure."""

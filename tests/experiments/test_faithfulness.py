@@ -14,6 +14,7 @@ from ra_lens.experiments import (
     faithfulness,
     faithfulness_test,
     head_effect_table,
+    rank_tasks,
     read_results,
     write_results,
 )
@@ -160,3 +161,14 @@ def test_options_that_cannot_be_used_say_what_is_needed(shared):
         run(**{**OPTIONS, "n_rank": 1})
     with pytest.raises(BadInput, match="no ranking method 'xyzzy'"):
         run(**{**OPTIONS, "methods": "xyzzy"})
+
+
+def test_rankings_of_other_experiments_take_prompts_that_have_twins_too(shared):
+    options = {"shots": 0, "n_rank": 4, "progress": False}
+    frame = rank_tasks(shared("gpt2", KINDS[0]), MIXED, methods=["nap", "atp"], **options)
+    first = [pair for pair in MIXED.split().train if len(pair.input.split()) == 1][:4]
+    prompts = [MIXED.build(pair) for pair in first]
+    for name in ("nap", "atp"):
+        wanted = rank_heads(shared("gpt2", KINDS[0]), prompts, method=name, progress=False)
+        rows = frame[frame.method == name].sort_values("rank")
+        assert list(zip(rows.layer, rows["head"], strict=True)) == wanted.order()

@@ -11,7 +11,8 @@ from folded import fold
 from left_behind import changes, snapshot
 from oracle import HFHeads
 from ra_lens.errors import BadInput, RALensWarning, UnsupportedModel
-from ra_lens.heads import ABLATIONS, head_effects, rank_heads, ranking_methods
+from ra_lens.heads import head_effects, rank_heads, ranking_methods
+from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.tasks import Prompt, with_corrupted
 from refused import unchecked
 from tiny_models import ANY_KIND, BOS, CASES, KINDS, N_HEADS, N_LAYERS, relative, text

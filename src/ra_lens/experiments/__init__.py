@@ -2,11 +2,12 @@
 
 `rank_tasks`, `perturbation_test` and `patching_sweep`, the paper's, and `knockout_test` take a
 model and tasks; with `out=` they write the table and, when they are killed, go on where they
-stopped. `knockout_agreement` sums up a knockout test, `area_under_curve` and `head_only_cpr_cmd` a
-perturbation test; `bootstrap_intervals` says how sure numbers are, and `compare_with_paper` lays
-results beside the published ones. `faithfulness_test` says how well scores of heads foretell what
-taking one head away does, from the table of `head_effect_table`, `faithfulness_differences`
-compares them in pairs, and `circuit_test` asks how well rankings find the heads of a known circuit.
+stopped. `knockout_agreement` sums up a knockout test. `faithfulness_test` says how well scores of
+heads foretell what taking one head away does, from the table of `head_effect_table`, and
+`faithfulness_differences` compares them in pairs. `area_under_curve` sums up a perturbation test,
+`head_only_cpr_cmd` says which heads suffice, `bootstrap_intervals` how sure numbers are, and
+`compare_with_paper` lays results beside the published ones. `circuit_test` asks how well rankings
+find the heads of a known circuit.
 """
 
 from ra_lens.experiments.circuits import circuit_heads, circuit_test

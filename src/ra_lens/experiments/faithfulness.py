@@ -24,12 +24,10 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from ra_lens.errors import BadInput
 from ra_lens.experiments.runner import (
     Cell,
     Protocol,
     Row,
-    Run,
     Tasks,
     experiment,
     prompts_hash,
@@ -37,13 +35,14 @@ from ra_lens.experiments.runner import (
     read_some,
     read_tasks,
 )
-from ra_lens.heads import ABLATIONS, Ablation, head_effects
+from ra_lens.heads import head_effects
+from ra_lens.heads.ablation import ABLATIONS, Ablation
 from ra_lens.heads.agreement import EFFECT, LOGIT_DIFF, SCORE, SECONDS, faithfulness
 from ra_lens.heads.ranking import find_method, ranking_context, scores_by
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Real, Whole, Wholes, whole
 from ra_lens.patching.masking import need_heads
-from ra_lens.tasks import Demonstrations, Prompt, Split, SplitRule, with_corrupted
+from ra_lens.tasks import Demonstrations, SplitRule
 
 COMPARED = (
     *("zero", "resample", "atp", "michel", "grad_sam", "ag", "grad_norm", "knockout", "ra"),
@@ -166,8 +165,8 @@ def head_effect_table(
         progress: False hides the progress bar.
 
     Returns:
-        One row per task, number of demonstrations, prompt (`question`), `layer` and `head`: its
-        `score_…` by each method; `effect_…` of each ablation, the rise of the loss in nats, and
+        One row per task, number of demonstrations, prompt (`question`), `layer` and `head`, with
+        its `score_…` by each method; `effect_…` of each ablation, the rise of the loss in nats, and
         `logit_diff_effect_…`, the fall of the logit difference; `loss` and `logit_diff` of the
         whole model on that prompt; `seconds_…` that each took for all prompts together; and what is
         needed to repeat it. Methods that score no single prompt have the same score on each.
@@ -199,48 +198,9 @@ def head_effect_table(
     ) as run:
         if run.finished is not None:
             return run.finished
-        cells = run.cells("n_rank", partial(_prompts, run))
+        twins = "resample" in settings["ablations"]
+        cells = run.cells("n_rank", part="train", twins=twins)
         return run.frame("Heads", cells, _rows, steps=len(names) + len(settings["ablations"]))
-
-
-def _needs_twins(run: Run) -> bool:
-    needs = [find_method(name).needs for name in run.methods]
-    return "resample" in (*run.settings["ablations"], *run.methods) or any(
-        one is not None and one.corrupted for one in needs
-    )
-
-
-def _prompts(run: Run, split: Split, shots: int) -> list[Prompt]:
-    """The first prompts of the train part; with their twins, where something needs them."""
-    wanted, there = run.settings["n_rank"], len(split.train)
-    drawn = {"seed": run.protocol.seed, "demonstrations": run.protocol.demonstrations}
-    if not _needs_twins(run):
-        return split.prompts("train", shots=shots, n=wanted, **drawn)
-    encode = partial(run.lens.encode, prepend_bos=run.protocol.prepend_bos)
-    known: dict[Prompt, Prompt | None] = {}
-
-    def paired(prompt: Prompt) -> Prompt | None:
-        if prompt not in known:
-            try:
-                known[prompt] = with_corrupted([prompt], encode, seed=run.protocol.seed)[0]
-            except BadInput:  # no other is as long
-                known[prompt] = None
-        return known[prompt]
-
-    found: list[Prompt] = []
-    # Shared demonstrations are none of those asked, so that how many are asked decides on them.
-    most = there if run.protocol.demonstrations == "own" else there - shots
-    for n in range(wanted, most + 1):
-        prompts = split.prompts("train", shots=shots, n=n, **drawn)
-        found = [twin for twin in map(paired, prompts) if twin is not None]
-        if len(found) == wanted:
-            return found
-    raise BadInput(
-        f"found n_rank={wanted}, but of {max(most, 0)} training prompts of task "
-        f"{split.task.name!r} {len(found)} have a corrupted twin: another pair as long in tokens, "
-        "with another answer. Give a smaller n_rank, or leave out what needs twins: 'resample', "
-        "'nap', 'nap_ig'."
-    )
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:

@@ -130,7 +130,7 @@ def perturbation_test(
         costs: Say in the columns `forwards`, `backwards` and `seconds` what the ranking took:
             passes of one prompt, as the method says of itself, and time. Methods that share a run
             each have the time of all of them.
-        n_rank: Prompts per ranking.
+        n_rank: Prompts per ranking; where a method needs corrupted twins, they have some.
         n_test: Test questions at most. Default: the whole test part.
         rank_shots: Demonstrations in the prompts that heads are ranked with. Default: as many as
             in the questions.

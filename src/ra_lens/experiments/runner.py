@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
-from ra_lens.heads import ABLATIONS, HeadScores, rank_heads
+from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
@@ -171,18 +172,21 @@ class Run:
     finished: pd.DataFrame | None
 
     def cells(
-        self, count: str | None, choose: Callable[[Split, int], list[Prompt]] | None = None
+        self, count: str | None, *, part: Part | None = None, twins: bool = False
     ) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
         they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
-        experiment has no such prompts. `choose` gives those of a task and number of demonstrations,
-        in place of the first ones of the part that a method is for. Test prompts are read if
-        answers are marked, `n_test` of them if that is set.
+        experiment has no such prompts. `part` is that of the task which all of them are from; None:
+        the one that a method is for. Those of the train part have corrupted twins, where a method
+        needs them, or `twins` are asked for. Test prompts are read if answers are marked, `n_test`
+        of them if that is set.
         """
         cells: list[Cell] = []
-        parts: list[Part] = [find_method(name).split for name in self.methods] or ["train"]
+        chosen = list(map(find_method, self.methods))
+        parts: list[Part] = [one.split for one in chosen] or ["train"]
+        twins = twins or any(one.twins for one in chosen)
         for task in self.tasks:
             split = task.split(self.protocol.split)
             for k in self.protocol.shots:
@@ -197,12 +201,8 @@ class Run:
                 learned: dict[Part, list[Prompt]] = {}
                 if count is not None:
                     n_shots = k if shots is None else shots
-                    for part in dict.fromkeys(parts):
-                        learned[part] = (
-                            self._learned(split, part, n_shots, count)
-                            if choose is None
-                            else choose(split, n_shots)
-                        )
+                    for of in dict.fromkeys(parts):
+                        learned[of] = self._learned(split, part or of, n_shots, count, twins=twins)
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
@@ -210,38 +210,72 @@ class Run:
 
     def _with_twins(self, task: Task, asked: list[Prompt]) -> list[Prompt]:
         """Give questions their corrupted twins; those that have none are left out, and told."""
-        encode = partial(self.lens.encode, prepend_bos=self.protocol.prepend_bos)
-        found: list[Prompt] = []
-        left: list[BadInput] = []
-        for prompt in asked:
-            try:
-                found += with_corrupted([prompt], encode, seed=self.protocol.seed)
-            except BadInput as error:
-                left.append(error)
+        found = [twin for twin in map(self._with_twin, asked) if twin is not None]
+        why = "no other pair of the task makes one of as many tokens with another answer"
         if not found:
             raise BadInput(
                 f"none of the {len(asked)} questions of task {task.name!r} has a corrupted twin: "
-                f"{left[0]}"
+                f"{why}. Take pairs of one length (same_length_sets), or others='mean'."
             )
-        if left:
+        if len(found) < len(asked):
             warnings.warn(
-                f"{len(left)} of {len(asked)} questions of task {task.name!r} are left out, since "
-                "no other pair of the task makes one of as many tokens with another answer.",
+                f"{len(asked) - len(found)} of {len(asked)} questions of task {task.name!r} are "
+                f"left out, since {why}.",
                 RALensWarning,
                 stacklevel=5,
             )
         return found
 
-    def _learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
-        """Take the first training pairs, or draw from the validation part with replacement."""
+    def _with_twin(self, prompt: Prompt) -> Prompt | None:
+        """Give a prompt its corrupted twin; None where no other is as long."""
+        encode = partial(self.lens.encode, prepend_bos=self.protocol.prepend_bos)
+        try:
+            return with_corrupted([prompt], encode, seed=self.protocol.seed)[0]
+        except BadInput:
+            return None
+
+    def _learned(
+        self, split: Split, part: Part, shots: int, count: str, *, twins: bool
+    ) -> list[Prompt]:
+        """Take the first training pairs, or draw from the validation part with replacement.
+
+        With `twins` the first training pairs that have one.
+        """
         n = self.settings[count]
         if part == "train" and n > len(split.train):
             raise BadInput(
                 f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
                 f"pairs. Give {count}={len(split.train)} or less."
             )
+        if part == "train" and twins:
+            return self._paired(split, shots, count)
         drawn = part == "valid"
         return split.prompts(part, shots=shots, n=n, with_replacement=drawn, **self._drawn)
+
+    def _paired(self, split: Split, shots: int, count: str) -> list[Prompt]:
+        """Take the first training pairs that have a corrupted twin, with it."""
+        n, there = self.settings[count], len(split.train)
+        known: dict[Prompt, Prompt | None] = {}
+
+        def paired(prompt: Prompt) -> Prompt | None:
+            if prompt not in known:
+                known[prompt] = self._with_twin(prompt)
+            return known[prompt]
+
+        found: list[Prompt] = []
+        # Shared demonstrations are none of those asked: how many are asked decides on them.
+        most = there if self.protocol.demonstrations == "own" else there - shots
+        for asked in range(n, most + 1):
+            prompts = split.prompts("train", shots=shots, n=asked, **self._drawn)
+            found = [twin for twin in map(paired, prompts) if twin is not None]
+            if len(found) >= n:
+                return found[:n]
+        raise BadInput(
+            f"found {count}={n}, but of {max(most, 0)} training prompts of task "
+            f"{split.task.name!r} {len(found)} have a corrupted twin: another pair as long in "
+            f"tokens, with another answer. Give a smaller {count}, or leave out what needs twins: "
+            "'resample', 'nap', 'nap_ig'."
+        )
 
     @property
     def _drawn(self) -> dict[str, Any]:

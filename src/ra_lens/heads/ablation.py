@@ -201,7 +201,13 @@ def mean_scores(context: RankingContext) -> Float[Tensor, "prompt layer head"]:
     return _rise(context, "mean")
 
 
-@ranking_method("resample", label="Resample", title=_TITLES["resample"], passes=_PASSES["resample"])
+@ranking_method(
+    "resample",
+    label="Resample",
+    title=_TITLES["resample"],
+    passes=_PASSES["resample"],
+    twins=True,
+)
 def resample_scores(context: RankingContext) -> Float[Tensor, "prompt layer head"]:
     """Rise of the loss, in nats, when the head gives what it gives on the corrupted twin.
 

@@ -159,6 +159,7 @@ class RankingMethod:
         label: What legends and tables call it; empty: its name.
         needs: What it reads of one forward and one backward pass; None: it runs the model itself.
         passes: What it costs for one prompt; None: nobody said.
+        twins: Whether it reads corrupted twins; experiments then take prompts that have some.
     """
 
     name: str
@@ -169,6 +170,7 @@ class RankingMethod:
     label: str = ""
     needs: Needs | None = None
     passes: Passes | None = None
+    twins: bool = False
 
 
 # Built-in ones are listed in this order, before all others, in whatever order they register.
@@ -189,6 +191,7 @@ def ranking_method(
     split: Part = "train",
     random: bool = False,
     passes: Passes | None = None,
+    twins: bool = False,
     replace: bool = False,
 ) -> Callable[[RankingFunction], RankingFunction]:
     """Register the decorated function as a ranking method.
@@ -203,6 +206,8 @@ def ranking_method(
         split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
         random: Whether it gives another order for another `draw`; experiments then average draws.
         passes: What it costs for one prompt, for tables that compare methods.
+        twins: Whether it reads corrupted twins (`RankingContext.twins`); experiments then take
+            prompts that have some.
         replace: True to put it in the place of a method of the same name.
 
     Raises:
@@ -211,7 +216,9 @@ def ranking_method(
     _check_name(name, split)
 
     def register(function: RankingFunction) -> RankingFunction:
-        method = RankingMethod(name, title or name, function, split, random, label, None, passes)
+        method = RankingMethod(
+            name, title or name, function, split, random, label, None, passes, twins
+        )
         return _register(method, function, replace=replace)
 
     return register
@@ -262,7 +269,7 @@ def one_run_method(
             f"found steps={steps} without corrupted=True for method {name!r}: steps lead from the "
             "corrupted twins to the prompts. Give both."
         )
-    kinds = read_vectors(vectors) | ({"z_grad"} if corrupted else set[VectorKind]())
+    kinds = read_vectors(vectors) | read_vectors(["z_grad"] if corrupted else [])
     needs = Needs(
         tuple(read_kind(kind) for kind in ([maps] if isinstance(maps, str) else maps)),
         tuple(sorted(kinds)),
@@ -273,7 +280,14 @@ def one_run_method(
 
     def register(function: RunFunction) -> RunFunction:
         method = RankingMethod(
-            name, title or name, function, split, label=label, needs=needs, passes=passes
+            name,
+            title or name,
+            function,
+            split,
+            label=label,
+            needs=needs,
+            passes=passes,
+            twins=corrupted,
         )
         return _register(method, function, replace=replace)
 
