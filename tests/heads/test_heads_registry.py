@@ -26,6 +26,7 @@ from tiny_models import KINDS, N_HEADS, N_LAYERS
 PROMPTS = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8", " w9")]
 BUILT_IN = [
     *["ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"],
+    *["relp", "gim"],
     *["fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"],
 ]
 

@@ -68,8 +68,8 @@ AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve
 MethodsOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm fa "
-        "fa_of_mean cm1 cm1_last cm2 random index. Default: ra fa cm1 cm2 index random."
+        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm relp "
+        "gim fa fa_of_mean cm1 cm1_last cm2 random index. Default: ra fa cm1 cm2 index random."
     ),
 ]
 NRankOption = Annotated[int, typer.Option(min=1, help="Questions that heads are ranked on.")]

@@ -212,6 +212,8 @@ _KNOWN = {
     "grad_sam": MethodStyle("#6f6f1e", "triangle-left"),
     "ag": MethodStyle("#661100", "octagon"),
     "grad_norm": MethodStyle("#2a7f74", "diamond-tall"),
+    "relp": MethodStyle("#4477aa", "hourglass-open"),
+    "gim": MethodStyle("#994f00", "bowtie-open"),
     "cm1": MethodStyle("#009e73", "diamond"),
     "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(

@@ -21,6 +21,7 @@ from ra_lens.head_names import HeadScore
 from ra_lens.heads import gradients as gradients
 from ra_lens.heads import mediation as mediation
 from ra_lens.heads import methods as methods
+from ra_lens.heads import relevance as relevance
 from ra_lens.heads.one_run import Needs
 from ra_lens.heads.ranking import (
     RankingContext,

@@ -23,6 +23,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.knockouts.predict import FORETOLD_FROM
 from ra_lens.model import Lens
+from ra_lens.model.backward import Backward
 from ra_lens.model.sites import MapKind, VectorKind
 from ra_lens.patching.masking import need_heads
 from ra_lens.questions import Questions
@@ -40,10 +41,12 @@ class Needs:
     Attributes:
         maps: Kinds of map, those that are made from others included.
         vectors: Kinds of vectors.
+        backward: Which backward pass; methods of one share it.
     """
 
     maps: tuple[MapKind, ...] = ()
     vectors: tuple[VectorKind, ...] = ()
+    backward: Backward = "exact"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def scores_of_one_run(
 ) -> dict[str, Float[Tensor, "layer head"]]:
     """Run each batch forwards and backwards once, and average what every method makes of it.
 
+    All methods are of one backward pass.
+
     Returns:
         The mean over examples by the name of the method, float64 on the CPU.
 
@@ -76,6 +81,7 @@ def scores_of_one_run(
     vectors = {kind for one in methods.values() for kind in one.needs.vectors}
     if not vectors.isdisjoint(("z", "z_grad")):
         need_heads(lens)
+    backward: Backward = next(one.needs.backward for one in methods.values())
     kinds = {kind for one in methods.values() for kind in one.needs.maps}
     kept = {
         site.map_name(part)
@@ -98,6 +104,7 @@ def scores_of_one_run(
             store="maps" if kept else "norms",
             names_filter=kept.__contains__,
             vectors=sorted(vectors),
+            backward=backward,
         )
         for name, one in methods.items():
             totals[name] += _checked(name, one.function(cache), cache).sum(dim=0)

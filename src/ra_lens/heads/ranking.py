@@ -23,6 +23,7 @@ Cost, for n prompts and a model of L layers with H heads:
 
 * `ra`, `w_norm`, `michel`, `atp`, `knockout`, `grad_sam`, `ag`, `grad_norm`: n forwards, and n
   backwards with respect to activations only; as many for all of them together;
+* `relp`, `gim`: the same, for each of them;
 * `fa`, `fa_of_mean`: n forwards;
 * `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
   on average where the layers are alike; `cm2`: n forwards more;
@@ -45,6 +46,7 @@ from ra_lens.errors import BadInput, one_of
 from ra_lens.heads.one_run import Needs, OfRun, RunFunction, scores_of_one_run
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, PrependBos, as_lens
+from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.sites import MapKind, VectorKind, read_kind, read_vectors
 from ra_lens.numbers import Whole, whole
 from ra_lens.questions import Questions, read_questions
@@ -131,6 +133,7 @@ class RankingMethod:
 # Built-in ones are listed in this order, before all others, in whatever order they register.
 _BUILT_IN = (
     *("ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"),
+    *("relp", "gim"),
     *("fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"),
 )
 _methods: dict[str, RankingMethod] = {}
@@ -174,6 +177,7 @@ def one_run_method(
     label: str = "",
     maps: Sequence[MapKind] = (),
     vectors: Sequence[VectorKind] = (),
+    backward: Backward = "exact",
     split: Part = "train",
     replace: bool = False,
 ) -> Callable[[RunFunction], RunFunction]:
@@ -183,7 +187,7 @@ def one_run_method(
     gives `Float[Tensor, "batch layer head"]`, larger = more important; a head's score is the mean
     over all examples. Where layers have fewer heads than others, NaN stands in for those they lack
     (`ra_lens.model.sites.table` lays rows out so). Norms of all kinds of map are always there.
-    Methods of this kind that are ranked by together share the pass.
+    Methods of this kind that are ranked by together share the pass, one for each `backward`.
 
     Args:
         name: What `rank_heads(method=...)` is to call it.
@@ -191,17 +195,20 @@ def one_run_method(
         label: What legends and tables call it. Default: the name.
         maps: Kinds of map that it reads, `ra["pattern", layer]`: they are then kept for a batch.
         vectors: Kinds of vectors that it reads, `ra["z", layer]`.
+        backward: Which backward pass it reads, as in `run_with_ra`.
         split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
         replace: True to put it in the place of a method of the same name.
 
     Raises:
-        BadInput: the name is taken, or empty; an unknown part or kind of vectors.
+        BadInput: the name is taken, or empty; an unknown part, kind of vectors, or backward pass.
         NotStored: an unknown kind of map.
     """
     _check_name(name, split)
+    one_of("backward", backward, BACKWARDS, where=f" for method {name!r}")
     needs = Needs(
         tuple(read_kind(kind) for kind in ([maps] if isinstance(maps, str) else maps)),
         tuple(sorted(read_vectors(vectors))),
+        backward=backward,
     )
 
     def register(function: RunFunction) -> RunFunction:
@@ -325,6 +332,7 @@ def rank_heads(
     * `"michel"`: |Σ z·∂L/∂z|; `"atp"`: −Σ z·∂L/∂z, what zeroing the head does to L, foretold.
     * `"knockout"`: Σ |−R~/(1 − A)|, what cutting each edge does to L, foretold.
     * `"grad_sam"`: Σ relu(−A ⊙ G); `"ag"`: Σ |A ⊙ G|; `"grad_norm"`: ‖G‖ where A > 0.
+    * `"relp"`, `"gim"`: |Σ z·∂L/∂z|, each from a backward pass of its own rules.
 
     The others:
 
@@ -404,23 +412,26 @@ def rank_heads(
 def _scores_of_one_run(
     context: RankingContext, chosen: Iterable[RankingMethod]
 ) -> dict[str, Tensor]:
-    """Give the scores of all methods that read one forward and one backward pass."""
+    """Give the scores of all methods that read one run; one run for each backward pass."""
     sharing = {
         one.name: OfRun(cast("RunFunction", one.function), one.needs)
         for one in chosen
         if one.needs is not None
     }
-    if not sharing:
-        return {}
-    return scores_of_one_run(
-        context.lens,
-        context.model,
-        context.questions,
-        sharing,
-        answer_in_input=context.answer_in_input,
-        batch_size=context.batch_size,
-        progress=context.progress,
-    )
+    found = dict[str, Tensor]()
+    for backward in BACKWARDS:
+        of_one = {name: one for name, one in sharing.items() if one.needs.backward == backward}
+        if of_one:
+            found |= scores_of_one_run(
+                context.lens,
+                context.model,
+                context.questions,
+                of_one,
+                answer_in_input=context.answer_in_input,
+                batch_size=context.batch_size,
+                progress=context.progress,
+            )
+    return found
 
 
 def _scores_of(method: RankingMethod, context: RankingContext) -> Tensor:

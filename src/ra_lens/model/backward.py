@@ -124,7 +124,8 @@ class Rewiring:
             node, place, consumer = waiting.pop()
             if node is not None and node not in seen:
                 seen.add(node)
-                waiting += [(edge[0], at, node) for edge, at in self._at(node, place, consumer)]
+                for edge, at in self._at(node, place, consumer):
+                    waiting.append((edge[0], at, node))
 
     # ---- telling nodes apart --------------------------------------------------------------------
 
