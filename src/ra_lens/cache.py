@@ -280,7 +280,7 @@ class RACache:
             if losses and not any(map(math.isnan, losses)):  # NaN where nobody said what it is
                 average = " on average" * (len(losses) > 1)
                 own += f"; loss {sum(losses) / len(losses):.4f}{average}"
-            return [*found, ("Loss", text + own)]
+            return [*found, ("Loss", text + own), *_of_another(info.backward)]
         if info.targets is not None:
             found.append(("Target", f"“{label(info.targets[example])}”{own}"))
         if not math.isnan(loss := self.loss_of(example)):
@@ -288,7 +288,7 @@ class RACache:
             if info.objective in ("answer_nll", "top_prediction"):
                 text += f"; p(target) = {math.exp(-loss):.3g}"
             found.append(("Loss", text))
-        return found
+        return [*found, *_of_another(info.backward)]
 
     @property
     def loss_unit(self) -> str:
@@ -458,7 +458,8 @@ class RACache:
             −Σ R~ / (1 − Σ A) per row, or −Σ A·G, summed over rows, heads and layers.
 
         Raises:
-            BadInput: heads, layers, positions or texts that are not there.
+            BadInput: heads, layers, positions or texts that are not there; or maps of another
+                backward pass than the loss's own.
             NotStored: the maps were not kept.
         """
         choice = {"heads": heads, "layers": layers, "queries": queries, "keys": keys}
@@ -802,6 +803,12 @@ def _in_front(prepended: str | None) -> str:
     return (
         "" if prepended is None else f", {label(prepended) if prepended else 'nothing'} prepended"
     )
+
+
+def _of_another(backward: str) -> list[tuple[str, str]]:
+    """Say which backward pass gave the maps, where it is not the loss's own."""
+    text = f"{backward}: gradients of other rules (ra_lens.model.backward), not of the loss"
+    return [] if backward == "exact" else [("Backward", text)]
 
 
 def _tuples(value: Any) -> Any:

@@ -31,6 +31,7 @@ from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
 from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, Side, as_lens
+from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.forward import at_columns
 from ra_lens.model.sites import VectorKind, read_vectors
 from ra_lens.numbers import Real, Whole, whole_or_none
@@ -73,6 +74,7 @@ def run_with_ra(
     return_logits: Literal["read", "all"] = "read",
     batch_size: Whole | None = None,
     recompute: bool = False,
+    backward: Backward = "exact",
     progress: bool = True,
     attention_mask: Mask | None = None,
     prepend_bos: PrependBos = None,
@@ -130,6 +132,10 @@ def run_with_ra(
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
             pass; hooks inside blocks run twice.
+        backward: `"exact"`, the gradient of the loss; or another backward pass through the same
+            forward pass, `"relp"` or `"gim"`, whose rules `ra_lens.model.backward` states. Maps and
+            gradients are then those of that pass, which the cache says (`ra.info.backward`), and
+            foretell no change of the loss. Logits and patterns are the same.
         progress: False hides the progress bar.
         attention_mask: For token ids with padding: 1 at real tokens; it wins over the mask of a
             mapping. Without either, runs of the tokenizer's pad token at the end (or start) of rows
@@ -153,13 +159,14 @@ def run_with_ra(
     Raises:
         BadInput: input, target or option that cannot be used.
         UnsupportedModel: a model, or a state of it, that does not let its attention be read; or
-            one that is being run already.
+            one that is being run already, or that computes something `backward` has no rule for.
         NothingToDifferentiate: NaN logits or gradients, a loss that does not depend on the
             attention, or layers that the model itself, and no hook, cuts off from it.
         NotEnoughMemory: more than the device has left, seen before anything runs.
     """
     one_of("store", store, ("maps", "norms", "mean"))
     one_of("return_logits", return_logits, ("read", "all"))
+    one_of("backward", backward, BACKWARDS)
     one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
     lens.refuse_meta()
@@ -231,6 +238,7 @@ def run_with_ra(
         every=every,
         recompute=recompute,
         vectors=kinds,
+        backward=backward,
     )
     parts = [examples for examples, _ in read.prompts.batches(batch_size)]
     with lens.only_run():
@@ -238,7 +246,7 @@ def run_with_ra(
             run.part(read.each(lambda one, part=part: one.chosen(part)), bound.part(part))
             for part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
-    return _finish(lens, bound, read, recorder, results)
+    return _finish(lens, bound, read, recorder, results, backward)
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,7 @@ class _Run:
     every: bool
     recompute: bool
     vectors: frozenset[VectorKind]
+    backward: Backward
 
     def part(self, read: _Read, bound: Loss) -> BatchResult:
         """Run a batch as it is laid out or, where padding would show, in groups of one length."""
@@ -334,7 +343,12 @@ class _Run:
         at_logits: list[Tensor] = []
         deliver = self.recorder.begin(layout, encoder_layout)
         collector = Collector(
-            lens, self.recorder.sites, deliver, edited=self._edited, vectors=self.vectors
+            lens,
+            self.recorder.sites,
+            deliver,
+            edited=self._edited,
+            vectors=self.vectors,
+            backward=self.backward,
         )
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -355,6 +369,7 @@ class _Run:
             total = loss.sum()
             scale = self.scaling.of(total, given)
             if given.requires_grad:
+                collector.rewire([given])
                 given.register_hook(lambda grad: at_logits.append(grad.norm(p=math.inf)))
             collector.backward(total, scale)
         if collector.vectors is not None:
@@ -428,7 +443,12 @@ def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
 
 
 def _finish(
-    lens: Lens, bound: Loss, read: _Read, recorder: Recorder, results: list[BatchResult]
+    lens: Lens,
+    bound: Loss,
+    read: _Read,
+    recorder: Recorder,
+    results: list[BatchResult],
+    backward: Backward,
 ) -> tuple[Tensor, RACache]:
     scalars = [r for r in results if r.loss.ndim == 0]
     if scalars and len(results) > 1:
@@ -449,6 +469,7 @@ def _finish(
         starts=tuple(start for r in results for start in r.starts),
         prepended=read.source.prepended,
         decoder_tokens=None if read.encoded is None else _decoded(lens, read.prompts),
+        backward=backward,
     )
     loss = results[0].loss if scalars else torch.cat([r.loss for r in results])
     return torch.cat([r.logits for r in results]), recorder.result(loss=loss, info=info)

@@ -30,7 +30,7 @@ PROMPTS = [
 ]
 BUILT_IN = [
     *["ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"],
-    *["nap", "nap_ig", "zero", "mean", "resample"],
+    *["relp", "gim", "nap", "nap_ig", "zero", "mean", "resample"],
     *["fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"],
 ]
 

@@ -68,8 +68,8 @@ AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve
 MethodsOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm nap nap_ig "
-        "zero mean resample fa fa_of_mean cm1 cm1_last cm2 random index. "
+        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm relp gim nap "
+        "nap_ig zero mean resample fa fa_of_mean cm1 cm1_last cm2 random index. "
         "Default: ra fa cm1 cm2 index random."
     ),
 ]

@@ -217,6 +217,8 @@ _KNOWN = {
     "zero": MethodStyle("#111827", "circle-open"),
     "mean": MethodStyle("#4d7c0f", "circle-x"),
     "resample": MethodStyle("#0f4c81", "star-diamond"),
+    "relp": MethodStyle("#4477aa", "square-x"),
+    "gim": MethodStyle("#994f00", "diamond-x"),
     "cm1": MethodStyle("#009e73", "diamond"),
     "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(

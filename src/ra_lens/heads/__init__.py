@@ -23,6 +23,7 @@ from ra_lens.heads import ablation as ablation
 from ra_lens.heads import gradients as gradients
 from ra_lens.heads import mediation as mediation
 from ra_lens.heads import methods as methods
+from ra_lens.heads import relevance as relevance
 from ra_lens.heads.ablation import HeadEffects, head_effects
 from ra_lens.heads.corrupted import CorruptedRun
 from ra_lens.heads.known import KnownHeads, Localisation, known_heads, localisation_scores

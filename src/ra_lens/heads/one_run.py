@@ -25,6 +25,7 @@ from ra_lens.errors import BadInput
 from ra_lens.heads.corrupted import CorruptedRun, corrupted_runs
 from ra_lens.knockouts.predict import FORETOLD_FROM
 from ra_lens.model import Lens
+from ra_lens.model.backward import Backward
 from ra_lens.model.sites import MapKind, VectorKind
 from ra_lens.patching.masking import need_heads
 from ra_lens.prompts import Prompts
@@ -49,12 +50,14 @@ class Needs:
         corrupted: Whether the function also gets what heads give on the corrupted twins.
         steps: In how many steps the gradient is taken on the way from the twins; 1: at the prompts
             alone.
+        backward: Which backward pass; methods of one share it.
     """
 
     maps: tuple[MapKind, ...] = ()
     vectors: tuple[VectorKind, ...] = ()
     corrupted: bool = False
     steps: int = 1
+    backward: Backward = "exact"
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def scores_of_one_run(
 
     `twins` gives the corrupted twins of the questions, where a method needs them.
 
+    All methods are of one backward pass.
+
     Returns:
         By the name of the method, float64 on the CPU.
 
@@ -90,6 +95,7 @@ def scores_of_one_run(
     vectors = {kind for one in methods.values() for kind in one.needs.vectors}
     if not vectors.isdisjoint(("z", "z_grad")):
         need_heads(lens)
+    backward: Backward = next(one.needs.backward for one in methods.values())
     kinds = {kind for one in methods.values() for kind in one.needs.maps}
     kept = {
         site.map_name(part)
@@ -114,6 +120,7 @@ def scores_of_one_run(
             store="maps" if kept else "norms",
             names_filter=kept.__contains__,
             vectors=sorted(vectors),
+            backward=backward,
         )
         runs: dict[int, CorruptedRun] = {}
         if others is not None:

@@ -26,6 +26,7 @@ Cost, for n prompts and a model of L layers with H heads:
 * `nap`: n forwards more, for the corrupted twins; `nap_ig`, in 5 steps: 4 n forwards and backwards
   more than `nap`;
 * `zero`, `mean`, `resample`: as `cm1`, with n forwards more for the mean and the twins;
+* `relp`, `gim`: the same, for each of them;
 * `fa`, `fa_of_mean`: n forwards;
 * `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
   on average where the layers are alike; `cm2`: n forwards more;
@@ -50,6 +51,7 @@ from ra_lens.heads.corrupted import read_twins
 from ra_lens.heads.one_run import Needs, OfRun, RunFunction, scores_of_one_run
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, PrependBos, as_lens
+from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.sites import MapKind, VectorKind, read_kind, read_vectors
 from ra_lens.numbers import Whole, whole
 from ra_lens.prompts import Prompts
@@ -176,7 +178,7 @@ class RankingMethod:
 # Built-in ones are listed in this order, before all others, in whatever order they register.
 _BUILT_IN = (
     *("ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"),
-    *("nap", "nap_ig"),
+    *("relp", "gim", "nap", "nap_ig"),
     *("zero", "mean", "resample"),
     *("fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"),
 )
@@ -233,6 +235,7 @@ def one_run_method(
     vectors: Sequence[VectorKind] = (),
     corrupted: bool = False,
     steps: Whole = 1,
+    backward: Backward = "exact",
     split: Part = "train",
     replace: bool = False,
 ) -> Callable[[RunFunction], RunFunction]:
@@ -242,7 +245,7 @@ def one_run_method(
     gives `Float[Tensor, "batch layer head"]`, larger = more important; a head's score is the mean
     over all examples. Where layers have fewer heads than others, NaN stands in for those they lack
     (`ra_lens.model.sites.table` lays rows out so). Norms of all kinds of map are always there.
-    Methods of this kind that are ranked by together share the pass.
+    Methods of this kind that are ranked by together share the pass, one for each `backward`.
 
     Args:
         name: What `rank_heads(method=...)` is to call it.
@@ -254,20 +257,23 @@ def one_run_method(
             corrupted twins: their z, and ∂L/∂z. Twins are drawn where prompts have none.
         steps: In how many steps that gradient is taken from the twins to the prompts, and averaged;
             1: at the prompts alone.
+        backward: Which backward pass it reads, as in `run_with_ra`.
         split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
         replace: True to put it in the place of a method of the same name.
 
     Raises:
-        BadInput: the name is taken, or empty; an unknown part or kind of vectors; no number of
-            steps, or several without `corrupted`.
+        BadInput: the name is taken, or empty; an unknown part, kind of vectors or backward pass; no
+            number of steps, several without `corrupted`, or with another backward pass.
         NotStored: an unknown kind of map.
     """
     _check_name(name, split)
+    one_of("backward", backward, BACKWARDS, where=f" for method {name!r}")
     steps = whole("steps", steps, least=1)
-    if steps > 1 and not corrupted:
+    if steps > 1 and (not corrupted or backward != "exact"):
         raise BadInput(
-            f"found steps={steps} without corrupted=True for method {name!r}: steps lead from the "
-            "corrupted twins to the prompts. Give both."
+            f"found steps={steps} with corrupted={corrupted} and backward={backward!r} for method "
+            f"{name!r}: steps lead from the corrupted twins to the prompts, by the exact backward "
+            "pass. Give corrupted=True and leave backward away."
         )
     kinds = read_vectors(vectors) | read_vectors(["z_grad"] if corrupted else [])
     needs = Needs(
@@ -275,6 +281,7 @@ def one_run_method(
         tuple(sorted(kinds)),
         corrupted=corrupted,
         steps=steps,
+        backward=backward,
     )
     passes = Passes(steps + corrupted, steps)
 
@@ -417,6 +424,7 @@ def rank_heads(
     What a change of one head really does to L, in nats:
 
     * `"zero"`: z is 0 at every token; `"mean"`: its mean over all tokens; `"resample"`: z′.
+    * `"relp"`, `"gim"`: |Σ z·∂L/∂z|, each from a backward pass of its own rules.
 
     The others:
 
@@ -542,24 +550,27 @@ def ranking_context(
 def _scores_of_one_run(
     context: RankingContext, chosen: Iterable[RankingMethod]
 ) -> dict[str, Tensor]:
-    """Give the scores of each prompt by all methods that read one forward and one backward pass."""
+    """Give the scores of each prompt by all methods that read a run; one run a backward pass."""
     sharing = {
         one.name: OfRun(cast("RunFunction", one.function), one.needs)
         for one in chosen
         if one.needs is not None
     }
-    if not sharing:
-        return {}
-    return scores_of_one_run(
-        context.lens,
-        context.model,
-        context.questions,
-        sharing,
-        twins=lambda: context.twins,
-        answer_in_input=context.answer_in_input,
-        batch_size=context.batch_size,
-        progress=context.progress,
-    )
+    found = dict[str, Tensor]()
+    for backward in BACKWARDS:
+        of_one = {name: one for name, one in sharing.items() if one.needs.backward == backward}
+        if of_one:
+            found |= scores_of_one_run(
+                context.lens,
+                context.model,
+                context.questions,
+                of_one,
+                twins=lambda: context.twins,
+                answer_in_input=context.answer_in_input,
+                batch_size=context.batch_size,
+                progress=context.progress,
+            )
+    return found
 
 
 def _scores_of(method: RankingMethod, context: RankingContext) -> Tensor:
