@@ -155,6 +155,8 @@ def test_with_one_step_ig_is_nap_and_with_many_another(kind, own, shared):
     assert (of_one.forwards(12), of_one.backward) == (13, 12)
     with pytest.raises(BadInput, match=r"steps=3 without corrupted=True for method 'mine'"):
         one_run_method("mine", steps=3)
+    with pytest.raises(BadInput, match=r"steps=3 with backward='relp' for method 'mine'"):
+        one_run_method("mine", steps=3, corrupted=True, backward="relp")
 
 
 @pytest.mark.parametrize("kind", ANY_KIND)

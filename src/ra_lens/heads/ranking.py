@@ -269,11 +269,15 @@ def one_run_method(
     _check_name(name, split)
     one_of("backward", backward, BACKWARDS, where=f" for method {name!r}")
     steps = whole("steps", steps, least=1)
-    if steps > 1 and (not corrupted or backward != "exact"):
+    if steps > 1 and not corrupted:
         raise BadInput(
-            f"found steps={steps} with corrupted={corrupted} and backward={backward!r} for method "
-            f"{name!r}: steps lead from the corrupted twins to the prompts, by the exact backward "
-            "pass. Give corrupted=True and leave backward away."
+            f"found steps={steps} without corrupted=True for method {name!r}: steps lead from the "
+            "corrupted twins to the prompts. Give both."
+        )
+    if steps > 1 and backward != "exact":
+        raise BadInput(
+            f"found steps={steps} with backward={backward!r} for method {name!r}: on the way from "
+            "the corrupted twins gradients are exact. Leave one of both away."
         )
     kinds = read_vectors(vectors) | read_vectors(["z_grad"] if corrupted else [])
     needs = Needs(
