@@ -330,10 +330,10 @@ class _Cell:
         """Passes and seconds of the scores of all prompts."""
         known = ranking_methods().get(method)
         passes = None if known is None else known.passes
-        nan = float("nan")
+        n, nan = self.n_prompts, float("nan")
         return {
-            "forwards": nan if passes is None else self.n_prompts * passes.forwards(self.n_heads),
-            "backwards": nan if passes is None else self.n_prompts * passes.backward,
+            "forwards": nan if passes is None else float(n * passes.forwards(self.n_heads)),
+            "backwards": nan if passes is None else float(n * passes.backward),
             "seconds": self.seconds.get(method, nan),
         }
 

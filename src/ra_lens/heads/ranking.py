@@ -136,11 +136,11 @@ class Passes:
         forward_per_head: Forward passes for each head, of which those of late layers are short.
     """
 
-    forward: float
-    backward: float = 0.0
-    forward_per_head: float = 0.0
+    forward: int
+    backward: int = 0
+    forward_per_head: int = 0
 
-    def forwards(self, n_heads: int) -> float:
+    def forwards(self, n_heads: int) -> int:
         """Forward passes in a model with so many heads."""
         return self.forward + self.forward_per_head * n_heads
 
@@ -287,7 +287,7 @@ def one_run_method(
         steps=steps,
         backward=backward,
     )
-    passes = Passes(steps + corrupted, steps)
+    passes = Passes(steps + int(corrupted), steps)
 
     def register(function: RunFunction) -> RunFunction:
         method = RankingMethod(
