@@ -134,13 +134,13 @@ class Passes:
         forward_per_head: Forward passes for each head, of which those of late layers are short.
     """
 
-    forward: float
-    backward: float = 0.0
-    forward_per_head: float = 0.0
+    forward: int | float
+    backward: int | float = 0
+    forward_per_head: int | float = 0
 
     def forwards(self, n_heads: int) -> float:
         """Forward passes in a model with so many heads."""
-        return self.forward + self.forward_per_head * n_heads
+        return float(self.forward + self.forward_per_head * n_heads)
 
 
 @dataclass(frozen=True)
