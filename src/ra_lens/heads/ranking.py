@@ -134,13 +134,13 @@ class Passes:
         forward_per_head: Forward passes for each head, of which those of late layers are short.
     """
 
-    forward: int | float
-    backward: int | float = 0
-    forward_per_head: int | float = 0
+    forward: int
+    backward: int = 0
+    forward_per_head: int = 0
 
-    def forwards(self, n_heads: int) -> float:
+    def forwards(self, n_heads: int) -> int:
         """Forward passes in a model with so many heads."""
-        return float(self.forward + self.forward_per_head * n_heads)
+        return self.forward + self.forward_per_head * n_heads
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def one_run_method(
         corrupted=corrupted,
         steps=steps,
     )
-    passes = Passes(steps + corrupted, steps)
+    passes = Passes(steps + int(corrupted), steps)
 
     def register(function: RunFunction) -> RunFunction:
         method = RankingMethod(
