@@ -165,10 +165,10 @@ FAULTS = (
         "tests/heads/test_heads_corrupted.py",
     ),
     Fault(
-        "the way from the corrupted prompt begins at the prompt",
+        "the way to the prompt begins at the corrupted one itself",
         "heads",
-        "return corrupted + share * (x - corrupted)",
-        "return x + share * (corrupted - x)",
+        "for k in range(1, n):\n                move",
+        "for k in range(n - 1):\n                move",
         "tests/heads/test_heads_corrupted.py",
     ),
     Fault(

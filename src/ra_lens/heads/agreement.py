@@ -68,8 +68,8 @@ def faithfulness(
         seed: Of draws and splits.
 
     Returns:
-        A table with one row per task, number of demonstrations, method and ablation: the measures
-        of `ra_lens.heads.agreement`, the first four with `_low` and `_high`; `n_prompts`,
+        A table with one row per task, number of demonstrations, method and ablation, with the
+        measures of `ra_lens.heads.agreement`, the first four with `_low` and `_high`; `n_prompts`,
         `n_heads`; what the scores cost, `forwards` and `backwards` in passes of one prompt (of
         effects, those of late layers are short) and `seconds`, those of the method alone; and what
         is needed to repeat it. Stability is NaN for methods that say the same on every prompt, and

@@ -135,7 +135,7 @@ def nap_scores(ra: RACache, other: CorruptedRun) -> Float[Tensor, "batch layer h
 @one_run_method(
     "nap_ig",
     label="NAP-IG",
-    title="the same in 5 steps from it",
+    title="foretold effect of the corrupted prompt, in 5 steps from it",
     vectors=["z"],
     corrupted=True,
     steps=5,

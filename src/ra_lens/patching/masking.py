@@ -146,7 +146,7 @@ def read_z(
         batch_size: Prompts per forward pass; None: all of one length together, or all.
 
     Returns:
-        By layer; in the model's data type, on the device of the layer. Memory: layers · prompts ·
+        z by layer, in the model's data type, on the device of the layer. That is layers · prompts ·
         tokens · heads · d_head numbers.
 
     Raises:
