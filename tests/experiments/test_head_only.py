@@ -10,6 +10,7 @@ import pytest
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import MIB_SHARES, head_only_cpr_cmd
+from refused import unchecked
 
 
 def made(values, *, shares=(0.0, 0.25, 0.5, 1.0), metric="answer_diff", **about):
@@ -183,7 +184,7 @@ def test_a_model_that_heads_do_nothing_for_is_refused_or_told():
 )
 def test_what_has_no_cpr_is_refused(change, options, said):
     with pytest.raises(BadInput, match=said):
-        head_only_cpr_cmd(change(each_question()), **options)
+        unchecked(head_only_cpr_cmd)(change(each_question()), **options)
 
 
 def test_the_shares_of_mib():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,11 +29,11 @@ from ra_lens.prompts import Prompts
 Others = Literal["zero", "resample", "mean"]
 
 
-def read_others(others: Others) -> Others:
+def read_others(others: str) -> Others:
     """Read what masked heads get."""
     if others not in get_args(Others):
         raise BadInput(f"found others={others!r}; give 'zero', 'resample' or 'mean'.")
-    return others
+    return cast("Others", others)
 
 
 class InsteadOfZero:
