@@ -13,6 +13,7 @@ from oracle import HFHeads
 from ra_lens.errors import BadInput, RALensWarning, UnsupportedModel
 from ra_lens.heads import head_effects, rank_heads, ranking_methods
 from ra_lens.heads.ablation import ABLATIONS
+from ra_lens.model import Lens, as_lens
 from ra_lens.tasks import Prompt, with_corrupted
 from refused import unchecked
 from tiny_models import ANY_KIND, BOS, CASES, KINDS, N_HEADS, N_LAYERS, relative, text
@@ -163,7 +164,7 @@ def test_folded_value_biases_stay_behind_a_zero_only(kind, fresh, shared):
         assert relative(found.effects, wanted.effects) < 1e-4
 
 
-def test_what_cannot_be_ablated_says_so_and_leaves_nothing(fresh):
+def test_what_cannot_be_ablated_says_so_and_leaves_nothing(fresh, monkeypatch):
     model = fresh("gpt2", KINDS[0])
     with torch.no_grad():
         model(torch.tensor([[3, 4]]))
@@ -184,7 +185,7 @@ def test_what_cannot_be_ablated_says_so_and_leaves_nothing(fresh):
     said = repr(found)
     assert "ablation 'resample': layers 0…2, 3 prompts, loss " in said
     assert f"without: {found.scores().top(1)[0].label} +" in said
-    model.hook_dict.pop("blocks.1.attn.hook_z", None)
-    model.mod_dict.pop("blocks.1.attn.hook_z", None)
+    points = {n: p for n, p in as_lens(model).hook_points.items() if n != "blocks.1.attn.hook_z"}
+    monkeypatch.setattr(Lens, "hook_points", points)
     with pytest.raises(UnsupportedModel, match=r"no hook point 'blocks.1.attn.hook_z'"):
         head_effects(model, PAIRED, **OPTIONS)

@@ -14,7 +14,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.heads import CorruptedRun, one_run_method, rank_heads, ranking, ranking_methods
 from ra_lens.heads.gradients import nap_ig_scores
-from ra_lens.model import Site, Sites
+from ra_lens.model import Lens, Site, Sites, as_lens
 from ra_lens.tasks import Prompt, with_corrupted
 from tiny_models import ANY_KIND, BOS, CASES, KINDS, N_HEADS, N_LAYERS, relative, text
 from tiny_questions import PROMPTS, TASK, WORDS
@@ -221,14 +221,15 @@ def test_twins_are_drawn_where_prompts_have_none(kind, shared):
         rank_heads(model, PROMPTS, method="nap", **OPTIONS)
 
 
-def test_a_model_that_hides_its_embeddings_has_nap_only_and_nothing_is_left(fresh):
+def test_a_model_that_hides_its_embeddings_has_nap_only_and_nothing_is_left(fresh, monkeypatch):
     model = fresh("gpt2", KINDS[0])
     with torch.no_grad():
         model(torch.tensor([[3, 4]]))
     before = snapshot(model)
     rank_heads(model, PAIRED, methods=["nap", "nap_ig"], **OPTIONS)
     assert not changes(before, snapshot(model))
-    model.hook_dict.pop("hook_embed")
+    points = {n: p for n, p in as_lens(model).hook_points.items() if n != "hook_embed"}
+    monkeypatch.setattr(Lens, "hook_points", points)
     rank_heads(model, PAIRED, method="nap", **OPTIONS)
     with pytest.raises(UnsupportedModel, match=r"no hook point 'hook_embed'.*'nap', which moves"):
         rank_heads(model, PAIRED, method="nap_ig", **OPTIONS)
