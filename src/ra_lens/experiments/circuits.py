@@ -107,13 +107,13 @@ def circuit_test(
         progress: False hides the progress bars.
 
     Returns:
-        One row per method, order (`"signed"`: by the scores; `"absolute"`: by their sizes, where
-        some are below 0) and draw, with `auroc`, `auroc_pessimistic`, `average_precision`,
-        `to_verify`, `n_true`, `n_heads` (`ra_lens.heads.Localisation`); `true_heads` and by what
-        they are true (`found_by`); `top1`, the share of ranking prompts that the model answers
-        right, and `answer_diff`, its logit of the answer minus that of the wrong one; `forwards`,
-        `backwards` and `seconds` of the ranking, and what is needed to repeat it. Methods that
-        share a run each have the time of all of them.
+        One row per method, order and draw, with `auroc`, `auroc_pessimistic`,
+        `average_precision`, `to_verify`, `n_true`, `n_heads` (`ra_lens.heads.Localisation`). The
+        order is `"signed"`, by the scores, and where some are below 0 `"absolute"` too, by their
+        sizes. `true_heads` are the heads, by `found_by`; `top1` the share of ranking prompts that
+        the model answers right, `answer_diff` its logit of the answer minus that of the wrong one;
+        `forwards`, `backwards` and `seconds` what the ranking took, the time being that of all
+        methods that share a run. The rest is what is needed to repeat it.
 
     Raises:
         BadInput: an option that cannot be used, prompts that do not fit the tokenizer, no head
@@ -301,9 +301,9 @@ def circuit_heads(
         progress: False hides the progress bar.
 
     Returns:
-        One row per head, the largest effect first: `layer`, `head`, `label`, `effect` (what the
-        answer's logit minus the best other one loses, mean over prompts), `attention` (the share
-        that what has to be looked at gets from the last token, mean over prompts) and `found`.
+        One row per head, the largest effect first, with `layer`, `head`, `label` and `found`.
+        `effect` is what the answer's logit minus the best other one loses, `attention` the share
+        that what has to be looked at gets from the last token; both are means over prompts.
 
     Raises:
         BadInput: options or prompts that cannot be used.
