@@ -51,6 +51,7 @@ from ra_lens.prompts import (
     read_decoder_prompts,
     read_prompts,
 )
+from ra_lens.rows import read_rows
 from ra_lens.run_info import RunInfo
 from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
 from ra_lens.tensors import read_device, read_dtype
@@ -73,6 +74,7 @@ def run_with_ra(
     return_logits: Literal["read", "all"] = "read",
     batch_size: Whole | None = None,
     recompute: bool = False,
+    query_rows: Whole | None = None,
     progress: bool = True,
     attention_mask: Mask | None = None,
     prepend_bos: PrependBos = None,
@@ -130,6 +132,11 @@ def run_with_ra(
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
             pass; hooks inside blocks run twice.
+        query_rows: With `recompute=True` and `store="norms"`: run a layer's attention in blocks of
+            so many queries, so that no whole map is ever held and memory grows linearly with the
+            prompt. Same norms but for rounding (`ra_lens.model.rows`). Default: all at once while
+            a layer's map has less than 67 million entries, then blocks of that size, where model
+            and prompts allow it: causal, of one length, no hooks of yours.
         progress: False hides the progress bar.
         attention_mask: For token ids with padding: 1 at real tokens; it wins over the mask of a
             mapping. Without either, runs of the tokenizer's pad token at the end (or start) of rows
@@ -206,21 +213,21 @@ def run_with_ra(
         read = read.each(Prompts.widened)
     half = lens.in_float16
     is_wanted = wanted(names_filter, sites)
-    refuse_what_cannot_fit(
-        Plan(
-            lens=lens,
-            sites=sites,
-            prompts=read.prompts,
-            encoded=read.encoded,
-            batch_size=batch_size,
-            store=store,
-            wanted=is_wanted,
-            device=device,
-            dtype=dtype,
-            recompute=recompute,
-            vectors=kinds,
-        )
+    plan = Plan(
+        lens=lens,
+        sites=sites,
+        prompts=read.prompts,
+        encoded=read.encoded,
+        batch_size=batch_size,
+        store=store,
+        wanted=is_wanted,
+        device=device,
+        dtype=dtype,
+        recompute=recompute,
+        vectors=kinds,
     )
+    rows = read_rows(plan, query_rows, edited=bool(fwd_hooks) or lens.is_hooked)
+    refuse_what_cannot_fit(replace(plan, rows=rows))
     recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)
     run = _Run(
         lens,
@@ -230,6 +237,7 @@ def run_with_ra(
         padding_is_hidden=padding_is_hidden(lens, read.prompts, read.encoded),
         every=every,
         recompute=recompute,
+        rows=rows,
         vectors=kinds,
     )
     parts = [examples for examples, _ in read.prompts.batches(batch_size)]
@@ -272,6 +280,7 @@ class _Run:
     padding_is_hidden: bool
     every: bool
     recompute: bool
+    rows: int | None
     vectors: frozenset[VectorKind]
 
     def part(self, read: _Read, bound: Loss) -> BatchResult:
@@ -332,7 +341,7 @@ class _Run:
             batch, encoded = read.each(Prompts.unpadded).lay_out(lens)
         columns = batch.last if bound.positions is None else batch.columns(bound.positions)
         at_logits: list[Tensor] = []
-        deliver = self.recorder.begin(layout, encoder_layout)
+        deliver = self.recorder.begin(layout, encoder_layout, in_rows=self.rows is not None)
         collector = Collector(
             lens, self.recorder.sites, deliver, edited=self._edited, vectors=self.vectors
         )
@@ -341,12 +350,17 @@ class _Run:
             stack.enter_context(lens.parameters_frozen())
             stack.enter_context(lens.tensors_put_back())
             needed = None if self.every or bound.positions is None else columns
-            whole = stack.enter_context(lens.running(needed, self.fwd_hooks))
-            stack.enter_context(collector.attached(recompute=self.recompute))
+            in_pieces = self.rows is not None
+            whole = stack.enter_context(
+                lens.running(needed, self.fwd_hooks, in_pieces=in_pieces)
+            )
+            past = stack.enter_context(
+                collector.attached(recompute=self.recompute, rows=self.rows)
+            )
             if batch.is_padded:
                 stack.enter_context(lens.fully_masked_rows_apart())
             with watched(lens, batch, encoded):
-                logits = lens.forward(*batch.model_input, encoded and encoded.model_input)
+                logits = lens.forward(*batch.model_input, encoded and encoded.model_input, past)
             at_read = at_columns(logits, columns) if whole else logits
             lens.refuse_nan(at_read)
             logits = layout.spread(logits, 1) if whole else logits
