@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,41 +31,45 @@ _seen: weakref.WeakKeyDictionary[nn.Module, dict[object, str]] = weakref.WeakKey
 
 
 def read_rows(plan: Plan, query_rows: Whole | None, *, edited: bool) -> int | None:
-    """Tell how many queries of a layer run at a time; None: all.
+    """Tell how many queries of a layer run at a time where norms are all that is kept; None: all.
 
-    Without a number from the user: all where their maps are small, or where norms are not all that
-    is kept, or where the model, its hooks (`edited`) or padding do not allow less.
+    Without a number from the user: all where their maps are small, or where the model, its hooks
+    (`edited`) or padding do not allow less.
 
     Raises:
         BadInput: a number with options that need whole maps, or with padding.
         UnsupportedModel: a number, and a model or hooks on it that need whole maps.
     """
     given = whole_or_none("query_rows", query_rows, least=1)
-    norms_only = plan.store == "norms" and plan.recompute and not plan.vectors
     padded = len(set(plan.prompts.lengths)) > 1
-    if given is None:
-        per_row = max(plan.batch * site.n_heads for site in plan.sites.values()) * plan.n_keys
-        if not norms_only or padded or per_row * plan.n_keys <= LARGEST:
-            return None
-        if edited:
+    if given is not None:
+        _check(plan, given, edited=edited, padded=padded)
+        return given
+    per_row = max(plan.batch * site.n_heads for site in plan.sites.values()) * plan.n_keys
+    if padded or per_row * plan.n_keys <= LARGEST:
+        return None
+    rows = max(1, LARGEST // per_row)
+    if edited:
+        if replace(plan, rows=rows).in_rows:
             warnings.warn(
                 f"hooks on {plan.lens.name} may need whole maps, so layers run with all queries at "
                 "once. Without hooks they would run block by block, in less memory.",
                 RALensWarning,
                 stacklevel=3,
             )
-            return None
-        return None if _problem(plan.lens) else max(1, LARGEST // per_row)
-    if not norms_only or padded:
-        found = (
-            "prompts of different lengths"
-            if padded
-            else f"store={plan.store!r}, recompute={plan.recompute}"
-            + (" and vectors" if plan.vectors else "")
+        return None
+    return None if _problem(plan.lens) else rows
+
+
+def _check(plan: Plan, given: int, *, edited: bool, padded: bool) -> None:
+    if padded or replace(plan, rows=given).in_rows is None:
+        found = f"store={plan.store!r}, recompute={plan.recompute}" + " and vectors" * bool(
+            plan.vectors
         )
         raise BadInput(
-            f"found query_rows={given} with {found}. Blocks of rows need store='norms' and "
-            "recompute=True, without vectors, and prompts of one length."
+            f"found query_rows={given} with "
+            f"{'prompts of different lengths' if padded else found}. Blocks of rows need "
+            "store='norms' and recompute=True, without vectors, and prompts of one length."
         )
     problem = "hooks on it may need whole maps" if edited else _problem(plan.lens)
     if problem:
@@ -72,7 +77,6 @@ def read_rows(plan: Plan, query_rows: Whole | None, *, edited: bool) -> int | No
             f"attention of {plan.lens.name} cannot run in blocks of rows: {problem}. Leave "
             "query_rows away."
         )
-    return given
 
 
 def _problem(lens: Lens) -> str:

@@ -226,8 +226,9 @@ def run_with_ra(
         recompute=recompute,
         vectors=kinds,
     )
-    rows = read_rows(plan, query_rows, edited=bool(fwd_hooks) or lens.is_hooked)
-    refuse_what_cannot_fit(replace(plan, rows=rows))
+    edited = bool(fwd_hooks) or lens.is_hooked
+    plan = replace(plan, rows=read_rows(plan, query_rows, edited=edited))
+    refuse_what_cannot_fit(plan)
     recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)
     run = _Run(
         lens,
@@ -237,7 +238,7 @@ def run_with_ra(
         padding_is_hidden=padding_is_hidden(lens, read.prompts, read.encoded),
         every=every,
         recompute=recompute,
-        rows=rows,
+        rows=plan.in_rows,
         vectors=kinds,
     )
     parts = [examples for examples, _ in read.prompts.batches(batch_size)]
@@ -351,12 +352,8 @@ class _Run:
             stack.enter_context(lens.tensors_put_back())
             needed = None if self.every or bound.positions is None else columns
             in_pieces = self.rows is not None
-            whole = stack.enter_context(
-                lens.running(needed, self.fwd_hooks, in_pieces=in_pieces)
-            )
-            past = stack.enter_context(
-                collector.attached(recompute=self.recompute, rows=self.rows)
-            )
+            whole = stack.enter_context(lens.running(needed, self.fwd_hooks, in_pieces=in_pieces))
+            past = stack.enter_context(collector.attached(recompute=self.recompute, rows=self.rows))
             if batch.is_padded:
                 stack.enter_context(lens.fully_masked_rows_apart())
             with watched(lens, batch, encoded):

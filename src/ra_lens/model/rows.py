@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ra_lens.errors import UnsupportedModel
@@ -55,7 +55,7 @@ def in_rows(
     hooked = lens.kind == "HookedTransformer"
     tied = lens.blocks_from(first)
     runs = {
-        block: _Block(lens.name, block.forward, token if block in tied else None, n_rows, hooked)
+        block: _Block(block.forward, token if block in tied else None, n_rows, hooked)
         for block in lens.blocks_from(min(lens.sites))
     }
     with with_forward(dict(runs)):
@@ -69,7 +69,6 @@ def in_rows(
 class _Block:
     """A block's forward pass, in pieces, with one autograd node in place of its graph."""
 
-    model: str
     forward: Callable[..., Any]
     token: Tensor | None  # None: without a graph
     n_rows: int
@@ -80,21 +79,16 @@ class _Block:
         at = next((i for i, x in enumerate(leaves) if _is_residual(x)), None)
         moving = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if at is None or set(moving) - {at}:
-            raise UnsupportedModel(self._why("takes more than the residual stream"))
+            raise self.refuse("takes more than the residual stream")
         call = _Call(self, args, kwargs, leaves[at])
         with torch.set_grad_enabled(self.token is not None and torch.is_grad_enabled()):
             made: Any = _Pieces.apply(call, self.token, leaves[at])
         found, form = call.output
         return pytree.tree_unflatten([made if x is _RESIDUAL else x for x in found], form)
 
-    def _why(self, what: str) -> str:
-        return (
-            f"a block of {self.model} {what}, so that its attention cannot run in blocks of rows. "
-            "Leave query_rows away."
-        )
-
     def refuse(self, what: str) -> UnsupportedModel:
-        return UnsupportedModel(self._why(what))
+        """What to raise where a block does something else than it must."""
+        return UnsupportedModel(f"a block {what}")
 
 
 _RESIDUAL = object()
@@ -249,9 +243,7 @@ class _Pieces(torch.autograd.Function):
             if not pairs:
                 continue
             some, grads = zip(*pairs, strict=True)
-            found = torch.autograd.grad(
-                some, [piece, *before, ctx.token], grads, allow_unused=True
-            )
+            found = torch.autograd.grad(some, [piece, *before, ctx.token], grads, allow_unused=True)
             if found[0] is not None:
                 of_input[:, start:end] = found[0]
             for whole, one in zip(of_kept, found[1:-1], strict=False):
