@@ -739,7 +739,7 @@ FAULTS = (
         "if a.shape[1] % v.shape[2]:",
         "tests/vocabulary/test_head_weights.py",
     ),
-    # ---- attention in blocks of rows --------------------------------------------------------------
+    # ---- attention in blocks of rows -----------------------------------------------------------
     Fault(
         "keys get the gradient of one block only",
         "long prompts",
