@@ -332,6 +332,12 @@ class RACache:
             raise NotStored("this cache is empty: run the backward pass first.")
         kind = read_kind(kind)
         device = next(iter(self._norms.values())).device
+        if kind == "pattern_grad" and (kind, self.layers[0]) not in self._norms:
+            raise NotStored(
+                "found no norms of hook_pattern_grad: attention ran in blocks of rows, whose "
+                "queries meet no later keys, and G is a number there too. Shorter prompts run in "
+                "one block; R and the pattern are whole here."
+            )
         rows = [
             self[kind, layer].flatten(start_dim=-2).norm(dim=-1)
             if kind in ("knockout", "cut")
@@ -719,10 +725,25 @@ class RACache:
         self._keep(layer, kind, value)
 
     def _put_norms(
-        self, layer: int, kind: StoredKind, value: Tensor, device: str | torch.device | None = None
+        self,
+        layer: int,
+        kind: StoredKind,
+        value: Tensor,
+        device: str | torch.device | None = None,
+        *,
+        add: bool = False,
     ) -> Float[Tensor, "batch head"]:
-        """Add the norms of a map; gives them where it is, and only they move to `device`."""
+        """Add the norms of a map; gives them where it is, and only they move to `device`.
+
+        With `add` it is a block of the map's rows, and the norms become those of all so far. A
+        block of G lacks keys that come later, where R and the pattern are 0 and G is not: its norms
+        are not kept.
+        """
         norms = value.flatten(start_dim=-2).norm(dim=-1)
+        if add and kind == "pattern_grad":
+            return norms
+        if add and (kind, layer) in self._norms:
+            norms = torch.hypot(norms, self._norms[kind, layer].to(norms.device))
         self._norms[kind, layer] = norms.to(device=device)
         if self.loss.ndim and len(self.loss) != len(norms):  # of examples met for the first time
             self.loss = torch.full(norms.shape[:1], float("nan"))

@@ -22,7 +22,7 @@ part of the graph, a second copy of the pattern included, is neither kept nor ru
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,6 +36,7 @@ from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
 from ra_lens.model import Lens, Site
 from ra_lens.model.backward import Backward, Rewiring, softened
 from ra_lens.model.blocks import recomputed
+from ra_lens.model.rows import in_rows
 from ra_lens.model.sites import StoredKind, VectorKind
 from ra_lens.vectors import VectorCollector
 
@@ -146,11 +147,16 @@ class Collector:
     # ---- attaching ------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, *, recompute: bool = False) -> Generator[None, None, None]:
+    def attached(
+        self, *, recompute: bool = False, rows: int | None = None
+    ) -> Generator[Mapping[str, Any] | None, None, None]:
         """Attach to the model: the patterns before every other hook, the block input after.
 
-        With `recompute` no block's graph but the last is kept; see `ra_lens.model.blocks`.
+        With `recompute` no block's graph but the last is kept; see `ra_lens.model.blocks`. With
+        `rows` too, a layer's maps come in pieces of so many queries, the last ones first; then it
+        gives the options that the forward pass needs; see `ra_lens.model.rows`.
         """
+        options: Mapping[str, Any] | None = None
         self._recompute = recompute
         above: set[str] = set()  # self- and cross-attention of a decoder block share one input
         with ExitStack() as stack:
@@ -177,11 +183,16 @@ class Collector:
                 point = self._lens.hook_points[name]
                 stack.callback(point.register_forward_hook(self._tap_input).remove)
             if recompute:
-                blocks = self._lens.blocks_from(next(iter(self._sites)))
-                stack.enter_context(recomputed(blocks, self._token, self.rewire))
+                first = next(iter(self._sites))
+                if rows is None:
+                    blocks = self._lens.blocks_from(first)
+                    stack.enter_context(recomputed(blocks, self._token, self.rewire))
+                else:
+                    pieces = in_rows(self._lens, first, self._token, rows, self.rewire)
+                    options = stack.enter_context(pieces)
                 stack.enter_context(self._lens.no_attention_returned())
             stack.callback(self._release)
-            yield
+            yield options
 
     def _release(self) -> None:
         # The model may keep the last pattern, whose gradient hooks hold this collector: it must

@@ -52,6 +52,7 @@ from ra_lens.prompts import (
     read_decoder_prompts,
     read_prompts,
 )
+from ra_lens.rows import read_rows
 from ra_lens.run_info import RunInfo
 from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
 from ra_lens.tensors import read_device, read_dtype
@@ -75,6 +76,7 @@ def run_with_ra(
     batch_size: Whole | None = None,
     recompute: bool = False,
     backward: Backward = "exact",
+    query_rows: Whole | None = None,
     progress: bool = True,
     attention_mask: Mask | None = None,
     prepend_bos: PrependBos = None,
@@ -136,6 +138,11 @@ def run_with_ra(
             forward pass, `"relp"` or `"gim"`, whose rules `ra_lens.model.backward` states. Maps and
             gradients are then those of that pass, which the cache says (`ra.info.backward`), and
             foretell no change of the loss. Logits and patterns are the same.
+        query_rows: With `recompute=True` and `store="norms"`: run a layer's attention in blocks of
+            so many queries, so that no whole map is ever held and memory grows linearly with the
+            prompt. Same norms but for rounding (`ra_lens.model.rows`). Default: all at once while
+            a layer's map has less than 67 million entries, then blocks of that size, where model
+            and prompts allow it: causal, of one length, no hooks of yours.
         progress: False hides the progress bar.
         attention_mask: For token ids with padding: 1 at real tokens; it wins over the mask of a
             mapping. Without either, runs of the tokenizer's pad token at the end (or start) of rows
@@ -213,21 +220,22 @@ def run_with_ra(
         read = read.each(Prompts.widened)
     half = lens.in_float16
     is_wanted = wanted(names_filter, sites)
-    refuse_what_cannot_fit(
-        Plan(
-            lens=lens,
-            sites=sites,
-            prompts=read.prompts,
-            encoded=read.encoded,
-            batch_size=batch_size,
-            store=store,
-            wanted=is_wanted,
-            device=device,
-            dtype=dtype,
-            recompute=recompute,
-            vectors=kinds,
-        )
+    plan = Plan(
+        lens=lens,
+        sites=sites,
+        prompts=read.prompts,
+        encoded=read.encoded,
+        batch_size=batch_size,
+        store=store,
+        wanted=is_wanted,
+        device=device,
+        dtype=dtype,
+        recompute=recompute,
+        vectors=kinds,
     )
+    edited = bool(fwd_hooks) or lens.is_hooked
+    plan = replace(plan, rows=read_rows(plan, query_rows, edited=edited))
+    refuse_what_cannot_fit(plan)
     recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)
     run = _Run(
         lens,
@@ -237,6 +245,7 @@ def run_with_ra(
         padding_is_hidden=padding_is_hidden(lens, read.prompts, read.encoded),
         every=every,
         recompute=recompute,
+        rows=plan.in_rows,
         vectors=kinds,
         backward=backward,
     )
@@ -280,6 +289,7 @@ class _Run:
     padding_is_hidden: bool
     every: bool
     recompute: bool
+    rows: int | None
     vectors: frozenset[VectorKind]
     backward: Backward
 
@@ -341,7 +351,7 @@ class _Run:
             batch, encoded = read.each(Prompts.unpadded).lay_out(lens)
         columns = batch.last if bound.positions is None else batch.columns(bound.positions)
         at_logits: list[Tensor] = []
-        deliver = self.recorder.begin(layout, encoder_layout)
+        deliver = self.recorder.begin(layout, encoder_layout, in_rows=self.rows is not None)
         collector = Collector(
             lens,
             self.recorder.sites,
@@ -355,12 +365,13 @@ class _Run:
             stack.enter_context(lens.parameters_frozen())
             stack.enter_context(lens.tensors_put_back())
             needed = None if self.every or bound.positions is None else columns
-            whole = stack.enter_context(lens.running(needed, self.fwd_hooks))
-            stack.enter_context(collector.attached(recompute=self.recompute))
+            in_pieces = self.rows is not None
+            whole = stack.enter_context(lens.running(needed, self.fwd_hooks, in_pieces=in_pieces))
+            past = stack.enter_context(collector.attached(recompute=self.recompute, rows=self.rows))
             if batch.is_padded:
                 stack.enter_context(lens.fully_masked_rows_apart())
             with watched(lens, batch, encoded):
-                logits = lens.forward(*batch.model_input, encoded and encoded.model_input)
+                logits = lens.forward(*batch.model_input, encoded and encoded.model_input, past)
             at_read = at_columns(logits, columns) if whole else logits
             lens.refuse_nan(at_read)
             logits = layout.spread(logits, 1) if whole else logits

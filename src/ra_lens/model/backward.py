@@ -80,7 +80,7 @@ _LINEAR = frozenset(
     "_PatternTapBackward",
 }
 _CUTS = ("SliceBackward0", "SelectBackward0", "IndexBackward0", "SplitBackward0")
-_RECOMPUTED = "_BlockBackward"
+_RECOMPUTED = ("_BlockBackward", "_PiecesBackward")
 _END = "torch::autograd::AccumulateGrad"
 _PRODUCTS = ("BmmBackward0", "BaddbmmBackward0")
 _MATRICES = ("MmBackward0", "AddmmBackward0")
@@ -151,7 +151,7 @@ class Rewiring:
         if place == "stream":
             if name in _MATRICES and len(_factors(node)) == 1:
                 return [(edge, place) for edge in edges]
-            if name == _RECOMPUTED:  # rewired when it runs again
+            if name in _RECOMPUTED:  # rewired when it runs again
                 return [(edge, place) for edge in edges]
             if name == "NativeLayerNormBackward0" and len(node._saved_normalized_shape) == 1:
                 _hold_size(node)

@@ -63,8 +63,8 @@ def _checkpointed(forward: Callable[..., Any], token: Tensor, rewire: Rewire) ->
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        given, form = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
-        given = [None if _is_cache(leaf) else leaf for leaf in given]
+        given, form = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        given = [None if is_cache(leaf) else leaf for leaf in given]
         moving = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
         made: list[Any] = []  # the output's form; its leaves, _TENSOR where it is a floating tensor
 
@@ -87,7 +87,8 @@ def _checkpointed(forward: Callable[..., Any], token: Tensor, rewire: Rewire) ->
     return run
 
 
-def _is_cache(leaf: object) -> bool:
+def is_cache(leaf: object) -> bool:
+    """Whether something is Hugging Face's cache of keys and values."""
     return any(kind.__name__ == "Cache" for kind in type(leaf).__mro__)
 
 
@@ -106,7 +107,7 @@ class _Block(torch.autograd.Function):
         # What nothing uses (a pattern that is only shown) has no gradient, rather than a zero one.
         ctx.set_materialize_grads(False)
         kinds = {"cpu", *(x.device.type for x in inputs)}
-        ctx.autocast = [(kind, _autocast(kind)) for kind in kinds]
+        ctx.autocast = [(kind, autocast_options(kind)) for kind in kinds]
         ctx.save_for_backward(*inputs)
         return again(inputs)
 
@@ -129,7 +130,8 @@ class _Block(torch.autograd.Function):
         return (None, None, None, *found[:-1])
 
 
-def _autocast(kind: str) -> dict[str, Any]:
+def autocast_options(kind: str) -> dict[str, Any]:
+    """Options of `torch.autocast` as they are now, for a backward pass in another thread."""
     return {
         "enabled": torch.is_autocast_enabled(kind),
         "dtype": torch.get_autocast_dtype(kind),
