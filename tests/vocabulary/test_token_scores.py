@@ -88,7 +88,8 @@ def test_padding_is_nowhere(side, shared):
         assert (
             relative(found[1, columns], token_scores(alone, method=method, model=model)[0]) < 1e-4
         )
-        assert float(found[1].sum() - found[1, columns].sum()) == 0
+        found[1, columns] = 0
+        assert not found[1].any()
 
 
 def test_what_cannot_be_scored_says_why(shared):
