@@ -142,7 +142,7 @@ def _of_heads(job: Job) -> Iterable[Any]:
 
 def _bring_back(job: Job, **options: Any) -> None:
     exact = [_measured(job, ablation) for ablation in EXACT]
-    names = [name for name in COMPARED if name not in EXACT]
+    names = [name for name in (*COMPARED, *OTHER_BACKWARD) if name not in EXACT]
     perturbation_test(
         _model(job.model),
         job.read_task(),
