@@ -576,6 +576,34 @@ FAULTS = (
         "asked(answer, subject, answer_first=not answer_first)",
         near="tests/tasks/test_circuits.py",
     ),
+    Fault(
+        "what a patch does to other text is told the other way round",
+        "experiments",
+        "(p.exp() * (p - q)).sum()",
+        "(q.exp() * (q - p)).sum()",
+        "tests/experiments/test_ablations.py",
+    ),
+    Fault(
+        "the last of the first heads is among the others too",
+        "experiments",
+        "heads[:k] if first else heads[k:]",
+        "heads[:k] if first else heads[k - 1 :]",
+        "tests/experiments/test_ablations.py",
+    ),
+    Fault(
+        "maps of other prompts lie on the beginning of the questions",
+        "experiments",
+        'map_indices(n_tokens, n, n, align="right")',
+        'map_indices(n_tokens, n, n, align="left")',
+        "tests/experiments/test_ablations.py",
+    ),
+    Fault(
+        "the gradient is centred over keys that a row cannot reach",
+        "experiments",
+        "keys = reached.sum(dim=-1, keepdim=True).clamp(min=1)",
+        "keys = grad.shape[-1]",
+        "tests/patching/test_controls.py",
+    ),
     # ---- journals and files ---------------------------------------------------------------------
     Fault(
         "journal gone after a failure",

@@ -24,7 +24,7 @@ from ra_lens.text import shorten
 _NUMBERS = frozenset(
     {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "answer_diff", "scale",
      "auc", "layer", "head", "score", "rank", "question", "window", "query", "measured",
-     "predicted", "auroc", "average_precision"}
+     "predicted", "auroc", "average_precision", "kl", "top1_same"}
 )  # fmt: skip
 # Measures of a model that may have given none here and there; everything else has a value in
 # every row, and what has none would silently be left out of a mean.
@@ -77,8 +77,8 @@ def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
     """Take the mean of what was measured over the questions of an experiment.
 
     Args:
-        frame: From `perturbation_test` or `patching_sweep` with `each_question=True`, or several
-            of them concatenated.
+        frame: From `perturbation_test`, `patching_sweep` or `patching_ablations` with
+            `each_question=True`, or several of them concatenated.
 
     Returns:
         What they give without, a row for all questions together. A table without a column
@@ -128,7 +128,7 @@ _TEXTS = (
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
     "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
-    "steps_of", "circuit", "order", "true_heads", "found_by", "ablation",
+    "steps_of", "circuit", "order", "true_heads", "found_by", "ablation", "variant", "scale_from",
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
@@ -138,6 +138,17 @@ _NEEDED = {
     "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
     "perturbation": ("model", "task", "kind", "n_shots", "method", "direction", "draw", "share"),
     "patching": ("model", "task", "kind", "n_shots", "map", "scale"),
+    "ablations": (
+        "model",
+        "task",
+        "kind",
+        "n_shots",
+        "ablation",
+        "variant",
+        "map",
+        "scale_from",
+        "scale",
+    ),
     "knockout": (
         "model",
         "task",
@@ -159,14 +170,15 @@ _NEEDED = {
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
-    "scale", "settings_hash",
+    "scale", "ablation", "variant", "scale_from", "settings_hash",
 )  # fmt: skip
 _MEASURES = {
     "ranking": ("score", "rank"), "perturbation": _ALL_MARKS, "patching": _ALL_MARKS,
+    "ablations": (*_MARKS, "kl", "top1_same"),
     "knockout": ("predicted", "measured"), "circuit": ("auroc", "average_precision"),
     "head effects": ("loss",), "faithfulness": ("spearman_signed", "spearman_abs"),
 }  # fmt: skip
-MEASURES = ("score", "rank", *_MARKS, "predicted", "measured")
+MEASURES = ("score", "rank", *_MARKS, "kl", "top1_same", "predicted", "measured")
 """Columns of what the experiments measure."""
 
 

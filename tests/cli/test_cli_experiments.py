@@ -27,6 +27,7 @@ from ra_lens.experiments import (
 )
 from ra_lens.experiments.paper import compare_with_paper
 from ra_lens.text import scale_name, short
+from tiny_models import every_model
 
 SMALL = ["-t", "antonym", "--n-test", "6", "-q"]
 PERTURB = ["perturb", *SMALL, "--shots", "0", "1", "--methods", "ra", "random", "index",
@@ -400,7 +401,9 @@ def test_results_are_printed_where_their_figure_finds_the_disk_full(
         (["-t", "antonym", "--shots", *map(str, range(20000))], "found 20,000 values of --shots"),
     ],
 )
-@pytest.mark.parametrize("command", ["rank", "perturb", "patch", "knockout"])
+@pytest.mark.parametrize(
+    "command", ["rank", "perturb", "patch", "knockout", *every_model("ablate-patch")]
+)
 def test_mistakes_are_one_line_and_exit_2(command: str, arguments: list[str], message: str) -> None:
     assert message in refused_line(command, *arguments, "--json", "-q")
 
@@ -462,7 +465,7 @@ def test_where_to_write_is_checked_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: pytest.fail("loaded"))
-    for command in ("rank", "perturb", "patch", "knockout"):
+    for command in ("rank", "perturb", "patch", "ablate-patch", "knockout"):
         refused_line(command, "-t", "antonym", "--out", str(tmp_path))
     for wrong in (["nope"], ["antonym", "--shots", "x"], ["antonym", "--methods", "nope"]):
         refused_line("perturb", "-t", *wrong)
@@ -506,7 +509,7 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
 
 
 def test_help_names_the_options_and_is_fast() -> None:
-    commands = ("rank", "perturb", "patch", "knockout", "compare")
+    commands = ("rank", "perturb", "patch", "ablate-patch", "knockout", "compare")
     texts = printed_without(HEAVY, *([command, "--help"] for command in commands))
     for command, text in zip(commands, texts, strict=True):
         assert ("--paper" if command == "compare" else "--shots") in text, command

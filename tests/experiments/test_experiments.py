@@ -25,11 +25,11 @@ from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import (
     PAPER_SCALES,
     area_under_curve,
+    mean_maps,
     patching_sweep,
     perturbation_test,
     rank_tasks,
     read_results,
-    sweep,
 )
 from ra_lens.experiments import runner as runner_module
 from ra_lens.experiments.journal import journal_path, settings_hash
@@ -577,7 +577,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
     refused(perturbed, {"task": ["antonym", "all"]}, "task 'antonym' twice")
     refused(perturbed, {"task": []}, "found no task")
     for options, message in [
-        ({"kinds": []}, r"give 'ra', 'pattern', 'shuffled', 'grad' or several"),
+        ({"kinds": []}, r"give 'ra', 'pattern', 'shuffled', 'grad', .* or several"),
         ({"scales": []}, r"found scales without a number in it; give at least one"),
         ({"length": 99}, r"has no 40 pairs of 99 tokens .* \(pairs by length .*: 6 tokens: \d+\)"),
         ({"at_least": 5000}, r"has no 5000 pairs"),
@@ -590,13 +590,13 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
 def test_a_scale_is_found_on_the_questions_averaged_and_on_no_other(demo, kind, monkeypatch):
     options = {"shots": 1, "n_mean": 3, "n_test": 5, "kinds": [kind], **QUIET}
     asked = []
-    find = sweep.best_scale
+    find = mean_maps.best_scale
 
     def watched(model, maps, prompts, targets, **options):
         asked.append((prompts, options))
         return find(model, maps, prompts, targets, **options)
 
-    monkeypatch.setattr(sweep, "best_scale", watched)
+    monkeypatch.setattr(mean_maps, "best_scale", watched)
     frame = patching_sweep(demo, "choose_middle_of_3", scales="best", at_least=20, **options)
     [(prompts, _)] = asked
     [none, best] = [row for _, row in frame.iterrows()]

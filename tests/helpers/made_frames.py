@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,4 +90,35 @@ def knockouts(
                             "gauss_2": math.nan if is_edge else measured + 0.001 * rng.normal(),
                         }
                     )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def effects(shots: tuple[int, ...] = (0,), scales: tuple[str, ...] = ("paper", "best")) -> Any:
+    """Ablations of patching, summed up: a few variants, one of them of another task's maps."""
+    rng = np.random.default_rng(3)
+    variants = [
+        ("whole", "whole map", "ra"), ("heads", "RA: first 10 %", "ra"),
+        ("heads", "<b>&$x$: all but first 10 %", "ra"), ("transfer", "maps of antonym", "ra"),
+        ("controls", "G", "grad"), ("controls", "FA", "pattern"),
+    ]  # fmt: skip
+    rows: list[dict[str, object]] = []
+    for n in shots:
+        for way in scales:
+            for ablation, variant, kind in variants:
+                value, few = rng.random(), ablation == "transfer"
+                rows.append(
+                    {
+                        "n_shots": n, "ablation": ablation, "variant": variant, "map": kind,
+                        "scale_from": way, "value": value, "low": 0.9 * value,
+                        "high": value + 0.05, "unpatched": 0.3 if few else 0.1,
+                        "whole": 0.7 if few else 0.5, "kl": rng.random(), "top1_same": 0.5,
+                        "scale_low": -30.0, "scale_high": -30.0 if way == "paper" else -4.0,
+                        "n_tasks": 1 if few else 3, "n_questions": 30, "metric": "top1",
+                        "level": 0.9, "model": "tiny",
+                    }
+                )  # fmt: skip
+        rows.append(
+            {**rows[0], "n_shots": n, "ablation": "none", "variant": "unpatched", "map": "none",
+             "scale_from": "none", "value": 0.1, "scale_low": math.nan, "scale_high": math.nan}
+        )  # fmt: skip
     return pd.DataFrame(rows)

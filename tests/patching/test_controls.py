@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from ra_lens import load_demo_model, run_with_ra
+from ra_lens.errors import NotStored
 from ra_lens.model import Site, Sites
 from ra_lens.patching.controls import control_maps
 from ra_lens.patching.mean import MeanMaps
 
+PROMPTS = ["Q: France\nA:", "Q: Japan\nA:", "Q: Italy\nA:"]
+ANSWERS = [" Paris", " Tokyo", " Rome"]
+
 
 @pytest.fixture(scope="module")
 def mean():
-    prompts = ["Q: France\nA:", "Q: Japan\nA:", "Q: Italy\nA:"]
-    answers = [" Paris", " Tokyo", " Rome"]
-    _, ra = run_with_ra(load_demo_model(), prompts, target=answers, store="mean", progress=False)
+    _, ra = run_with_ra(load_demo_model(), PROMPTS, target=ANSWERS, store="mean", progress=False)
     return ra.mean()
 
 
@@ -54,10 +56,43 @@ def test_the_gradient_is_as_large_as_ra_in_each_head(mean):
             assert not found.triu(1).any()
 
 
+def test_a_centred_gradient_moves_attention_between_the_keys_of_a_row(mean):
+    for layer, maps in control_maps(mean, "centred_grad").items():
+        for head, found in enumerate(maps):
+            grad, ra = mean["pattern_grad", layer][head], mean["ra", layer][head]
+            wanted = torch.zeros_like(grad)
+            for query in range(len(grad)):  # of the keys up to the query, as attention is causal
+                row = grad[query, : query + 1]
+                wanted[query, : query + 1] = row - row.mean()
+            wanted = wanted * (ra.norm() / wanted.norm())
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(found.sum(dim=-1), torch.zeros(len(grad)), atol=1e-6, rtol=0)
+
+
+def test_a_times_g_is_the_mean_of_the_prompts_own_products():
+    _, ra = run_with_ra(load_demo_model(), PROMPTS, target=ANSWERS, progress=False)
+    mean = ra.mean("ra", "cut")
+    apart = [
+        run_with_ra(load_demo_model(), prompt, target=answer, progress=False)[1]
+        for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+    for layer, maps in control_maps(mean, "a_grad").items():
+        products = sum(one["pattern", layer][0] * one["pattern_grad", layer][0] for one in apart)
+        for head, found in enumerate(maps):
+            wanted = products[head] * (mean["ra", layer][head].norm() / products[head].norm())
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_a_times_g_needs_the_products_of_the_prompts(mean):
+    with pytest.raises(NotStored, match=r"\('cut', 0\) is not among the mean maps"):
+        control_maps(mean, "a_grad")
+
+
 def test_a_head_without_gradient_stays_without():
     site = Site(0, "blocks.0.attn", 1, 1, 0.5)
     pattern = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]])
     maps = {site.map_name(kind): torch.zeros(1, 2, 2) for kind in ("ra", "pattern_grad")}
     mean = MeanMaps(Sites({0: site}), 1, {**maps, site.map_name("pattern"): pattern})
-    assert control_maps(mean, "grad")[0].tolist() == [[[0, 0], [0, 0]]]
+    for control in ("grad", "centred_grad"):
+        assert control_maps(mean, control)[0].tolist() == [[[0, 0], [0, 0]]]
     assert control_maps(mean, "shuffled")[0].tolist() == [[[0, 0], [0, 0]]]

@@ -1,4 +1,4 @@
-"""`ra-lens rank`, `perturb`, `patch`, `knockout` and `compare`: the experiments, one command each.
+"""`ra-lens rank`, `perturb`, `patch`, `ablate-patch`, `knockout`, `compare`: one experiment each.
 
 What a command computes with is imported in its body, so that `--help` answers at once.
 """
@@ -31,7 +31,7 @@ _ACCURACIES: dict[str, Accuracy] = {"first-token": "first token", "answer": "ans
 
 @dataclass
 class Setup:
-    """The options that `rank`, `perturb`, `patch` and `knockout` share, as typed."""
+    """The options that the commands that run an experiment share, as typed."""
 
     task: Annotated[
         list[str],
@@ -313,23 +313,15 @@ def patch(
     kinds: Annotated[
         list[str] | None,
         typer.Option(
-            help="Maps to add: ra, pattern, and two controls as large as RA, shuffled and grad. "
-            "Default: ra pattern."
+            help="Maps to add: ra, pattern, and controls as large as RA: shuffled, grad, "
+            "centred_grad and a_grad. Default: ra pattern."
         ),
     ] = None,
     n_mean: Annotated[int, typer.Option(min=1, help="Questions whose maps are averaged.")] = 25,
     n_test: opt.NTestOption = None,
-    length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of question and answer. Default: the most frequent."),
-    ] = None,
-    at_least: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pairs of one length needed. Default: 100; builtin tasks: 40."),
-    ] = None,
-    answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the answers, with their leading space.")
-    ] = 1,
+    length: opt.LengthOption = None,
+    at_least: opt.AtLeastOption = None,
+    answer_tokens: opt.AnswerTokensOption = 1,
     renormalise: Annotated[
         bool, typer.Option("--renormalise", help="Keep every row of the pattern a distribution.")
     ] = False,
@@ -343,7 +335,7 @@ def patch(
     """Add scaled mean maps to the attention of other questions; show what the model then does."""
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import PAPER_SCALES, patching_sweep
-    from ra_lens.experiments.sweep import MapName
+    from ra_lens.experiments.mean_maps import MapName
     from ra_lens.report.experiments import write_sweep_page
     from ra_lens.tables import mean_over_questions
 
@@ -378,6 +370,93 @@ def patch(
         facts=lambda: show.sweep_facts(means, metric=metric),
         text=lambda: show.print_sweep(means, metric=metric),
         draw=lambda path: write_sweep_page(means, path, metric=metric),
+    )
+
+
+@partial(with_setup, without=["shots"])
+def ablate_patch(
+    setup: Setup,
+    *,
+    ablations: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What of the map is compared with the whole: layers heads rows sign place prompts "
+            "transfer shots controls. Default: all."
+        ),
+    ] = None,
+    scales: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="paper (-30, forward attention 1; the default), best (of each, found on the "
+            "training questions), or both."
+        ),
+    ] = None,
+    tried: Annotated[
+        list[str] | None,
+        typer.Option(help="Scales that the best is chosen from. Default: 32, 3 to -3000."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Ways to rank heads, as in ra-lens rank. Default: ra."),
+    ] = None,
+    head_shares: Annotated[
+        list[str] | None,
+        typer.Option(help="Shares of the heads that are the first. Default: 0.1 0.25."),
+    ] = None,
+    n_prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Fewer questions whose maps are averaged. Default: 1 5."),
+    ] = None,
+    from_shots: Annotated[
+        list[str] | None,
+        typer.Option(help="Solved examples in the prompts of other maps. Default: 1 5."),
+    ] = None,
+    shots: Annotated[
+        list[str] | None,
+        typer.Option(help="Solved examples per question, one number or many. Default: 0."),
+    ] = None,
+    n_mean: Annotated[int, typer.Option(min=1, help="Questions whose maps are averaged.")] = 25,
+    n_test: opt.NTestOption = None,
+    length: opt.LengthOption = None,
+    at_least: opt.AtLeastOption = None,
+    answer_tokens: opt.AnswerTokensOption = 1,
+    each_question: opt.EachQuestionOption = False,
+    accuracy: opt.AccuracyOption = "first-token",
+    metric: opt.MetricOption = "top1",
+) -> None:
+    """Patch with parts of the mean map and with others; show what of it carries the effect."""
+    from ra_lens.cli import show_results as show
+    from ra_lens.experiments import ablation_effects, patching_ablations
+    from ra_lens.experiments.ablations import ABLATIONS, ScaleFrom
+    from ra_lens.report.experiments import write_ablations_page
+    from ra_lens.scales import SCALES
+
+    setup.shots = ["0"] if shots is None else shots
+    shares = ["0.1", "0.25"] if head_shares is None else head_shares
+    longer = ["1", "5"] if from_shots is None else from_shots
+    frame = setup.run(
+        patching_ablations,
+        ablations=ABLATIONS if ablations is None else some_of(ablations, "--ablations", ABLATIONS),
+        scales=["paper"] if scales is None else some_of(scales, "--scales", get_args(ScaleFrom)),
+        tried=SCALES if tried is None else numbers(tried, "--tried"),
+        methods=["ra"] if methods is None else methods,
+        head_shares=numbers(shares, "--head-shares"),
+        n_prompts=None if n_prompts is None else whole_numbers(n_prompts, "--n-prompts"),
+        from_shots=whole_numbers(longer, "--from-shots"),
+        n_mean=n_mean,
+        n_test=n_test,
+        length=length,
+        at_least=at_least,
+        answer_tokens=answer_tokens,
+        each_question=each_question,
+        accuracy=_ACCURACIES[accuracy],
+    )
+    effects = ablation_effects(frame, metric=metric)
+    setup.tell(
+        frame,
+        facts=lambda: show.effects_facts(effects),
+        text=lambda: show.print_effects(effects),
+        draw=lambda path: write_ablations_page(frame, effects, path),
     )
 
 

@@ -84,6 +84,17 @@ AnswerOption = Annotated[
 NTestOption = Annotated[
     int | None, typer.Option(min=1, help="Test questions at most. Default: the whole test part.")
 ]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of question and answer. Default: the most frequent."),
+]
+AtLeastOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pairs of one length needed. Default: 100; builtin tasks: 40."),
+]
+AnswerTokensOption = Annotated[
+    int, typer.Option(min=1, help="Tokens of the answers, with their leading space.")
+]
 EachQuestionOption = Annotated[
     bool,
     typer.Option(

@@ -19,6 +19,7 @@ from rich.text import Text
 from ra_lens.cli import show
 from ra_lens.experiments.paper import count_cells
 from ra_lens.figures.style import method_styles, metric_name
+from ra_lens.questions import METRICS
 from ra_lens.scales import PAPER_SCALE
 from ra_lens.tables import best_of_rows, table_rows
 from ra_lens.text import scale_name, short, shots_name
@@ -27,12 +28,14 @@ _METRIC_COLUMNS = ["top1", "top2", "top3", "logit_diff"]
 _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw", "share", "score",
          "heads_kept", "map", "scale", "layer", "head", "label", "rank", "prompts_hash", "n_test",
          "n_tokens", "n_first_tokens", "train_loss", "train_loss_unpatched",
+         "ablation", "variant", "scale_from", "kl", "top1_same",
          "question", "what", "cut", "drawn", "window", "query", "keys", "key", "query_token",
          "key_tokens", "first", "loss", "measured", "predicted", "a_grad", "minus_ra", "input_grad",
          "pattern", "grad", "value", "end", "trapezoid",
          "answer_diff", *_METRIC_COLUMNS}  # fmt: skip
-_WORDS = ("", "method", "heads", "task", "order", "as")  # columns that hold no numbers
-_MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA"}
+_WORDS = ("", "method", "heads", "task", "order", "as", "variant")  # columns that hold no numbers
+_MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA",
+         "centred_grad": "G centred", "a_grad": "A⊙G"}  # fmt: skip
 
 # ---- all experiments ----------------------------------------------------------------------------
 
@@ -301,6 +304,61 @@ def _cell(part: Any, metric: str, kind: str, scale: float | None) -> str:
     # Of several best scales, the one nearest to none.
     best = min(means[means >= means.max() - 1e-9].index, key=abs)
     return f"{_number(means[best], metric)} at {scale_name(best)}"
+
+
+# ---- ablations of patching ----------------------------------------------------------------------
+
+_SCALE_HEADS = {"paper": "at −30 (FA +1)", "best": "at its best scale"}
+
+
+def print_effects(effects: pd.DataFrame) -> None:
+    """Print what each variant of a patch gives, and what it does to unrelated text."""
+    metric = str(effects["metric"].iloc[0])
+    ways = [way for way in _SCALE_HEADS if way in set(effects["scale_from"])]
+    print_parts(Text(f"Ablations of attention patching: {METRICS[metric]}", style="bold"))
+    for (n,), of_shots in grouped(effects, ["n_shots"]):
+        heads = [name for way in ways for name in (_SCALE_HEADS[way], f"KL {way}")]
+        table = table_of(shots_name(int(n)), "variant", *heads)
+        [unpatched] = of_shots[of_shots["ablation"] == "none"]["value"].tolist()
+        plainly = [cell for _ in ways for cell in (_number(float(unpatched), metric), "0")]
+        table.add_row(Text("unpatched"), *plainly)
+        patched = of_shots[of_shots["ablation"] != "none"]
+        before = "whole"
+        for (ablation, variant), part in grouped(patched, ["ablation", "variant"]):
+            if ablation != before:
+                table.add_section()
+            before = ablation
+            by_way = part.set_index("scale_from")
+            cells: list[str] = []
+            for way in ways:
+                row = by_way.loc[way]
+                cells += [_effect_cell(row, metric, found=way == "best"), f"{row['kl']:.2g}"]
+            table.add_row(Text(str(variant)), *cells)
+        print_parts(table, "")
+    note = (
+        "Mean over the tasks, with intervals where there is a row for each question "
+        "(--each-question). KL: what the patch does to unrelated text, nats per token."
+    )
+    print_parts(Text(note, style="dim"))
+
+
+def effects_facts(effects: pd.DataFrame) -> dict[str, Any]:
+    """Give every number of the summed up ablations."""
+    columns = ["metric", "level", "model"]
+    return {
+        "metric": effects["metric"].iloc[0],
+        "level": float(effects["level"].iloc[0]),
+        "variants": records_of(effects.drop(columns=columns)),
+    }
+
+
+def _effect_cell(row: Any, metric: str, *, found: bool) -> str:
+    """A mean, its interval if any, and the scale where it was found."""
+    low, high = (_number(float(row[end]), metric) for end in ("low", "high"))
+    interval = f" {low}–{high}" if low and high else ""
+    least, most = float(row["scale_low"]), float(row["scale_high"])
+    scales = scale_name(least) if least == most else f"{scale_name(least)} to {scale_name(most)}"
+    return f"{_number(float(row['value']), metric)}{interval}{f' at {scales}' * found}"
 
 
 # ---- knockouts ----------------------------------------------------------------------------------

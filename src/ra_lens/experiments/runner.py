@@ -172,20 +172,25 @@ class Run:
     finished: pd.DataFrame | None
 
     def cells(
-        self, count: str | None, *, part: Part | None = None, twins: bool = False
+        self,
+        count: str | None,
+        *,
+        part: Part | None = None,
+        also: Sequence[Part] = (),
+        twins: bool = False,
     ) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
         they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
         experiment has no such prompts. `part` is that of the task which all of them are from; None:
-        the one that a method is for. Those of the train part have corrupted twins, where a method
-        needs them, or `twins` are asked for. Test prompts are read if answers are marked, `n_test`
-        of them if that is set.
+        those that methods are for, and `also` others. Those of the train part have corrupted twins,
+        where a method needs them, or `twins` are asked for. Test prompts are read if answers are
+        marked, `n_test` of them if that is set.
         """
         cells: list[Cell] = []
         chosen = list(map(find_method, self.methods))
-        parts: list[Part] = [one.split for one in chosen] or ["train"]
+        parts: list[Part] = [*also, *(one.split for one in chosen)] or ["train"]
         twins = twins or any(one.twins for one in chosen)
         for task in self.tasks:
             split = task.split(self.protocol.split)
@@ -202,7 +207,7 @@ class Run:
                 if count is not None:
                     n_shots = k if shots is None else shots
                     for of in dict.fromkeys(parts):
-                        learned[of] = self._learned(split, part or of, n_shots, count, twins=twins)
+                        learned[of] = self.learned(split, part or of, n_shots, count, twins=twins)
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
@@ -234,8 +239,8 @@ class Run:
         except BadInput:
             return None
 
-    def _learned(
-        self, split: Split, part: Part, shots: int, count: str, *, twins: bool
+    def learned(
+        self, split: Split, part: Part, shots: int, count: str, *, twins: bool = False
     ) -> list[Prompt]:
         """Take the first training pairs, or draw from the validation part with replacement.
 

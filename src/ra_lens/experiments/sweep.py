@@ -6,9 +6,8 @@ with the mean cross-entropy over the answer as the loss, separately for each num
 demonstrations. The published scales are −30 for RA, a descent step, and +1 for forward attention;
 or a scale is found on the training questions (`ra_lens.best_scale`).
 
-Questions of one length: pairs whose answer is one token (or another number of tokens, the same for
-all), grouped by the number of tokens of prompt and answer (`ra_lens.tasks.same_length_sets`); the
-largest group is taken unless a length is given.
+Questions of one length: the largest group of pairs with as many tokens of prompt and answer, unless
+a length is given (`ra_lens.experiments.mean_maps`).
 
 The test questions are read without their answer, and the map's row for the answer falls away:
 attention is causal, so the prediction at the end of the prompt is that of the published protocol,
@@ -23,9 +22,16 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from ra_lens.errors import BadInput
+from ra_lens.experiments.mean_maps import (
+    LearnedMaps,
+    MapName,
+    asked,
+    need_one_length,
+    one_length,
+)
 from ra_lens.experiments.runner import (
     SHOTS,
     Cell,
@@ -34,25 +40,16 @@ from ra_lens.experiments.runner import (
     Run,
     Tasks,
     experiment,
-    prompts_hash,
     read_accuracy,
     read_some,
     read_tasks,
 )
-from ra_lens.model import Lens, PrependBos, as_lens
+from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
-from ra_lens.patching.controls import Control, control_maps
-from ra_lens.patching.hooks import Where, check_variant, patch_hooks
-from ra_lens.patching.mean import MeanMaps
+from ra_lens.patching.hooks import PatchOptions, Where, check_variant, patch_hooks
 from ra_lens.questions import Accuracy, FwdHooks
-from ra_lens.run import run_with_ra
-from ra_lens.scales import PAPER_SCALES, BestScale, best_scale
-from ra_lens.targets import sequence_nll
-from ra_lens.tasks import Demonstrations, SplitRule, Task, same_length_sets
-
-MapName = Literal["ra", "pattern", "shuffled", "grad"]
-
-_AT_LEAST, _AT_LEAST_BUILT_IN = 100, 40
+from ra_lens.scales import PAPER_SCALES
+from ra_lens.tasks import Demonstrations, SplitRule
 
 
 def patching_sweep(
@@ -88,8 +85,9 @@ def patching_sweep(
             demonstrations and kind of map the one scale at which the loss of the questions
             averaged is smallest, of those that `best_scale` tries; no test question is read for
             it. Costs 32 forward passes of each question averaged.
-        kinds: `"ra"` (Reversed Attention), `"pattern"` (forward attention); and two controls as
-            large as RA, `"shuffled"` and `"grad"` (see `ra_lens.patching.controls`).
+        kinds: `"ra"` (Reversed Attention), `"pattern"` (forward attention); and controls as large
+            as RA: `"shuffled"`, `"grad"`, `"centred_grad"`, `"a_grad"` (see
+            `ra_lens.patching.controls`).
         shots: Numbers of demonstrations.
         n_mean: Training questions whose maps are averaged.
         n_test: Test questions at most. Default: the whole test part.
@@ -150,7 +148,14 @@ def patching_sweep(
     check_variant(at, renormalise=renormalise)
     lens = as_lens(model)
     sets = [
-        _one_length(lens, one, length, at_least, answer_tokens, prepend_bos)
+        one_length(
+            lens,
+            one,
+            length=length,
+            at_least=at_least,
+            answer_tokens=answer_tokens,
+            prepend_bos=prepend_bos,
+        )
         for one in read_tasks(task)
     ]
     with experiment(
@@ -160,7 +165,7 @@ def patching_sweep(
             return run.finished
         cells = run.cells("n_mean")
         for cell in cells:
-            _need_one_length(cell)
+            need_one_length(cell)
         return run.frame(
             "Patching",
             cells,
@@ -184,68 +189,29 @@ def _steps(run: Run) -> Iterator[tuple[str, _Scale]]:
             yield kind, scale
 
 
-def _asked(cell: Cell, hooks: FwdHooks, **about: Any) -> Row | list[Row]:
-    """Ask all questions of a cell: a row of their mean, or a list of one for each question."""
-    about |= {
-        "n_tokens": cell.questions.prompts.lengths[0],
-        "n_test": len(cell.asked),
-        "prompts_hash": prompts_hash(cell.learned["train"], cell.asked),
-    }
-    answers = cell.marked(cell.questions, lambda _part: hooks)
-    rows = [{**row, **about} for row in cell.scored(answers)]
-    return rows if cell.run.settings.get("each_question") else rows[0]
-
-
 def _unpatched(cell: Cell) -> list[Row]:
     """Give the rows of the model as it is."""
-    found: Row | list[Row] = cell.unit("none|None", partial(_asked, cell, ()))
+    found: Row | list[Row] = cell.unit("none|None", partial(asked, cell, ()))
     return found if isinstance(found, list) else [found]
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:
     """Give the row of each map and scale."""
-    settings, protocol, learned = cell.run.settings, cell.run.protocol, cell.learned["train"]
+    settings, run = cell.run.settings, cell.run
+    learned = LearnedMaps(run.lens, run.protocol, cell.learned["train"])
     of_all = not settings.get("each_question")
-    edit = {name: settings[name] for name in ("renormalise", "at")}
+    edit: PatchOptions = {
+        "renormalise": settings["renormalise"],
+        "at": settings["at"],
+        "align": "left",
+    }
+    maps = cache(learned.maps)
 
-    @cache
-    def mean() -> MeanMaps:
-        _, ra = run_with_ra(
-            cell.run.lens.module,
-            [prompt.text for prompt in learned],
-            target=sequence_nll([prompt.answer for prompt in learned]),
-            store="mean",
-            prepend_bos=protocol.prepend_bos,
-            batch_size=protocol.batch_size,
-            progress=False,
-        )
-        return ra.mean()
-
-    @cache
-    def maps(kind: str) -> dict[int, Tensor]:
-        if kind in get_args(Control):
-            return control_maps(mean(), cast("Control", kind), seed=protocol.seed)
-        return {layer: mean()[kind, layer] for layer in mean().sites}
-
-    def found(kind: str) -> BestScale:
-        sites = mean().sites
-        as_ra = {sites[layer].map_name("ra"): value for layer, value in maps(kind).items()}
-        return best_scale(
-            cell.run.lens.module,
-            MeanMaps(sites, mean().count, as_ra),
-            [prompt.text for prompt in learned],
-            sequence_nll([prompt.answer for prompt in learned]),
-            **edit,
-            batch_size=protocol.batch_size,
-            prepend_bos=protocol.prepend_bos,
-            progress=False,
-        )
-
-    def evaluate(kind: str, scale: _Scale) -> Row | list[Row]:
+    def evaluate(kind: MapName, scale: _Scale) -> Row | list[Row]:
         hooks: FwdHooks = ()
         of_scale: Row = {}
         if scale == "best":
-            best = found(kind)
+            best = learned.best_scale(maps(kind), **edit)
             scale = best.scale
             of_scale = {
                 "scale": scale,
@@ -253,56 +219,14 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
                 "train_loss_unpatched": best.unpatched_loss,
             }
         if scale is not None:
-            hooks = patch_hooks(maps(kind), mean().sites, scale=scale, align="left", **edit)
-        return _asked(cell, hooks, **of_scale)
+            hooks = patch_hooks(maps(kind), learned.mean.sites, scale=scale, **edit)
+        return asked(cell, hooks, **of_scale)
 
     for kind, scale in _steps(cell.run):
-        given = cell.unit(f"{kind}|{scale}", partial(evaluate, kind, scale))
+        given = cell.unit(f"{kind}|{scale}", partial(evaluate, cast("MapName", kind), scale))
         at = float("nan") if scale is None else scale
         rows: list[Row] = [given] if of_all else given
         yield cell.rows([{"map": kind, "scale": at, **row} for row in rows])
-
-
-def _need_one_length(cell: Cell) -> None:
-    lengths = cell.questions.prompts.lengths
-    if len(set(lengths)) > 1:
-        raise BadInput(
-            f"the questions of {cell.task.name} with {cell.shots} demonstrations have "
-            f"{min(lengths)} to {max(lengths)} tokens, though they have one length without: "
-            "this tokenizer joins tokens across demonstrations. Patch without demonstrations "
-            "(shots=0), or another task."
-        )
-
-
-def _one_length(
-    lens: Lens,
-    task: Task,
-    length: int | None,
-    at_least: int | None,
-    answer_tokens: int,
-    prepend_bos: PrependBos,
-) -> Task:
-    if at_least is None:
-        at_least = _AT_LEAST_BUILT_IN if task.source == "builtin" else _AT_LEAST
-    every = same_length_sets(
-        task,
-        lambda text: lens.encode(text, prepend_bos=prepend_bos),
-        answer_tokens=answer_tokens,
-        at_least=1,
-    )
-    sizes = {n: len(one.pairs) for n, one in every.items()}
-    fitting = {n: size for n, size in sizes.items() if size >= at_least}
-    chosen = length if length is not None else max(fitting, key=lambda n: fitting[n], default=0)
-    if chosen not in fitting:
-        found = ", ".join(f"{n} tokens: {sizes[n]}" for n in sorted(sizes)) or "none"
-        wanted = "" if length is None else f" of {length} tokens"
-        of = "a one-token answer" if answer_tokens == 1 else f"an answer of {answer_tokens} tokens"
-        raise BadInput(
-            f"task {task.name!r} has no {at_least} pairs{wanted} with {of} and one length (pairs "
-            f"by length of prompt and answer: {found}). Give at_least=, length= or answer_tokens=, "
-            "or another task."
-        )
-    return every[chosen]
 
 
 def _read_scales(scales: Reals | Literal["best"]) -> list[float] | Literal["best"]:

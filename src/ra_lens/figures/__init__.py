@@ -12,6 +12,7 @@ runs. `save_figure(figure, "figure.pdf")` writes PNG, SVG, PDF or HTML. Images n
 (`pip install "ra-lens[images]"`) and a Chrome or Chromium.
 """
 
+from ra_lens.figures.ablations import patching_ablations
 from ra_lens.figures.auc_table import auc_table
 from ra_lens.figures.curves import perturbation_curves
 from ra_lens.figures.flow import flow_map
@@ -41,6 +42,7 @@ __all__ = [
     "knockout_scatter",
     "latent_space",
     "method_agreement",
+    "patching_ablations",
     "patching_sweep_curve",
     "path_diagram",
     "perturbation_curves",

@@ -39,11 +39,13 @@ _LINEAR = 0.5
 """Scales below it are spaced in proportion, scales above it by their logarithm."""
 
 _CELL = ("task", "n_shots", "map", "scale")
-_MAPS = {
+MAPS = {
     "ra": ("RA map", "#d55e00", "circle"),
     "pattern": ("FA map", "#0072b2", "square"),
     "shuffled": ("RA map, rows shuffled", "#cc79a7", "x"),
     "grad": ("G, as large as RA", "#009e73", "diamond"),
+    "centred_grad": ("G, rows centred, as large as RA", "#56b4e9", "triangle-up"),
+    "a_grad": ("A ⊙ G, as large as RA", "#b8860b", "triangle-down"),
 }
 _LINES = "#4b5563"
 
@@ -113,7 +115,7 @@ def patching_sweep_curve(
     low, high = limits(mean[metric], metric)
     for own, place in zip(shots, places, strict=True):
         _add_unpatched(figure, unpatched, own, ends, (low, high), metric, said, place)
-        for kind in _MAPS:
+        for kind in MAPS:
             curve = patched[(patched["map"] == kind) & (patched["n_shots"] == own)]
             if not curve.empty:
                 figure.add_trace(_line(curve, kind, metric, said, first=own == shots[0]), **place)
@@ -158,7 +160,7 @@ def tick_scales(scales: Sequence[float]) -> list[float]:
 
 
 def _line(curve: Any, kind: str, metric: str, said: str, *, first: bool) -> go.Scatter:
-    name, colour, symbol = _MAPS[kind]
+    name, colour, symbol = MAPS[kind]
     scales = [float(s) for s in curve["scale"]]
     paper = [s == PAPER_SCALE.get(kind) for s in scales]
     return go.Scatter(

@@ -12,6 +12,7 @@ from ra_lens.figures import (
     knockout_curves,
     knockout_scatter,
     method_agreement,
+    patching_ablations,
     patching_sweep_curve,
     perturbation_curves,
 )
@@ -21,6 +22,7 @@ from ra_lens.files import PAGE, check_output, write_whole
 from ra_lens.html import facts
 from ra_lens.questions import Metric
 from ra_lens.report.sections import Section, page
+from ra_lens.text import shots_name
 
 # Constant columns that say how results were made, with their names on the page.
 _FACTS = {
@@ -80,6 +82,24 @@ def write_sweep_page(frame: pd.DataFrame, path: str | Path, *, metric: Metric) -
         figures=(("", (patching_sweep_curve(frame, metric=metric),)),),
     )
     return _write("Attention patching", frame, [curves], path)
+
+
+def write_ablations_page(frame: pd.DataFrame, effects: pd.DataFrame, path: str | Path) -> Path:
+    """Write what parts of a patch's map and other maps do, for each number of demonstrations."""
+    figures: list[tuple[str, tuple[Any, ...]]] = []
+    for n in sorted({int(n) for n in effects["n_shots"]}):
+        part: Any = effects[effects["n_shots"] == n]
+        figures.append((f"With {shots_name(n)}", (patching_ablations(part),)))
+    section = Section(
+        "What carries the effect",
+        paragraphs=(
+            "The mean map of training questions, times a scale, is added to the attention of every "
+            "head; here parts of it, and other maps in its place.",
+        ),
+        figures=tuple(figures),
+        notes=("Lines: unpatched, and the whole map, on the same tasks as the row beside them.",),
+    )
+    return _write("Ablations of attention patching", frame, [section], path)
 
 
 def write_knockout_page(frame: pd.DataFrame, path: str | Path) -> Path:
