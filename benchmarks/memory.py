@@ -19,6 +19,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maps": {"store": "maps"},
     "norms": {"store": "norms"},
     "norms, recompute": {"store": "norms", "recompute": True},
+    "norms, recompute, 64 rows": {"store": "norms", "recompute": True, "query_rows": 64},
+    "norms, recompute, 256 rows": {"store": "norms", "recompute": True, "query_rows": 256},
     "maps, recompute": {"store": "maps", "recompute": True},
 }
 ROUTES = {

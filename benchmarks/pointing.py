@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ra_lens import RACache, load_demo_model, load_model, load_task, run_with_ra
 from ra_lens.knockouts.edges import find_text
 from ra_lens.model import as_lens
+from ra_lens.token_scores import token_scores
 
 STEPS = 20  # of integrated gradients
 
@@ -69,15 +70,6 @@ def questions(model: nn.Module, n: int) -> list[Asked]:
 
 
 # ---- methods ------------------------------------------------------------------------------------
-
-
-def rollout(pattern: Float[Tensor, "layer head query key"]) -> Float[Tensor, "pos"]:
-    """Attention rollout (Abnar & Zuidema 2020): heads averaged, half of each stream stays."""
-    n = pattern.shape[-1]
-    seen = torch.eye(n, dtype=pattern.dtype)
-    for layer in pattern.mean(dim=1):
-        seen = (0.5 * layer + 0.5 * torch.eye(n, dtype=pattern.dtype)) @ seen
-    return seen[-1]
 
 
 def chefer(
@@ -133,19 +125,16 @@ def integrated_gradients(model: Any, ids: Tensor, target: int) -> Float[Tensor, 
 
 def of_maps(ra: RACache) -> dict[str, Float[Tensor, "pos"]]:
     """What maps of one prompt give each token, larger where it is to be looked at."""
-    stacked: dict[str, Tensor] = {
-        kind: ra.stack(kind)[:, 0] for kind in ("ra", "pattern", "pattern_grad")
-    }
-    flow: dict[str, Tensor] = {
-        kind: ra.flow(by=kind)[0].sum(dim=0) for kind in ("knockout", "cut", "ra", "pattern")
+    scores: dict[str, Tensor] = {
+        kind: token_scores(ra, method=kind)[0] for kind in ("ra", "knockout", "pattern", "rollout")
     }
     return {
-        "−R": -flow["ra"],
-        "knockout": flow["knockout"],
-        "−A·G": flow["cut"],
-        "A": flow["pattern"],
-        "rollout": rollout(stacked["pattern"]),
-        "Chefer": chefer(stacked["pattern"], stacked["pattern_grad"]),
+        "−R": scores["ra"],
+        "knockout": scores["knockout"],
+        "−A·G": ra.flow(by="cut")[0].sum(dim=0),
+        "A": scores["pattern"],
+        "rollout": scores["rollout"],
+        "Chefer": chefer(ra.stack("pattern")[:, 0], ra.stack("pattern_grad")[:, 0]),
     }
 
 

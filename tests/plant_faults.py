@@ -95,6 +95,34 @@ FAULTS = (
         '("scale_attn", float)',
         "tests/run/test_exactness.py",
     ),
+    Fault(
+        "the quarter of GIM at queries only",
+        "other backward",
+        "_scale(node, _OF_SCORES)",
+        "_scale(node, _OF_SCORES, only=-2)",
+        "tests/run/test_backward.py",
+    ),
+    Fault(
+        "a recomputed block hands back the loss's own gradient",
+        "other backward",
+        "        ctx.rewire(some)\n",
+        "",
+        "tests/run/test_backward.py",
+    ),
+    Fault(
+        "methods of all backward passes read the exact one",
+        "other backward",
+        "            backward=backward,\n        )\n        for name, one in methods.items():",
+        "        )\n        for name, one in methods.items():",
+        "tests/heads/test_heads_relevance.py",
+    ),
+    Fault(
+        "rollout takes the layers in the other order",
+        "tokens",
+        "mixed @ seen.to(mixed.device)",
+        "seen.to(mixed.device) @ mixed",
+        "tests/vocabulary/test_token_scores.py",
+    ),
     Fault("best scale is the worst", "scales", "return min(tried)[-1]", "return max(tried)[-1]"),
     Fault(
         "probability of an answer is that of a mean token",
@@ -117,8 +145,8 @@ FAULTS = (
     Fault(
         "ranking sums over examples",
         "scales",
-        "total / len(questions) for name, total",
-        "total for name, total",
+        "found if each is None else each.mean(dim=0)",
+        "found if each is None else each.sum(dim=0)",
     ),
     Fault(
         "a batch runs once for each method",
@@ -156,6 +184,41 @@ FAULTS = (
         'ra["pattern_grad", layer].where(ra["pattern", layer] > 0, 0.0).square()',
         'ra["pattern_grad", layer].square()',
         "tests/heads/test_heads_gradients.py",
+    ),
+    Fault(
+        "NAP goes away from the corrupted prompt",
+        "heads",
+        "((other.z[layer].to(z) - z) * other.z_grad",
+        "((z - other.z[layer].to(z)) * other.z_grad",
+        "tests/heads/test_heads_corrupted.py",
+    ),
+    Fault(
+        "the way to the prompt begins at the corrupted one itself",
+        "heads",
+        "for k in range(1, n):\n                move",
+        "for k in range(n - 1):\n                move",
+        "tests/heads/test_heads_corrupted.py",
+    ),
+    Fault(
+        "resampled heads get what they gave a token earlier, after shared demonstrations",
+        "heads",
+        "for q in questions.tolist()]) + start\n",
+        "for q in questions.tolist()]) + max(start - 1, 0)\n",
+        "tests/heads/test_heads_ablation.py",
+    ),
+    Fault(
+        "the mean of a head counts padding",
+        "heads",
+        "n_tokens = sum(read.lengths)",
+        "n_tokens = len(read) * read.padded_width",
+        "tests/heads/test_heads_ablation.py",
+    ),
+    Fault(
+        "sizes of effects are those of the mean effect",
+        "heads",
+        "self.weights @ np.abs(values)}",
+        "np.abs(self.weights @ values)}",
+        "tests/heads/test_heads_agreement.py",
     ),
     Fault(
         "knockouts summed with their signs",
@@ -202,14 +265,14 @@ FAULTS = (
     Fault(
         "CM1 with the sign of the paper's code",
         "signs",
-        "(before[:, None, None] - after)",
-        "(after - before[:, None, None])",
+        "before.probability[:, None, None] - after.probability",
+        "after.probability - before.probability[:, None, None]",
     ),
     Fault(
         "CM2 with the sign of CM1",
         "signs",
-        "(after - before[:, None, None])",
-        "(before[:, None, None] - after)",
+        "after.probability - before.probability[:, None, None]",
+        "before.probability[:, None, None] - after.probability",
     ),
     Fault(
         "figures show R as −R",
@@ -285,8 +348,8 @@ FAULTS = (
     Fault(
         "masking as a product keeps NaN",
         "masks",
-        "torch.where(factors, by_head(z, n_heads), zero)",
-        "(by_head(z, n_heads) * factors)",
+        "torch.where(factors, own, new)",
+        "(own * factors + new * ~factors)",
     ),
     Fault(
         "one head more is unmasked",
@@ -436,7 +499,10 @@ FAULTS = (
         "values[1:] * np.diff(shares)",
     ),
     Fault(
-        "reversed order is the order", "experiments", "order = order[::-1]\n", "order = order[:]\n"
+        "reversed order is the order",
+        "experiments",
+        'order[::-1] if direction == "reversed" else order',
+        "order",
     ),
     Fault(
         "ties in no order",
@@ -474,6 +540,41 @@ FAULTS = (
         "paths",
         "active = _best(going, top_beam, power)",
         "active = going[:top_beam]",
+    ),
+    Fault(
+        "masked heads get what they gave on another question's twin",
+        "experiments",
+        "{layer: z[list(questions), columns] for layer, z",
+        "{layer: z[list(questions)[::-1], columns] for layer, z",
+        near="tests/experiments/test_others.py",
+    ),
+    Fault(
+        "CMD lets too much and too little cancel",
+        "experiments",
+        "for of_f in (f, np.abs(1 - f))",
+        "for of_f in (f, 1 - f)",
+        near="tests/experiments/test_head_only.py",
+    ),
+    Fault(
+        "heads of a circuit are found on the prompts that rank",
+        "experiments",
+        "_found(test, circuit, halves[0])",
+        "_found(test, circuit, halves[1])",
+        near="tests/experiments/test_circuit_test.py",
+    ),
+    Fault(
+        "ties count in full for the true head",
+        "experiments",
+        "auroc=float(above + tied / 2)",
+        "auroc=float(above + tied)",
+        near="tests/heads/test_known_heads.py",
+    ),
+    Fault(
+        "the twin names the indirect object twice, so that its answer stays",
+        "experiments",
+        "asked(subject, answer, answer_first=not answer_first)",
+        "asked(answer, subject, answer_first=not answer_first)",
+        near="tests/tasks/test_circuits.py",
     ),
     Fault(
         "what a patch does to other text is told the other way round",
@@ -766,6 +867,21 @@ FAULTS = (
         "if a.shape[1] % v.shape[2] or not fits(per_head, attention_output(a, v)):",
         "if a.shape[1] % v.shape[2]:",
         "tests/vocabulary/test_head_weights.py",
+    ),
+    # ---- attention in blocks of rows -----------------------------------------------------------
+    Fault(
+        "keys get the gradient of one block only",
+        "long prompts",
+        "whole.narrow(dim, 0, start).add_(one)",
+        "whole.narrow(dim, 0, start).copy_(one)",
+        "tests/model/test_rows.py",
+    ),
+    Fault(
+        "norms are those of the last block",
+        "long prompts",
+        "norms = torch.hypot(norms, self._norms[kind, layer].to(norms.device))",
+        "norms = norms + 0 * self._norms[kind, layer].to(norms.device)",
+        "tests/model/test_rows.py",
     ),
 )
 

@@ -70,6 +70,7 @@ _LOSSES = {
     "top_prediction": "−log p of the target",
     "sequence_nll": "mean of −log p over the target's tokens",
     "logit_diff": "logit of the wrong answer − logit of the right one",
+    "probability_diff": "probability of the wrong tokens − that of the right ones",
     "custom": "a metric of the user's own",
 }
 _UNITS = {
@@ -279,7 +280,7 @@ class RACache:
             if losses and not any(map(math.isnan, losses)):  # NaN where nobody said what it is
                 average = " on average" * (len(losses) > 1)
                 own += f"; loss {sum(losses) / len(losses):.4f}{average}"
-            return [*found, ("Loss", text + own)]
+            return [*found, ("Loss", text + own), *_of_another(info.backward)]
         if info.targets is not None:
             found.append(("Target", f"“{label(info.targets[example])}”{own}"))
         if not math.isnan(loss := self.loss_of(example)):
@@ -287,7 +288,7 @@ class RACache:
             if info.objective in ("answer_nll", "top_prediction"):
                 text += f"; p(target) = {math.exp(-loss):.3g}"
             found.append(("Loss", text))
-        return found
+        return [*found, *_of_another(info.backward)]
 
     @property
     def loss_unit(self) -> str:
@@ -331,6 +332,12 @@ class RACache:
             raise NotStored("this cache is empty: run the backward pass first.")
         kind = read_kind(kind)
         device = next(iter(self._norms.values())).device
+        if kind == "pattern_grad" and (kind, self.layers[0]) not in self._norms:
+            raise NotStored(
+                "found no norms of hook_pattern_grad: attention ran in blocks of rows, whose "
+                "queries meet no later keys, and G is a number there too. Shorter prompts run in "
+                "one block; R and the pattern are whole here."
+            )
         rows = [
             self[kind, layer].flatten(start_dim=-2).norm(dim=-1)
             if kind in ("knockout", "cut")
@@ -457,7 +464,8 @@ class RACache:
             −Σ R~ / (1 − Σ A) per row, or −Σ A·G, summed over rows, heads and layers.
 
         Raises:
-            BadInput: heads, layers, positions or texts that are not there.
+            BadInput: heads, layers, positions or texts that are not there; or maps of another
+                backward pass than the loss's own.
             NotStored: the maps were not kept.
         """
         choice = {"heads": heads, "layers": layers, "queries": queries, "keys": keys}
@@ -717,10 +725,25 @@ class RACache:
         self._keep(layer, kind, value)
 
     def _put_norms(
-        self, layer: int, kind: StoredKind, value: Tensor, device: str | torch.device | None = None
+        self,
+        layer: int,
+        kind: StoredKind,
+        value: Tensor,
+        device: str | torch.device | None = None,
+        *,
+        add: bool = False,
     ) -> Float[Tensor, "batch head"]:
-        """Add the norms of a map; gives them where it is, and only they move to `device`."""
+        """Add the norms of a map; gives them where it is, and only they move to `device`.
+
+        With `add` it is a block of the map's rows, and the norms become those of all so far. A
+        block of G lacks keys that come later, where R and the pattern are 0 and G is not: its norms
+        are not kept.
+        """
         norms = value.flatten(start_dim=-2).norm(dim=-1)
+        if add and kind == "pattern_grad":
+            return norms
+        if add and (kind, layer) in self._norms:
+            norms = torch.hypot(norms, self._norms[kind, layer].to(norms.device))
         self._norms[kind, layer] = norms.to(device=device)
         if self.loss.ndim and len(self.loss) != len(norms):  # of examples met for the first time
             self.loss = torch.full(norms.shape[:1], float("nan"))
@@ -801,6 +824,12 @@ def _in_front(prepended: str | None) -> str:
     return (
         "" if prepended is None else f", {label(prepended) if prepended else 'nothing'} prepended"
     )
+
+
+def _of_another(backward: str) -> list[tuple[str, str]]:
+    """Say which backward pass gave the maps, where it is not the loss's own."""
+    text = f"{backward}: gradients of other rules (ra_lens.model.backward), not of the loss"
+    return [] if backward == "exact" else [("Backward", text)]
 
 
 def _tuples(value: Any) -> Any:

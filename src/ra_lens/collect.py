@@ -22,7 +22,7 @@ part of the graph, a second copy of the pattern included, is neither kept nor ru
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 from ra_lens.errors import NothingToDifferentiate, UnsupportedModel
 from ra_lens.model import Lens, Site
+from ra_lens.model.backward import Backward, Rewiring, softened
 from ra_lens.model.blocks import recomputed
+from ra_lens.model.rows import in_rows
 from ra_lens.model.sites import StoredKind, VectorKind
 from ra_lens.vectors import VectorCollector
 
@@ -81,6 +83,10 @@ class _Tap(torch.autograd.Function):
         return grad_outputs[0], None, None, None
 
 
+class _PatternTap(_Tap):
+    """A tap at a pattern; the name tells `ra_lens.model.backward` so."""
+
+
 class _SoftmaxTap(torch.autograd.Function):
     """The pattern as a function of its scores, whose backward pass is R~ (and of `token`)."""
 
@@ -113,17 +119,21 @@ class Collector:
         edited: bool = True,
         retained: bool = False,
         vectors: frozenset[VectorKind] = frozenset(),
+        backward: Backward = "exact",
     ) -> None:
         """Collect at `sites` of `lens` and hand each layer's maps to `deliver`.
 
         Hooks of the user's may cut layers off from the loss if `edited`; each of several backward
         passes through one graph delivers if `retained`. These `vectors` are kept beside the maps.
+        The gradients are those of this `backward` pass.
         """
         self._lens = lens
         self._sites = sites
         self._deliver = deliver
         self._edited = edited
         self._retained = retained
+        self._backward: Backward = backward
+        self._rewiring = None if backward == "exact" else Rewiring(backward, lens.name)
         self._loss_scale = 1.0
         self._token = torch.zeros((), requires_grad=True)
         self._recompute = False
@@ -137,11 +147,16 @@ class Collector:
     # ---- attaching ------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, *, recompute: bool = False) -> Generator[None, None, None]:
+    def attached(
+        self, *, recompute: bool = False, rows: int | None = None
+    ) -> Generator[Mapping[str, Any] | None, None, None]:
         """Attach to the model: the patterns before every other hook, the block input after.
 
-        With `recompute` no block's graph but the last is kept; see `ra_lens.model.blocks`.
+        With `recompute` no block's graph but the last is kept; see `ra_lens.model.blocks`. With
+        `rows` too, a layer's maps come in pieces of so many queries, the last ones first; then it
+        gives the options that the forward pass needs; see `ra_lens.model.rows`.
         """
+        options: Mapping[str, Any] | None = None
         self._recompute = recompute
         above: set[str] = set()  # self- and cross-attention of a decoder block share one input
         with ExitStack() as stack:
@@ -168,11 +183,16 @@ class Collector:
                 point = self._lens.hook_points[name]
                 stack.callback(point.register_forward_hook(self._tap_input).remove)
             if recompute:
-                blocks = self._lens.blocks_from(next(iter(self._sites)))
-                stack.enter_context(recomputed(blocks, self._token))
+                first = next(iter(self._sites))
+                if rows is None:
+                    blocks = self._lens.blocks_from(first)
+                    stack.enter_context(recomputed(blocks, self._token, self.rewire))
+                else:
+                    pieces = in_rows(self._lens, first, self._token, rows, self.rewire)
+                    options = stack.enter_context(pieces)
                 stack.enter_context(self._lens.no_attention_returned())
             stack.callback(self._release)
-            yield
+            yield options
 
     def _release(self) -> None:
         # The model may keep the last pattern, whose gradient hooks hold this collector: it must
@@ -184,10 +204,11 @@ class Collector:
     def _scores_point(self, site: Site) -> nn.Module | None:
         """Where the softmax's input can be taken; None where R~ may not be handed on to it."""
         # An observe-only site's scores are a copy too (where that is not known yet, it shows in
-        # the backward pass). A layer that runs again needs every pattern. A backward hook puts a
-        # wrapper behind the tensor that a forward hook sees.
+        # the backward pass). A layer that runs again needs every pattern, and another backward pass
+        # the softmax itself. A backward hook puts a wrapper behind the tensor that a forward hook
+        # sees.
         point = self._lens.hook_points.get(site.scores_name)
-        if point is None or site.observe_only or site.repeated:
+        if point is None or site.observe_only or site.repeated or self._rewiring is not None:
             return None
         return None if point._backward_hooks else point  # pyright: ignore[reportPrivateUsage]
 
@@ -198,7 +219,8 @@ class Collector:
         return self._tap(output, copy=True)
 
     def _tap(self, x: Tensor, *, copy: bool, receive: ReceiveBoth | None = None) -> Tensor:
-        result: Any = _Tap.apply(x, self._token, copy, receive)
+        tap = _Tap if receive is None else _PatternTap
+        result: Any = tap.apply(x, self._token, copy, receive)
         return result
 
     def _at_pattern(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -283,13 +305,23 @@ class Collector:
             self._lens.learn_route(layer, observe_only=layer not in self._consumed)
         dtype = torch.float64 if pattern.dtype == torch.float64 else torch.float32
         pattern, grad = pattern.to(dtype), grad.detach().to(dtype)
-        step = reversed_attention(pattern, grad, 1.0)
+        attended = softened(pattern) if self._backward == "gim" else pattern
+        step = reversed_attention(attended, grad, 1.0)
         ra = step * (site.need_scale() / self._loss_scale)
         if self._loss_scale != 1:
             grad = grad / self._loss_scale
         self._arrived.add(layer)
         self._deliver(site, {"ra": ra, "pattern": pattern, "pattern_grad": grad})
         return step
+
+    def rewire(self, results: Sequence[Tensor]) -> None:
+        """Let what these were computed from hand back the gradients of another backward pass.
+
+        Raises:
+            UnsupportedModel: it holds an operation that this backward pass has no rule for.
+        """
+        if self._rewiring is not None:
+            self._rewiring.of(results)
 
     def backward(self, total: Float[Tensor, ""], scale: float = 1.0) -> None:
         """Differentiate the loss `total` down to the first layer and deliver every layer's maps.
@@ -337,9 +369,23 @@ class Collector:
                 "the loss, and with recompute=True their patterns are not at hand. Leave these "
                 "layers out with layers=, or run without recompute=True."
             )
+        self._need_all_patterns()
         for layer in missing:  # really cut off by an edit: the gradient is zero
             pattern = self._patterns.pop(layer)
             self._receive(layer, pattern, torch.zeros_like(pattern))
+
+    def _need_all_patterns(self) -> None:
+        # Values whose pattern is a constant of a hook's cannot be told from weights.
+        if self._rewiring is None or self._backward != "gim":
+            return
+        first = next(iter(self._sites))
+        n = sum(layer >= first for layer in self._lens.sites)
+        if self._rewiring.patterns < n:
+            raise UnsupportedModel(
+                f"found the softmax of {self._rewiring.patterns} of {n} attention layers behind "
+                "the loss: a hook replaces the others' patterns or cuts them off, and "
+                "backward='gim' cannot halve the gradients of their values. Use backward='exact'."
+            )
 
     # ---- what is said ---------------------------------------------------------------------------
 

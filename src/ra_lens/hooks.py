@@ -75,10 +75,13 @@ class Recorder:
         self._largest: dict[int, Tensor] = {}
         self._n = 0
 
-    def begin(self, batch: Batch, encoded: Batch | None = None) -> Deliver:
+    def begin(
+        self, batch: Batch, encoded: Batch | None = None, *, in_rows: bool = False
+    ) -> Deliver:
         """Start a batch; gives the function that receives its maps, layer by layer.
 
         In an encoder-decoder `batch` is what the decoder reads, `encoded` what the encoder does.
+        Where they come block by block, some rows at a time, their norms are those of all blocks.
         """
         self.cache = RACache(sites=self.sites, store=self.store)
         self._n, self._largest = len(batch.lengths), {}
@@ -88,6 +91,10 @@ class Recorder:
 
         def deliver(site: Site, maps: dict[StoredKind, Tensor]) -> None:
             queries, keys = sides[site.query_side], sides[site.key_side]
+            if in_rows:
+                for kind, value in maps.items():
+                    self._receive_norms(site, kind, value, add=True)
+                return
             for kind, value in maps.items():
                 laid_out = _laid_out(value, queries, keys)
                 self.receive(site, kind, laid_out, (queries.first_span, keys.first_span))
@@ -98,9 +105,7 @@ class Recorder:
         self, site: Site, kind: StoredKind, value: Tensor, tokens: tuple[slice, ...] = ()
     ) -> None:
         """Keep what was asked for of a map; a mean is that of its rows and columns of `tokens`."""
-        norms = self.cache._put_norms(site.layer, kind, value, device=self.device)
-        if kind == "pattern_grad":
-            self._largest[site.layer] = norms.max()
+        self._receive_norms(site, kind, value)
         name = site.map_name(kind)
         if not self.wanted(name):
             return
@@ -108,6 +113,14 @@ class Recorder:
             self.cache._keep(site.layer, kind, value.to(device=self.device, dtype=self._dtype))
         elif self._sums is not None:
             self._sums.add(name, value[(..., *tokens)].to(device=self.device))
+
+    def _receive_norms(
+        self, site: Site, kind: StoredKind, value: Tensor, *, add: bool = False
+    ) -> None:
+        norms = self.cache._put_norms(site.layer, kind, value, device=self.device, add=add)
+        if kind == "pattern_grad":
+            before = self._largest.get(site.layer, norms.new_zeros(()))
+            self._largest[site.layer] = torch.maximum(before, norms.max())  # NaN stays
 
     def receive_vectors(
         self, site: Site, vectors: dict[VectorKind, Tensor], read: dict[Side, Batch]

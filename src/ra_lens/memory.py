@@ -44,6 +44,7 @@ class Plan:
     dtype: torch.dtype | None  # in what they are kept
     recompute: bool
     vectors: frozenset[VectorKind] = frozenset()
+    rows: int | None = None  # queries of a layer that may run at a time (`in_rows`); None: all
 
     @property
     def batch(self) -> int:
@@ -58,6 +59,17 @@ class Plan:
             "decoder": self.prompts,
         }
         return {side: max(prompts.lengths) for side, prompts in sides.items()}
+
+    @property
+    def in_rows(self) -> int | None:
+        """Queries of a layer that run at a time; None: all, as where whole maps are kept."""
+        norms_only = self.store == "norms" and self.recompute and not self.vectors
+        return self.rows if norms_only else None
+
+    @property
+    def n_keys(self) -> int:
+        """Most keys that a query has."""
+        return max(self.widths[site.key_side] for site in self.sites.values())
 
     @property
     def maps(self) -> int:
@@ -79,11 +91,19 @@ class Plan:
         lens, widths = self.lens, self.widths
         later = [site for layer, site in lens.sites.items() if layer >= min(self.sites)]
         tokens = [widths[site.query_side] for site in later]
+        at_a_time = [min(n, self.in_rows or n) for n in tokens]
         layers = [
-            self._cells(site) + n * (5 * lens.d_model + lens.d_mlp)
-            for site, n in zip(later, tokens, strict=True)
+            site.n_heads * n * self.widths[site.key_side] + n * (5 * lens.d_model + lens.d_mlp)
+            for site, n in zip(later, at_a_time, strict=True)
         ]
         kept = max(layers) + sum(tokens) * lens.d_model if self.recompute else sum(layers)
+        if self.in_rows is not None:  # keys and values
+            shares = (site.n_key_value_heads / site.n_heads for site in later)
+            kept += round(
+                2 * lens.d_model * sum(n * s for n, s in zip(tokens, shares, strict=True))
+            )
+            if lens.kind == "TransformerBridge":  # Hugging Face's mask of queries and keys
+                kept += max(tokens) * self.n_keys
         return self.batch * lens.dtype.itemsize * kept
 
     @property

@@ -44,10 +44,13 @@ class Questions:
     Attributes:
         prompts: What the model reads.
         answers: Ids of the whole answer, one list per question.
+        wrong: First id of each wrong answer, that of the corrupted twin; None unless every prompt
+            has a twin.
     """
 
     prompts: Prompts
     answers: tuple[tuple[int, ...], ...]
+    wrong: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """Give the number of questions."""
@@ -66,7 +69,8 @@ class Questions:
     def repeated(self, times: int) -> Questions:
         """The same questions several times over."""
         prompts = replace(self.prompts, ids=self.prompts.ids * times, texts=None)
-        return Questions(prompts, self.answers * times)
+        wrong = None if self.wrong is None else self.wrong * times
+        return Questions(prompts, self.answers * times, wrong)
 
 
 def read_questions(
@@ -83,7 +87,14 @@ def read_questions(
         ids_of(lens, read, i, prompt.answer, f"an answer of {_name(prompt, i)}")
         for i, prompt in enumerate(prompts)
     ]
-    return Questions(read, tuple(map(tuple, answers)))
+    twins = [prompt.corrupted for prompt in prompts if prompt.corrupted is not None]
+    wrong = None
+    if twins and len(twins) == len(prompts):
+        wrong = tuple(
+            ids_of(lens, read, i, twin.answer, f"the wrong answer of {_name(prompts[i], i)}")[0]
+            for i, twin in enumerate(twins)
+        )
+    return Questions(read, tuple(map(tuple, answers)), wrong)
 
 
 def _need_next_token(lens: Lens) -> None:
@@ -124,12 +135,15 @@ class Marks:
         tied: How many others have the same logit: many in bfloat16, or where nothing is left.
         logit_diff: Logit of the right answer minus that of the best other token.
         probability: Of the right answer, in float64.
+        answer_diff: Logit of the first token of the right answer minus that of the wrong one, the
+            corrupted twin's; None where there is none.
     """
 
     above: Int[Tensor, "question *token"]
     tied: Int[Tensor, "question *token"]
     logit_diff: Float[Tensor, "question"]
     probability: Float[Tensor, "question"]
+    answer_diff: Float[Tensor, "question"] | None = None
 
     def __len__(self) -> int:
         """Give the number of questions."""
@@ -137,23 +151,26 @@ class Marks:
 
     def part(self, questions: slice | Tensor) -> Marks:
         """The marks of some of the questions."""
-        return Marks(*(values[questions] for values in self._columns))
+        *of_answers, against = self._columns
+        cut = None if against is None else against[questions]
+        return Marks(*(values[questions] for values in of_answers), answer_diff=cut)
 
     @staticmethod
     def joined(parts: Sequence[Marks]) -> Marks:
         """The marks of several batches that `ask` ran, whose longest answers may differ."""
         width = max(part.above.shape[1] for part in parts)
 
-        def wide(values: Tensor) -> Tensor:
-            missing = width - values.shape[1] if values.ndim > 1 else 0
-            return torch.nn.functional.pad(values, (0, missing))
+        def joined(column: Sequence[Tensor | None]) -> Any:
+            some = [values for values in column if values is not None]
+            missing = [width - values.shape[1] if values.ndim > 1 else 0 for values in some]
+            wide = [torch.nn.functional.pad(v, (0, n)) for v, n in zip(some, missing, strict=True)]
+            return torch.cat(wide) if wide else None
 
-        columns = zip(*(part._columns for part in parts), strict=True)
-        return Marks(*(torch.cat([wide(values) for values in column]) for column in columns))
+        return Marks(*map(joined, zip(*(part._columns for part in parts), strict=True)))
 
     @property
-    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.above, self.tied, self.logit_diff, self.probability
+    def _columns(self) -> tuple[Any, ...]:
+        return self.above, self.tied, self.logit_diff, self.probability, self.answer_diff
 
     def accuracy(self, k: int = 1) -> float:
         """Share of the questions whose answer is among the top `k`, with each of its tokens.
@@ -231,6 +248,7 @@ def ask(
         [answer if whole else answer[:1] for answer in questions.answers],
         hooks_of or (lambda _part: ()),
         batch_size,
+        questions.wrong,
     )
     shared = None if variants is None else SharedPrefix.of(lens, questions.prompts)
     found = None if shared is None else asked.after(shared, variants or ())
@@ -254,6 +272,7 @@ class _Asked:
     answers: Sequence[tuple[int, ...]]
     hooks_of: HooksOf
     batch_size: int
+    wrong: Sequence[int] | None = None
 
     def in_full(self, which: Sequence[int]) -> list[Part]:
         """Ask questions, of which all tokens run."""
@@ -350,7 +369,19 @@ class _Asked:
             tied=by_token(marks.tied, 0),
             logit_diff=by_token(marks.logit_diff, float("inf")).amin(dim=1),
             probability=by_token(marks.probability, 1).prod(dim=1),
+            answer_diff=self._answer_diff(part, logits[:, 0]),
         )
+
+    def _answer_diff(
+        self, part: Sequence[int], logits: Float[Tensor, "question d_vocab"]
+    ) -> Tensor | None:
+        """Logit of the right answer minus that of the wrong one, where their first token is."""
+        if self.wrong is None:
+            return None
+        pairs = torch.tensor([[self.answers[i][0], self.wrong[i]] for i in part])
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        right, wrong = wide.gather(1, pairs.to(wide.device)).unbind(dim=1)
+        return (right - wrong).cpu()
 
 
 def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:
@@ -360,19 +391,23 @@ def by_length(prompts: Prompts, some: Iterable[int] | None = None) -> list[int]:
 
 def marked(marks: Marks) -> dict[str, Any]:
     """Accuracy and logit difference of some answers, mean of all, as columns of a table."""
+    against = marks.answer_diff
+    diff = {} if against is None else {"answer_diff": float(against.double().mean())}
     return {
         "top1": marks.accuracy(1),
         "top2": marks.accuracy(2),
         "top3": marks.accuracy(3),
         "logit_diff": float(marks.logit_diff.double().mean()),
+        **diff,
     }
 
 
-Metric = Literal["top1", "top2", "top3", "logit_diff"]
+Metric = Literal["top1", "top2", "top3", "logit_diff", "answer_diff"]
 
 METRICS: dict[str, str] = {
     "top1": "accuracy (answer ranked first)",
     "top2": "accuracy (answer among the first 2)",
     "top3": "accuracy (answer among the first 3)",
     "logit_diff": "logit of the answer − best other logit",
+    "answer_diff": "logit of the answer − logit of the wrong answer",
 }

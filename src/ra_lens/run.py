@@ -31,6 +31,7 @@ from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
 from ra_lens.memory import Plan, refuse_what_cannot_fit
 from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, Side, as_lens
+from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.forward import at_columns
 from ra_lens.model.sites import VectorKind, read_vectors
 from ra_lens.numbers import Real, Whole, whole_or_none
@@ -51,6 +52,7 @@ from ra_lens.prompts import (
     read_decoder_prompts,
     read_prompts,
 )
+from ra_lens.rows import read_rows
 from ra_lens.run_info import RunInfo
 from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
 from ra_lens.tensors import read_device, read_dtype
@@ -73,6 +75,8 @@ def run_with_ra(
     return_logits: Literal["read", "all"] = "read",
     batch_size: Whole | None = None,
     recompute: bool = False,
+    backward: Backward = "exact",
+    query_rows: Whole | None = None,
     progress: bool = True,
     attention_mask: Mask | None = None,
     prepend_bos: PrependBos = None,
@@ -130,6 +134,15 @@ def run_with_ra(
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
             pass; hooks inside blocks run twice.
+        backward: `"exact"`, the gradient of the loss; or another backward pass through the same
+            forward pass, `"relp"` or `"gim"`, whose rules `ra_lens.model.backward` states. Maps and
+            gradients are then those of that pass, which the cache says (`ra.info.backward`), and
+            foretell no change of the loss. Logits and patterns are the same.
+        query_rows: With `recompute=True` and `store="norms"`: run a layer's attention in blocks of
+            so many queries, so that no whole map is ever held and memory grows linearly with the
+            prompt. Same norms but for rounding (`ra_lens.model.rows`). Default: all at once while
+            a layer's map has less than 67 million entries, then blocks of that size, where model
+            and prompts allow it: causal, of one length, no hooks of yours.
         progress: False hides the progress bar.
         attention_mask: For token ids with padding: 1 at real tokens; it wins over the mask of a
             mapping. Without either, runs of the tokenizer's pad token at the end (or start) of rows
@@ -153,13 +166,14 @@ def run_with_ra(
     Raises:
         BadInput: input, target or option that cannot be used.
         UnsupportedModel: a model, or a state of it, that does not let its attention be read; or
-            one that is being run already.
+            one that is being run already, or that computes something `backward` has no rule for.
         NothingToDifferentiate: NaN logits or gradients, a loss that does not depend on the
             attention, or layers that the model itself, and no hook, cuts off from it.
         NotEnoughMemory: more than the device has left, seen before anything runs.
     """
     one_of("store", store, ("maps", "norms", "mean"))
     one_of("return_logits", return_logits, ("read", "all"))
+    one_of("backward", backward, BACKWARDS)
     one_of("padding_side", padding_side, (None, "left", "right"))
     lens = as_lens(model)
     lens.refuse_meta()
@@ -206,21 +220,22 @@ def run_with_ra(
         read = read.each(Prompts.widened)
     half = lens.in_float16
     is_wanted = wanted(names_filter, sites)
-    refuse_what_cannot_fit(
-        Plan(
-            lens=lens,
-            sites=sites,
-            prompts=read.prompts,
-            encoded=read.encoded,
-            batch_size=batch_size,
-            store=store,
-            wanted=is_wanted,
-            device=device,
-            dtype=dtype,
-            recompute=recompute,
-            vectors=kinds,
-        )
+    plan = Plan(
+        lens=lens,
+        sites=sites,
+        prompts=read.prompts,
+        encoded=read.encoded,
+        batch_size=batch_size,
+        store=store,
+        wanted=is_wanted,
+        device=device,
+        dtype=dtype,
+        recompute=recompute,
+        vectors=kinds,
     )
+    edited = bool(fwd_hooks) or lens.is_hooked
+    plan = replace(plan, rows=read_rows(plan, query_rows, edited=edited))
+    refuse_what_cannot_fit(plan)
     recorder = Recorder(sites, store, is_wanted, device, dtype, again=half)
     run = _Run(
         lens,
@@ -230,7 +245,9 @@ def run_with_ra(
         padding_is_hidden=padding_is_hidden(lens, read.prompts, read.encoded),
         every=every,
         recompute=recompute,
+        rows=plan.in_rows,
         vectors=kinds,
+        backward=backward,
     )
     parts = [examples for examples, _ in read.prompts.batches(batch_size)]
     with lens.only_run():
@@ -238,7 +255,7 @@ def run_with_ra(
             run.part(read.each(lambda one, part=part: one.chosen(part)), bound.part(part))
             for part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
-    return _finish(lens, bound, read, recorder, results)
+    return _finish(lens, bound, read, recorder, results, backward)
 
 
 @dataclass(frozen=True)
@@ -272,7 +289,9 @@ class _Run:
     padding_is_hidden: bool
     every: bool
     recompute: bool
+    rows: int | None
     vectors: frozenset[VectorKind]
+    backward: Backward
 
     def part(self, read: _Read, bound: Loss) -> BatchResult:
         """Run a batch as it is laid out or, where padding would show, in groups of one length."""
@@ -332,21 +351,27 @@ class _Run:
             batch, encoded = read.each(Prompts.unpadded).lay_out(lens)
         columns = batch.last if bound.positions is None else batch.columns(bound.positions)
         at_logits: list[Tensor] = []
-        deliver = self.recorder.begin(layout, encoder_layout)
+        deliver = self.recorder.begin(layout, encoder_layout, in_rows=self.rows is not None)
         collector = Collector(
-            lens, self.recorder.sites, deliver, edited=self._edited, vectors=self.vectors
+            lens,
+            self.recorder.sites,
+            deliver,
+            edited=self._edited,
+            vectors=self.vectors,
+            backward=self.backward,
         )
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(lens.parameters_frozen())
             stack.enter_context(lens.tensors_put_back())
             needed = None if self.every or bound.positions is None else columns
-            whole = stack.enter_context(lens.running(needed, self.fwd_hooks))
-            stack.enter_context(collector.attached(recompute=self.recompute))
+            in_pieces = self.rows is not None
+            whole = stack.enter_context(lens.running(needed, self.fwd_hooks, in_pieces=in_pieces))
+            past = stack.enter_context(collector.attached(recompute=self.recompute, rows=self.rows))
             if batch.is_padded:
                 stack.enter_context(lens.fully_masked_rows_apart())
             with watched(lens, batch, encoded):
-                logits = lens.forward(*batch.model_input, encoded and encoded.model_input)
+                logits = lens.forward(*batch.model_input, encoded and encoded.model_input, past)
             at_read = at_columns(logits, columns) if whole else logits
             lens.refuse_nan(at_read)
             logits = layout.spread(logits, 1) if whole else logits
@@ -355,6 +380,7 @@ class _Run:
             total = loss.sum()
             scale = self.scaling.of(total, given)
             if given.requires_grad:
+                collector.rewire([given])
                 given.register_hook(lambda grad: at_logits.append(grad.norm(p=math.inf)))
             collector.backward(total, scale)
         if collector.vectors is not None:
@@ -428,7 +454,12 @@ def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
 
 
 def _finish(
-    lens: Lens, bound: Loss, read: _Read, recorder: Recorder, results: list[BatchResult]
+    lens: Lens,
+    bound: Loss,
+    read: _Read,
+    recorder: Recorder,
+    results: list[BatchResult],
+    backward: Backward,
 ) -> tuple[Tensor, RACache]:
     scalars = [r for r in results if r.loss.ndim == 0]
     if scalars and len(results) > 1:
@@ -449,6 +480,7 @@ def _finish(
         starts=tuple(start for r in results for start in r.starts),
         prepended=read.source.prepended,
         decoder_tokens=None if read.encoded is None else _decoded(lens, read.prompts),
+        backward=backward,
     )
     loss = results[0].loss if scalars else torch.cat([r.loss for r in results])
     return torch.cat([r.logits for r in results]), recorder.result(loss=loss, info=info)

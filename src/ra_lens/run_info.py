@@ -8,6 +8,7 @@ from typing import Any
 
 from ra_lens.errors import BadInput
 from ra_lens.model import Side
+from ra_lens.model.backward import Backward
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class RunInfo:
         prepended: The token put in front of each prompt; empty if none was; None if ids were given.
         decoder_tokens: What the decoder of an encoder-decoder read, answer included, one list per
             example, each from column 0; its encoder read `str_tokens`.
+        backward: Which backward pass gave the maps: `exact`, the gradient of the loss, or another
+            of `run_with_ra(backward=...)`.
     """
 
     model_name: str = "unknown"
@@ -44,6 +47,15 @@ class RunInfo:
     starts: tuple[int, ...] | None = None
     prepended: str | None = None
     decoder_tokens: tuple[tuple[str, ...], ...] | None = None
+    backward: Backward = "exact"
+
+    def need_exact(self, what: str) -> None:
+        """Raise BadInput where the maps are not those of the loss's own gradient."""
+        if self.backward != "exact":
+            raise BadInput(
+                f"found maps of run_with_ra(backward={self.backward!r}), which are no slopes of "
+                f"the loss, and {what} is made of such. Run again with backward='exact'."
+            )
 
     def part(self, examples: Sequence[int]) -> RunInfo:
         """The same for some of the examples."""

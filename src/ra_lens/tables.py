@@ -22,13 +22,13 @@ from ra_lens.files import FileKind, check_input, check_output, user_path, whole_
 from ra_lens.text import shorten
 
 _NUMBERS = frozenset(
-    {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "scale", "auc", "layer",
-     "head", "score", "rank", "question", "window", "query", "measured", "predicted", "kl",
-     "top1_same"}
+    {"n_shots", "draw", "share", "top1", "top2", "top3", "logit_diff", "answer_diff", "scale",
+     "auc", "layer", "head", "score", "rank", "question", "window", "query", "measured",
+     "predicted", "auroc", "average_precision", "kl", "top1_same"}
 )  # fmt: skip
 # Measures of a model that may have given none here and there; everything else has a value in
 # every row, and what has none would silently be left out of a mean.
-_MAY_BE_UNKNOWN = frozenset({"logit_diff", "score", "auc"})
+_MAY_BE_UNKNOWN = frozenset({"logit_diff", "answer_diff", "score", "auc"})
 
 
 def problem_of(frame: pd.DataFrame, columns: Sequence[str]) -> str | None:
@@ -86,7 +86,7 @@ def mean_over_questions(frame: pd.DataFrame) -> pd.DataFrame:
     """
     if "question" not in frame:
         return frame
-    measured = [name for name in _MARKS if name in frame]
+    measured = [name for name in _ALL_MARKS if name in frame]
     keys = [name for name in _TELLS_APART if name in frame]
     others = [name for name in frame if name not in (*measured, *keys, "question")]
     groups = frame.groupby(keys, sort=False, dropna=False)
@@ -128,10 +128,11 @@ _TEXTS = (
     "format", "pairs_hash", "prompts_hash", "weights_hash", "settings_hash", "split", "at",
     "dtype", "device", "model_class", "ra_lens", "transformer_lens", "transformers", "torch",
     "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
-    "steps_of", "ablation", "variant", "scale_from",
+    "steps_of", "circuit", "order", "true_heads", "found_by", "ablation", "variant", "scale_from",
 )  # fmt: skip
 _BOOLS = {"True": True, "False": False}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
+_ALL_MARKS = (*_MARKS, "answer_diff")  # the last where there is a wrong answer to compare with
 # Columns of each experiment: those that tell its rows apart, and what it measures.
 _NEEDED = {
     "ranking": ("model", "task", "kind", "n_shots", "method", "layer", "head"),
@@ -163,15 +164,19 @@ _NEEDED = {
         "query",
         "keys",
     ),
+    "circuit": ("model", "circuit", "method", "order", "draw"),
+    "head effects": ("model", "task", "kind", "n_shots", "question", "layer", "head"),
+    "faithfulness": ("model", "task", "kind", "n_shots", "method", "ablation"),
 }
 _TELLS_APART = (
     "experiment", "model", "task", "kind", "n_shots", "method", "direction", "draw", "share", "map",
     "scale", "ablation", "variant", "scale_from", "settings_hash",
 )  # fmt: skip
 _MEASURES = {
-    "ranking": ("score", "rank"), "perturbation": _MARKS, "patching": _MARKS,
+    "ranking": ("score", "rank"), "perturbation": _ALL_MARKS, "patching": _ALL_MARKS,
     "ablations": (*_MARKS, "kl", "top1_same"),
-    "knockout": ("predicted", "measured"),
+    "knockout": ("predicted", "measured"), "circuit": ("auroc", "average_precision"),
+    "head effects": ("loss",), "faithfulness": ("spearman_signed", "spearman_abs"),
 }  # fmt: skip
 MEASURES = ("score", "rank", *_MARKS, "kl", "top1_same", "predicted", "measured")
 """Columns of what the experiments measure."""
@@ -249,7 +254,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
             where they should hold numbers.
     """
     path = user_path(path)
-    check_input(path, "Give the results of ra-lens rank, perturb, patch, knockout.")
+    check_input(path, "Give the results of ra-lens rank, perturb, patch, knockout, circuits.")
     try:
         frame = _read_table(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's errors are among them
@@ -257,7 +262,7 @@ def read_results(path: str | Path, *, measures: Sequence[str] = ()) -> pd.DataFr
     if "experiment" not in frame or "model" not in frame:
         raise BadFile(
             f"{path} is a table without the columns of an experiment (experiment, model, task, …). "
-            "Give a file that ra-lens rank, perturb, patch or knockout wrote."
+            "Give a file that ra-lens rank, perturb, patch, knockout or circuits wrote."
         )
     for experiment, needed in _NEEDED.items():
         part: Any = frame[frame["experiment"] == experiment]

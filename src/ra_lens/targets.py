@@ -7,6 +7,7 @@ gradient, so a negative entry is attention that would make the target more likel
 * `sequence_nll(answer)`: the answer is appended to the prompt (teacher forcing); the loss is the
   mean of −log p over its tokens. This is the loss of the paper's experiments.
 * `logit_diff(correct, wrong)`: logit(wrong) − logit(correct), *minus* the usual logit difference.
+* `probability_diff(right, wrong)`: p(wrong tokens) − p(right tokens), where several are right.
 * `top_prediction()`: −log p of whatever the model itself ranks first.
 * `custom(metric)`: any function of the logits, differentiated as it is.
 
@@ -27,13 +28,15 @@ from torch import Tensor
 from ra_lens.errors import BadInput
 from ra_lens.inputs import answers_given
 from ra_lens.model import Lens
-from ra_lens.numbers import Wholes, as_whole
+from ra_lens.numbers import Wholes, as_whole, wholes
 from ra_lens.prompts import Prompts, special_id
 from ra_lens.text import isolated, whole_text
 
 Token = str | SupportsIndex
 Answers = Token | Iterable[Any]
 Metric = Callable[[Tensor], Tensor]
+TokenSets = tuple[tuple[int, ...], tuple[int, ...]]
+"""The ids that are right for an example, and those that are wrong."""
 Position = Wholes
 
 
@@ -45,9 +48,12 @@ class Objective:
     for people who run their own backward pass: `answer_nll(5)(logits)`.
     """
 
-    kind: Literal["answer_nll", "sequence_nll", "logit_diff", "top_prediction", "custom"]
+    kind: Literal[
+        "answer_nll", "sequence_nll", "logit_diff", "probability_diff", "top_prediction", "custom"
+    ]
     tokens: Answers | None = None
     wrong: Answers | None = None
+    sets: tuple[TokenSets, ...] = ()
     metric: Metric | None = None
 
     def __call__(
@@ -66,7 +72,9 @@ class Objective:
                 "only in a run. Pass it as run_with_ra(..., target=sequence_nll(answer))."
             )
         n, loss = logits.shape[0], Loss(self.kind)
-        if self.kind != "top_prediction":
+        if self.kind == "probability_diff":
+            loss.sets = self._sets(n, logits.shape[-1], "these logits")
+        elif self.kind != "top_prediction":
             loss.targets = [[i] for i in _ids_without_model(self.tokens, n)]
         if self.kind == "logit_diff":
             loss.wrong = _ids_without_model(self.wrong, n)
@@ -103,6 +111,9 @@ class Objective:
         reading = [[p] for p in _positions(lens, position, prompts)]
         if self.kind == "top_prediction":
             return Loss(self.kind, reading), prompts
+        if self.kind == "probability_diff":
+            sets = self._sets(len(prompts), lens.d_vocab, lens.name)
+            return Loss(self.kind, reading, sets=sets), prompts
         targets = _token_ids(lens, prompts, self.tokens, "target")
         if self.kind == "logit_diff":
             _need_one_token(lens, targets, "the correct answer of a logit difference")
@@ -129,6 +140,21 @@ class Objective:
             for n, row in zip(prompts.lengths, targets, strict=True)
         ]
         return Loss("sequence_nll", positions, targets), prompts.extended(targets)
+
+    def _sets(self, n: int, d_vocab: int, where: str) -> list[TokenSets]:
+        """Give the right and the wrong tokens of each example, if they are for as many."""
+        if len(self.sets) != n:
+            raise BadInput(
+                f"found sets of tokens for {len(self.sets)} prompts, and {n} prompts. Give "
+                "probability_diff a list of ids for each."
+            )
+        largest = max(max(right + wrong) for right, wrong in self.sets)
+        if largest >= d_vocab:
+            raise BadInput(
+                f"token {largest} is not in the vocabulary of {where}, which has ids 0 to "
+                f"{d_vocab - 1}."
+            )
+        return list(self.sets)
 
 
 def answer_nll(token: Answers) -> Objective:
@@ -164,6 +190,39 @@ def logit_diff(correct: Answers, wrong: Answers) -> Objective:
     return Objective("logit_diff", right, answers_given("wrong answer", wrong))
 
 
+def probability_diff(right: Iterable[Wholes], wrong: Iterable[Wholes]) -> Objective:
+    """Probability of any wrong token minus that of any right one: descent raises the right ones.
+
+    For questions with several right answers, such as those for a later year (Hanna et al. 2023):
+    minus their measure, the probability of the years that are greater minus that of the others.
+
+    Args:
+        right: The ids of the right tokens, a list for each prompt.
+        wrong: The ids of the wrong ones, likewise.
+
+    Raises:
+        BadInput: not as many lists of right tokens as of wrong ones, or an empty one; what is no
+            id, or a token that is both.
+    """
+    ids = [
+        [tuple(wholes("token", some, least=0)) for some in of_kind] for of_kind in (right, wrong)
+    ]
+    if len(ids[0]) != len(ids[1]):
+        raise BadInput(
+            f"found {len(ids[0])} lists of right tokens and {len(ids[1])} of wrong ones; give one "
+            "of each for every prompt."
+        )
+    sets = tuple(zip(*ids, strict=True))
+    for i, (rights, wrongs) in enumerate(sets):
+        both = sorted(set(rights) & set(wrongs))
+        if both:
+            raise BadInput(
+                f"found token {both[0]} as right and as wrong for prompt {i}; leave it out, since "
+                "it tells neither."
+            )
+    return Objective("probability_diff", sets=sets)
+
+
 def top_prediction() -> Objective:
     """−log p of the token that the model ranks first at the position read."""
     return Objective("top_prediction")
@@ -182,6 +241,7 @@ class Loss:
     positions: list[list[int]] | None = None  # within each example; None: all columns of a batch
     targets: list[list[int]] | None = None  # expected ids, one for each of the last positions read
     wrong: list[int] | None = None  # the id that a logit difference compares with
+    sets: list[TokenSets] | None = None  # the right and the wrong ids of a probability difference
     metric: Metric | None = None  # of a custom objective
 
     @property
@@ -197,7 +257,11 @@ class Loss:
             return None if values is None else [values[i] for i in examples]
 
         return replace(
-            self, positions=cut(self.positions), targets=cut(self.targets), wrong=cut(self.wrong)
+            self,
+            positions=cut(self.positions),
+            targets=cut(self.targets),
+            wrong=cut(self.wrong),
+            sets=cut(self.sets),
         )
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -206,6 +270,12 @@ class Loss:
             return self.metric(logits)
         # In float32 whatever the model's dtype; float64 stays.
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.sets is not None:
+            p = logits[:, -1].softmax(dim=-1)
+            signs = torch.zeros_like(p)
+            for row, (right, wrong) in zip(signs, self.sets, strict=True):
+                row[list(right)], row[list(wrong)] = -1, 1
+            return (p * signs).sum(dim=-1)
         if self.targets is None:  # the model's own top prediction
             self.targets = [[int(i)] for i in logits[:, -1].argmax(dim=-1)]
         device = logits.device

@@ -566,7 +566,7 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
         ({"methods": ["ra", "ra"]}, r"give at least one, each once"),
         ({"shots": [0, -1]}, r"found shots=\[0, -1\]; give different numbers from 0"),
         ({"step": 0.3}, r"found step=0.3; give a share of the heads that divides 1"),
-        ({"directions": []}, r"give 'forward', 'reversed' or both"),
+        ({"directions": []}, r"give 'forward', 'reversed', 'absolute' or several"),
         ({"n_rank": 0}, r"found n_rank=0; give at least 1"),
         ({"shots": 500}, r"shots=500"),
         ({"out": tmp_path / "x.json"}, r"must end in \.parquet or \.csv"),

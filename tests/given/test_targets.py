@@ -7,7 +7,15 @@ import torch
 
 from oracle import nll
 from ra_lens import run_with_ra
-from ra_lens.targets import answer_nll, custom, logit_diff, sequence_nll, top_prediction
+from ra_lens.errors import BadInput
+from ra_lens.targets import (
+    answer_nll,
+    custom,
+    logit_diff,
+    probability_diff,
+    sequence_nll,
+    top_prediction,
+)
 from tiny_models import ANY_KIND, CASES, D_HEAD, N_HEADS, N_LAYERS, random_ids, relative, text
 
 SCALES = [D_HEAD**-0.5] * N_LAYERS
@@ -244,3 +252,48 @@ def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(kind, fresh):
     logits, ra = run_with_ra(model, random_ids(2, POS), target=8)
     assert ra.loss.dtype == torch.float32
     assert relative(ra.loss, -logits[:, -1].float().log_softmax(-1)[:, 8]) < 1e-6
+
+
+# ---- several right answers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("kind", ANY_KIND)
+def test_the_probability_of_wrong_tokens_minus_that_of_right_ones(
+    kind, batch_size, shared, reference
+):
+    ids = random_ids(3, POS)
+    right, wrong = [[5, 6], [9], [3, 4, 7]], [[1], [2, 3, 4], [8, 9]]
+    sets = list(zip(right, wrong, strict=True))
+    objective = probability_diff(right, wrong)
+    _, ra = run_with_ra(shared("llama", kind), ids, target=objective, batch_size=batch_size)
+
+    def loss(logits):
+        p = logits[:, -1].softmax(-1)
+        each = [p[i, w].sum() - p[i, r].sum() for i, (r, w) in enumerate(sets)]
+        return torch.stack(each).sum()
+
+    check(ra, reference("llama").ra(ids, loss, SCALES))
+    with torch.no_grad():
+        p = reference("llama").model(ids).logits[:, -1].softmax(-1)
+    wanted = torch.stack([p[i, wrong[i]].sum() - p[i, right[i]].sum() for i in range(3)])
+    assert relative(ra.loss, wanted) < 1e-5
+    assert ra.info.objective == "probability_diff" and ra.info.targets is None
+
+
+def test_a_probability_difference_outside_a_run_and_what_it_refuses():
+    logits = torch.zeros(2, 3, 4)
+    found = probability_diff([[0], [1, 2]], [[1, 2, 3], [3]])(logits)
+    assert found.tolist() == [0.5, -0.25]  # all tokens have 1/4
+    for right, wrong, said in [
+        ([[0]], [[1], [2]], "1 lists of right tokens and 2 of wrong"),
+        ([[0, 1]], [[1]], "found token 1 as right and as wrong for prompt 0"),
+        ([[]], [[1]], "token"),
+        ([[-1]], [[1]], "token=-1"),
+    ]:
+        with pytest.raises(BadInput, match=said):
+            probability_diff(right, wrong)
+    with pytest.raises(BadInput, match="sets of tokens for 1 prompts, and 2 prompts"):
+        probability_diff([[0]], [[1]])(logits)
+    with pytest.raises(BadInput, match=r"token 9 is not in the vocabulary.*ids 0 to 3"):
+        probability_diff([[0], [9]], [[1], [1]])(logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +24,13 @@ from ra_lens.tasks import Prompt
 from refused import unchecked
 from tiny_models import KINDS, N_HEADS, N_LAYERS
 
-PROMPTS = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8", " w9")]
+PROMPTS = [
+    Prompt("w3 w4 w5", " w6", corrupted=Prompt("w3 w7 w5", " w8")),
+    Prompt("w7 w8", " w9", corrupted=Prompt("w5 w8", " w3")),
+]
 BUILT_IN = [
     *["ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"],
+    *["relp", "gim", "nap", "nap_ig", "zero", "mean", "resample"],
     *["fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"],
 ]
 
@@ -138,11 +143,49 @@ def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
         with pytest.raises(BadInput, match=r"empty list of prompts"):
             rank_heads(model, [], method=method)
         with pytest.raises(BadInput, match=r"prompt of 1[78] tokens"):
-            rank_heads(model, [Prompt(" ".join(["w3"] * 16), " w4")], method=method)
+            long = [Prompt(" ".join([word] * 16), " w4") for word in ("w3", "w5")]
+            rank_heads(model, [replace(long[0], corrupted=long[1])], method=method)
     with pytest.raises(BadInput, match="batch_size=0; give a positive number"):
         rank_heads(model, PROMPTS, batch_size=0)
     with pytest.raises(UnsupportedModel, match="HookedTransformer or TransformerBridge"):
         rank_heads(torch.nn.Linear(1, 1), PROMPTS)
+
+
+def test_scores_of_each_prompt_are_kept_where_that_is_asked_for(own, model):
+    without = {"fa_of_mean", "random", "index"}
+    pair = [replace(PROMPTS[1], text=words, answer=" w4") for words in ("w7 w8", "w3 w9")]
+    methods = [name for name in BUILT_IN if name not in without]
+    found = rank_heads(model, pair, methods=methods, each_prompt=True, prepend_bos=False)
+    plain = rank_heads(model, pair, methods=methods, prepend_bos=False)
+    for name, scores in found.items():
+        assert scores.each.shape == (2, N_LAYERS, N_HEADS)
+        assert torch.equal(scores.each.mean(dim=0), scores.scores)
+        assert torch.equal(plain[name].scores, scores.scores) and plain[name].each is None
+        if name not in ("mean", "cm2"):  # those of one prompt hang on the others
+            alone = rank_heads(model, pair[:1], method=name, prepend_bos=False)
+            assert torch.allclose(alone.scores, scores.each[0], atol=1e-5), name
+    for name in without:
+        needed = rf"each_prompt=True with method '{name}' .*no score for a single prompt"
+        with pytest.raises(BadInput, match=needed):
+            rank_heads(model, pair, method=name, each_prompt=True)
+    # A method of one's own gives either.
+    ranking_method("mine")(
+        lambda context: torch.ones(2, *context.shape) * torch.arange(24.0).view(2, 3, 4)
+    )
+    assert rank_heads(model, pair, method="mine").order()[0] == (2, 3)
+    assert rank_heads(model, pair, method="mine", each_prompt=True).each[1, 0, 0] == 12
+
+
+def test_every_built_in_method_says_what_it_costs():
+    cost = {name: method.passes for name, method in ranking_methods().items()}
+    of_ten = {name: (one.forwards(10), one.backward) for name, one in cost.items()}
+    once = dict.fromkeys(BUILT_IN[:10], (1, 1))
+    assert of_ten == once | {
+        **{"nap": (2, 1), "nap_ig": (6, 5)},
+        **{"zero": (11, 0), "mean": (12, 0), "resample": (12, 0)},
+        **{"fa": (1, 0), "fa_of_mean": (1, 0), "random": (0, 0), "index": (0, 0)},
+        **{"cm1": (11, 0), "cm1_last": (11, 0), "cm2": (12, 0)},
+    }
 
 
 def test_random_orders_are_those_written_down_and_touch_no_generator(model):
@@ -170,10 +213,9 @@ def test_index_is_first_layer_first_head_first(model):
 
 
 def test_no_two_methods_give_the_same_order_on_the_embedded_model():
-    model, prompts = load_demo_model(), load_task("antonym").sample(4, shots=2)
-    found = {
-        name: rank_heads(model, prompts, method=name, progress=False) for name in ranking_methods()
-    }
+    # With examples it is sure of its answers: then 1 − p is −log p, and so is CM1 zeroing.
+    model, prompts = load_demo_model(), load_task("antonym").sample(4)
+    found = rank_heads(model, prompts, methods=list(ranking_methods()), progress=False)
     orders = {name: tuple(scores.order()) for name, scores in found.items()}
     orders |= {f"{name} reversed": tuple(s.reversed().order()) for name, s in found.items()}
     orders["another draw"] = tuple(rank_heads(model, [], method="random", draw=1).order())
@@ -185,7 +227,8 @@ def test_ranking_leaves_nothing_on_the_model(kind, fresh):
     model = fresh("opt", kind)
     with torch.no_grad():
         model(torch.tensor([[3, 4]]))  # a bridge attaches hooks of its own in its first run
-    prompts = [Prompt("w3 w4 w5", " w6"), Prompt("w7 w8 w9", " w9")]
+    twin = Prompt("w6 w4 w9", " w3")
+    prompts = [Prompt(words, " w6", corrupted=twin) for words in ("w3 w4 w5", "w7 w8 w9")]
     before = snapshot(model)
     for name in BUILT_IN:
         rank_heads(model, prompts, method=name, progress=False)

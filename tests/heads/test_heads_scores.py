@@ -56,6 +56,17 @@ def test_reversed_turns_ties_around_too():
     assert again.direction == "forward"
 
 
+def test_scores_of_each_prompt_turn_around_with_their_mean_and_have_its_shape():
+    each = torch.tensor([[[1.0, 4.0, 0.0], [2.0, 9.0, 5.0]], [[3.0, 2.0, 0.0], [0.0, 9.0, 5.0]]])
+    scores = made(each.mean(0).tolist(), each=each, heads=(2, 3))
+    assert scores.each.isnan().tolist() == [[[False, False, True], [False] * 3]] * 2
+    back = scores.reversed().each
+    assert torch.equal(back.nan_to_num(0.0), -scores.each.nan_to_num(0.0))
+    assert HYBRID.each is None and HYBRID.reversed().each is None
+    with pytest.raises(BadInput, match=r"'mine' gave scores of each prompt of shape \(2, 2, 2\)"):
+        made(each.mean(0).tolist(), each=each[:, :, :2])
+
+
 def test_the_first_heads_of_the_order_are_kept():
     assert HYBRID.keep_mask(0).tolist() == [[False] * 3] * 2
     assert HYBRID.keep_mask(3).tolist() == [[False, True, False], [False, True, True]]

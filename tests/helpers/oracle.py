@@ -443,8 +443,10 @@ class HFHeads:
                 weight[rows] = value
 
     @contextmanager
-    def replaced(self, layer: int, head: int, position: int, value: Tensor) -> Iterator[None]:
-        """What W_O reads from one head at one position is `value`."""
+    def replaced(
+        self, layer: int, head: int, position: int | slice, value: Tensor
+    ) -> Iterator[None]:
+        """What W_O reads from one head at one position, or at some, is `value`."""
         _, rows = self.rows(layer, head)
 
         def put(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,9 +11,11 @@ from oracle import HFHeads
 from ra_lens.errors import BadInput, UnsupportedModel
 from ra_lens.model import as_lens, load_folder
 from ra_lens.model.attention import value_biases_folded
-from ra_lens.patching.masking import mask_heads, mask_hooks, need_heads
+from ra_lens.patching.masking import mask_heads, mask_hooks, need_heads, read_z
+from ra_lens.prompts import Prompts
 from saved_models import save_random
 from tiny_models import (
+    ANY_KIND,
     CASES,
     KINDS,
     N_HEADS,
@@ -182,6 +184,73 @@ def test_a_masked_head_that_is_nan_is_zero_all_the_same(kind, shared, folder):
     with torch.no_grad():
         found = model.run_with_hooks(IDS, fwd_hooks=[("blocks.1.attn.hook_z", spoil), *hooks])
     assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(("arch", "kind"), CASES)
+def test_a_head_can_get_what_it_gave_in_another_run(arch, kind, shared, folder):
+    model, reference = shared(arch, kind), HFHeads(folder(arch))
+    lens, other = as_lens(model), random_ids(3, 7, seed=5)
+    z = read_z(lens, as_prompts(other))
+    for layer, found in z.items():
+        wanted = reference.z(other)[layer].reshape(found.shape)
+        assert relative(found, wanted) < 1e-5
+    of_rows = [[(0, 1)], [(1, 3)], [(2, 0)]]
+    keep = torch.stack([masked_by(heads) for heads in of_rows])
+    found = swapped(model, keep, z)
+    mean = {layer: of_layer.mean(dim=(0, 1), keepdim=True) for layer, of_layer in z.items()}
+    found_mean = swapped(model, keep, mean)
+    for row, [(layer, head)] in enumerate(of_rows):
+        part = slice(row, row + 1)
+        for logits, value in (
+            (found, z[layer][part, :, head]),
+            (found_mean, mean[layer][:, :, head]),
+        ):
+            with reference.replaced(layer, head, slice(None), value):
+                wanted = reference.logits(IDS[part])
+            assert relative(logits[part], wanted) < 1e-5
+            assert relative(reference.logits(IDS[part]), wanted) > 1e-3
+
+
+def as_prompts(ids, side="right"):
+    return Prompts(tuple(map(tuple, ids.tolist())), None, side)
+
+
+def swapped(model, keep, z):
+    hooks = mask_hooks(as_lens(model).sites, keep, instead=z)
+    with torch.no_grad():
+        return model.run_with_hooks(IDS, fwd_hooks=hooks)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ANY_KIND)
+def test_z_is_read_in_the_columns_of_the_batch_whatever_runs_together(kind, side, shared):
+    lens = as_lens(shared("gpt2", kind))
+    rows = (tuple(IDS[0].tolist()), tuple(IDS[1, :4].tolist()), tuple(IDS[2, :5].tolist()))
+    prompts = Prompts(rows, None, side)
+    found = [read_z(lens, prompts, batch_size=size) for size in (None, 1, 2)]
+    for i, (row, start) in enumerate(zip(rows, prompts.starts, strict=True)):
+        alone = read_z(lens, Prompts((row,), None, side))
+        for layer, z in alone.items():
+            for one in found:
+                own = one[layer][i]
+                assert relative(own[start : start + len(row)], z[0]) < 1e-5
+                assert own.shape == (7, N_HEADS, 6)
+                assert int((own != 0).any(dim=(1, 2)).sum()) == len(row)
+
+
+@pytest.mark.parametrize("kind", ANY_KIND)
+def test_values_that_do_not_fit_are_refused(kind, shared):
+    model = shared("gpt2", kind)
+    z = read_z(as_lens(model), as_prompts(IDS))
+    with pytest.raises(BadInput, match=r"no values in instead= for layer 1.*layers 0, 2\. Give \["):
+        swapped(model, masked_by([(1, 0)]), {0: z[0], 2: z[2]})
+    with pytest.raises(BadInput, match=r"shape \(3, 7, 3, 6\) for layer 1, which has 4 heads"):
+        swapped(model, masked_by([(1, 0)]), {1: z[1][:, :, :3]})
+    with pytest.raises(BadInput, match=r"\(3, 6, 4, 6\) where z is \(3, 7, 4, 6\).*as long"):
+        swapped(model, masked_by([(1, 0)]), {1: z[1][:, :6]})
+    # Heads that are kept get nothing of what is given for them.
+    z[1][:, :, 1:] = float("nan")
+    assert not swapped(model, masked_by([(1, 0)]), z).isnan().any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,10 +15,12 @@ from typing import Annotated
 
 import typer
 
+from ra_lens.cli.circuits import circuits
 from ra_lens.cli.command import Command, Commands, ManyValuesCommand, reported
 from ra_lens.cli.commands import check, demo, run, trace
 from ra_lens.cli.experiments import ablate_patch, compare, knockout, patch, perturb, rank
 from ra_lens.cli.head import head
+from ra_lens.cli.methods import compare_methods
 
 app = typer.Typer(
     name="ra-lens",
@@ -63,7 +65,7 @@ def about(
 
 for command in (run, head, demo, check):
     app.command(cls=Command)(command)
-for command in (rank, perturb, patch, ablate_patch, knockout):
+for command in (rank, perturb, patch, ablate_patch, knockout, circuits, compare_methods):
     app.command(cls=ManyValuesCommand)(command)
 for command in (compare, trace):
     app.command(cls=Command)(command)

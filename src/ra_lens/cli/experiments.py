@@ -198,7 +198,7 @@ class Setup:
             raise failed
 
 
-def _with_setup(
+def with_setup(
     command: Callable[..., None], *, without: Collection[str] = ()
 ) -> Callable[..., None]:
     """Give a command the options of `Setup` around its own, and hand them over as one."""
@@ -206,7 +206,7 @@ def _with_setup(
     shared = {name: p for name, p in parameters.items() if name not in without}
 
     @wraps(command)
-    def with_setup(**options: Any) -> None:
+    def whole(**options: Any) -> None:
         setup = Setup(**{name: options.pop(name) for name in shared})
         command(setup, **options)
 
@@ -214,11 +214,11 @@ def _with_setup(
     first = [p for p in shared.values() if p.kind is not Parameter.KEYWORD_ONLY]
     last = [p for p in shared.values() if p.kind is Parameter.KEYWORD_ONLY]
     every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*first, *own, *last)]
-    with_setup.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
-    return with_setup
+    whole.__signature__ = Signature(every)  # pyright: ignore[reportAttributeAccessIssue]
+    return whole
 
 
-@partial(_with_setup, without=["figure"])
+@partial(with_setup, without=["figure"])
 def rank(
     setup: Setup,
     *,
@@ -239,7 +239,7 @@ def rank(
     )
 
 
-@_with_setup
+@with_setup
 def perturb(
     setup: Setup,
     *,
@@ -251,6 +251,17 @@ def perturb(
     ] = None,
     n_test: opt.NTestOption = None,
     step: Annotated[float, typer.Option(help="Share of the heads unmasked at a time.")] = 0.1,
+    heads_kept: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead of --step, numbers of heads unmasked: 1 2 3 5 8."),
+    ] = None,
+    others: Annotated[
+        Literal["zero", "resample", "mean"],
+        typer.Option(
+            help="What masked heads get: zero; what they give on another question, as long, with "
+            "another answer (resample); or what they give on average (mean)."
+        ),
+    ] = "zero",
     random_orders: Annotated[int, typer.Option(min=1, help="How many random orders to draw.")] = 20,
     each_question: opt.EachQuestionOption = False,
     accuracy: opt.AccuracyOption = "first-token",
@@ -258,7 +269,7 @@ def perturb(
     auc_rule: opt.AucRuleOption = "trapezoid",
     answer_in_input: opt.AnswerOption = True,
 ) -> None:
-    """Zero all heads, unmask them in each method's order, and show the areas under the curves."""
+    """Mask all heads, unmask them in each method's order, and show the areas under the curves."""
     from ra_lens.cli import show_results as show
     from ra_lens.experiments import area_under_curve, perturbation_test
     from ra_lens.report.experiments import write_perturbation_page
@@ -268,6 +279,8 @@ def perturb(
         perturbation_test,
         methods=methods,
         step=step,
+        heads_kept=None if heads_kept is None else whole_numbers(heads_kept, "--heads-kept"),
+        others=others,
         random_orders=random_orders,
         each_question=each_question,
         n_rank=n_rank,
@@ -286,7 +299,7 @@ def perturb(
     )
 
 
-@_with_setup
+@with_setup
 def patch(
     setup: Setup,
     *,
@@ -360,7 +373,7 @@ def patch(
     )
 
 
-@partial(_with_setup, without=["shots"])
+@partial(with_setup, without=["shots"])
 def ablate_patch(
     setup: Setup,
     *,
@@ -447,7 +460,7 @@ def ablate_patch(
     )
 
 
-@partial(_with_setup, without=["shots"])
+@partial(with_setup, without=["shots"])
 def knockout(
     setup: Setup,
     *,

@@ -11,7 +11,7 @@ import typer
 
 # The library's own choices, which stand in modules that import torch; a test compares them.
 Kind = Literal["HookedTransformer", "TransformerBridge"]
-Metric = Literal["top1", "top2", "top3", "logit_diff"]
+Metric = Literal["top1", "top2", "top3", "logit_diff", "answer_diff"]
 AucRule = Literal["trapezoid", "mean"]
 Split = Literal["code", "text"]
 Where = Literal["pattern", "scores"]
@@ -68,8 +68,9 @@ AucRuleOption = Annotated[AucRule, typer.Option(help="How the area under a curve
 MethodsOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm fa "
-        "fa_of_mean cm1 cm1_last cm2 random index. Default: ra fa cm1 cm2 index random."
+        help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm relp gim nap "
+        "nap_ig zero mean resample fa fa_of_mean cm1 cm1_last cm2 random index. "
+        "Default: ra fa cm1 cm2 index random."
     ),
 ]
 NRankOption = Annotated[int, typer.Option(min=1, help="Questions that heads are ranked on.")]

@@ -32,7 +32,7 @@ _VARY = {"experiment", "task", "kind", "n_shots", "method", "direction", "draw",
          "question", "what", "cut", "drawn", "window", "query", "keys", "key", "query_token",
          "key_tokens", "first", "loss", "measured", "predicted", "a_grad", "minus_ra", "input_grad",
          "pattern", "grad", "value", "end", "trapezoid",
-         *_METRIC_COLUMNS}  # fmt: skip
+         "answer_diff", *_METRIC_COLUMNS}  # fmt: skip
 _WORDS = ("", "method", "heads", "task", "order", "as", "variant")  # columns that hold no numbers
 _MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as large as RA",
          "centred_grad": "G centred", "a_grad": "A⊙G"}  # fmt: skip
@@ -74,12 +74,12 @@ def print_files(out: Path | None, figure: Path | None = None) -> None:
 
 def print_ranking(frame: pd.DataFrame, *, top: int) -> None:
     """Print the top heads of each task, number of shots and method."""
-    for (task, n), part in _groups(frame, ["task", "n_shots"]):
-        table = _table(f"{task}, {shots_name(int(n))}: top heads", "method", "heads")
+    for (task, n), part in grouped(frame, ["task", "n_shots"]):
+        table = table_of(f"{task}, {shots_name(int(n))}: top heads", "method", "heads")
         for method, style in method_styles(part["method"]).items():
             heads = _top(part[part["method"] == method], top)
             table.add_row(style.name, Text("  ".join(heads["label"])))
-        _print(table, "")
+        print_parts(table, "")
 
 
 def ranking_facts(frame: pd.DataFrame, *, top: int) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def ranking_facts(frame: pd.DataFrame, *, top: int) -> dict[str, Any]:
             "kind": part["kind"].iloc[0],
             "n_shots": int(n),
             "method": method,
-            "heads": _records(_top(part, top)[["rank", "layer", "head", "label", "score"]]),
+            "heads": records_of(_top(part, top)[["rank", "layer", "head", "label", "score"]]),
         }
-        for (task, n, method), part in _groups(frame, ["task", "n_shots", "method"])
+        for (task, n, method), part in grouped(frame, ["task", "n_shots", "method"])
     ]
     return {"rankings": rankings}
 
@@ -101,13 +101,69 @@ def _top(part: Any, top: int) -> Any:
     return part.sort_values("rank").head(top)
 
 
+# ---- circuits -----------------------------------------------------------------------------------
+
+_LOCALISATION = ("auroc", "average_precision", "to_verify")
+
+
+def print_circuit(frame: pd.DataFrame) -> None:
+    """Print how well each method finds the true heads, random orders as their mean."""
+    first = frame.iloc[0]
+    title = (
+        f"{first['circuit']}: {int(first['n_true'])} of {int(first['n_heads'])} heads "
+        f"({first['found_by']})"
+    )
+    table = table_of(title, "method", "order", "AUROC", "precision", "to verify", "seconds")
+    means = _circuit_means(frame)
+    styles = method_styles(frame["method"])
+    for row in means.sort_values("auroc", ascending=False, kind="stable").itertuples():
+        values: Any = row
+        table.add_row(
+            styles[values.method].name,
+            values.order,
+            f"{values.auroc:.3f}",
+            f"{values.average_precision:.3f}",
+            f"{values.to_verify:.0f}",
+            f"{values.seconds:.1f}",
+        )
+    print_parts(table, "")
+    notes = (
+        f"True heads: {first['true_heads']}. The model answers {first['top1']:.0%} of "
+        f"{int(first['n_rank'])} prompts right. precision: average precision; to verify: heads to "
+        "look at, the largest score first, until all are found."
+    )
+    print_parts(Text(notes, style="dim"))
+
+
+def print_circuit_json(frame: pd.DataFrame, *, out: Path | None) -> None:
+    """Print the test of a circuit as one JSON object."""
+    first = frame.iloc[0]
+    about = ("experiment", "model", "circuit", "found_by", "n_true", "n_heads", "n_rank", "top1")
+    facts = {name: _json_value(first[name]) for name in about}
+    show.print_json(
+        {
+            **facts,
+            "true_heads": str(first["true_heads"]).split(" "),
+            "methods": records_of(_circuit_means(frame)),
+            "out": None if out is None else str(out),
+        }
+    )
+
+
+def _circuit_means(frame: pd.DataFrame) -> Any:
+    """Give the mean over draws of each method and order."""
+    columns = [*_LOCALISATION, "auroc_pessimistic", "seconds"]
+    means: Any = frame.groupby(["method", "order"], sort=False)[columns].mean()
+    return means.reset_index()
+
+
 # ---- perturbation test --------------------------------------------------------------------------
 
 
 def print_areas(frame: pd.DataFrame, areas: pd.DataFrame, *, metric: str) -> None:
     """Print the areas under the curves: rows are tasks, or numbers of shots of a single task."""
     title = f"Area under the perturbation curve: {metric_name(frame, metric)}"
-    _print(Text(title, style="bold"))
+    print_parts(Text(title, style="bold"))
     rows, shots = table_rows(areas), _shots(areas)
     styles = method_styles(areas["method"])
     names = [style.name for style in styles.values()]
@@ -117,7 +173,7 @@ def print_areas(frame: pd.DataFrame, areas: pd.DataFrame, *, metric: str) -> Non
     else:
         tables = {shots_name(n): {row: (n, tasks) for row, tasks in rows.items()} for n in shots}
     for title, lines in tables.items():
-        table = _table(title, "", *names, "all heads")
+        table = table_of(title, "", *names, "all heads")
         for row, (n, tasks) in lines.items():
             if not tasks:
                 table.add_section()
@@ -130,11 +186,11 @@ def print_areas(frame: pd.DataFrame, areas: pd.DataFrame, *, metric: str) -> Non
             ]
             full = _mean_of(frame[frame["share"] == 1.0], metric, n, tasks)
             table.add_row(Text(row), *cells, short(full))
-        _print(table, "")
+        print_parts(table, "")
     draws = int(areas["draws"].max())
     random = f" Random: mean of {draws} orders." if draws > 1 else ""
     notes = f"Order / its reverse; bold: largest of the row.{random} all heads: no head masked."
-    _print(Text(notes, style="dim"))
+    print_parts(Text(notes, style="dim"))
 
 
 def areas_facts(
@@ -148,9 +204,9 @@ def areas_facts(
     return {
         "metric": metric,
         "auc_rule": rule,
-        "auc": _records(areas.drop(columns="model")),
-        "means": _records(means.reset_index()),
-        "all_heads": _records(full.drop_duplicates(["task", "n_shots"])[columns]),
+        "auc": records_of(areas.drop(columns="model")),
+        "means": records_of(means.reset_index()),
+        "all_heads": records_of(full.drop_duplicates(["task", "n_shots"])[columns]),
     }
 
 
@@ -170,11 +226,11 @@ def _values(areas: Any, method: str, n: int, tasks: Sequence[str]) -> list[float
 def print_sweep(frame: pd.DataFrame, *, metric: str) -> None:
     """Print accuracy unpatched and patched, at the paper's scales and at the best ones."""
     rows, shots, columns = table_rows(frame), _shots(frame), _columns(frame)
-    _print(Text(f"Attention patching: {metric_name(frame, metric)}", style="bold"))
+    print_parts(Text(f"Attention patching: {metric_name(frame, metric)}", style="bold"))
     unpatched: Any = frame[frame["map"] == "none"]
     beside = f"unpatched {'/'.join(map(str, shots))}"
     for n in shots:
-        table = _table(f"{shots_name(n)}, patched", "", beside, *columns)
+        table = table_of(f"{shots_name(n)}, patched", "", beside, *columns)
         for row, tasks in rows.items():
             if not tasks:
                 table.add_section()
@@ -183,16 +239,16 @@ def print_sweep(frame: pd.DataFrame, *, metric: str) -> None:
             plainly = [_number(_mean_of(unpatched, metric, m, tasks), metric) for m in shots]
             cells = [_cell(part, metric, kind, scale) for kind, scale in columns.values()]
             table.add_row(Text(row), "/".join(plainly), *cells)
-        _print(table, "")
-    _print(Text(f"{beside}: without a map, with so many shots.", style="dim"))
+        print_parts(table, "")
+    print_parts(Text(f"{beside}: without a map, with so many shots.", style="dim"))
     if _found(frame):
         note = (
             "found: at the scale of the smallest loss on the training questions, by task and shots."
         )
-        _print(Text(note, style="dim"))
+        print_parts(Text(note, style="dim"))
     elif any(scale is None for _, scale in columns.values()):
         note = "best: the scale that is best on these same test questions."
-        _print(Text(note, style="dim"))
+        print_parts(Text(note, style="dim"))
 
 
 def sweep_facts(frame: pd.DataFrame, *, metric: str) -> dict[str, Any]:
@@ -206,8 +262,8 @@ def sweep_facts(frame: pd.DataFrame, *, metric: str) -> dict[str, Any]:
     columns = ["task", "kind", *cell, *_METRIC_COLUMNS, "n_test", "n_tokens", *answers, *of_scale]
     return {
         "metric": metric,
-        "cells": _records(frame[columns]),
-        "means": _records(means.reset_index()),
+        "cells": records_of(frame[columns]),
+        "means": records_of(means.reset_index()),
     }
 
 
@@ -259,16 +315,16 @@ def print_effects(effects: pd.DataFrame) -> None:
     """Print what each variant of a patch gives, and what it does to unrelated text."""
     metric = str(effects["metric"].iloc[0])
     ways = [way for way in _SCALE_HEADS if way in set(effects["scale_from"])]
-    _print(Text(f"Ablations of attention patching: {METRICS[metric]}", style="bold"))
-    for (n,), of_shots in _groups(effects, ["n_shots"]):
+    print_parts(Text(f"Ablations of attention patching: {METRICS[metric]}", style="bold"))
+    for (n,), of_shots in grouped(effects, ["n_shots"]):
         heads = [name for way in ways for name in (_SCALE_HEADS[way], f"KL {way}")]
-        table = _table(shots_name(int(n)), "variant", *heads)
+        table = table_of(shots_name(int(n)), "variant", *heads)
         [unpatched] = of_shots[of_shots["ablation"] == "none"]["value"].tolist()
         plainly = [cell for _ in ways for cell in (_number(float(unpatched), metric), "0")]
         table.add_row(Text("unpatched"), *plainly)
         patched = of_shots[of_shots["ablation"] != "none"]
         before = "whole"
-        for (ablation, variant), part in _groups(patched, ["ablation", "variant"]):
+        for (ablation, variant), part in grouped(patched, ["ablation", "variant"]):
             if ablation != before:
                 table.add_section()
             before = ablation
@@ -278,12 +334,12 @@ def print_effects(effects: pd.DataFrame) -> None:
                 row = by_way.loc[way]
                 cells += [_effect_cell(row, metric, found=way == "best"), f"{row['kl']:.2g}"]
             table.add_row(Text(str(variant)), *cells)
-        _print(table, "")
+        print_parts(table, "")
     note = (
         "Mean over the tasks, with intervals where there is a row for each question "
         "(--each-question). KL: what the patch does to unrelated text, nats per token."
     )
-    _print(Text(note, style="dim"))
+    print_parts(Text(note, style="dim"))
 
 
 def effects_facts(effects: pd.DataFrame) -> dict[str, Any]:
@@ -292,7 +348,7 @@ def effects_facts(effects: pd.DataFrame) -> dict[str, Any]:
     return {
         "metric": effects["metric"].iloc[0],
         "level": float(effects["level"].iloc[0]),
-        "variants": _records(effects.drop(columns=columns)),
+        "variants": records_of(effects.drop(columns=columns)),
     }
 
 
@@ -310,13 +366,13 @@ def _effect_cell(row: Any, metric: str, *, found: bool) -> str:
 
 def print_agreement(frame: pd.DataFrame, found: pd.DataFrame) -> None:
     """Print how well each forecast agrees with what was measured, a table for each kind of cut."""
-    _print(Text("Knockouts, foretold and measured: Spearman’s ρ", style="bold"))
-    for cut, of_cut in _groups(found, ["cut"]):
+    print_parts(Text("Knockouts, foretold and measured: Spearman’s ρ", style="bold"))
+    for cut, of_cut in grouped(found, ["cut"]):
         [cut] = cut if isinstance(cut, tuple) else [cut]
-        groups = [group for group, _ in _groups(of_cut, ["what", "window"])]
+        groups = [group for group, _ in grouped(of_cut, ["what", "window"])]
         heads = {group: _cuts_name(*group) for group in groups}
-        table = _table(f"{cut} cuts", "method", *heads.values())
-        for label, part in _groups(of_cut, ["label"]):
+        table = table_of(f"{cut} cuts", "method", *heads.values())
+        for label, part in grouped(of_cut, ["label"]):
             [label] = label if isinstance(label, tuple) else [label]
             by_group = part.set_index(["what", "window"])["spearman"]
             cells = [_number(float(by_group.get(group, math.nan)), "") for group in groups]
@@ -327,19 +383,19 @@ def print_agreement(frame: pd.DataFrame, found: pd.DataFrame) -> None:
             cells = [_agreement_cell(first.loc[group], column) for group in groups]
             table.add_row(Text(name), *cells)
         table.add_row(Text("cuts"), *(str(int(first.loc[group]["n"])) for group in groups))
-        _print(table, "")
+        print_parts(table, "")
     prompts = len(frame[["task", "n_shots", "question"]].drop_duplicates())
     note = (
         f"{prompts} prompts. signs: share that is right where the loss changes by more than .01. "
         "Methods without a sign (A, |G|, A·‖v W_O‖) against the size of the change."
     )
-    _print(Text(note, style="dim"))
+    print_parts(Text(note, style="dim"))
 
 
 def agreement_facts(frame: pd.DataFrame, found: pd.DataFrame) -> dict[str, Any]:
     """Give every number of the agreement, and how many cuts were made of how many prompts."""
     prompts = frame[["task", "n_shots", "question"]].drop_duplicates()
-    return {"n_cuts": len(frame), "n_prompts": len(prompts), "agreement": _records(found)}
+    return {"n_cuts": len(frame), "n_prompts": len(prompts), "agreement": records_of(found)}
 
 
 def _cuts_name(what: str, window: int) -> str:
@@ -360,9 +416,9 @@ def _agreement_cell(row: Any, column: str) -> str:
 def print_comparison(compared: pd.DataFrame, *, every: bool) -> None:
     """Print published numbers and ours, table by table."""
     both: Any = compared[compared["found"] == "both"]
-    for (place, model), part in _groups(compared if every else both, ["table", "model"]):
+    for (place, model), part in grouped(compared if every else both, ["table", "model"]):
         name = f"Table {place}, {model}" if place else f"Not published, {model}"
-        table = _table(name, "task", "shots", "order", "paper", "ours", "difference", "as")
+        table = table_of(name, "task", "shots", "order", "paper", "ours", "difference", "as")
         for row in part.to_dict("records"):
             table.add_row(
                 Text(row["task"]),
@@ -373,7 +429,7 @@ def print_comparison(compared: pd.DataFrame, *, every: bool) -> None:
                 "" if math.isnan(row["difference"]) else f"{row['difference']:+.2f}",
                 Text(row["our_cell"]),
             )
-        _print(table, "")
+        print_parts(table, "")
     counts = count_cells(compared)
     average = float(both["difference"].abs().mean())
     differing = "" if math.isnan(average) else f", differing by {average:.3f} on average"
@@ -381,7 +437,7 @@ def print_comparison(compared: pd.DataFrame, *, every: bool) -> None:
         f"{counts['both']} published numbers with a result{differing}; {counts['paper']} of these "
         f"models without a result; {counts['ours']} results without a published number"
     )
-    _print(Text(text + ("." if every else " (--all lists them)."), style="dim"))
+    print_parts(Text(text + ("." if every else " (--all lists them)."), style="dim"))
 
 
 def print_comparison_json(compared: pd.DataFrame, *, out: Path | None) -> None:
@@ -390,7 +446,7 @@ def print_comparison_json(compared: pd.DataFrame, *, out: Path | None) -> None:
         {
             "ra_lens": version("ra-lens"),
             "counts": count_cells(compared),
-            "cells": _records(compared),
+            "cells": records_of(compared),
             "out": None if out is None else str(out),
         }
     )
@@ -404,17 +460,19 @@ def _order(row: Mapping[str, Any]) -> str:
 # ---- tables and values --------------------------------------------------------------------------
 
 
-def _print(*parts: Text | Table | str) -> None:
+def print_parts(*parts: Text | Table | str) -> None:
+    """Print tables and notes one below the other."""
     console = show.new_console()
     for part in parts:
         console.print(part)
 
 
-def _table(title: str, *columns: str) -> Table:
+def table_of(title: str, *columns: str) -> Table:
+    """Make a table whose columns of numbers are flush right."""
     return show.new_table(*columns, right=set(columns) - set(_WORDS), title=title)
 
 
-def _groups(frame: Any, by: list[str]) -> list[tuple[Any, Any]]:
+def grouped(frame: Any, by: list[str]) -> list[tuple[Any, Any]]:
     """Divide a frame by some columns, in the order of its rows."""
     return list(frame.groupby(by, sort=False))
 
@@ -438,10 +496,10 @@ def _number(value: float, metric: str) -> str:
     """Write a value in few characters; nothing for NaN."""
     if math.isnan(value):
         return ""
-    return f"{value:.2f}" if metric == "logit_diff" else short(value)
+    return f"{value:.2f}" if metric in ("logit_diff", "answer_diff") else short(value)
 
 
-def _records(frame: Any) -> list[dict[str, Any]]:
+def records_of(frame: Any) -> list[dict[str, Any]]:
     """Give the rows of a frame as JSON has them: NaN is null."""
     return [
         {str(name): _json_value(value) for name, value in row.items()}

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from ra_lens.errors import BadInput
 from ra_lens.experiments.perturbation import CURVE, Rule, areas_of_curves
@@ -74,10 +75,7 @@ def bootstrap_intervals(
     Raises:
         BadInput: no level `question`, a value that is missing, or an option that cannot be used.
     """
-    level, resamples = real("level", level), whole("resamples", resamples, least=1)
-    seed = whole("seed", seed, least=0)
-    if not 0 < level < 1:
-        raise BadInput(f"found level={level}; give a share between 0 and 1, such as 0.9.")
+    level, resamples, seed = read_bootstrap(level, resamples, seed)
     if "question" not in values.index.names:
         raise BadInput(
             f"found a table whose index is {list(values.index.names)}; one level of it must be "
@@ -93,11 +91,24 @@ def bootstrap_intervals(
     drawn = np.zeros((resamples, values.shape[1]))
     for part in groups:
         of_cell = part.to_numpy(dtype=float)
-        n = len(of_cell)
-        # How often each question is drawn, over how many there are: weights of a mean.
-        weights = generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        weights = draw_weights(len(of_cell), resamples, generator)
         means += of_cell.mean(axis=0) / len(groups)
         drawn += weights @ of_cell / len(groups)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     columns = {"mean": means, "low": low, "high": high, "n_questions": len(values)}
     return pd.DataFrame(columns, index=values.columns)
+
+
+def read_bootstrap(level: Real, resamples: Whole, seed: Whole) -> tuple[float, int, int]:
+    """Read the options of a bootstrap."""
+    level, resamples = real("level", level), whole("resamples", resamples, least=1)
+    if not 0 < level < 1:
+        raise BadInput(f"found level={level}; give a share between 0 and 1, such as 0.9.")
+    return level, resamples, whole("seed", seed, least=0)
+
+
+def draw_weights(
+    n: int, resamples: int, generator: np.random.Generator
+) -> Float[np.ndarray, "resample question"]:
+    """How often each of `n` questions is drawn, over how many there are: weights of a mean."""
+    return generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n

@@ -5,6 +5,9 @@ order are kept and the others zeroed (`ra_lens.patching.masking`); the model ans
 questions, and accuracy top-1, top-2, top-3 and the logit difference are noted. Both the order and
 its reverse are tested: most important first, and least important first.
 
+In place of 0 the others may get what they give on another question, or a mean
+(`ra_lens.experiments.others`). Which heads suffice depends on it, so a result says which it was.
+
 Cost per task, number of demonstrations and order: (1/step − 1) forward passes over the test
 questions. Shares and questions of like length are batched together; the two ends, no head and all
 heads, are the same for every order and are evaluated once. Rankings: see `ra_lens.heads`.
@@ -24,7 +27,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +35,7 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.others import InsteadOfZero, Others, read_others
 from ra_lens.experiments.runner import (
     METHODS,
     SHOTS,
@@ -49,14 +53,27 @@ from ra_lens.experiments.runner import (
 )
 from ra_lens.heads.ranking import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
-from ra_lens.numbers import Real, Whole, Wholes, real, whole, whole_or_none
+from ra_lens.numbers import (
+    Real,
+    Reals,
+    Whole,
+    Wholes,
+    real,
+    reals,
+    whole,
+    whole_or_none,
+    wholes,
+)
 from ra_lens.patching.masking import mask_hooks, need_heads
 from ra_lens.questions import Accuracy, Metric
 from ra_lens.tables import mean_over_questions, problem_of
 from ra_lens.tasks import Demonstrations, SplitRule
 
 Rule = Literal["trapezoid", "mean"]
-Direction = Literal["forward", "reversed"]
+Direction = Literal["forward", "reversed", "absolute"]
+
+MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Shares of a model's components at which MIB measures circuits (Mueller et al. 2025)."""
 
 CURVE = ["model", "task", "kind", "n_shots", "method", "direction"]
 """Columns that tell one order of heads from another."""
@@ -69,9 +86,13 @@ def perturbation_test(
     methods: str | Sequence[str] = METHODS,
     shots: Wholes = SHOTS,
     step: Real = 0.1,
+    heads_kept: Wholes | None = None,
+    shares: Reals | None = None,
+    others: Others = "zero",
     directions: Sequence[Direction] = ("forward", "reversed"),
     random_orders: Whole = 20,
     each_question: bool = False,
+    costs: bool = False,
     n_rank: Whole = 25,
     n_test: Whole | None = None,
     rank_shots: Whole | None = None,
@@ -93,12 +114,23 @@ def perturbation_test(
         methods: Names of `ra_lens.heads.ranking_methods()`.
         shots: Numbers of demonstrations.
         step: Share of the heads unmasked at a time; 1/step is a whole number.
-        directions: `"forward"`: most important first; `"reversed"`: least important first.
+        heads_kept: In the place of `step`, numbers of heads unmasked, such as `(1, 2, 3, 5, 8)`;
+            none and all are there in any case.
+        shares: In the place of both, shares of the heads unmasked, such as `MIB_SHARES`.
+        others: What masked heads get: `"zero"` (the paper's); `"resample"`, what they give at the
+            same place in the question's corrupted twin; `"mean"`, what they give on average
+            (`ra_lens.experiments.others`). Questions of which no twin can be drawn
+            (`ra_lens.tasks.with_corrupted`) are left out of `"resample"`, with a warning.
+        directions: `"forward"`: most important first; `"reversed"`: least important first;
+            `"absolute"`: the largest score first, whatever its sign.
         random_orders: How many orders to draw for random methods; they have no direction.
         each_question: Give a row for each test question, numbered in the column `question`, in
             place of their mean: for `bootstrap_intervals`. Everything that reads such a table takes
             the means itself (`mean_over_questions`).
-        n_rank: Prompts per ranking.
+        costs: Say in the columns `forwards`, `backwards` and `seconds` what the ranking took:
+            passes of one prompt, as the method says of itself, and time. Methods that share a run
+            each have the time of all of them.
+        n_rank: Prompts per ranking; where a method needs corrupted twins, they have some.
         n_test: Test questions at most. Default: the whole test part.
         rank_shots: Demonstrations in the prompts that heads are ranked with. Default: as many as
             in the questions.
@@ -126,7 +158,8 @@ def perturbation_test(
         mean); `accuracy` and `n_first_tokens`, the number of different first tokens among the
         answers asked for; then what is needed to repeat it. With `accuracy="answer"` top-k is the
         share of questions with every token of the answer among the first k, and `logit_diff` the
-        smallest of its tokens.
+        smallest of its tokens. With `others="resample"` there is `answer_diff` too: the logit of
+        the answer minus that of the twin's answer, first tokens, mean.
 
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
@@ -137,17 +170,20 @@ def perturbation_test(
         shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
     )
     settings: dict[str, Any] = {
-        "directions": read_some("directions", directions, ("forward", "reversed")),
-        "steps": _read_step(real("step", step)),
+        "directions": read_some("directions", directions, get_args(Direction)),
+        **_read_points(step, heads_kept, shares),
         "random_orders": whole("random_orders", random_orders, least=1),
         "n_rank": whole("n_rank", n_rank, least=1),
         "n_test": whole_or_none("n_test", n_test, least=1),
         "rank_shots": whole_or_none("rank_shots", rank_shots, least=0),
-        # It came later: without it the results of before are found.
+        # They came later: without them the results of before are found.
         **({"each_question": True} if each_question else {}),
+        **({"others": others} if read_others(others) != "zero" else {}),
+        **({"costs": True} if costs else {}),
     }
     lens = as_lens(model)
     need_heads(lens)
+    _check_heads_kept(lens, settings)
     with experiment(
         "perturbation",
         lens,
@@ -158,7 +194,8 @@ def perturbation_test(
         accuracy=read_accuracy(accuracy),
         **settings,
     ) as run:
-        _warn_if_folded(lens)
+        if others == "zero":
+            _warn_if_folded(lens)
         if run.finished is not None:
             return run.finished
         steps = len(list(_orders(run)))
@@ -193,23 +230,29 @@ def _ends(cell: Cell) -> tuple[list[Row], list[Row]]:
 
 def _curves(cell: Cell) -> Iterator[list[Row]]:
     """Give the rows of each order, one for each share of the heads."""
-    n_heads, steps = sum(cell.run.lens.sites.n_heads), cell.run.settings["steps"]
-    shares = [i / steps for i in range(steps + 1)]
+    kept, shares = _points(cell)
+
+    def by_score(method: str, draw: int) -> list[tuple[int, int]]:
+        return cell.unit(f"scores|{method}|{draw}", lambda: cell.ranked(method, draw).order())
+
+    def by_size(method: str, draw: int) -> list[tuple[int, int]]:
+        key = f"sizes|{method}|{draw}"
+        return cell.unit(key, lambda: cell.ranked(method, draw).absolute().order())
 
     def curve(method: str, draw: int, direction: str) -> list[Row]:
-        key = f"scores|{method}|{draw}"
-        order = cell.unit(key, lambda: cell.ranked(method, draw).order())
-        if direction == "reversed":
-            order = order[::-1]
-        return _evaluate(cell, order, [i * n_heads // steps for i in range(1, steps)])
+        order = (by_size if direction == "absolute" else by_score)(method, draw)
+        return _evaluate(cell, order[::-1] if direction == "reversed" else order, kept[1:-1])
 
     none, every = _ends(cell)
     each = len(none)  # rows of one number of heads: one, or one for each question
     prompts = prompts_hash(cell.asked, *cell.learned.values())
     for method, draw, direction in _orders(cell.run):
-        key = f"curve|{method}|{direction}|{draw}"
-        inner = cell.unit(key, partial(curve, method, draw, direction))
+        same = direction == "absolute" and by_size(method, draw) == by_score(method, draw)
+        key = f"curve|{method}|{'forward' if same else direction}|{draw}"
+        inner = cell.unit(key, partial(curve, method, draw, direction)) if kept[1:-1] else []
         about = {"method": method, "direction": direction, "draw": draw}
+        if cell.run.settings.get("costs"):
+            about |= cell.unit(f"costs|{method}|{draw}", partial(cell.costs, method, draw))
         points = [*none, *inner, *every]
         rows = [
             {**about, "share": shares[i // each], **point, "n_test": len(cell.asked)}
@@ -225,18 +268,61 @@ def _evaluate(cell: Cell, order: Sequence[tuple[int, int]], kept: Sequence[int])
     place = torch.zeros(sites.shape, dtype=torch.long)
     for i, (layer, head) in enumerate(order):
         place[list(sites).index(layer), head] = i
+    others = cell.run.settings.get("others", "zero")
+    instead = None if others == "zero" else cell.kept("instead", partial(InsteadOfZero, cell))
     # One row per number of heads and question, so that a batch holds several numbers.
     heads = torch.tensor(kept).repeat_interleave(n)
     marks = cell.marked(
         cell.questions.repeated(len(kept)),
-        lambda part: mask_hooks(sites, place < heads[part, None, None]),
-        variants=heads.tolist(),
+        lambda part: mask_hooks(
+            sites,
+            place < heads[part, None, None],
+            instead=instead.of([i % n for i in part]) if instead is not None else None,
+        ),
+        # What heads give on twins is another at each question, so that no tokens are shared.
+        variants=None if others == "resample" else heads.tolist(),
     )
     return [
         {"heads_kept": k, **row}
         for i, k in enumerate(kept)
         for row in cell.scored(marks.part(slice(i * n, (i + 1) * n)))
     ]
+
+
+def _read_points(step: Real, heads_kept: Wholes | None, shares: Reals | None) -> dict[str, Any]:
+    """Read at which numbers or shares of the heads a curve has a point; one of three says it."""
+    if heads_kept is not None and shares is not None:
+        raise BadInput("found heads_kept and shares; give one of them, or step.")
+    if heads_kept is not None:
+        counts = sorted({0, *wholes("heads_kept", heads_kept, least=0)})
+        return {"heads_kept": counts}
+    if shares is not None:
+        given = sorted({0.0, *reals("shares", shares), 1.0})
+        if given[0] < 0 or given[-1] > 1:
+            raise BadInput(f"found shares={shares}; give shares of the heads, from 0 to 1.")
+        return {"shares": given}
+    return {"steps": _read_step(real("step", step))}
+
+
+def _check_heads_kept(lens: Lens, settings: dict[str, Any]) -> None:
+    n_heads, counts = sum(lens.sites.n_heads), settings.get("heads_kept", [0])
+    if max(counts) > n_heads:
+        raise BadInput(
+            f"found heads_kept={counts}; {lens.name} has {n_heads} heads. Give that many at most."
+        )
+
+
+def _points(cell: Cell) -> tuple[list[int], list[float]]:
+    """Give the numbers of heads unmasked, from none to all, and the shares that they are."""
+    settings, n_heads = cell.run.settings, sum(cell.run.lens.sites.n_heads)
+    if "heads_kept" in settings:
+        counts = sorted({*settings["heads_kept"], n_heads})
+        return counts, [count / n_heads for count in counts]
+    if "shares" in settings:
+        # Ten billionths more, since .29 · 100 is less than 29 in floating point.
+        return [int(share * n_heads + 1e-8) for share in settings["shares"]], settings["shares"]
+    steps = settings["steps"]
+    return [i * n_heads // steps for i in range(steps + 1)], [i / steps for i in range(steps + 1)]
 
 
 def _read_step(step: float) -> int:

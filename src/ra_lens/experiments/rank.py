@@ -59,7 +59,7 @@ def rank_tasks(
         task: A task, the name of a built-in one, `"all"`, or several.
         methods: Names of `ra_lens.heads.ranking_methods()`.
         shots: Numbers of demonstrations.
-        n_rank: Prompts per ranking.
+        n_rank: Prompts per ranking; where a method needs corrupted twins, they have some.
         split: `"code"`: 70/9/21 % for train/valid/test; `"text"`: a third for test.
         answer_in_input: Whether methods that read gradients or patterns read prompt and answer (the
             paper's experiments) or the prompt alone.

@@ -19,11 +19,12 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 from typing import Any, TypeVar, get_args
 
 import pandas as pd
@@ -34,6 +35,7 @@ from tqdm.auto import tqdm
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
 from ra_lens.heads import HeadScores, rank_heads
+from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
@@ -47,6 +49,7 @@ from ra_lens.tasks import (
     Task,
     load_task,
     task_names,
+    with_corrupted,
 )
 from ra_lens.tasks.task import check_demonstrations
 from ra_lens.text import short, shots_name
@@ -54,6 +57,7 @@ from ra_lens.text import short, shots_name
 Tasks = str | Task | Iterable[str | Task]
 Row = dict[str, Any]
 Choice = TypeVar("Choice", bound=str)
+T = TypeVar("T")
 
 SHOTS = (0, 1, 5, 10)
 """Numbers of demonstrations of the paper's tables."""
@@ -167,17 +171,27 @@ class Run:
     journal: Journal
     finished: pd.DataFrame | None
 
-    def cells(self, count: str | None, *, also: Sequence[Part] = ()) -> list[Cell]:
+    def cells(
+        self,
+        count: str | None,
+        *,
+        part: Part | None = None,
+        also: Sequence[Part] = (),
+        twins: bool = False,
+    ) -> list[Cell]:
         """Make all prompts before anything is computed, so that every mistake shows at once.
 
         The setting called `count` says how many prompts heads are ranked with, or maps taken of;
         they have `rank_shots` demonstrations, if that is set, or as many as the cell. None: the
-        experiment has no such prompts. They are of the parts that the methods take, and `also` of
-        others. Test prompts are read if answers are marked, `n_test` of them if that is set.
+        experiment has no such prompts. `part` is that of the task which all of them are from; None:
+        those that methods are for, and `also` others. Those of the train part have corrupted twins,
+        where a method needs them, or `twins` are asked for. Test prompts are read if answers are
+        marked, `n_test` of them if that is set.
         """
         cells: list[Cell] = []
-        of_methods: list[Part] = [find_method(name).split for name in self.methods]
-        parts: list[Part] = [*also, *of_methods] or ["train"]
+        chosen = list(map(find_method, self.methods))
+        parts: list[Part] = [*also, *(one.split for one in chosen)] or ["train"]
+        twins = twins or any(one.twins for one in chosen)
         for task in self.tasks:
             split = task.split(self.protocol.split)
             for k in self.protocol.shots:
@@ -186,27 +200,87 @@ class Run:
                     n = self.settings["n_test"]
                     n = None if n is None else min(n, len(split.test))
                     asked = split.prompts("test", shots=k, n=n, **self._drawn)
+                    if self.settings.get("others") == "resample":
+                        asked = self._with_twins(task, asked)
                 shots = self.settings.get("rank_shots")
                 learned: dict[Part, list[Prompt]] = {}
                 if count is not None:
                     n_shots = k if shots is None else shots
-                    for part in dict.fromkeys(parts):
-                        learned[part] = self.learned(split, part, n_shots, count)
+                    for of in dict.fromkeys(parts):
+                        learned[of] = self.learned(split, part or of, n_shots, count, twins=twins)
                 cells.append(Cell(self, task, k, learned, asked))
         if count is not None:
             self._warn_of_first_tokens(cells)
         return cells
 
-    def learned(self, split: Split, part: Part, shots: int, count: str) -> list[Prompt]:
-        """Take the first training pairs, or draw from the validation part with replacement."""
+    def _with_twins(self, task: Task, asked: list[Prompt]) -> list[Prompt]:
+        """Give questions their corrupted twins; those that have none are left out, and told."""
+        found = [twin for twin in map(self._with_twin, asked) if twin is not None]
+        why = "no other pair of the task makes one of as many tokens with another answer"
+        if not found:
+            raise BadInput(
+                f"none of the {len(asked)} questions of task {task.name!r} has a corrupted twin: "
+                f"{why}. Take pairs of one length (same_length_sets), or others='mean'."
+            )
+        if len(found) < len(asked):
+            warnings.warn(
+                f"{len(asked) - len(found)} of {len(asked)} questions of task {task.name!r} are "
+                f"left out, since {why}.",
+                RALensWarning,
+                stacklevel=5,
+            )
+        return found
+
+    def _with_twin(self, prompt: Prompt) -> Prompt | None:
+        """Give a prompt its corrupted twin; None where no other is as long."""
+        encode = partial(self.lens.encode, prepend_bos=self.protocol.prepend_bos)
+        try:
+            return with_corrupted([prompt], encode, seed=self.protocol.seed)[0]
+        except BadInput:
+            return None
+
+    def learned(
+        self, split: Split, part: Part, shots: int, count: str, *, twins: bool = False
+    ) -> list[Prompt]:
+        """Take the first training pairs, or draw from the validation part with replacement.
+
+        With `twins` the first training pairs that have one.
+        """
         n = self.settings[count]
         if part == "train" and n > len(split.train):
             raise BadInput(
                 f"found {count}={n}, but task {split.task.name!r} has {len(split.train)} training "
                 f"pairs. Give {count}={len(split.train)} or less."
             )
+        if part == "train" and twins:
+            return self._paired(split, shots, count)
         drawn = part == "valid"
         return split.prompts(part, shots=shots, n=n, with_replacement=drawn, **self._drawn)
+
+    def _paired(self, split: Split, shots: int, count: str) -> list[Prompt]:
+        """Take the first training pairs that have a corrupted twin, with it."""
+        n, there = self.settings[count], len(split.train)
+        known: dict[Prompt, Prompt | None] = {}
+
+        def paired(prompt: Prompt) -> Prompt | None:
+            if prompt not in known:
+                known[prompt] = self._with_twin(prompt)
+            return known[prompt]
+
+        found: list[Prompt] = []
+        # Shared demonstrations are none of those asked: how many are asked decides on them.
+        most = there if self.protocol.demonstrations == "own" else there - shots
+        for asked in range(n, most + 1):
+            prompts = split.prompts("train", shots=shots, n=asked, **self._drawn)
+            found = [twin for twin in map(paired, prompts) if twin is not None]
+            if len(found) >= n:
+                return found[:n]
+        raise BadInput(
+            f"found {count}={n}, but of {max(most, 0)} training prompts of task "
+            f"{split.task.name!r} {len(found)} have a corrupted twin: another pair as long in "
+            f"tokens, with another answer. Give a smaller {count}, or leave out what needs twins: "
+            "'resample', 'nap', 'nap_ig'."
+        )
 
     @property
     def _drawn(self) -> dict[str, Any]:
@@ -223,7 +297,7 @@ class Run:
             name
             for name in self.methods
             if name in ("cm1", "cm1_last", "cm2")
-            or (find_method(name).needs is not None and not self.answer_in_input)
+            or (_reads_answers(name) and not self.answer_in_input)
         ]
         read = (
             [(cell.task, cell.questions) for cell in cells]
@@ -329,6 +403,10 @@ class Cell:
     _together: dict[Part, dict[str, HeadScores]] = field(
         default_factory=dict[Part, dict[str, HeadScores]], init=False
     )
+    _kept: dict[str, Any] = field(default_factory=dict[str, Any], init=False)
+    _seconds: dict[tuple[str, int], float] = field(
+        default_factory=dict[tuple[str, int], float], init=False
+    )
 
     @cached_property
     def questions(self) -> Questions:
@@ -339,15 +417,37 @@ class Cell:
         """Give a result that is in the journal, or is computed and goes there."""
         return self.run.journal.unit(f"{self.task.name}|{self.shots}|{key}", compute)
 
+    def kept(self, name: str, compute: Callable[[], T]) -> T:
+        """Give what is computed the first time and kept while the cell is, not in the journal."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
+
+    def costs(self, method: str, draw: int = 0) -> Row:
+        """Say what ranking by a method takes: passes of one prompt, and seconds.
+
+        It is ranked for that where the ranking is in the journal, but not its time.
+        """
+        passes, n = find_method(method).passes, len(self.given(method))
+        n_heads = sum(self.run.lens.sites.n_heads)
+        if (method, draw) not in self._seconds:
+            self.ranked(method, draw)
+        return {
+            "forwards": None if passes is None else n * passes.forwards(n_heads),
+            "backwards": None if passes is None else n * passes.backward,
+            "seconds": round(self._seconds[method, draw], 3),
+        }
+
     def given(self, method: str) -> list[Prompt]:
         """Give the prompts that a method ranks heads with."""
         return self.learned[find_method(method).split]
 
     def ranked(self, method: str, draw: int = 0) -> HeadScores:
-        """Rank the heads by a method; those that share a run are ranked in one, the first time."""
+        """Rank the heads by a method, the first time; those that share a run in one."""
         chosen = find_method(method)
         if chosen.needs is None:
-            return self._ranked([method], draw)[method]
+            name = f"ranked|{method}|{draw}"
+            return self.kept(name, lambda: self._ranked([method], draw)[method])
         if chosen.split not in self._together:
             every = map(find_method, self.run.methods)
             sharing = [m.name for m in every if m.needs is not None and m.split == chosen.split]
@@ -356,8 +456,8 @@ class Cell:
 
     def _ranked(self, methods: list[str], draw: int = 0) -> dict[str, HeadScores]:
         """Rank the heads by methods of one part of the task."""
-        protocol = self.run.protocol
-        return rank_heads(
+        protocol, began = self.run.protocol, perf_counter()
+        ranked = rank_heads(
             self.run.lens.module,
             self.given(methods[0]),
             methods=methods,
@@ -368,6 +468,9 @@ class Cell:
             batch_size=protocol.batch_size,
             progress=protocol.progress,
         )
+        seconds = perf_counter() - began
+        self._seconds.update(dict.fromkeys(((name, draw) for name in methods), seconds))
+        return ranked
 
     def marked(
         self,
@@ -428,17 +531,11 @@ def experiment(
     journal that cannot be written or holds something else.
     """
     lens.refuse_dropout()
-    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
-    if hooked and protocol.out is not None:
-        raise BadInput(
-            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
-            "out=: what they do is not among the settings that results are found again by. Leave "
-            "out= away and write the table with write_results, or remove the hooks."
-        )
+    refuse_hooks(lens, protocol.out)
     settings = {
         "experiment": name,
         **model_facts(lens),
-        **({"methods": list(map(_method_facts, methods))} if methods else {}),
+        **({"methods": list(map(method_facts, methods))} if methods else {}),
         **settings,
         "split": protocol.split,
         **({"answer_in_input": answer_in_input} if methods else {}),
@@ -455,6 +552,17 @@ def experiment(
     with open_journal(protocol.out if finished is None else None, settings) as journal:
         yield Run(
             lens, tasks, protocol, methods, answer_in_input, accuracy, settings, journal, finished
+        )
+
+
+def refuse_hooks(lens: Lens, out: str | Path | None) -> None:
+    """Refuse hooks on a model whose results are to be found again."""
+    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
+    if hooked and out is not None:
+        raise BadInput(
+            f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
+            "out=: what they do is not among the settings that results are found again by. Leave "
+            "out= away and write the table with write_results, or remove the hooks."
         )
 
 
@@ -504,7 +612,12 @@ def _task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str,
     return {"name": task.name, **_task_facts(task), "tokens": settings_hash({"ids": tokens})}
 
 
-def _method_facts(name: str) -> dict[str, Any]:
+def _reads_answers(name: str) -> bool:
+    """Whether a method's loss is that of the whole answer, where it is in the input."""
+    return find_method(name).needs is not None or name in ABLATIONS
+
+
+def method_facts(name: str) -> dict[str, Any]:
     """Tell which method this is: a user's own by its code, as its name may be another's."""
     method = find_method(name)
     function: Any = method.function

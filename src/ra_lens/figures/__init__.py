@@ -21,6 +21,7 @@ from ra_lens.figures.images import images_in_notebooks, save_figure
 from ra_lens.figures.knockouts import knockout_curves, knockout_scatter
 from ra_lens.figures.latent import latent_space
 from ra_lens.figures.maps import Sign, head_map, head_maps
+from ra_lens.figures.methods import method_agreement
 from ra_lens.figures.paths import path_diagram
 from ra_lens.figures.pull import query_key_pull
 from ra_lens.figures.scale_curve import scale_curve
@@ -40,6 +41,7 @@ __all__ = [
     "knockout_curves",
     "knockout_scatter",
     "latent_space",
+    "method_agreement",
     "patching_ablations",
     "patching_sweep_curve",
     "path_diagram",

@@ -110,9 +110,12 @@ def auc_table(frame: pd.DataFrame, **layout: Unpack[Layout]) -> go.Figure:
 def _orders(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
     found = set(frame[["method", "direction"]].itertuples(index=False, name=None))
     return {
-        style.name + (" reversed" if direction == "reversed" else ""): (method, direction)
+        style.name + (f" {direction}" if direction in ("reversed", "absolute") else ""): (
+            method,
+            direction,
+        )
         for method, style in method_styles(frame["method"]).items()
-        for direction in ("forward", "none", "reversed")
+        for direction in ("forward", "none", "reversed", "absolute")
         if (method, direction) in found
     }
 

@@ -51,7 +51,8 @@ def perturbation_curves(
 
     Args:
         frame: From `perturbation_test`, of one model.
-        metric: Which column: `top1`, `top2`, `top3` (shares of questions) or `logit_diff`.
+        metric: Which column: `top1`, `top2`, `top3` (shares of questions), `logit_diff`, or
+            `answer_diff` where it was measured.
         facet: `"n_shots"`, a panel per number of shots, each the mean over the tasks; or `"task"`,
             a panel per task, each the mean over the numbers of shots. A line under the title says
             over what was averaged.

@@ -212,6 +212,13 @@ _KNOWN = {
     "grad_sam": MethodStyle("#6f6f1e", "triangle-left"),
     "ag": MethodStyle("#661100", "octagon"),
     "grad_norm": MethodStyle("#2a7f74", "diamond-tall"),
+    "nap": MethodStyle("#7b2fbe", "star-triangle-up"),
+    "nap_ig": MethodStyle("#b5460f", "star-triangle-down"),
+    "zero": MethodStyle("#111827", "circle-open"),
+    "mean": MethodStyle("#4d7c0f", "circle-x"),
+    "resample": MethodStyle("#0f4c81", "star-diamond"),
+    "relp": MethodStyle("#4477aa", "square-x"),
+    "gim": MethodStyle("#994f00", "diamond-x"),
     "cm1": MethodStyle("#009e73", "diamond"),
     "cm2": MethodStyle("#cc79a7", "triangle-up"),
     "index": MethodStyle(
@@ -246,7 +253,7 @@ def method_styles(methods: Iterable[str]) -> dict[str, MethodStyle]:
 def order_name(style: MethodStyle, direction: str) -> str:
     """Name a method's order: `RA`, `RA, reversed`, `Index (first layer first)`."""
     note = style.backward if direction == "reversed" else style.forward
-    name = f"{style.name}, reversed" if direction == "reversed" else style.name
+    name = f"{style.name}, {direction}" if direction in ("reversed", "absolute") else style.name
     return f"{name} ({note})" if note else name
 
 
@@ -255,7 +262,9 @@ _OF_ANSWERS: dict[str, str] = {
     "top2": "accuracy (each token of the answer among the first 2)",
     "top3": "accuracy (each token of the answer among the first 3)",
     "logit_diff": "logit of the answer − best other logit, smallest of its tokens",
+    "answer_diff": "logit of the answer's first token − logit of the wrong answer's",
 }
+_IN_LOGITS = ("logit_diff", "answer_diff")
 
 
 def metric_name(frame: pd.DataFrame, metric: str) -> str:
@@ -266,18 +275,18 @@ def metric_name(frame: pd.DataFrame, metric: str) -> str:
 
 def value_text(metric: str) -> str:
     """Tell the value of a point, as plotly fills it in: `accuracy %{y:.1%}`."""
-    name = "logit difference" if metric == "logit_diff" else "accuracy"
+    name = "logit difference" if metric in _IN_LOGITS else "accuracy"
     return f"{name} {number_text(metric, 'y')}"
 
 
 def number_text(metric: str, place: str) -> str:
     """Tell a number of a point, as plotly fills it in from `place`."""
-    return f"%{{{place}{':.3g' if metric == 'logit_diff' else ':.1%'}}}"
+    return f"%{{{place}{':.3g' if metric in _IN_LOGITS else ':.1%'}}}"
 
 
 def limits(values: Iterable[float], metric: str) -> tuple[float, float]:
     """Give the ends of the axis of a metric, a little beyond its values."""
-    if metric != "logit_diff":
+    if metric not in _IN_LOGITS:
         return -0.02, 1.02
     known = [float(value) for value in values if value == value]
     low, high = min(known, default=0.0), max(known, default=0.0)

@@ -3,6 +3,7 @@
 `rank_heads` scores every head of a model on some questions by one or several of
 `ranking_methods()`; `ranking_method` adds another, and `one_run_method` one that reads a forward
 and a backward pass. `HeadScores` holds the result and the order that follows from it.
+`head_effects` really takes each head away, and gives what every prompt loses.
 
 Example:
     ```python
@@ -18,11 +19,17 @@ Example:
 from ra_lens.head_names import HeadScore
 
 # Importing these registers the built-in methods.
+from ra_lens.heads import ablation as ablation
 from ra_lens.heads import gradients as gradients
 from ra_lens.heads import mediation as mediation
 from ra_lens.heads import methods as methods
+from ra_lens.heads import relevance as relevance
+from ra_lens.heads.ablation import HeadEffects, head_effects
+from ra_lens.heads.corrupted import CorruptedRun
+from ra_lens.heads.known import KnownHeads, Localisation, known_heads, localisation_scores
 from ra_lens.heads.one_run import Needs
 from ra_lens.heads.ranking import (
+    Passes,
     RankingContext,
     RankingMethod,
     one_run_method,
@@ -33,11 +40,19 @@ from ra_lens.heads.ranking import (
 from ra_lens.heads.scores import HeadScores
 
 __all__ = [
+    "CorruptedRun",
+    "HeadEffects",
     "HeadScore",
     "HeadScores",
+    "KnownHeads",
+    "Localisation",
     "Needs",
+    "Passes",
     "RankingContext",
     "RankingMethod",
+    "head_effects",
+    "known_heads",
+    "localisation_scores",
     "one_run_method",
     "rank_heads",
     "ranking_method",

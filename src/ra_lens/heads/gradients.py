@@ -3,7 +3,8 @@
 L is the mean cross-entropy over the answer's tokens, A the pattern, G = ∂L/∂A, z what the head
 gives to W_O (times a gate or after a norm, where the model has one in between), R~ = A ⊙ (G −
 rowsum(A ⊙ G)) and R = scale · R~. Each score is that of an example, averaged over the prompts, and
-costs what all of them together cost: one forward and one backward pass for each prompt.
+costs what all of them together cost: one forward and one backward pass for each prompt; `nap` and
+`nap_ig` read the corrupted twins too, z′ (`ra_lens.heads.corrupted`), at more.
 
     ra          ‖R‖                              where the loss would move attention
     w_norm      (Σ ‖∂L/∂W‖²)^½                   W_Q, W_K, W_V, W_O of the head
@@ -13,6 +14,8 @@ costs what all of them together cost: one forward and one backward pass for each
     grad_sam    Σ relu(−A ⊙ G)                   cutting each edge, where that raises the loss
     ag          Σ |A ⊙ G|                        cutting each edge, without its sign
     grad_norm   ‖G‖ where A > 0                  what looking elsewhere would change
+    nap         Σ (z′ − z)·∂L/∂z                 the corrupted prompt's z in its place, foretold
+    nap_ig      Σ (z′ − z)·mean ∂L/∂z            the same, the gradient taken on the way there
 
 They ask two questions. Zeroing a head takes away all that it gives, so `michel` and `atp` know
 nothing of where it looks; R~ sums to 0 in each row, so `ra` and `knockout` know nothing of how much
@@ -37,6 +40,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.cache import RACache
+from ra_lens.heads.corrupted import CorruptedRun
 from ra_lens.heads.ranking import one_run_method
 from ra_lens.model.sites import table
 from ra_lens.vjp import FACTORS, WEIGHTS, norms_of_all_weights
@@ -104,6 +108,54 @@ def atp_scores(ra: RACache) -> Float[Tensor, "batch layer head"]:
     et al. 2024, arXiv 2403.00745), with z = 0 in the place of another prompt's z.
     """
     return -_slope_of_gate(ra)
+
+
+@one_run_method(
+    "nap",
+    label="NAP",
+    title="foretold effect of the corrupted prompt, signed",
+    vectors=["z"],
+    corrupted=True,
+)
+def nap_scores(ra: RACache, other: CorruptedRun) -> Float[Tensor, "batch layer head"]:
+    """Σ (z′ − z)·∂L/∂z over all tokens: the change of the loss when the head gives z′, foretold.
+
+    z′ is what it gives on the prompt's corrupted twin. In nats, to first order. Positive: the loss
+    rises, so the answer needs what tells the prompt from its twin; negative: it hurts. Two forward
+    passes and one backward pass. It foretells `resample`, one head at a time, and as `atp` it fails
+    at answers that the model is sure of, at heads that do the same, and where attention downstream
+    is saturated. Twins that differ in more than the answer hangs on bring in all that differs.
+
+    Source: attribution patching of nodes (NAP): Nanda 2023; Syed, Rager and Conmy 2023, arXiv
+    2310.10348, in which the metric is a difference of logits.
+    """
+    return _towards(ra, other)
+
+
+@one_run_method(
+    "nap_ig",
+    label="NAP-IG",
+    title="foretold effect of the corrupted prompt, in 5 steps from it",
+    vectors=["z"],
+    corrupted=True,
+    steps=5,
+)
+def nap_ig_scores(ra: RACache, other: CorruptedRun) -> Float[Tensor, "batch layer head"]:
+    """Σ (z′ − z)·(1/m) Σ_k ∂L/∂z at x_k = x′ + k/m (x − x′), in m = 5 steps of the embeddings x.
+
+    Sign and unit are those of `nap`, which it is with one step. The gradients of the steps see the
+    loss where the answer is not sure yet, which `nap` does not. m + 1 forward passes and m backward
+    ones. What lies between the embeddings of two tokens is no prompt, and where the loss bends more
+    than m steps show it is still no effect. Another m is a method of one's own:
+    `one_run_method("nap_ig_30", vectors=["z"], corrupted=True, steps=30)(nap_ig_scores)`.
+
+    Source: Hanna, Pezzelle and Belinkov 2024, "Have Faith in Faithfulness", arXiv 2403.17806
+    (EAP-IG, inputs), of nodes.
+
+    Raises:
+        UnsupportedModel: a model without the hook point `hook_embed`.
+    """
+    return _towards(ra, other)
 
 
 @one_run_method(
@@ -176,6 +228,16 @@ def grad_norm_scores(ra: RACache) -> Float[Tensor, "batch layer head"]:
 def _slope_of_gate(ra: RACache) -> Float[Tensor, "batch layer head"]:
     """Σ z·∂L/∂z over tokens."""
     return _rows(ra, lambda i: (ra["z", i] * ra["z_grad", i]).sum(dim=(1, 3)))
+
+
+def _towards(ra: RACache, other: CorruptedRun) -> Float[Tensor, "batch layer head"]:
+    """Σ (z′ − z)·∂L/∂z over tokens."""
+
+    def of_layer(layer: int) -> Tensor:
+        z = ra["z", layer]
+        return ((other.z[layer].to(z) - z) * other.z_grad[layer].to(z)).sum(dim=(1, 3))
+
+    return _rows(ra, of_layer)
 
 
 def _summed(ra: RACache, of_layer: Callable[[int], Tensor]) -> Float[Tensor, "batch layer head"]:

@@ -21,31 +21,35 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import BadInput
-from ra_lens.heads.ranking import RankingContext, ranking_method
+from ra_lens.heads.ranking import Passes, RankingContext, ranking_method
 from ra_lens.model.sites import table
 from ra_lens.padding import batches, watched
 from ra_lens.prompts import Prompts
 
 
-@ranking_method("fa", label="FA", title="norm of the pattern")
-def fa_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
-    """Mean of the Frobenius norms of A."""
+@ranking_method("fa", label="FA", title="norm of the pattern", passes=Passes(1))
+def fa_scores(context: RankingContext) -> Float[Tensor, "prompt layer head"]:
+    """Frobenius norm of A."""
+    each = torch.zeros(len(context.prompts), *context.shape, dtype=torch.float64)
 
-    def norms(patterns: Tensor) -> Tensor:
-        return patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double().sum(dim=0)
+    def norms(examples: list[int], layer: int, patterns: Tensor) -> None:
+        found = patterns.flatten(start_dim=-2).norm(dim=-1).cpu().double()
+        each[examples, layer, : found.shape[1]] = found
 
-    total = torch.zeros(context.shape, dtype=torch.float64)
-    _add_patterns(context, _inputs(context), total, norms)
-    return total / len(context.prompts)
+    _read_patterns(context, _inputs(context), norms)
+    return each
 
 
-@ranking_method("fa_of_mean", label="FA of mean", title="norm of the mean pattern")
+@ranking_method(
+    "fa_of_mean", label="FA of mean", title="norm of the mean pattern", passes=Passes(1)
+)
 def fa_of_mean_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """Frobenius norm of the mean of A over the prompts.
 
@@ -62,7 +66,11 @@ def fa_of_mean_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
             "such). Or take method='fa', the mean of their norms."
         )
     total = torch.zeros(*context.shape, lengths[0], lengths[0], dtype=torch.float64)
-    _add_patterns(context, inputs, total, lambda patterns: patterns.sum(dim=0).cpu().double())
+
+    def add(_examples: list[int], layer: int, patterns: Tensor) -> None:
+        total[layer, : patterns.shape[1]] += patterns.sum(dim=0).cpu().double()
+
+    _read_patterns(context, inputs, add)
     return (total / len(context.prompts)).flatten(start_dim=-2).norm(dim=-1)
 
 
@@ -73,36 +81,32 @@ def _inputs(context: RankingContext) -> Prompts:
     return questions.prompts
 
 
-def _add_patterns(
-    context: RankingContext,
-    inputs: Prompts,
-    total: Float[Tensor, "layer head *rest"],
-    of_batch: Callable[[Tensor], Tensor],
+def _read_patterns(
+    context: RankingContext, inputs: Prompts, look: Callable[[list[int], int, Tensor], None]
 ) -> None:
-    """Add to `total`, layer by layer, what `of_batch` makes of the patterns of each batch.
+    """Hand over the patterns of each batch, layer by layer: which examples, which row of scores.
 
-    `of_batch` gets `[batch, head, query, key]`, 0 in rows and columns of padding.
+    The patterns are `[batch, head, query, key]`, 0 in rows and columns of padding.
     """
     lens = context.lens
     lens.refuse_dropout()
     names = [site.pattern_name for site in lens.sites.values()]
-    for _, prompts in batches(lens, inputs, context.batch_size):
+    for examples, prompts in batches(lens, inputs, context.batch_size):
         batch = prompts.lay_out(lens)
         real = batch.attention_mask
         keep = real[:, None, :, None] & real[:, None, None, :]
 
-        def of_layer(pattern: Tensor, keep: Tensor = keep) -> Tensor:
+        def of_layer(layer: int, examples: list[int], keep: Tensor, pattern: Tensor) -> Tensor:
             wide = pattern if pattern.dtype == torch.float64 else pattern.float()
-            return of_batch(wide.where(keep.to(wide.device), 0.0))
+            look(examples, layer, wide.where(keep.to(wide.device), 0.0))
+            return pattern.new_zeros(())  # nothing else is kept
 
+        shown = {name: partial(of_layer, i, examples, keep) for i, name in enumerate(names)}
         with watched(lens, batch):
-            shown, _ = lens.look(dict.fromkeys(names, of_layer), *batch.model_input, batch.last)
-        for row, name in zip(total, names, strict=True):
-            if name in shown:
-                row[: len(shown[name])] += shown[name]
+            lens.look(shown, *batch.model_input, batch.last)
 
 
-@ranking_method("random", label="Random", title="random order", random=True)
+@ranking_method("random", label="Random", title="random order", random=True, passes=Passes(0))
 def random_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """One uniform number in [0, 1) per head."""
     # A text seeds Python's generator by its digest; `random()` itself never changes.
@@ -111,7 +115,7 @@ def random_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     return table([torch.tensor(row, dtype=torch.float64) for row in numbers])
 
 
-@ranking_method("index", label="Index", title="first layer first")
+@ranking_method("index", label="Index", title="first layer first", passes=Passes(0))
 def index_scores(context: RankingContext) -> Float[Tensor, "layer head"]:
     """How many heads come after this one in the model."""
     after = torch.arange(sum(context.n_heads), dtype=torch.float64).flip(0)

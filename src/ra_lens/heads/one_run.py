@@ -12,8 +12,9 @@ keeps less. Vectors are smaller than maps where prompts are longer than heads ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -21,16 +22,22 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
+from ra_lens.heads.corrupted import CorruptedRun, corrupted_runs
 from ra_lens.knockouts.predict import FORETOLD_FROM
 from ra_lens.model import Lens
+from ra_lens.model.backward import Backward
 from ra_lens.model.sites import MapKind, VectorKind
 from ra_lens.patching.masking import need_heads
+from ra_lens.prompts import Prompts
 from ra_lens.questions import Questions
 from ra_lens.run import run_with_ra
 from ra_lens.targets import Objective, answer_nll, sequence_nll
 
-RunFunction = Callable[[RACache], Tensor]
-"""Gives `Float[Tensor, "batch layer head"]`, one score for each example and head."""
+RunFunction = Callable[..., Tensor]
+"""Gives `Float[Tensor, "batch layer head"]`, one score for each example and head.
+
+It gets the `RACache` of a batch; where the method needs corrupted twins, the `CorruptedRun` too.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,17 @@ class Needs:
     Attributes:
         maps: Kinds of map, those that are made from others included.
         vectors: Kinds of vectors.
+        corrupted: Whether the function also gets what heads give on the corrupted twins.
+        steps: In how many steps the gradient is taken on the way from the twins; 1: at the prompts
+            alone.
+        backward: Which backward pass; methods of one share it.
     """
 
     maps: tuple[MapKind, ...] = ()
     vectors: tuple[VectorKind, ...] = ()
+    corrupted: bool = False
+    steps: int = 1
+    backward: Backward = "exact"
 
 
 @dataclass(frozen=True)
@@ -60,14 +74,19 @@ def scores_of_one_run(
     questions: Questions,
     methods: Mapping[str, OfRun],
     *,
+    twins: Callable[[], Prompts],
     answer_in_input: bool,
     batch_size: int,
     progress: bool,
-) -> dict[str, Float[Tensor, "layer head"]]:
-    """Run each batch forwards and backwards once, and average what every method makes of it.
+) -> dict[str, Float[Tensor, "prompt layer head"]]:
+    """Run each batch forwards and backwards once, and give what every method makes of it.
+
+    `twins` gives the corrupted twins of the questions, where a method needs them.
+
+    All methods are of one backward pass.
 
     Returns:
-        The mean over examples by the name of the method, float64 on the CPU.
+        By the name of the method, float64 on the CPU.
 
     Raises:
         BadInput: a method gave something else than one number per example and head.
@@ -76,6 +95,7 @@ def scores_of_one_run(
     vectors = {kind for one in methods.values() for kind in one.needs.vectors}
     if not vectors.isdisjoint(("z", "z_grad")):
         need_heads(lens)
+    backward: Backward = next(one.needs.backward for one in methods.values())
     kinds = {kind for one in methods.values() for kind in one.needs.maps}
     kept = {
         site.map_name(part)
@@ -85,7 +105,9 @@ def scores_of_one_run(
     }
     from tqdm.auto import tqdm
 
-    totals = {name: torch.zeros(lens.sites.shape, dtype=torch.float64) for name in methods}
+    steps = sorted({one.needs.steps for one in methods.values() if one.needs.corrupted})
+    others = twins() if steps else None
+    found: dict[str, list[Tensor]] = {name: [] for name in methods}
     batches = list(questions.prompts.batches(batch_size))
     hidden = not progress or len(batches) == 1
     for examples, prompts in tqdm(batches, desc="Reversed Attention", unit="batch", disable=hidden):
@@ -98,10 +120,28 @@ def scores_of_one_run(
             store="maps" if kept else "norms",
             names_filter=kept.__contains__,
             vectors=sorted(vectors),
+            backward=backward,
         )
+        runs: dict[int, CorruptedRun] = {}
+        if others is not None:
+            runs = corrupted_runs(
+                lens,
+                cache,
+                prompts,
+                others.chosen(examples),
+                answers if answer_in_input else ((),) * len(answers),
+                partial(_objective_of, part, answer_in_input=answer_in_input),
+                steps,
+            )
         for name, one in methods.items():
-            totals[name] += _checked(name, one.function(cache), cache).sum(dim=0)
-    return {name: total / len(questions) for name, total in totals.items()}
+            given = (cache, runs[one.needs.steps]) if one.needs.corrupted else (cache,)
+            found[name].append(_checked(name, one.function(*given), cache))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _objective_of(questions: Questions, some: Sequence[int], *, answer_in_input: bool) -> Objective:
+    answers = tuple(questions.answers[i] for i in some)
+    return _objective(replace(questions, answers=answers), answer_in_input=answer_in_input)
 
 
 def _objective(questions: Questions, *, answer_in_input: bool) -> Objective:

@@ -23,6 +23,10 @@ Cost, for n prompts and a model of L layers with H heads:
 
 * `ra`, `w_norm`, `michel`, `atp`, `knockout`, `grad_sam`, `ag`, `grad_norm`: n forwards, and n
   backwards with respect to activations only; as many for all of them together;
+* `nap`: n forwards more, for the corrupted twins; `nap_ig`, in 5 steps: 4 n forwards and backwards
+  more than `nap`;
+* `zero`, `mean`, `resample`: as `cm1`, with n forwards more for the mean and the twins;
+* `relp`, `gim`: the same, for each of them;
 * `fa`, `fa_of_mean`: n forwards;
 * `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
   on average where the layers are alike; `cm2`: n forwards more;
@@ -39,14 +43,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar, cast, overload
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, one_of
+from ra_lens.heads.corrupted import read_twins
 from ra_lens.heads.one_run import Needs, OfRun, RunFunction, scores_of_one_run
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, PrependBos, as_lens
+from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.sites import MapKind, VectorKind, read_kind, read_vectors
 from ra_lens.numbers import Whole, whole
+from ra_lens.prompts import Prompts
 from ra_lens.questions import Questions, read_questions
 from ra_lens.tasks import Prompt
 
@@ -84,6 +92,21 @@ class RankingContext:
         """The prompts as token ids, each with the ids of its answer."""
         return self.read(self.prompts)
 
+    @cached_property
+    def twins(self) -> Prompts:
+        """The corrupted twins of the prompts, as token ids; drawn by `seed` where there are none.
+
+        Raises:
+            BadInput: a twin of another length, or a prompt for which none can be drawn.
+        """
+        return read_twins(
+            self.lens,
+            self.prompts,
+            self.questions.prompts,
+            prepend_bos=self.prepend_bos,
+            seed=self.seed,
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """Layers with attention, and heads per layer (the most, if they differ): of the scores."""
@@ -104,19 +127,41 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
+class Passes:
+    """What a method costs for one prompt, in passes of one row.
+
+    Attributes:
+        forward: Forward passes.
+        backward: Backward passes, with respect to activations.
+        forward_per_head: Forward passes for each head, of which those of late layers are short.
+    """
+
+    forward: int
+    backward: int = 0
+    forward_per_head: int = 0
+
+    def forwards(self, n_heads: int) -> int:
+        """Forward passes in a model with so many heads."""
+        return self.forward + self.forward_per_head * n_heads
+
+
+@dataclass(frozen=True)
 class RankingMethod:
     """A way to rank heads.
 
     Attributes:
         name: What `rank_heads(method=...)` calls it.
         title: What it is, in a few words, for tables and figures.
-        function: From a `RankingContext` to `Float[Tensor, "layer head"]`, or from the `RACache` of
+        function: From a `RankingContext` to `Float[Tensor, "layer head"]`, or to
+            `Float[Tensor, "prompt layer head"]`, of which the mean counts; or from the `RACache` of
             a batch to `Float[Tensor, "batch layer head"]` where `needs` says what it reads there;
             larger = more important.
         split: Part of a task whose questions it is computed on.
         random: Whether another `draw` gives another order.
         label: What legends and tables call it; empty: its name.
         needs: What it reads of one forward and one backward pass; None: it runs the model itself.
+        passes: What it costs for one prompt; None: nobody said.
+        twins: Whether it reads corrupted twins; experiments then take prompts that have some.
     """
 
     name: str
@@ -126,11 +171,15 @@ class RankingMethod:
     random: bool = False
     label: str = ""
     needs: Needs | None = None
+    passes: Passes | None = None
+    twins: bool = False
 
 
 # Built-in ones are listed in this order, before all others, in whatever order they register.
 _BUILT_IN = (
     *("ra", "w_norm", "michel", "atp", "knockout", "grad_sam", "ag", "grad_norm"),
+    *("relp", "gim", "nap", "nap_ig"),
+    *("zero", "mean", "resample"),
     *("fa", "fa_of_mean", "cm1", "cm1_last", "cm2", "random", "index"),
 )
 _methods: dict[str, RankingMethod] = {}
@@ -143,9 +192,14 @@ def ranking_method(
     label: str = "",
     split: Part = "train",
     random: bool = False,
+    passes: Passes | None = None,
+    twins: bool = False,
     replace: bool = False,
 ) -> Callable[[RankingFunction], RankingFunction]:
     """Register the decorated function as a ranking method.
+
+    It gives one score for each head, or one for each prompt and head, whose mean counts and which
+    `rank_heads(each_prompt=True)` keeps.
 
     Args:
         name: What `rank_heads(method=...)` is to call it.
@@ -153,6 +207,9 @@ def ranking_method(
         label: What legends and tables call it. Default: the name.
         split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
         random: Whether it gives another order for another `draw`; experiments then average draws.
+        passes: What it costs for one prompt, for tables that compare methods.
+        twins: Whether it reads corrupted twins (`RankingContext.twins`); experiments then take
+            prompts that have some.
         replace: True to put it in the place of a method of the same name.
 
     Raises:
@@ -161,7 +218,9 @@ def ranking_method(
     _check_name(name, split)
 
     def register(function: RankingFunction) -> RankingFunction:
-        method = RankingMethod(name, title or name, function, split, random, label)
+        method = RankingMethod(
+            name, title or name, function, split, random, label, None, passes, twins
+        )
         return _register(method, function, replace=replace)
 
     return register
@@ -174,6 +233,9 @@ def one_run_method(
     label: str = "",
     maps: Sequence[MapKind] = (),
     vectors: Sequence[VectorKind] = (),
+    corrupted: bool = False,
+    steps: Whole = 1,
+    backward: Backward = "exact",
     split: Part = "train",
     replace: bool = False,
 ) -> Callable[[RunFunction], RunFunction]:
@@ -183,7 +245,7 @@ def one_run_method(
     gives `Float[Tensor, "batch layer head"]`, larger = more important; a head's score is the mean
     over all examples. Where layers have fewer heads than others, NaN stands in for those they lack
     (`ra_lens.model.sites.table` lays rows out so). Norms of all kinds of map are always there.
-    Methods of this kind that are ranked by together share the pass.
+    Methods of this kind that are ranked by together share the pass, one for each `backward`.
 
     Args:
         name: What `rank_heads(method=...)` is to call it.
@@ -191,21 +253,53 @@ def one_run_method(
         label: What legends and tables call it. Default: the name.
         maps: Kinds of map that it reads, `ra["pattern", layer]`: they are then kept for a batch.
         vectors: Kinds of vectors that it reads, `ra["z", layer]`.
+        corrupted: Whether the function gets, after the cache, the `CorruptedRun` of the prompts'
+            corrupted twins: their z, and ∂L/∂z. Twins are drawn where prompts have none.
+        steps: In how many steps that gradient is taken from the twins to the prompts, and averaged;
+            1: at the prompts alone.
+        backward: Which backward pass it reads, as in `run_with_ra`.
         split: Part of a task whose questions experiments compute it on: `"train"` or `"valid"`.
         replace: True to put it in the place of a method of the same name.
 
     Raises:
-        BadInput: the name is taken, or empty; an unknown part or kind of vectors.
+        BadInput: the name is taken, or empty; an unknown part, kind of vectors or backward pass; no
+            number of steps, several without `corrupted`, or with another backward pass.
         NotStored: an unknown kind of map.
     """
     _check_name(name, split)
+    one_of("backward", backward, BACKWARDS, where=f" for method {name!r}")
+    steps = whole("steps", steps, least=1)
+    if steps > 1 and not corrupted:
+        raise BadInput(
+            f"found steps={steps} without corrupted=True for method {name!r}: steps lead from the "
+            "corrupted twins to the prompts. Give both."
+        )
+    if steps > 1 and backward != "exact":
+        raise BadInput(
+            f"found steps={steps} with backward={backward!r} for method {name!r}: on the way from "
+            "the corrupted twins gradients are exact. Leave one of both away."
+        )
+    kinds = read_vectors(vectors) | read_vectors(["z_grad"] if corrupted else [])
     needs = Needs(
         tuple(read_kind(kind) for kind in ([maps] if isinstance(maps, str) else maps)),
-        tuple(sorted(read_vectors(vectors))),
+        tuple(sorted(kinds)),
+        corrupted=corrupted,
+        steps=steps,
+        backward=backward,
     )
+    passes = Passes(steps + int(corrupted), steps)
 
     def register(function: RunFunction) -> RunFunction:
-        method = RankingMethod(name, title or name, function, split, label=label, needs=needs)
+        method = RankingMethod(
+            name,
+            title or name,
+            function,
+            split,
+            label=label,
+            needs=needs,
+            passes=passes,
+            twins=corrupted,
+        )
         return _register(method, function, replace=replace)
 
     return register
@@ -283,6 +377,7 @@ def rank_heads(
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
     batch_size: Whole = 32,
+    each_prompt: bool = False,
     progress: bool = True,
 ) -> HeadScores: ...
 
@@ -298,6 +393,7 @@ def rank_heads(
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
     batch_size: Whole = 32,
+    each_prompt: bool = False,
     progress: bool = True,
 ) -> dict[str, HeadScores]: ...
 
@@ -313,6 +409,7 @@ def rank_heads(
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
     batch_size: Whole = 32,
+    each_prompt: bool = False,
     progress: bool = True,
 ) -> HeadScores | dict[str, HeadScores]:
     """Score every head of a model on some questions, by one or several of `ranking_methods()`.
@@ -325,6 +422,13 @@ def rank_heads(
     * `"michel"`: |Σ z·∂L/∂z|; `"atp"`: −Σ z·∂L/∂z, what zeroing the head does to L, foretold.
     * `"knockout"`: Σ |−R~/(1 − A)|, what cutting each edge does to L, foretold.
     * `"grad_sam"`: Σ relu(−A ⊙ G); `"ag"`: Σ |A ⊙ G|; `"grad_norm"`: ‖G‖ where A > 0.
+    * `"nap"`: Σ (z′ − z)·∂L/∂z, z′ being that of the prompt's corrupted twin (`Prompt.corrupted`,
+      or drawn by `seed`); `"nap_ig"`: with the mean of the gradient on the way from the twin.
+
+    What a change of one head really does to L, in nats:
+
+    * `"zero"`: z is 0 at every token; `"mean"`: its mean over all tokens; `"resample"`: z′.
+    * `"relp"`, `"gim"`: |Σ z·∂L/∂z|, each from a backward pass of its own rules.
 
     The others:
 
@@ -351,6 +455,8 @@ def rank_heads(
             being −log p of the answer's first token.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt, or a prompt with one head changed.
+        each_prompt: Keep the score of each prompt too, as `HeadScores.each`, which takes no more
+            time.
         progress: False hides the progress bars.
 
     Returns:
@@ -358,7 +464,8 @@ def rank_heads(
 
     Raises:
         BadInput: `method` and `methods` together, an unknown method, prompts or options that cannot
-            be used, scores of a wrong shape or with NaN.
+            be used, scores of a wrong shape or with NaN; `each_prompt` with a method that has no
+            score for single prompts; a prompt without a corrupted twin of which none can be drawn.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be edited.
     """
     if method is not None and methods is not None:
@@ -367,12 +474,71 @@ def rank_heads(
             "or methods= for those of several by name."
         )
     chosen = find_methods(("ra" if method is None else method,) if methods is None else methods)
+    context = ranking_context(
+        model,
+        prompts,
+        seed=seed,
+        draw=draw,
+        answer_in_input=answer_in_input,
+        prepend_bos=prepend_bos,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    scores = scores_by(context, chosen)
+    ranked: dict[str, HeadScores] = {}
+    for one in chosen:
+        found = scores[one.name]
+        each = found if found.ndim == 3 else None
+        if each_prompt and each is None:
+            raise BadInput(
+                f"found each_prompt=True with method {one.name!r} ({one.title}), which has no "
+                "score for a single prompt. Leave the one or the other out."
+            )
+        ranked[one.name] = HeadScores(
+            method=one.name,
+            title=one.title,
+            scores=found if each is None else each.mean(dim=0),
+            layers=tuple(context.lens.sites),
+            heads=context.n_heads,
+            n_examples=len(context.prompts),
+            model_name=context.lens.name,
+            seed=context.seed,
+            draw=context.draw,
+            each=each if each_prompt else None,
+        )
+    return ranked[chosen[0].name] if methods is None else ranked
+
+
+def scores_by(
+    context: RankingContext, methods: Iterable[RankingMethod]
+) -> dict[str, Float[Tensor, "*prompt layer head"]]:
+    """Give the scores by each method: those of each prompt, or of all where there are no others."""
+    chosen = list(methods)
+    together = _scores_of_one_run(context, chosen)
+    return {
+        one.name: together[one.name] if one.name in together else _scores_of(one, context)
+        for one in chosen
+    }
+
+
+def ranking_context(
+    model: nn.Module,
+    prompts: Iterable[Prompt],
+    *,
+    seed: Whole = 0,
+    draw: Whole = 0,
+    answer_in_input: bool = True,
+    prepend_bos: PrependBos = None,
+    batch_size: Whole = 32,
+    progress: bool = True,
+) -> RankingContext:
+    """Read what `rank_heads` is given, or raise where it cannot be used."""
     lens = as_lens(model)
     seed, draw = whole("seed", seed), whole("draw", draw)
     batch_size = whole("batch_size", batch_size)
     if batch_size < 1:
         raise BadInput(f"found batch_size={batch_size}; give a positive number.")
-    context = RankingContext(
+    return RankingContext(
         lens=lens,
         model=model,
         prompts=_checked(prompts),
@@ -383,50 +549,39 @@ def rank_heads(
         batch_size=batch_size,
         progress=progress,
     )
-    together = _scores_of_one_run(context, chosen)
-    ranked = {
-        one.name: HeadScores(
-            method=one.name,
-            title=one.title,
-            scores=together[one.name] if one.name in together else _scores_of(one, context),
-            layers=tuple(lens.sites),
-            heads=context.n_heads,
-            n_examples=len(context.prompts),
-            model_name=lens.name,
-            seed=seed,
-            draw=draw,
-        )
-        for one in chosen
-    }
-    return ranked[chosen[0].name] if methods is None else ranked
 
 
 def _scores_of_one_run(
     context: RankingContext, chosen: Iterable[RankingMethod]
 ) -> dict[str, Tensor]:
-    """Give the scores of all methods that read one forward and one backward pass."""
+    """Give the scores of each prompt by all methods that read a run; one run a backward pass."""
     sharing = {
         one.name: OfRun(cast("RunFunction", one.function), one.needs)
         for one in chosen
         if one.needs is not None
     }
-    if not sharing:
-        return {}
-    return scores_of_one_run(
-        context.lens,
-        context.model,
-        context.questions,
-        sharing,
-        answer_in_input=context.answer_in_input,
-        batch_size=context.batch_size,
-        progress=context.progress,
-    )
+    found = dict[str, Tensor]()
+    for backward in BACKWARDS:
+        of_one = {name: one for name, one in sharing.items() if one.needs.backward == backward}
+        if of_one:
+            found |= scores_of_one_run(
+                context.lens,
+                context.model,
+                context.questions,
+                of_one,
+                twins=lambda: context.twins,
+                answer_in_input=context.answer_in_input,
+                batch_size=context.batch_size,
+                progress=context.progress,
+            )
+    return found
 
 
 def _scores_of(method: RankingMethod, context: RankingContext) -> Tensor:
     """Give the scores of a method that runs the model itself."""
     scores: object = cast("RankingFunction", method.function)(context)
-    if isinstance(scores, Tensor) and tuple(scores.shape) == context.shape:
+    each = (len(context.prompts), *context.shape)
+    if isinstance(scores, Tensor) and tuple(scores.shape) in (context.shape, each):
         return scores.detach().cpu().double()
     shaped = isinstance(scores, Tensor)
     found = f"scores of shape {tuple(scores.shape)}" if shaped else f"a {_type(scores)}"

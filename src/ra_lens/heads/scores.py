@@ -43,6 +43,8 @@ class HeadScores:
         draw: Which of the orders of a random method.
         is_reversed: True for what `reversed` gives: the least important head first.
         heads: Heads of each layer; None: as many as `scores` has columns.
+        each: The scores of each prompt, of which `scores` are the mean, where they were asked for
+            (`rank_heads(each_prompt=True)`); else None. Negated and NaN as `scores`.
     """
 
     method: str
@@ -55,6 +57,7 @@ class HeadScores:
     draw: int = 0
     is_reversed: bool = False
     heads: tuple[int, ...] | None = None
+    each: Float[Tensor, "prompt layer head"] | None = None
 
     def __post_init__(self) -> None:
         """Move the scores to float64 on the CPU, and refuse those that rank nothing.
@@ -83,6 +86,16 @@ class HeadScores:
                 "for a more important head; give a head that cannot be scored 0 or minus infinity."
             )
         object.__setattr__(self, "scores", scores)
+        if self.each is not None:
+            if self.each.shape[1:] != scores.shape:
+                raise BadInput(
+                    f"method {self.method!r} gave scores of each prompt of shape "
+                    f"{tuple(self.each.shape)}; [prompt, layer, head] is needed, with "
+                    f"{list(scores.shape)} for layer and head."
+                )
+            each = self.each.detach().to(device="cpu", dtype=torch.float64)
+            each = each.masked_fill(~head_places(self._counts), float("nan"))
+            object.__setattr__(self, "each", each)
 
     @property
     def n_heads(self) -> int:
@@ -120,7 +133,15 @@ class HeadScores:
 
     def reversed(self) -> HeadScores:
         """Give the same heads in exactly the opposite order, ties included; scores are negated."""
-        return replace(self, scores=0 - self.scores, is_reversed=not self.is_reversed)
+        each = None if self.each is None else 0 - self.each
+        return replace(self, scores=0 - self.scores, each=each, is_reversed=not self.is_reversed)
+
+    def absolute(self) -> HeadScores:
+        """Give the same heads by the size of their scores, without its sign, the largest first.
+
+        A signed score puts heads that hurt last; so they come beside those that help as much.
+        """
+        return replace(self, scores=self.scores.abs(), each=None, is_reversed=False)
 
     def keep_mask(self, n: Whole) -> Bool[Tensor, "layer head"]:
         """Mark the first `n` heads of the order, for `ra_lens.patching.masking.mask_hooks`.

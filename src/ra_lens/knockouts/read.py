@@ -38,6 +38,7 @@ def set_of(ra: RACache, **choice: Any) -> EdgeSet:
 
 def effect_of(ra: RACache, edges: EdgeSet, *, renormalise: bool) -> Float[Tensor, "*batch"]:
     """What cutting a set does to the loss of each example; see `RACache.knockout`."""
+    ra.info.need_exact("what a knockout does to the loss")
     n = len(edges.rows)
     if n not in (1, ra.batch_size):
         raise BadInput(

@@ -39,27 +39,32 @@ from ra_lens.model.sites import Site
 
 # Inputs of a block that have gradients, to its outputs that may have.
 Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Rewire = Callable[[Sequence[Tensor]], None]
 _TENSOR = object()
 
 
 @contextmanager
-def recomputed(blocks: Sequence[nn.Module], token: Tensor) -> Generator[None, None, None]:
+def recomputed(
+    blocks: Sequence[nn.Module], token: Tensor, rewire: Rewire
+) -> Generator[None, None, None]:
     """Run `blocks` with checkpoints, in the context; the last one as it is.
 
-    Every block is tied to `token`, the root of the graph.
+    Every block is tied to `token`, the root of the graph. `rewire` is shown what a block gives when
+    it runs again, before that is differentiated.
     """
-    with with_forward({block: _checkpointed(block.forward, token) for block in blocks[:-1]}):
+    functions = {block: _checkpointed(block.forward, token, rewire) for block in blocks[:-1]}
+    with with_forward(functions):
         yield
 
 
-def _checkpointed(forward: Callable[..., Any], token: Tensor) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], token: Tensor, rewire: Rewire) -> Callable[..., Any]:
     """A block's forward pass with one autograd node in place of its graph."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        given, form = pytree.tree_flatten((args, kwargs), is_leaf=_is_cache)
-        given = [None if _is_cache(leaf) else leaf for leaf in given]
+        given, form = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+        given = [None if is_cache(leaf) else leaf for leaf in given]
         moving = [i for i, x in enumerate(given) if isinstance(x, Tensor) and x.requires_grad]
         made: list[Any] = []  # the output's form; its leaves, _TENSOR where it is a floating tensor
 
@@ -73,7 +78,7 @@ def _checkpointed(forward: Callable[..., Any], token: Tensor) -> Callable[..., A
                 made.extend((found_form, [_TENSOR if _is_floating(x) else x for x in found]))
             return tuple(filter(_is_floating, found))
 
-        outputs: Any = _Block.apply(again, token, *(given[i] for i in moving))
+        outputs: Any = _Block.apply(again, rewire, token, *(given[i] for i in moving))
         of_form, leaves = made
         remaining = iter(outputs)
         whole = [next(remaining) if leaf is _TENSOR else leaf for leaf in leaves]
@@ -82,7 +87,8 @@ def _checkpointed(forward: Callable[..., Any], token: Tensor) -> Callable[..., A
     return run
 
 
-def _is_cache(leaf: object) -> bool:
+def is_cache(leaf: object) -> bool:
+    """Whether something is Hugging Face's cache of keys and values."""
     return any(kind.__name__ == "Cache" for kind in type(leaf).__mro__)
 
 
@@ -94,12 +100,14 @@ class _Block(torch.autograd.Function):
     """A block as one node: keeps its inputs, and runs again for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, again: Run, token: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.again, ctx.token = again, token
+    def forward(
+        ctx: Any, again: Run, rewire: Rewire, token: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.again, ctx.rewire, ctx.token = again, rewire, token
         # What nothing uses (a pattern that is only shown) has no gradient, rather than a zero one.
         ctx.set_materialize_grads(False)
         kinds = {"cpu", *(x.device.type for x in inputs)}
-        ctx.autocast = [(kind, _autocast(kind)) for kind in kinds]
+        ctx.autocast = [(kind, autocast_options(kind)) for kind in kinds]
         ctx.save_for_backward(*inputs)
         return again(inputs)
 
@@ -114,14 +122,16 @@ class _Block(torch.autograd.Function):
         pairs = zip(outputs, grad_outputs, strict=True)
         reached = [(x, grad) for x, grad in pairs if x.requires_grad and grad is not None]
         if not reached:
-            return (None, None, *(None for _ in inputs))
+            return (None, None, None, *(None for _ in inputs))
         some, grads = zip(*reached, strict=True)
+        ctx.rewire(some)
         # The token too: where a hook cuts the inputs off, what is above them has maps.
         found = torch.autograd.grad(some, [*inputs, ctx.token], grads, allow_unused=True)
-        return (None, None, *found[:-1])
+        return (None, None, None, *found[:-1])
 
 
-def _autocast(kind: str) -> dict[str, Any]:
+def autocast_options(kind: str) -> dict[str, Any]:
+    """Options of `torch.autocast` as they are now, for a backward pass in another thread."""
     return {
         "enabled": torch.is_autocast_enabled(kind),
         "dtype": torch.get_autocast_dtype(kind),

@@ -38,14 +38,19 @@ _BEFORE = ("blocks.", "embed.", "pos_embed.", "hook_embed", "hook_pos_embed")
 
 @contextmanager
 def reading_at(
-    model: Any, hook_points: Mapping[str, nn.Module], positions: Int[Tensor, "batch read"]
+    model: Any,
+    hook_points: Mapping[str, nn.Module],
+    positions: Int[Tensor, "batch read"],
+    *,
+    in_pieces: bool = False,
 ) -> Generator[None, None, None]:
     """Compute logits only at `positions` while the context is open: `[batch, read, d_vocab]`.
 
-    The last MLP is left alone where somebody's hook could see what it gives.
+    The last MLP is left alone where somebody's hook could see what it gives, and where blocks get
+    some tokens at a time (`in_pieces`).
     """
     with ExitStack() as stack:
-        mlp = _last_mlp(model, hook_points)
+        mlp = None if in_pieces else _last_mlp(model, hook_points)
         if mlp is not None:
             narrow = partial(_at_positions, mlp.forward, positions)
             stack.enter_context(with_forward({mlp: narrow}))

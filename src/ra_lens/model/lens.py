@@ -316,18 +316,24 @@ class Lens(Tokens):
 
     @contextmanager
     def running(
-        self, columns: Int[Tensor, "batch read"] | None, fwd_hooks: FwdHooks = ()
+        self,
+        columns: Int[Tensor, "batch read"] | None,
+        fwd_hooks: FwdHooks = (),
+        *,
+        in_pieces: bool = False,
     ) -> Generator[bool, None, None]:
         """Attach hooks, compute in fewer steps, and logits only at `columns`, in the context.
 
-        Gives whether logits come at every column all the same: where `columns` is None, or where a
-        hook waits for them.
+        Where blocks get some tokens at a time (`ra_lens.model.rows`) they are `in_pieces`. Gives
+        whether logits come at every column all the same: where `columns` is None, or where a hook
+        waits for them.
         """
         with self.hooks(fwd_hooks), fused(self._modules):
             if columns is None or self.logits_are_hooked:
                 yield True
             else:
-                with reading_at(self._model, self.hook_points, columns):
+                points = self.hook_points
+                with reading_at(self._model, points, columns, in_pieces=in_pieces):
                     yield False
 
     def refuse_nan(self, logits: Float[Tensor, "batch read d_vocab"]) -> None:

@@ -120,6 +120,11 @@ def _new_cache(lens: Lens, n_rows: int) -> Any:
         found: Any = next(c for name in names if (c := getattr(transformer_lens, name, None)))
         model: Any = lens.module
         return found.init_cache(model.cfg, model.cfg.device, n_rows)
+    return hugging_face_cache(lens)
+
+
+def hugging_face_cache(lens: Lens) -> Any:
+    """Give an empty cache of keys and values for the Hugging Face model inside a bridge."""
     from transformers import DynamicCache
 
     model: Any = lens.module

@@ -11,6 +11,7 @@ from ra_lens.figures import (
     auc_table,
     knockout_curves,
     knockout_scatter,
+    method_agreement,
     patching_ablations,
     patching_sweep_curve,
     perturbation_curves,
@@ -129,6 +130,20 @@ def write_knockout_page(frame: pd.DataFrame, path: str | Path) -> Path:
             )
         )
     return _write("Attention knockouts", frame, sections, path)
+
+
+def write_methods_page(found: pd.DataFrame, path: str | Path) -> Path:
+    """Write how well ranking methods foretell what taking one head away does."""
+    section = Section(
+        "What taking one head away does",
+        paragraphs=(
+            "Every head was really taken away, one at a time, and every method scored all heads on "
+            "the same prompts. To the right: the scores order heads as the effects do, by what the "
+            "loss rises (left panels) or by how much it changes either way (right panels).",
+        ),
+        figures=(("", (method_agreement(found),)),),
+    )
+    return _write("Ranking methods", found, [section], path)
 
 
 def _write(title: str, frame: pd.DataFrame, sections: list[Section], path: str | Path) -> Path:

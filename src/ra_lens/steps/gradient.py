@@ -125,6 +125,7 @@ def _stepped(
     lens: Lens, ra: RACache, heads: Heads, weights: tuple[Weight, ...]
 ) -> Iterator[tuple[Site, Weight, list[int]]]:
     """Give each kind of matrix of each layer, with the heads of it that are stepped."""
+    ra.info.need_exact("a step of gradient descent")
     for layer, marks in ra.sites.choose_heads(heads).items():
         site = ra.sites[layer]
         _need_the_model(lens, site)

@@ -25,6 +25,17 @@ from ra_lens.tasks.builtin import (
     load_task,
     task_names,
 )
+from ra_lens.tasks.circuits import (
+    CIRCUITS,
+    Circuit,
+    circuit_prompts,
+    greater_than_prompts,
+    induction_prompts,
+    ioi_prompts,
+    seen_tokens,
+    year_tokens,
+)
+from ra_lens.tasks.corrupted import with_corrupted
 from ra_lens.tasks.task import (
     Demonstrations,
     Pair,
@@ -39,6 +50,8 @@ from ra_lens.tasks.task import (
 )
 
 __all__ = [
+    "CIRCUITS",
+    "Circuit",
     "Demonstrations",
     "Pair",
     "Part",
@@ -48,10 +61,17 @@ __all__ = [
     "Task",
     "TaskKind",
     "Unseen",
+    "circuit_prompts",
+    "greater_than_prompts",
     "held_out_prompts",
+    "induction_prompts",
+    "ioi_prompts",
     "is_held_out_adjacency",
     "is_held_out_query",
     "load_task",
     "same_length_sets",
+    "seen_tokens",
     "task_names",
+    "with_corrupted",
+    "year_tokens",
 ]

@@ -1,0 +1,363 @@
+"""How well scores of heads agree with what really taking a head away does, with intervals.
+
+From scores and effects of each prompt and head (`ra_lens.experiments.head_effect_table`), for each
+method, with the mean of its scores over the prompts:
+
+    spearman_signed     Spearman's ρ with the mean effect: heads that hurt belong last
+    spearman_abs        ρ with the mean size of the effect: heads that hurt belong first, too
+    precision_signed_k  share of the first k heads that are among the k of largest mean effect
+    precision_abs_k     … of largest mean |effect|; by chance k over the number of heads, in both
+    split_half          ρ between the scores of two halves of the prompts, mean over random splits
+    jaccard_k           |first k of one half ∩ of the other| / |∪|, likewise
+    ceiling_signed      ρ between the mean effects of the two halves: what a method can be held to
+    ceiling_abs         … between the mean sizes of the effects
+
+ρ is that of ranks, those of equal values being their mean. Of equal scores the first head of the
+model counts as the first.
+
+Prompts are what was drawn, so the bootstrap draws prompts: with replacement, as many as there are
+of each task and number of demonstrations, each with the scores and effects of all its heads. An
+interval holds the middle share of what comes out (Efron's percentile interval). All methods and
+ablations get the same draws, so that differences between two methods are paired. Of few prompts the
+interval is too narrow, and as a drawn prompt is there several times, its middle need not be the
+value itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from ra_lens.errors import BadInput
+from ra_lens.heads.ranking import ranking_methods
+from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
+from ra_lens.tables import problem_of
+from ra_lens.tasks.task import stable_int
+
+SCORE, EFFECT, SECONDS, LOGIT_DIFF = "score_", "effect_", "seconds_", "logit_diff_effect_"
+"""How columns of a table of effects begin, before the name of a method or an ablation."""
+
+_CELL = ["task", "n_shots"]
+_NEEDED = [*_CELL, "question", "layer", "head"]
+_MEASURES = ("spearman_signed", "spearman_abs")
+
+
+def faithfulness(
+    frame: pd.DataFrame,
+    *,
+    ks: Wholes = (10, 20),
+    splits: Whole = 100,
+    level: Real = 0.9,
+    resamples: Whole = 1000,
+    seed: Whole = 0,
+) -> pd.DataFrame:
+    """Say how well each method foretells what taking one head away does.
+
+    Args:
+        frame: From `head_effect_table`, of one model; several may be concatenated.
+        ks: Numbers of heads at which precision and stability are taken.
+        splits: Into how many pairs of random halves the prompts are divided.
+        level: Share of the resampled values that an interval holds.
+        resamples: How often prompts are drawn.
+        seed: Of draws and splits.
+
+    Returns:
+        A table with one row per task, number of demonstrations, method and ablation, with the
+        measures of `ra_lens.heads.agreement`, the first four with `_low` and `_high`; `n_prompts`,
+        `n_heads`; what the scores cost, `forwards` and `backwards` in passes of one prompt (of
+        effects, those of late layers are short) and `seconds`, those of the method alone; and what
+        is needed to repeat it. Stability is NaN for methods that say the same on every prompt, and
+        passes for methods of which nobody said.
+
+    Raises:
+        BadInput: not such a table, several models in it, or an option that cannot be used.
+    """
+    counts = [whole("ks", k, least=1) for k in wholes("ks", ks)]
+    splits = whole("splits", splits, least=1)
+    read = _Read(frame, real("level", level), whole("resamples", resamples, least=1), seed)
+    rows: list[dict[str, Any]] = []
+    for cell in read.cells():
+        if max(counts) > cell.n_heads:
+            raise BadInput(
+                f"found ks={counts} for a model of {cell.n_heads} heads. Give numbers of heads "
+                "that are not all of them."
+            )
+        halves = cell.halves(splits, read.seed)
+        for method in cell.scores:
+            stable = cell.stability(method, halves, counts)
+            cost = cell.cost(method)
+            for ablation in cell.effects:
+                row = {
+                    **cell.facts,
+                    "method": method,
+                    "label": cell.label(method),
+                    "ablation": ablation,
+                    "n_prompts": cell.n_prompts,
+                    "n_heads": cell.n_heads,
+                }
+                for name, values in cell.measured(method, ablation, counts).items():
+                    row |= {name: float(values[0]), **read.interval(name, values[1:])}
+                rows.append({**row, **stable, **cell.ceiling(ablation, halves), **cost})
+    facts = _facts(frame)
+    about = {"experiment": "faithfulness", "model": facts.get("model")}
+    return pd.DataFrame([{**about, **row, **facts} for row in rows])
+
+
+def faithfulness_differences(
+    frame: pd.DataFrame,
+    *,
+    minus: str,
+    methods: str | Sequence[str] | None = None,
+    together: bool = False,
+    level: Real = 0.9,
+    resamples: Whole = 1000,
+    seed: Whole = 0,
+) -> pd.DataFrame:
+    """Compare methods with one of them, on the same draws of prompts.
+
+    Args:
+        frame: As for `faithfulness`.
+        minus: The method that others are compared with.
+        methods: The others. Default: all.
+        together: Take the mean over all tasks and numbers of demonstrations, each counting once,
+            in place of a row for each.
+        level: Share of the resampled differences that an interval holds.
+        resamples: How often prompts are drawn, within each task and number of demonstrations.
+        seed: Of the draws.
+
+    Returns:
+        One row per task, number of demonstrations (if not `together`), ablation and method, with
+        the differences of `spearman_signed` and `spearman_abs`, method minus `minus`, each with
+        `_low` and `_high`. The prompts do not tell two methods apart where 0 lies between.
+
+    Raises:
+        BadInput: not such a table, several models in it, an unknown method or option.
+    """
+    read = _Read(frame, real("level", level), whole("resamples", resamples, least=1), seed)
+    there = read.named(SCORE)
+    given = [methods] if isinstance(methods, str) else methods
+    chosen = [name for name in there if name != minus] if given is None else list(given)
+    unknown = [name for name in (minus, *chosen) if name not in there]
+    if unknown:
+        raise BadInput(
+            f"found method {unknown[0]!r}; the table has scores of {', '.join(map(repr, there))}."
+        )
+    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, str, str], list[Float[np.ndarray, "draw"]]] = {}
+    for cell in read.cells():
+        for ablation in cell.effects:
+            base = cell.measured(minus, ablation, ())
+            for method in chosen:
+                own = cell.measured(method, ablation, ())
+                row = {**cell.facts, "ablation": ablation, "method": method, "minus": minus}
+                for name in _MEASURES:
+                    values = own[name] - base[name]
+                    found.setdefault((ablation, method, name), []).append(values)
+                    row |= {name: float(values[0]), **read.interval(name, values[1:])}
+                rows.append({**row, "n_prompts": cell.n_prompts})
+    if not together:
+        return pd.DataFrame(rows)
+    means: dict[tuple[str, str], dict[str, Any]] = {}
+    for (ablation, method, name), of_cells in found.items():
+        values = np.mean(of_cells, axis=0)
+        row = means.setdefault(
+            (ablation, method),
+            {"ablation": ablation, "method": method, "minus": minus, "n_cells": len(of_cells)},
+        )
+        row |= {name: float(values[0]), **read.interval(name, values[1:])}
+    return pd.DataFrame(list(means.values()))
+
+
+def _facts(frame: pd.DataFrame) -> dict[str, Any]:
+    """What a table says of all its rows alike, other than what they are of and what they hold."""
+    others = {*_NEEDED, "experiment", "kind", "label", "loss", "logit_diff", "n_rank"}
+    begins = (SCORE, EFFECT, SECONDS, LOGIT_DIFF)
+    names = [n for n in map(str, frame) if n not in others and not n.startswith(begins)]
+    return {name: frame[name].iloc[0] for name in names if frame[name].nunique(dropna=False) == 1}
+
+
+class _Read:
+    """A table of effects that has been looked through, and how intervals are taken."""
+
+    def __init__(self, frame: pd.DataFrame, level: float, resamples: int, seed: Whole) -> None:
+        problem = "without rows" if frame.empty else problem_of(frame, _NEEDED)
+        self._frame, self._level, self._resamples = frame, level, resamples
+        self.seed = whole("seed", seed, least=0)
+        if not 0 < level < 1:
+            raise BadInput(f"found level={level}; give a share between 0 and 1, such as 0.9.")
+        if problem is None and not (self.named(SCORE) and self.named(EFFECT)):
+            problem = "without scores of a method, or without effects"
+        problem = problem or problem_of(frame, self._columns)
+        if problem is not None:
+            raise BadInput(f"found a table {problem}; give the result of head_effect_table().")
+        models = list(dict.fromkeys(frame["model"].astype(str))) if "model" in frame else []
+        if len(models) > 1:
+            raise BadInput(
+                f"found results of {len(models)} models ({', '.join(models)}). Give "
+                f"frame[frame.model == {models[0]!r}]."
+            )
+
+    def named(self, begin: str) -> list[str]:
+        """Names of methods or ablations that have columns which begin so."""
+        names = map(str, self._frame)
+        return [name.removeprefix(begin) for name in names if name.startswith(begin)]
+
+    @property
+    def _columns(self) -> list[str]:
+        return [begin + name for begin in (SCORE, EFFECT) for name in self.named(begin)]
+
+    def cells(self) -> Iterator[_Cell]:
+        """Tasks and numbers of demonstrations."""
+        for _, part in self._frame.groupby(_CELL, sort=False):
+            ordered = part.sort_values(["question", "layer", "head"], kind="stable")
+            heads = ordered.groupby(["layer", "head"]).ngroups
+            n = ordered["question"].nunique()
+            if len(ordered) != n * heads:
+                raise BadInput(
+                    f"found {len(ordered)} rows for {n} prompts and {heads} heads of task "
+                    f"{ordered['task'].iloc[0]!r}. Give all heads of every prompt, once, as "
+                    "head_effect_table() does."
+                )
+
+            def values(begin: str, part: Any = ordered, n: int = n) -> dict[str, Any]:
+                return {
+                    name: _finite(part[begin + name].to_numpy(float)).reshape(n, -1)
+                    for name in self.named(begin)
+                }
+
+            first = ordered.iloc[0]
+            facts = {name: first[name] for name in ("task", "kind", "n_shots") if name in ordered}
+            seconds = {name: float(first[SECONDS + name]) for name in self.named(SECONDS)}
+            # Of its own for each cell, whatever else the table has.
+            key = stable_int(*(first[name] for name in _CELL))
+            generator = np.random.default_rng([self.seed, key])
+            weights = np.ones((1 + self._resamples, n))
+            weights[1:] = generator.multinomial(n, np.full(n, 1 / n), size=self._resamples)
+            yield _Cell(facts, values(SCORE), values(EFFECT), seconds, weights / n)
+
+    def interval(self, name: str, values: Float[np.ndarray, "draw"]) -> dict[str, float]:
+        """The middle share of what came out."""
+        known = values[np.isfinite(values)]
+        ends = [(1 - self._level) / 2, (1 + self._level) / 2]
+        low, high = np.quantile(known, ends) if len(known) else (np.nan, np.nan)
+        return {f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """Scores and effects of one task and number of demonstrations, `[prompt, head]` each."""
+
+    facts: dict[str, Any]
+    scores: dict[str, Float[np.ndarray, "prompt head"]]
+    effects: dict[str, Float[np.ndarray, "prompt head"]]
+    seconds: dict[str, float]
+    weights: Float[np.ndarray, "draw prompt"]  # of a mean; the first draw has each prompt once
+
+    @property
+    def n_prompts(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    def n_heads(self) -> int:
+        return next(iter(self.effects.values())).shape[1]
+
+    @cached_property
+    def _means(self) -> dict[str, Float[np.ndarray, "draw head"]]:
+        return {name: self.weights @ values for name, values in self.scores.items()}
+
+    @cached_property
+    def _targets(self) -> dict[str, dict[str, Float[np.ndarray, "draw head"]]]:
+        return {
+            name: {"signed": self.weights @ values, "abs": self.weights @ np.abs(values)}
+            for name, values in self.effects.items()
+        }
+
+    def measured(
+        self, method: str, ablation: str, ks: Sequence[int]
+    ) -> dict[str, Float[np.ndarray, "draw"]]:
+        """ρ and precision in each draw."""
+        score, targets = self._means[method], self._targets[ablation]
+        found = {f"spearman_{kind}": spearman(score, of) for kind, of in targets.items()}
+        for k in ks:
+            first = top(score, k)
+            for kind, of in targets.items():
+                found[f"precision_{kind}_{k}"] = (first & top(of, k)).sum(axis=1) / k
+        return found
+
+    def halves(self, splits: int, seed: int) -> Float[np.ndarray, "half split prompt"]:
+        """Weights of the means of two random halves of the prompts, for each split."""
+        generator, n = np.random.default_rng([seed, 1]), self.n_prompts
+        order = generator.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
+        first = (order < n // 2).astype(float)
+        return np.stack([first / max(n // 2, 1), (1 - first) / (n - n // 2)])
+
+    def stability(
+        self, method: str, halves: Float[np.ndarray, "half split prompt"], ks: Sequence[int]
+    ) -> dict[str, float]:
+        """How alike the scores of two halves are; NaN where a prompt has none of its own."""
+        scores = self.scores[method]
+        if self.n_prompts < 2 or bool((scores == scores[0]).all()):
+            return dict.fromkeys(["split_half", *(f"jaccard_{k}" for k in ks)], float("nan"))
+        one, other = halves @ scores
+        found = {"split_half": float(np.nanmean(spearman(one, other)))}
+        for k in ks:
+            both = (top(one, k) & top(other, k)).sum(axis=1)
+            found[f"jaccard_{k}"] = float((both / (2 * k - both)).mean())
+        return found
+
+    def ceiling(
+        self, ablation: str, halves: Float[np.ndarray, "half split prompt"]
+    ) -> dict[str, float]:
+        """How alike the effects of two halves are."""
+        if self.n_prompts < 2:
+            return {"ceiling_signed": float("nan"), "ceiling_abs": float("nan")}
+        effects = self.effects[ablation]
+        signed, sizes = spearman(*(halves @ effects)), spearman(*(halves @ np.abs(effects)))
+        return {"ceiling_signed": float(signed.mean()), "ceiling_abs": float(sizes.mean())}
+
+    def label(self, method: str) -> str:
+        """What tables call a method."""
+        known = ranking_methods().get(method)
+        return (known.label if known is not None else "") or method
+
+    def cost(self, method: str) -> dict[str, float]:
+        """Passes and seconds of the scores of all prompts."""
+        known = ranking_methods().get(method)
+        passes = None if known is None else known.passes
+        n, nan = self.n_prompts, float("nan")
+        return {
+            "forwards": nan if passes is None else float(n * passes.forwards(self.n_heads)),
+            "backwards": nan if passes is None else float(n * passes.backward),
+            "seconds": self.seconds.get(method, nan),
+        }
+
+
+def _finite(values: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+    """Put what is below all others in the place of minus infinity, which has no mean."""
+    known = values[np.isfinite(values)]
+    least = known.min() - 1 if len(known) else 0.0
+    return np.where(np.isneginf(values), least, values)
+
+
+def spearman(
+    one: Float[np.ndarray, "draw head"], other: Float[np.ndarray, "draw head"]
+) -> Float[np.ndarray, "draw"]:
+    """Spearman's ρ of each row; NaN where one of both does not vary."""
+    x, y = (pd.DataFrame(values).rank(axis=1).to_numpy() for values in (one, other))
+    x, y = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (x, y))
+    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    return np.where(scale > 0, (x * y).sum(axis=1) / np.where(scale > 0, scale, 1), np.nan)
+
+
+def top(values: Float[np.ndarray, "draw head"], k: int) -> Bool[np.ndarray, "draw head"]:
+    """Mark the `k` largest of each row; of equal ones the first."""
+    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    marked = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(marked, order, values=True, axis=1)
+    return marked

@@ -1,0 +1,162 @@
+"""How well scores agree with effects: worked by hand on four heads and two prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ra_lens.errors import BadInput
+from ra_lens.experiments import faithfulness, faithfulness_differences
+from ra_lens.heads.agreement import spearman, top
+
+# [prompt, head]; means of the effects 3, 4, 1, −2, of their sizes 3, 4, 3, 4.
+EFFECTS = [[2.0, 5.0, 4.0, 2.0], [4.0, 3.0, -2.0, -6.0]]
+SCORES = {
+    "atp": [[4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]],  # the same on every prompt
+    "ra": [[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 1.0, 0.0]],  # means 2, 3, 2, 2
+    "mine": [[1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 1.0, 0.0]],
+}
+
+
+def made(scores=SCORES, effects=EFFECTS, task="toy", **more):
+    rows = [
+        {"experiment": "head effects", "model": "tiny", "task": task, "kind": "icl", "n_shots": 1}
+        | {"question": i, "layer": j // 2, "head": j % 2, "label": f"L{j // 2}H{j % 2}"}
+        | {"loss": 1.0, "seconds_ra": 0.5, "seconds_zero": 7.0, "seed": 0, **more}
+        | {f"score_{name}": values[i][j] for name, values in scores.items()}
+        | {"effect_zero": effects[i][j]}
+        for i in range(2)
+        for j in range(4)
+    ]
+    return pd.DataFrame(rows)
+
+
+def row_of(table, method):
+    [row] = table[table.method == method].to_dict("records")
+    return row
+
+
+def test_ranks_of_equal_values_are_their_mean():
+    one = np.array([[4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    other = np.array([[3.0, 4.0, 1.0, 2.0], [4.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    found = spearman(one, other)
+    # 1 − 6·4/60; ranks 3.5, 3.5, 1.5, 1.5 against 4, 3, 2, 1: 4/(2·√5); nothing varies.
+    assert found[:2] == pytest.approx([0.6, 4 / (2 * 5**0.5)])
+    assert np.isnan(found[2])
+    assert top(np.array([[1.0, 2.0, 1.0, 0.0]]), 2).tolist() == [[True, True, False, False]]
+
+
+def test_measures_are_those_on_paper():
+    found = faithfulness(made(), ks=(1, 2), splits=5, resamples=2000)
+    assert list(found.method) == ["atp", "ra", "mine"]
+    atp, ra = row_of(found, "atp"), row_of(found, "ra")
+    # Means of the effects 3, 4, 1, −2: ranks 3, 4, 2, 1; of their sizes 3, 4, 3, 4.
+    assert atp["spearman_signed"] == pytest.approx(1 - 6 * 2 / 60)
+    # 4, 3, 2, 1 against 1.5, 3.5, 1.5, 3.5.
+    assert atp["spearman_abs"] == pytest.approx(-2 / (5**0.5 * 2))
+    # The second of the model has the largest effect; in size it ties with the last and comes first.
+    assert (atp["precision_signed_1"], atp["precision_signed_2"]) == (0.0, 1.0)
+    assert (atp["precision_abs_1"], atp["precision_abs_2"]) == (0.0, 0.5)
+    assert (ra["precision_signed_1"], ra["precision_abs_1"]) == (1.0, 1.0)
+    # Halves are the prompts themselves: ranks 1, 2, 3, 4 and 3, 4, 2, 1.
+    assert ra["split_half"] == pytest.approx(1 - 6 * (4 + 4 + 1 + 9) / 60)
+    assert (ra["jaccard_1"], ra["jaccard_2"]) == (0.0, 0.0)
+    assert np.isnan(atp["split_half"]) and np.isnan(atp["jaccard_1"])
+    # Effects of one prompt have ranks 1.5, 4, 3, 1.5, of the other 4, 3, 2, 1.
+    assert ra["ceiling_signed"] == pytest.approx(0.5 / (4.5**0.5 * 5**0.5))
+    # Sizes 2, 5, 4, 2 and 4, 3, 2, 6: ranks 1.5, 4, 3, 1.5 and 3, 2, 1, 4.
+    assert ra["ceiling_abs"] == pytest.approx(-3.5 / (4.5**0.5 * 5**0.5))
+    assert (ra["n_prompts"], ra["n_heads"], ra["label"]) == (2, 4, "RA")
+    assert (ra["forwards"], ra["backwards"], ra["seconds"]) == (2, 2, 0.5)
+    mine = row_of(found, "mine")
+    assert mine["label"] == "mine" and np.isnan(mine["forwards"]) and np.isnan(mine["seconds"])
+    assert (atp["model"], atp["seed"], atp["experiment"]) == ("tiny", 0, "faithfulness")
+
+
+def test_intervals_are_those_of_the_prompts_drawn():
+    """Of two prompts a draw has the first twice, the second twice, or both."""
+    found = row_of(faithfulness(made(), ks=1, resamples=2000, splits=1), "atp")
+    score = np.array([[4.0, 3.0, 2.0, 1.0]])
+    first, second = (np.array([values]) for values in EFFECTS)
+    for name, of in (("signed", lambda x: x), ("abs", np.abs)):
+        each = [spearman(score, of(x))[0] for x in (first, second)]
+        each.append(spearman(score, (of(first) + of(second)) / 2)[0])
+        assert found[f"spearman_{name}_low"] == pytest.approx(min(each))
+        assert found[f"spearman_{name}_high"] == pytest.approx(max(each))
+    again = row_of(faithfulness(made(), ks=1, resamples=2000, splits=1, seed=1), "atp")
+    assert again["spearman_signed"] == found["spearman_signed"]
+
+
+def test_a_method_against_itself_is_perfect():
+    frame = made({"zero": EFFECTS})
+    found = row_of(faithfulness(frame, ks=(1, 3), resamples=50), "zero")
+    names = ["spearman_signed", "precision_signed_1", "precision_signed_3"]
+    for name in names:
+        assert [found[name], found[f"{name}_low"], found[f"{name}_high"]] == [1.0, 1.0, 1.0]
+    assert found["split_half"] == found["ceiling_signed"]
+
+
+def test_differences_are_paired():
+    frame = pd.concat([made(), made({**SCORES, "atp": EFFECTS}, task="other")])
+    found = faithfulness_differences(frame, minus="ra", resamples=300)
+    assert list(zip(found.task, found.method, strict=True)) == [
+        *(("toy", name) for name in ("atp", "mine")),
+        *(("other", name) for name in ("atp", "mine")),
+    ]
+    same = found[found.method == "mine"]
+    for end in ("", "_low", "_high"):  # the same scores on the same draws
+        assert (same[f"spearman_signed{end}"] == 0).all()
+        assert (same[f"spearman_abs{end}"] == 0).all()
+    each = faithfulness(frame, ks=1, resamples=1, splits=1).set_index(["task", "method"])
+    rho = each["spearman_signed"]
+    assert found.spearman_signed.iloc[0] == rho["toy", "atp"] - rho["toy", "ra"]
+    both = faithfulness_differences(frame, minus="ra", methods="atp", together=True, resamples=300)
+    assert len(both) == 1 and both.n_cells.item() == 2
+    of_both = found[found.method == "atp"]["spearman_signed"]
+    assert both.spearman_signed.item() == pytest.approx(of_both.mean())
+
+
+def test_prompts_of_one_task_are_drawn_whatever_those_of_another_are():
+    frame = pd.concat([made(), made(task="other")])
+    options = {"minus": "ra", "methods": "atp", "resamples": 2000, "level": 0.4}
+    one = faithfulness_differences(frame, **options)
+    both = faithfulness_differences(frame, together=True, **options)
+    assert one.spearman_abs_low.nunique() == 1
+    # Half of the draws of a task have the lowest, a quarter has it in both: that is below .3.
+    assert one.spearman_abs_low[0] == pytest.approx(-1.02456386)
+    assert both.spearman_abs_low.item() > -1
+
+
+def test_scores_of_minus_infinity_come_last():
+    low = [[4.0, 3.0, 2.0, -np.inf], [4.0, 3.0, 2.0, -np.inf]]
+    found = faithfulness(made({"atp": SCORES["atp"], "mine": low}), ks=1, resamples=20)
+    atp, mine = (row_of(found, name) for name in ("atp", "mine"))
+    assert mine["spearman_signed"] == atp["spearman_signed"]
+    assert mine["spearman_signed_low"] == atp["spearman_signed_low"]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda f: f.drop(columns="question"), "a table without 'question'; give the result of"),
+        (lambda f: f.iloc[:0], "a table without rows"),
+        (lambda f: f.drop(columns="effect_zero"), "without scores of a method, or without effects"),
+        (lambda f: f.assign(effect_zero=[np.nan, *f.effect_zero[1:]]), "value for effect_zero in"),
+        (lambda f: f.iloc[1:], "7 rows for 2 prompts and 4 heads of task 'toy'"),
+        (lambda f: pd.concat([f, f.assign(model="two")]), r"results of 2 models \(tiny, two\)"),
+    ],
+)
+def test_other_tables_are_refused(change, found):
+    with pytest.raises(BadInput, match=found):
+        faithfulness(change(made()), ks=1)
+
+
+def test_options_that_cannot_be_used_say_what_is_needed():
+    frame = made()
+    with pytest.raises(BadInput, match=r"level=1.0; give a share between 0 and 1"):
+        faithfulness(frame, ks=1, level=1.0)
+    with pytest.raises(BadInput, match=r"ks=\[1, 5\] for a model of 4 heads"):
+        faithfulness(frame, ks=(1, 5))
+    with pytest.raises(BadInput, match=r"method 'cm1'; the table has scores of 'atp', 'ra', 'mine"):
+        faithfulness_differences(frame, minus="cm1")
