@@ -59,7 +59,7 @@ PARTS: tuple[Ablation, ...] = (
     "layers", "heads", "rows", "sign", "place", "prompts", "shots", "controls",
 )  # fmt: skip
 METHODS = ("ra", "michel", "random")
-NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct", "demo": "the embedded model"}
+NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct", "demo": "The embedded model"}
 
 
 # ---- running ------------------------------------------------------------------------------------
