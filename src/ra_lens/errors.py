@@ -37,6 +37,10 @@ class BadFile(RALensError, ValueError):
     """A file is missing, damaged, or not of the kind that is read here."""
 
 
+class CellsFailed(RALensError, RuntimeError):
+    """Some cells of a grid failed; the others are finished, and the message says which failed."""
+
+
 class DownloadFailed(RALensError, OSError):
     """A published file cannot be had now: no network, no such file, or a broken connection."""
 

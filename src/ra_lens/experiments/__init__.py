@@ -2,11 +2,13 @@
 
 `rank_tasks`, `perturbation_test` and `patching_sweep`, the paper's, and `knockout_test` take a
 model and tasks; with `out=` they write the table and, when they are killed, go on where they
-stopped. `knockout_agreement` sums up a knockout test. `area_under_curve` sums up a
+stopped. With a folder as `out=` several processes share the work, and with `engine="ray"` a
+cluster does it. `knockout_agreement` sums up a knockout test. `area_under_curve` sums up a
 perturbation test, `bootstrap_intervals` says how sure its numbers are, and `compare_with_paper`
 lays results beside the published numbers.
 """
 
+from ra_lens.experiments.engines import RayEngine
 from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
 from ra_lens.experiments.knockout import knockout_test
 from ra_lens.experiments.paper import compare_with_paper, read_paper
@@ -19,6 +21,7 @@ from ra_lens.tables import mean_over_questions, read_results, write_results
 
 __all__ = [
     "PAPER_SCALES",
+    "RayEngine",
     "area_under_curve",
     "bootstrap_intervals",
     "compare_with_paper",

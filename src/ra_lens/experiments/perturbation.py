@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.runner import (
     METHODS,
     SHOTS,
@@ -57,6 +58,8 @@ from ra_lens.tasks import Demonstrations, SplitRule
 
 Rule = Literal["trapezoid", "mean"]
 Direction = Literal["forward", "reversed"]
+
+_DRAWS = 5  # random orders of one piece of a cell: each piece runs no and all heads once more
 
 CURVE = ["model", "task", "kind", "n_shots", "method", "direction"]
 """Columns that tell one order of heads from another."""
@@ -84,6 +87,8 @@ def perturbation_test(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Zero all heads and unmask them in the order of each ranking method (paper section 5.2).
 
@@ -116,8 +121,13 @@ def perturbation_test(
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
-        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
+            folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, method, direction, draw and share of the heads
@@ -131,10 +141,11 @@ def perturbation_test(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
+        CellsFailed: cells failed in a folder or on Ray; the others are finished.
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     settings: dict[str, Any] = {
         "directions": read_some("directions", directions, ("forward", "reversed")),
@@ -161,24 +172,28 @@ def perturbation_test(
         _warn_if_folded(lens)
         if run.finished is not None:
             return run.finished
-        steps = len(list(_orders(run)))
+        steps = [piece for piece, _ in _orders(run)]
         return run.frame(
             "Perturbation test",
             run.cells("n_rank"),
             _curves,
-            steps=steps,
+            steps=len(steps),
+            pieces=list(dict.fromkeys(steps)),
             whole=lambda cell: _ends(cell)[1],
             so="An area under nothing ranks nothing.",
         )
 
 
-def _orders(run: Run) -> Iterator[tuple[str, int, str]]:
-    """Give the methods with their draws and directions."""
+def _orders(run: Run) -> Iterator[tuple[str, tuple[str, int, str]]]:
+    """Give the methods with their draws and directions, each after its piece of a cell."""
     for method in run.methods:
         if find_method(method).random:
-            yield from ((method, draw, "none") for draw in range(run.settings["random_orders"]))
+            for draw in range(run.settings["random_orders"]):
+                first = draw - draw % _DRAWS
+                yield f"{method} {first} to {first + _DRAWS - 1}", (method, draw, "none")
         else:
-            yield from ((method, 0, direction) for direction in run.settings["directions"])
+            for direction in run.settings["directions"]:
+                yield method, (method, 0, direction)
 
 
 def _ends(cell: Cell) -> tuple[list[Row], list[Row]]:
@@ -206,7 +221,9 @@ def _curves(cell: Cell) -> Iterator[list[Row]]:
     none, every = _ends(cell)
     each = len(none)  # rows of one number of heads: one, or one for each question
     prompts = prompts_hash(cell.asked, *cell.learned.values())
-    for method, draw, direction in _orders(cell.run):
+    for piece, (method, draw, direction) in _orders(cell.run):
+        if cell.piece not in (None, piece):
+            continue
         key = f"curve|{method}|{direction}|{draw}"
         inner = cell.unit(key, partial(curve, method, draw, direction))
         about = {"method": method, "direction": direction, "draw": draw}
