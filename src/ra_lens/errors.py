@@ -37,8 +37,8 @@ class BadFile(RALensError, ValueError):
     """A file is missing, damaged, or not of the kind that is read here."""
 
 
-class CellsFailed(RALensError, RuntimeError):
-    """Some cells of a grid failed; the others are finished, and the message says which failed."""
+class UnfinishedGrid(RALensError, RuntimeError):
+    """Cells of a grid failed, or were not computed; the message says which, the rest is kept."""
 
 
 class DownloadFailed(RALensError, OSError):

@@ -11,6 +11,7 @@ one of the jobs. Both are handed to Ray as they are, so they hold no model.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,9 +31,9 @@ class RayEngine:
     """Ray, for `engine=`; `engine="ray"` is short for `engine=RayEngine()`.
 
     Attributes:
-        address: Of a cluster, as `ray.init` takes it, such as `"auto"`. Default: the one this
-            process is connected to; else the one RAY_ADDRESS names, or that runs on this machine;
-            else one is started here, with all its CPUs and GPUs, and stopped at the end.
+        address: Of a cluster, as `ray.init` takes it, such as `"auto"`, where this process is not
+            connected to one already. Default: what RAY_ADDRESS names, or that runs on this machine;
+            else one is started here, with all CPUs and GPUs, and stopped at the end.
         device: Where workers put the model: `"cpu"`, `"cuda"`. Default: the kind of device that
             the model is on that was given. A model on the CPU is enough here, whatever they take.
         cpus: CPUs of each worker, and threads that it computes with.
@@ -264,13 +265,20 @@ def _connected(engine: RayEngine) -> Generator[Any, None, None]:
     if ray.is_initialized():
         yield ray
         return
+    # A cluster that is started here tells nobody of itself.
+    silent = {"RAY_USAGE_STATS_ENABLED": "0"} if "RAY_USAGE_STATS_ENABLED" not in os.environ else {}
+    os.environ.update(silent)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
-        ray.init(address=engine.address, log_to_driver=False, logging_level="error")
+        ray.init(address=engine.address, include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BadInput(
             f"cannot reach a Ray cluster at {engine.address or 'this machine'}: {error} Start one "
             "with ray start --head, or leave the address out."
         ) from error
+    finally:
+        for name in silent:
+            del os.environ[name]
     try:
         yield ray
     finally:

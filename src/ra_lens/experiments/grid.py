@@ -30,28 +30,13 @@ import pandas as pd
 
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments.journal import as_frame, compared, differences, settings_hash
-from ra_lens.files import is_folder, reason, user_path
+from ra_lens.files import is_address, reason, user_path
 from ra_lens.text import shots_name
 
 _FORMAT = 1
 _MANIFEST = "_grid.json"
 _FAILED = "_failed-"
 _TABLE = ".parquet"
-
-
-def is_address(out: str | Path) -> bool:
-    """Whether it is an address such as `s3://bucket/folder`, which fsspec reads."""
-    return "://" in str(out)
-
-
-def names_a_folder(out: str | Path | None) -> bool:
-    """Whether results go to a folder of cells: one that is there, or a name without an ending."""
-    if out is None:
-        return False
-    if is_address(out) or str(out).endswith(("/", "\\")):
-        return True
-    path = user_path(out)
-    return is_folder(path) or not (path.suffix or path.is_file())
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ class Folder:
         try:
             self.fs.invalidate_cache()
             found = self.fs.ls(self.path, detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
             raise BadFile(f"{self.given} cannot be read: {reason(error)}.") from error

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from ra_lens.errors import BadInput, CellsFailed, RALensWarning
+from ra_lens.errors import BadInput, RALensWarning, UnfinishedGrid
 from ra_lens.experiments.engines import (
     Finished,
     RayEngine,
@@ -90,7 +90,7 @@ def frame_of_grid(
     Gives the table, and the accuracy of the whole model in the cells that were begun now.
 
     Raises:
-        CellsFailed: some cells failed; all others are finished by then.
+        UnfinishedGrid: some cells failed; all others are finished by then.
     """
     every = [(cell, piece) for cell in cells for piece in (pieces or [""])]
     grid = replace(grid, parts=[(cell.task.name, cell.shots, piece) for cell, piece in every])
@@ -116,7 +116,9 @@ def frame_of_grid(
     with tqdm(total=len(mine), initial=n_done, desc=title, unit="cell", disable=not shown) as bar:
 
         def tell(running: int) -> None:
-            bar.set_postfix_str(f"running: {running}, failed: {len(failed)}")
+            text = f"running: {running}, failed: {len(failed)}"
+            if text != getattr(bar, "postfix", text):  # a bar that is hidden has none
+                bar.set_postfix_str(text)
 
         for key, outcome in _finished(run, cells, jobs, tell):
             one = left[key]
@@ -133,10 +135,11 @@ def frame_of_grid(
                 grid.fail(one, outcome.failure)
                 failed[one] = outcome.failure
                 _say(bar, f"Failed: {one.name}: {outcome.failure.error}", shown)
+        tell(0)
     for text in warned:
         warnings.warn(text, RALensWarning, stacklevel=5)
     if failed:
-        raise CellsFailed(_failures(failed, len(mine), run.protocol.out))
+        raise UnfinishedGrid(_failures(failed, len(mine), run.protocol.out))
     return grid.frame(mine), accuracies
 
 

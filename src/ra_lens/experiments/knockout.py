@@ -153,7 +153,7 @@ def knockout_test(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read or edited.
-        CellsFailed: cells failed in a folder or on Ray; the others are finished.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     tasks = read_tasks(task)
     protocol = Protocol.read(

@@ -141,7 +141,7 @@ def perturbation_test(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
-        CellsFailed: cells failed in a folder or on Ray; the others are finished.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(

@@ -88,7 +88,7 @@ def rank_tasks(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read.
-        CellsFailed: cells failed in a folder or on Ray; the others are finished.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(

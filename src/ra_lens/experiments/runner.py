@@ -32,9 +32,10 @@ from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.engines import Engine, RayEngine, read_engine
 from ra_lens.experiments.facts import method_facts, model_facts, task_facts, task_settings
 from ra_lens.experiments.facts import prompts_hash as prompts_hash  # experiments take it from here
-from ra_lens.experiments.grid import Grid, names_a_folder, open_grid
+from ra_lens.experiments.grid import Grid, open_grid
 from ra_lens.experiments.grid_run import frame_of_grid, need_source
 from ra_lens.experiments.journal import Journal, as_frame, finished_results, open_journal
+from ra_lens.files import names_a_folder
 from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos

@@ -137,7 +137,7 @@ def patching_sweep(
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
-        CellsFailed: cells failed in a folder or on Ray; the others are finished.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     protocol = Protocol.read(
         shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
