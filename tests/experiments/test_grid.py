@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import subprocess
 import sys
 import types
 import weakref
@@ -309,6 +310,48 @@ def test_the_commands_share_a_grid_and_tell_how_far_it_is(tmp_path, monkeypatch,
     twice = call("results", out, out, "--merge", str(tmp_path / "both.csv"), "--json")
     assert len(json.loads(twice.stdout)["grids"]) == 2
     assert len(pd.read_csv(tmp_path / "both.csv")) == 2 * len(pd.read_parquet(whole))
+
+
+def test_a_command_whose_cells_fail_exits_with_4(toy, tmp_path, monkeypatch, counted):
+    method, asked, refusing = counted
+    monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: toy)
+    monkeypatch.setattr("ra_lens.cli.experiments.Setup.tasks", lambda _: [knowing_task()])
+    refusing.update(pair.input for pair in knowing_task().pairs)
+    command = ["rank", "-t", "three-on", "--shots", "0", "--methods", method, "index", "-q"]
+    failed = call(*command, "--n-rank", "1", "-o", str(tmp_path / "grid"))
+    assert (failed.exit_code, failed.stdout) == (4, "")
+    assert failed.stderr.startswith("error: 1 of 2 cells failed (three-on, 0 shots, counted: Val")
+    refusing.clear()
+    assert call(*command, "--n-rank", "1", "-o", str(tmp_path / "grid")).exit_code == 0
+    assert len(asked) == 2
+
+
+@pytest.mark.every_model
+def test_processes_that_share_a_grid_compute_no_cell_twice(tmp_path):
+    """As a Slurm array starts them, at once."""
+    command = ["perturb", "-t", "antonym", "capitalize", "--shots", "0", "1", "--methods", "ra",
+               "index", "random", "--random-orders", "6", "--n-rank", "3", "--n-test", "3",
+               "--step", "0.5"]  # fmt: skip
+    grid, whole, merged = (str(tmp_path / name) for name in ("grid", "w.parquet", "m.parquet"))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ra_lens.cli", *command, "-o", grid, "--part", f"{i}/3"],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+    told = [one.communicate(timeout=300)[1] for one in started]
+    assert [one.returncode for one in started] == [0, 0, 0], told
+    computed = 0
+    for text in told:
+        counts = re.findall(r"(\d+)/(\d+) \[", text)
+        assert counts[0][0] == "0"  # nobody had done any of its cells
+        assert counts[-1][0] == counts[-1][1]
+        computed += int(counts[-1][1])
+    assert computed == len(names(grid)) == 16
+    assert call("results", grid, "--merge", merged).exit_code == 0
+    assert call(*command, "-q", "-o", whole).exit_code == 0
+    assert Path(merged).read_bytes() == Path(whole).read_bytes()
 
 
 # ---- mistakes -----------------------------------------------------------------------------------

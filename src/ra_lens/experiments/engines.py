@@ -12,6 +12,7 @@ one of the jobs. Both are handed to Ray as they are, so they hold no model.
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -191,8 +192,7 @@ class _Crew:
             try:
                 outcome: Outcome = self.ray.get(call)
             except self.ray.exceptions.RayError as error:  # it was killed, or its machine is gone
-                reason = " ".join(str(error).split())[:300]
-                outcome = Outcome(failure=Failure(f"the worker was lost: {reason}"), again=True)
+                outcome = Outcome(failure=_loss(str(error)), again=True)
                 self.ray.kill(worker)
             else:
                 self.idle.append(worker)
@@ -221,6 +221,14 @@ class _Crew:
         """Let all workers go."""
         for worker in (*self.loading.values(), *self.idle, *(one for one, _ in self.busy.values())):
             self.ray.kill(worker)
+
+
+def _loss(said: str) -> Failure:
+    """Say why Ray gave no outcome; its own words may end in a whole traceback."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    short = lines[-1] if "Traceback" in plain else " ".join(lines)
+    return Failure(f"the worker was lost: {short[:400]}", plain)
 
 
 def compute_on_ray(

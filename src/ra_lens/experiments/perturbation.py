@@ -188,9 +188,11 @@ def _orders(run: Run) -> Iterator[tuple[str, tuple[str, int, str]]]:
     """Give the methods with their draws and directions, each after its piece of a cell."""
     for method in run.methods:
         if find_method(method).random:
-            for draw in range(run.settings["random_orders"]):
+            n = run.settings["random_orders"]
+            for draw in range(n):
                 first = draw - draw % _DRAWS
-                yield f"{method} {first} to {first + _DRAWS - 1}", (method, draw, "none")
+                last = min(first + _DRAWS, n) - 1
+                yield f"{method} {first} to {last}", (method, draw, "none")
         else:
             for direction in run.settings["directions"]:
                 yield method, (method, 0, direction)
