@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -510,3 +511,21 @@ def test_a_cluster_without_room_is_refused(monkeypatch):
                 running=print,
             )
         )  # fmt: skip
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch):
+    ray = types.ModuleType("ray")
+    ray.is_initialized = lambda: False
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            told = rf"cannot reach a Ray cluster at {given}: .*refused Start one with ray start --h"
+            with pytest.raises(BadInput, match=told):
+                list(
+                    compute_on_ray(
+                        {"job": 1}, int, pow, engine=RayEngine(given), request=Request(1, 0, 1),
+                        running=print,
+                    )
+                )  # fmt: skip

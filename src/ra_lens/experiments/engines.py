@@ -18,6 +18,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
+from socket import create_connection
 from typing import Any, Literal
 
 from ra_lens.errors import BadInput, NotEnoughMemory, RALensError, one_of
@@ -65,13 +67,12 @@ def read_engine(engine: Engine) -> RayEngine | None:
 
 def _ray() -> Any:
     try:
-        import ray
+        return import_module("ray")
     except ImportError as error:
         raise BadInput(
             "found engine='ray', and Ray is not installed. Install it: pip install 'ra-lens[ray]'; "
             "or leave engine= out and split the grid with part='1/8' and so on."
         ) from error
-    return ray
 
 
 @dataclass(frozen=True)
@@ -273,17 +274,15 @@ def _connected(engine: RayEngine) -> Generator[Any, None, None]:
     if ray.is_initialized():
         yield ray
         return
+    _need_somebody_at(engine.address)
     # A cluster that is started here tells nobody of itself.
     silent = {"RAY_USAGE_STATS_ENABLED": "0"} if "RAY_USAGE_STATS_ENABLED" not in os.environ else {}
     os.environ.update(silent)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         ray.init(address=engine.address, include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BadInput(
-            f"cannot reach a Ray cluster at {engine.address or 'this machine'}: {error} Start one "
-            "with ray start --head, or leave the address out."
-        ) from error
+    except Exception as error:  # of every class, where a cluster does not come up in time
+        raise _unreachable(engine.address or "this machine", error) from error
     finally:
         for name in silent:
             del os.environ[name]
@@ -291,3 +290,20 @@ def _connected(engine: RayEngine) -> Generator[Any, None, None]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _need_somebody_at(address: str | None) -> None:
+    """Raise at once where nobody answers at an address, which Ray takes minutes to say."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            create_connection((host, int(port)), timeout=_LOOK).close()
+        except OSError as error:
+            raise _unreachable(str(address), error) from error
+
+
+def _unreachable(address: str, error: Exception) -> BadInput:
+    return BadInput(
+        f"cannot reach a Ray cluster at {address}: {error} Start one with ray start --head, or "
+        "leave the address out."
+    )
