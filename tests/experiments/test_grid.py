@@ -390,7 +390,10 @@ def test_wrong_engines_and_parts_are_refused(toy, tmp_path, ray_seems_there):
     for words, message in [
         (["--part", "1/2"], "found part='1/2' and out=None"),
         (["--address", "auto"], "found --address auto without --engine ray"),
-        (["--part", "1/2", "-o", str(tmp_path), "--figure", "x.html"], "--figure with --part"),
+        (
+            ["--part", "1/2", "-o", str(tmp_path / "new"), "--figure", "x.html"],
+            "--figure with --part",
+        ),
     ]:
         assert message in refused_line("perturb", "-t", "antonym", "-q", *words)
 

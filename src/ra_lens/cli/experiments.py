@@ -130,13 +130,17 @@ class Setup:
         """Run an experiment; what can be wrong without a model is found before one is loaded."""
         from ra_lens.cli import session
         from ra_lens.cli.grids import tell_grids
+        from ra_lens.experiments.grid import Folder
         from ra_lens.experiments.runner import METHODS, SHOTS, Protocol, read_methods
         from ra_lens.tables import TABLE
 
         on_workers = self.engine == "ray"
         session.prepare(self.model, None if on_workers else self.device)
-        if self.out is not None and not names_a_folder(self.out):
-            check_output(self.out, TABLE)
+        if self.out is not None:
+            if names_a_folder(self.out):
+                Folder.at(self.out).refuse_others()
+            else:
+                check_output(self.out, TABLE)
         if self.figure is not None:
             check_output(self.figure, PAGE)
             if self.part is not None:

@@ -73,6 +73,15 @@ class Folder:
             raise BadFile(f"{self.given} cannot be read: {reason(error)}.") from error
         return [str(one).rstrip("/").rpartition("/")[2] for one in found]
 
+    def refuse_others(self) -> None:
+        """Raise BadInput where it holds something else than a grid."""
+        others = sorted(name for name in self.names() if not name.startswith("."))
+        if others and _MANIFEST not in others:
+            raise BadInput(
+                f"cannot write cells to {self.given}: it holds other files "
+                f"({', '.join(others[:3])}{', …' * (len(others) > 3)}). Give a new folder."
+            )
+
     def read(self, name: str) -> bytes:
         """Read a file."""
         try:
@@ -202,10 +211,11 @@ def open_grid(
     """Open the grid of an experiment in a folder, which may be new; refuse one of other settings.
 
     Raises:
-        BadInput: the folder is that of other settings, or cannot be used.
+        BadInput: the folder is that of other settings or holds something else, or cannot be used.
         BadFile: what is in it is damaged.
     """
     folder = Folder.at(out)
+    folder.refuse_others()
     if _MANIFEST in folder.names():
         was, now = compared(_manifest(folder)["settings"]), compared(json.loads(_text(settings)))
         if was != now:
