@@ -193,9 +193,6 @@ def double(state, job):
         os.kill(os.getpid(), signal.SIGKILL)
     return job * 2
 
-def refuse():
-    raise OSError("no such disk")
-
 def refuse_for_good():
     raise BadInput("another model")
 """,
@@ -204,7 +201,7 @@ def refuse_for_good():
 
 
 def computed(jobs, start=int):
-    request = Request(1, 0, 10**6)
+    request = Request(2, 0, 10**6)  # one worker after the other: each takes long to start
     found = compute_on_ray(
         {str(job): job for job in jobs}, start, SENT["double"], engine=RayEngine(), request=request,
         running=lambda n: None,
@@ -219,14 +216,9 @@ def test_a_job_that_kills_its_workers_fails_in_the_end(cluster):
 
 
 def test_workers_that_cannot_start_are_one_error(cluster):
-    told = "a worker could not start: OSError: no such disk Each loads the model as it was loaded"
-    with pytest.raises(BadInput, match=told):
-        computed([1, 2], SENT["refuse"])
-    with pytest.raises(BadInput, match="a worker could not start: BadInput: another model"):
+    with pytest.raises(BadInput, match="a worker could not start: BadInput: another model Each l"):
         computed([1, 2], SENT["refuse_for_good"])
-
-
-def test_a_function_that_workers_cannot_import_is_told(cluster):
+    # A function that they cannot import is told with what is missing.
     with pytest.raises(BadInput, match=r"a worker could not start: .*No module named 'test_ray'"):
         computed([1], cells_in)
 
