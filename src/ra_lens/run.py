@@ -29,7 +29,7 @@ from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning, one_
 from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
-from ra_lens.memory import Plan, refuse_what_cannot_fit
+from ra_lens.memory import Plan, largest_batch, refuse_what_cannot_fit
 from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, Side, as_lens
 from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.forward import at_columns
@@ -73,7 +73,7 @@ def run_with_ra(
     dtype: torch.dtype | None = None,
     fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]] = (),
     return_logits: Literal["read", "all"] = "read",
-    batch_size: Whole | None = None,
+    batch_size: Whole | Literal["auto"] | None = None,
     recompute: bool = False,
     backward: Backward = "exact",
     query_rows: Whole | None = None,
@@ -130,7 +130,8 @@ def run_with_ra(
             of them (for a metric of your own: at the last token). `"all"`: at every position; those
             at padding mean nothing.
         batch_size: Run so many prompts at a time, with a progress bar if there are several
-            batches. Default: all at once.
+            batches. Default: all at once. `"auto"`: as many as fit what the model's device has
+            free, by what `ra_lens.memory` counts and room for what it does not; all where they do.
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
             pass; hooks inside blocks run twice.
@@ -194,9 +195,9 @@ def run_with_ra(
         prepend_bos=prepend_bos,
         padding_side=padding_side,
     )
-    batch_size = whole_or_none("batch_size", batch_size)
-    if batch_size is not None and batch_size < 1:
-        raise BadInput(f"found batch_size={batch_size}; give a positive number, or None.")
+    at_a_time = None if batch_size == "auto" else whole_or_none("batch_size", batch_size)
+    if at_a_time is not None and at_a_time < 1:
+        raise BadInput(f"found batch_size={at_a_time}; give a positive number, 'auto', or None.")
     encoded = None
     if lens.reads == "input, then answer":
         if prompts.texts is not None and padding_side is None:
@@ -225,7 +226,7 @@ def run_with_ra(
         sites=sites,
         prompts=read.prompts,
         encoded=read.encoded,
-        batch_size=batch_size,
+        batch_size=at_a_time,
         store=store,
         wanted=is_wanted,
         device=device,
@@ -233,6 +234,8 @@ def run_with_ra(
         recompute=recompute,
         vectors=kinds,
     )
+    if batch_size == "auto":
+        plan = replace(plan, batch_size=_fitting(plan, bound, every=every))
     edited = bool(fwd_hooks) or lens.is_hooked
     plan = replace(plan, rows=read_rows(plan, query_rows, edited=edited))
     refuse_what_cannot_fit(plan)
@@ -249,13 +252,24 @@ def run_with_ra(
         vectors=kinds,
         backward=backward,
     )
-    parts = [examples for examples, _ in read.prompts.batches(batch_size)]
+    parts = [examples for examples, _ in read.prompts.batches(plan.batch_size)]
     with lens.only_run():
         results = [
             run.part(read.each(lambda one, part=part: one.chosen(part)), bound.part(part))
             for part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
     return _finish(lens, bound, read, recorder, results, backward)
+
+
+def _fitting(plan: Plan, bound: Loss, *, every: bool) -> int | None:
+    """The most prompts that may run at a time; None: all."""
+    width, positions = plan.widths["decoder"], bound.positions
+    of_target = 1 if positions is None else max(map(len, positions))
+    return largest_batch(
+        plan,
+        n_read=width if every or positions is None else of_target,
+        n_kept=width if every else of_target,
+    )
 
 
 @dataclass(frozen=True)
