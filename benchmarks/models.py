@@ -82,8 +82,9 @@ def smollm2(kind: str, *, n_layer: int = 30, n_vocab: int = 49152, **changes: An
         n_vocab: Words.
         changes: Fields of its configuration that differ.
     """
-    return llama(
-        kind,
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
         **{
             "num_hidden_layers": n_layer,
             "vocab_size": n_vocab,
@@ -93,18 +94,10 @@ def smollm2(kind: str, *, n_layer: int = 30, n_vocab: int = 49152, **changes: An
             "num_key_value_heads": 3,
             "tie_word_embeddings": True,
             **changes,
-        },
+        }
     )
-
-
-def llama(
-    kind: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, **config: Any
-) -> Any:
-    """Load a Llama of random weights; without changes it has the shape of Llama 7B."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    chosen = LlamaConfig(**config)
-    return _loaded(_random(LlamaForCausalLM, chosen, device, dtype), chosen.vocab_size, kind)
+    torch.manual_seed(0)
+    return _loaded(LlamaForCausalLM(config), n_vocab, kind)
 
 
 def gemma3(kind: str, *, n_layer: int = 18, n_vocab: int = 262144, **changes: Any) -> Any:
@@ -132,7 +125,8 @@ def gemma3(kind: str, *, n_layer: int = 18, n_vocab: int = 262144, **changes: An
             **changes,
         }
     )
-    return _loaded(_random(Gemma3ForCausalLM, config), n_vocab, kind)
+    torch.manual_seed(0)
+    return _loaded(Gemma3ForCausalLM(config), n_vocab, kind)
 
 
 def shape_of(model: Any) -> Shape:
@@ -150,11 +144,88 @@ def shape_of(model: Any) -> Shape:
     )
 
 
-def _random(kind: Any, config: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A Hugging Face model of random weights, made where and in what it is wanted."""
+def inside(shape: Shape, *, device: str, dtype: torch.dtype) -> Any:
+    """A Hugging Face model of a shape, a Llama if it is gated, made where it is wanted."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    kind: Any = LlamaForCausalLM if shape.gated else GPT2LMHeadModel
+    if shape.gated:
+        config: Any = LlamaConfig(
+            vocab_size=shape.d_vocab,
+            hidden_size=shape.d_model,
+            intermediate_size=shape.d_mlp,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_key_value_heads,
+            head_dim=shape.d_head,
+        )
+    else:
+        config = GPT2Config(
+            vocab_size=shape.d_vocab,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_embd=shape.d_model,
+            n_inner=shape.d_mlp,
+        )
     torch.manual_seed(0)
     with torch.device(device):
-        return kind(config).to(dtype)
+        model = kind(config).to(dtype)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def made(shape: Shape, kind: str, *, device: str, dtype: torch.dtype, of: Any = None) -> Any:
+    """A model of a shape, made on its device without passing through a file, for large ones.
+
+    Args:
+        shape: Its shape.
+        kind: `"HookedTransformer"` or `"TransformerBridge"`.
+        device: Where to make it.
+        dtype: Of its weights.
+        of: For a bridge: the Hugging Face model inside. Default: `inside(shape)`.
+    """
+    if kind == "TransformerBridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        of = inside(shape, device=device, dtype=dtype) if of is None else of
+        with tempfile.TemporaryDirectory() as folder:
+            of.config.save_pretrained(folder)
+            word_level_tokenizer(shape.d_vocab).save_pretrained(folder)
+            model: Any = TransformerBridge.boot_transformers(
+                folder, hf_model=of, device=device, dtype=dtype
+            )
+        return model.eval()
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformers import PreTrainedTokenizerFast
+
+    as_llama: dict[str, Any] = {
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": shape.d_head,
+        "gated_mlp": True,
+    }
+    cfg = HookedTransformerConfig(
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        n_key_value_heads=(
+            None if shape.n_key_value_heads == shape.n_heads else shape.n_key_value_heads
+        ),
+        d_head=shape.d_head,
+        d_model=shape.d_model,
+        d_mlp=shape.d_mlp,
+        d_vocab=shape.d_vocab,
+        n_ctx=1024,
+        device=device,
+        dtype=dtype,
+        seed=0,
+        **(as_llama if shape.gated else {"act_fn": "gelu_new", "normalization_type": "LN"}),
+    )
+    with tempfile.TemporaryDirectory() as folder, torch.device(device):
+        word_level_tokenizer(shape.d_vocab).save_pretrained(folder)
+        # It reads the tokenizer again from where that was.
+        return HookedTransformer(cfg, PreTrainedTokenizerFast.from_pretrained(folder)).eval()
 
 
 def _loaded(model: Any, n_vocab: int, kind: str) -> Any:
@@ -162,10 +233,7 @@ def _loaded(model: Any, n_vocab: int, kind: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         word_level_tokenizer(n_vocab).save_pretrained(folder)
-        parameter = next(model.parameters())
-        device, dtype = str(parameter.device), parameter.dtype
-        del model, parameter
-        return load_folder(Path(folder), kind=kind, device=device, dtype=dtype)  # pyright: ignore
+        return load_folder(Path(folder), kind=kind, device="cpu")  # pyright: ignore
 
 
 def word_level_tokenizer(n_vocab: int) -> Any:

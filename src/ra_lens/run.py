@@ -55,7 +55,7 @@ from ra_lens.prompts import (
 from ra_lens.rows import read_rows
 from ra_lens.run_info import RunInfo
 from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
-from ra_lens.tensors import read_device, read_dtype
+from ra_lens.tensors import read_device, read_dtype, read_numbers
 
 
 def run_with_ra(
@@ -342,10 +342,12 @@ class _Run:
         """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
         while True:
             result, at_logits = self._differentiate(read, bound, unpadded=unpadded)
-            largest = self.recorder.largest_gradients()
+            of_layers = self.recorder.largest_gradients()
+            *norms, reached = read_numbers([*of_layers.values(), at_logits])
+            largest = dict(zip(of_layers, norms, strict=True))
             if all(map(math.isfinite, largest.values())) or not self.scaling.lower():
                 break
-        _check_gradients(self.lens, largest, at_logits, edited=self._edited)
+        _check_gradients(self.lens, largest, reached, edited=self._edited)
         self.recorder.end()
         return result
 
@@ -356,7 +358,7 @@ class _Run:
 
     def _differentiate(
         self, read: _Read, bound: Loss, *, unpadded: bool
-    ) -> tuple[BatchResult, float]:
+    ) -> tuple[BatchResult, Tensor]:
         """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
         lens = self.lens
         layout, encoder_layout = read.lay_out(lens)
@@ -387,10 +389,9 @@ class _Run:
             with watched(lens, batch, encoded):
                 logits = lens.forward(*batch.model_input, encoded and encoded.model_input, past)
             at_read = at_columns(logits, columns) if whole else logits
-            lens.refuse_nan(at_read)
             logits = layout.spread(logits, 1) if whole else logits
             given = logits if bound.positions is None else at_read
-            loss = _checked_loss(bound, given, len(read.prompts))
+            loss = self._loss(bound, given, at_read)
             total = loss.sum()
             scale = self.scaling.of(total, given)
             if given.requires_grad:
@@ -403,8 +404,21 @@ class _Run:
                 self.recorder.receive_vectors(site, found, sides)
         kept = (logits if self.every else at_read).detach().to(self.recorder.device)
         starts = (encoder_layout or layout).starts
-        reached = float(at_logits[0]) / scale if at_logits else 0.0
+        reached = at_logits[0] / scale if at_logits else torch.zeros(())
         return BatchResult(kept, loss.detach(), starts, bound.targets), reached
+
+    def _loss(self, bound: Loss, given: Tensor, at_read: Tensor) -> Tensor:
+        """The loss of logits; it and they are read together, which a GPU is waited for once."""
+        try:
+            loss = _shaped_loss(bound, given, len(given))
+        except Exception:
+            self.lens.refuse_nan(at_read)  # what a metric stumbles over
+            raise
+        nan, finite = at_read.detach().isnan().any(), loss.detach().isfinite().all()
+        if read_numbers([nan, ~finite]) != [False, False]:
+            self.lens.refuse_nan(at_read)
+            _refuse_infinite(loss)
+        return loss
 
     @torch.no_grad()
     def _logits(self, read: _Read) -> Float[Tensor, "group pos d_vocab"]:
@@ -452,6 +466,12 @@ def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts
 
 
 def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
+    loss = _shaped_loss(bound, logits, n)
+    _refuse_infinite(loss)
+    return loss
+
+
+def _shaped_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
     loss: object = bound(logits)
     if not isinstance(loss, Tensor) or loss.ndim > 1 or (loss.ndim == 1 and loss.shape[0] != n):
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -459,12 +479,15 @@ def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
             f"the metric gave {found}; one value per example (a tensor of shape [{n}]) or a "
             "scalar tensor is needed."
         )
+    return loss
+
+
+def _refuse_infinite(loss: Tensor) -> None:
     if not bool(loss.detach().isfinite().all()):
         raise NothingToDifferentiate(
             f"the loss is {loss.detach().flatten().tolist()[:8]}; a finite value per example is "
             "needed. Check the metric, or give a target that the model can predict."
         )
-    return loss
 
 
 def _finish(
