@@ -100,7 +100,9 @@ class Session:
         once = self.clock() - start
         n = min(self.rounds, int(self.left / max(once, 1e-9)) - 1)
         if n < 1:
-            self.skipped.append(f"{what}: one call took {once:.1f} s of the {self.left:.0f} left")
+            self.skipped.append(
+                f"{what}: one call took {once:.1f} s of the {max(0.0, self.left):.0f} left"
+            )
             return None
         return median_seconds(self.device, run, rounds=n)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from benchmarks.floor import Shape
 from ra_lens.model import load_folder
 
+NAME = "random weights"
+
 
 def huggingface(
     *, n_layer: int = 12, n_head: int = 12, width: int = 768, n_vocab: int = 50257
@@ -194,6 +196,7 @@ def made(shape: Shape, kind: str, *, device: str, dtype: torch.dtype, of: Any = 
             model: Any = TransformerBridge.boot_transformers(
                 folder, hf_model=of, device=device, dtype=dtype
             )
+        model.cfg.model_name = NAME
         return model.eval()
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformers import PreTrainedTokenizerFast
@@ -217,6 +220,7 @@ def made(shape: Shape, kind: str, *, device: str, dtype: torch.dtype, of: Any = 
         d_mlp=shape.d_mlp,
         d_vocab=shape.d_vocab,
         n_ctx=1024,
+        model_name=NAME,
         device=device,
         dtype=dtype,
         seed=0,
