@@ -75,6 +75,14 @@ for generation in GENERATIONS:
 
 
 @nox.session
+def ray(session: nox.Session) -> None:
+    """Grids on a Ray cluster of two workers, in an environment of its own."""
+    run = environment(session, "ray", "-e", ".[test,ray]")
+    paths = ["tests/experiments/test_ray.py", "--every-model", "-n", "0"]
+    run("python", "-m", "pytest", *paths, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, types, and which module may import which."""
     run = environment(session, "tl3", "-e", ".[test,dev]")

@@ -7,8 +7,12 @@ counting (tokens of every prompt that is run, layers, parameters).
     python examples/reproduction_cost.py                     # float32 on the CPU
     python examples/reproduction_cost.py --device cuda --batch-size 64
     python examples/reproduction_cost.py --assume-tflops 15  # hours at that speed instead
+    python examples/reproduction_cost.py --shared            # with shared demonstrations
 
 Not counted: loading the model, and the unembedding, of which one position per prompt is computed.
+
+With shared demonstrations, those of a task run once for each set of masked heads, and once for each
+head that causal mediation zeroes; the paper draws them anew for every question.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from ra_lens import run_with_ra
 
 SHOTS = (0, 1, 5, 10)
 N_RANK = 25
-CURVES = 5 * 2 + 20  # RA, FA, CM1, CM2 and index in both directions; 20 random orders
+CURVES = 5 * 2  # RA, FA, CM1, CM2 and index in both directions; random orders come on top
 SCALES, MAPS, N_MEAN = 24, 2, 25
 
 # Test questions of the published split, and about how many tokens a solved example has (GPT-2).
@@ -96,36 +100,63 @@ def prompt_tokens(example: int, shots: int) -> int:
     return example - 1 + shots * example
 
 
-def perturbation_tokens(shape: Shape, task: str) -> tuple[float, float]:
+def rows_tokens(example: int, shots: int, questions: int, *, shared: bool) -> float:
+    """Tokens that run for some questions whose heads are masked alike."""
+    if shared:
+        return shots * example + questions * prompt_tokens(example, 0)
+    return questions * prompt_tokens(example, shots)
+
+
+def perturbation_tokens(
+    shape: Shape, task: str, *, random_orders: int, shared: bool
+) -> tuple[float, float]:
     """Tokens that go through the model forward, and those of RA, for one task at all shots."""
     n_test, example = TASKS[task]
     # A pass of causal mediation begins at the layer of its head: half of the layers on average.
     heads = shape.n_layers * shape.n_heads * (shape.n_layers + 1) / (2 * shape.n_layers)
     forward = ra = 0.0
     for shots in SHOTS:
-        tokens = prompt_tokens(example, shots)
-        forward += tokens * n_test * (9 * CURVES + 2)
-        forward += tokens * N_RANK * (1 + (1 + heads) + (2 + heads))  # FA, CM1, CM2
-        ra += tokens * N_RANK
+        asked = rows_tokens(example, shots, n_test, shared=shared)
+        ranked = rows_tokens(example, shots, N_RANK, shared=shared)
+        tokens = prompt_tokens(example, shots) * N_RANK
+        forward += asked * (9 * (CURVES + random_orders) + 2)
+        # FA; CM1, which can share demonstrations; CM2, whose labels are shuffled: it cannot.
+        forward += tokens + (tokens + heads * ranked) + (2 + heads) * tokens
+        ra += tokens
     return forward, ra
 
 
-def patching_tokens(task: str) -> tuple[float, float]:
+def patching_tokens(task: str, *, shared: bool) -> tuple[float, float]:
     """The same for a sweep over the scales, if all of the task's questions had one length."""
     n_test, example = TASKS[task]
-    tokens = sum(prompt_tokens(example, shots) for shots in SHOTS)
-    return tokens * n_test * (1 + SCALES * MAPS), tokens * N_MEAN
+    forward = ra = 0.0
+    for shots in SHOTS:
+        forward += rows_tokens(example, shots, n_test, shared=shared) * (1 + SCALES * MAPS)
+        ra += prompt_tokens(example, shots) * N_MEAN
+    return forward, ra
+
+
+def hours(seconds: float) -> str:
+    """Write a time in hours."""
+    found = seconds / 3600
+    return f"{found:.1f} h" if found < 100 else f"{found:,.0f} h"
 
 
 def timed(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Median seconds of a call, after one that warms up; on the CPU those of its own threads."""
+    on_gpu = device.startswith("cuda")
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()  # other work does not count
+
     seconds: list[float] = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = now()
         run()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     return statistics.median(seconds[1:])
 
 
@@ -150,6 +181,10 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.")] = 16,
     pos: Annotated[int, typer.Option(help="Tokens of the prompts timed.")] = 48,
     repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 3,
+    random_orders: Annotated[
+        int, typer.Option(help="Random orders of the perturbation test; 2 make 12 orders in all.")
+    ] = 20,
+    shared: Annotated[bool, typer.Option("--shared", help="Share demonstrations.")] = False,
     assume_tflops: Annotated[
         float | None,
         typer.Option(help="Give the hours at this speed; only the cost of RA is then measured."),
@@ -159,10 +194,12 @@ def main(
     warnings.simplefilter("ignore")
     columns = ["model", "parameters", "forward tokens/s", "RA tokens/s", "TFLOP/s"]
     columns += ["perturb antonym", "perturb all", "patch antonym", "patch all", "weights", "graph"]
-    how = f"{device}, float32, batches of {batch_size} × {pos} tokens"
+    how = f"{device}, float32, batches of {batch_size} × {pos} tokens, "
+    how += f"{CURVES + random_orders} orders, demonstrations {'shared' if shared else 'own'}"
     table = Table(title=how if assume_tflops is None else f"{how}, at {assume_tflops:g} TFLOP/s")
     for name in columns:
         table.add_column(name, overflow="fold")
+    total = [0.0, 0.0]
     for name, shape in MODELS.items():
         model = shape.two_layers(device)
         tokens = torch.randint(0, 1000, (batch_size, pos), device=device)
@@ -185,27 +222,35 @@ def main(
         graph = kept_for_backward(model, longest) / share
         flops = 2 * (shape.parameters - shape.d_vocab * shape.d_model) * speed
 
-        def hours(
+        def seconds(
             work: list[tuple[float, float]], speed: float = speed, ra_speed: float = ra_speed
-        ) -> str:
-            found = sum(f / speed + r / ra_speed for f, r in work) / 3600
-            return f"{found:.1f} h" if found < 100 else f"{found:,.0f} h"
+        ) -> float:
+            return sum(f / speed + r / ra_speed for f, r in work)
 
-        one, every = [perturbation_tokens(shape, "antonym")], list(TASKS)
+        perturb = [
+            perturbation_tokens(shape, task, random_orders=random_orders, shared=shared)
+            for task in TASKS
+        ]
+        patch = [patching_tokens(task, shared=shared) for task in TASKS]
+        total[0] += seconds(perturb)
+        total[1] += seconds(patch)
+        one = list(TASKS).index("antonym")
         table.add_row(
             name,
             f"{shape.parameters / 1e9:.2f}e9",
             f"{speed:,.0f}",
             f"{ra_speed:,.0f}",
             f"{flops / 1e12:.2f}",
-            hours(one),
-            hours([perturbation_tokens(shape, task) for task in every]),
-            hours([patching_tokens("antonym")]),
-            hours([patching_tokens(task) for task in every]),
+            hours(seconds(perturb[one : one + 1])),
+            hours(seconds(perturb)),
+            hours(seconds(patch[one : one + 1])),
+            hours(seconds(patch)),
             f"{4 * shape.parameters / 2**30:.1f} GiB",
             f"{graph / 2**30:.1f} GiB",
         )
         del model
+    table.add_section()
+    table.add_row("all four", "", "", "", "", "", hours(total[0]), "", hours(total[1]))
     Console(width=160).print(table)
 
 

@@ -29,14 +29,17 @@ import torch
 import typer
 
 from ra_lens import load_demo_model, load_model, load_task, perturbation_test
-from ra_lens.experiments import head_effect_table, read_results
+from ra_lens.experiments import circuit_test, head_effect_table, read_results
+from ra_lens.experiments.circuits import CIRCUIT_METHODS
 from ra_lens.experiments.faithfulness import COMPARED
+from ra_lens.figures import method_agreement
 from ra_lens.heads import ranking_method
 from ra_lens.heads.agreement import EFFECT
 from ra_lens.tasks import Task, task_names
 from ra_lens.tasks.task import Demonstrations
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
+FIGURE = DOCUMENT.parent / "figures" / "methods.png"
 RESULTS = Path(__file__).parent / "results-methods"
 IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 TASKS = ("present-past", "singular-plural", "capitalize", "natural/country-capital")
@@ -45,11 +48,20 @@ SHOTS = (1, 5)
 DEMONSTRATIONS: dict[int, Demonstrations] = {1: "own", 5: "shared"}
 SCORED = {1: 12, 5: 6}  # prompts on which heads are scored and taken away, by examples
 TESTED = {1: 16, 5: 8}  # questions that are asked with some heads left
+PROMPTED = 40  # prompts of a circuit: on half of them heads are found, on the others ranked
 OTHER_BACKWARD = ("relp", "gim")
 EXACT = {"zero": "zero", "resample": "resample"}
 KEPT = (1, 2, 3, 5, 8, 13, 20, 30, 50, 80, 120, 180, 240)
 SIGNED = ("zero", "resample", "atp", "nap", "nap_ig")
-PARTS = ("effects", "backward", "suffice", "head-only")
+CIRCUITS = ("ioi", "induction", "greater_than")
+WHAT = {
+    "effects": "Heads taken away (tasks and numbers of examples)",
+    "suffice": "Perturbation tests with masked heads at zero",
+    "head-only": "Perturbation tests with masked heads resampled",
+    "circuits": "Circuits",
+}
+SHOWN = ("atp", "michel", "grad_sam", "relp", "knockout", "ra")
+PARTS = ("effects", "backward", "suffice", "head-only", "circuits")
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ class Job:
 
     def beside(self, part: str) -> Path:
         """Where another part of the same task is."""
-        name = f"{part}-{self.shots}-{self.task.replace('/', '_')}.parquet"
+        of = self.task.replace("/", "_")
+        name = f"{part}-{of}.parquet" if part == "circuits" else f"{part}-{self.shots}-{of}.parquet"
         return self.results / ("demo" if self.model == "demo" else "smollm2") / name
 
     def read_task(self) -> Task:
@@ -170,11 +183,25 @@ def _measured(job: Job, ablation: str) -> str:
     return name
 
 
+def _circuit(job: Job) -> None:
+    """Find the heads of a circuit exactly on half of the prompts, and rank on the other half."""
+    circuit_test(
+        _model(job.model),
+        job.task,
+        methods=[name for name in (*CIRCUIT_METHODS, *OTHER_BACKWARD) if name != "zero"],
+        n=PROMPTED,
+        prepend_bos=IN_FRONT,
+        out=job.path,
+        progress=False,
+    )
+
+
 _RUN: dict[str, Callable[[Job], None]] = {
     "effects": _effects,
     "backward": _backward,
     "suffice": _suffice,
     "head-only": _head_only,
+    "circuits": _circuit,
 }
 
 
@@ -199,17 +226,71 @@ def main(
     ] = "download",
     workers: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 1,
     parts: Annotated[list[str], typer.Option(help="Parts to run now.")] = list(PARTS),  # noqa: B006
+    shots: Annotated[list[int], typer.Option(help="Numbers of examples to run now.")] = list(SHOTS),  # noqa: B006
+    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
 ) -> None:
     """Run what is missing, and refresh the document with what is there."""
     jobs = [
-        Job(part, shots, task, results, name, source)
+        Job(part, n, task, results, name, source)
         for name, tasks in (("demo", DEMO_TASKS), (model, TASKS))
         for part in PARTS
-        for shots in SHOTS
+        if part != "circuits"
+        for n in SHOTS
         for task in tasks
     ]
+    jobs += [Job("circuits", 0, circuit, results, model, source) for circuit in CIRCUITS]
     for part in PARTS:  # the later ones read the first
-        run_all([job for job in jobs if job.part == part and part in parts], workers)
+        chosen = [job for job in jobs if job.part == part and part in parts]
+        run_all([job for job in chosen if part == "circuits" or job.shots in shots], workers)
+
+    def there(part: str, *, demo: bool = False) -> pd.DataFrame | None:
+        found = [
+            read_results(job.path)
+            for job in jobs
+            if job.part == part and (job.model == "demo") == demo and job.path.exists()
+        ]
+        return pd.concat(found, ignore_index=True) if found else None
+
+    said: list[str] = []
+    for part, text in WHAT.items():
+        some = [job for job in jobs if job.part == part and job.model != "demo"]
+        n = sum(job.path.exists() for job in some)
+        said.append(f"{text}: {n} of {len(some)} are here.")
+    sections = {"done": "\n".join(f"* {line}" for line in said)}
+    effects, backward = there("effects"), there("backward")
+    if effects is not None and backward is not None:
+        frame = tables.joined(effects, backward)
+        found = tables.measured(frame)
+        sections |= {
+            "zero": markdown(tables.agreement(found, "zero")),
+            "resample": markdown(tables.agreement(found, "resample")),
+            "signed by task": markdown(tables.by_task(found, SHOWN, "spearman_signed")),
+            "size by task": markdown(tables.by_task(found, SHOWN, "spearman_abs")),
+            "minus ra": markdown(tables.minus_ra(frame)),
+            "sanity": markdown(tables.sanity(frame, found)),
+        }
+        if images:
+            figure = method_agreement(found, width=1100)
+            figure.write_image(FIGURE, scale=1.25)
+    for part, name, table in (
+        ("suffice", "suffice", tables.areas),
+        ("head-only", "head-only", tables.head_only),
+        ("circuits", "circuits", tables.circuits),
+        ("circuits", "about circuits", tables.about_circuits),
+    ):
+        frame = there(part)
+        if frame is not None:
+            made = table(frame)
+            sections[name] = made if isinstance(made, str) else markdown(made)
+    effects, backward = there("effects", demo=True), there("backward", demo=True)
+    if effects is not None and backward is not None:
+        found = tables.measured(tables.joined(effects, backward))
+        sections["demo zero"] = markdown(tables.agreement(found, "zero"))
+    curves = there("suffice", demo=True)
+    if curves is not None:
+        sections["demo suffice"] = markdown(tables.areas(curves))
+    refresh(DOCUMENT, sections)
+    typer.echo(" ".join(said))
 
 
 if __name__ == "__main__":

@@ -666,6 +666,25 @@ FAULTS = (
         'keep_default_na=False, na_values=[""], dtype=texts',
         "dtype=texts",
     ),
+    # ---- grids ----------------------------------------------------------------------------------
+    Fault(
+        "a cell in no part",
+        "grids",
+        "cell.hash for cell in self.cells)[i - 1 :: n])",
+        "cell.hash for cell in self.cells)[i::n])",
+    ),
+    Fault(
+        "finished cells again",
+        "grids",
+        "for one in mine if one.hash not in done}",
+        "for one in mine}",
+    ),
+    Fault(
+        "a table without some cells taken for a whole one",
+        "grids",
+        'frame["settings_hash"] += " partial"',
+        'frame["settings_hash"] += ""',
+    ),
     # ---- escaping -------------------------------------------------------------------------------
     Fault("text is markup", "escaping", "return escape(_UNREADABLE", "return str(_UNREADABLE"),
     Fault(

@@ -52,6 +52,7 @@ def test_errors_can_be_caught_together_and_as_what_they_are():
         "UnsupportedModel": RuntimeError,
         "NothingToDifferentiate": RuntimeError,
         "BadFile": ValueError,
+        "UnfinishedGrid": RuntimeError,
         "DownloadFailed": OSError,
         "NotStored": KeyError,
     }

@@ -37,6 +37,10 @@ class BadFile(RALensError, ValueError):
     """A file is missing, damaged, or not of the kind that is read here."""
 
 
+class UnfinishedGrid(RALensError, RuntimeError):
+    """Cells of a grid failed, or were not computed; the message says which, the rest is kept."""
+
+
 class DownloadFailed(RALensError, OSError):
     """A published file cannot be had now: no network, no such file, or a broken connection."""
 

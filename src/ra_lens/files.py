@@ -77,6 +77,21 @@ def is_folder(path: str | Path) -> bool:
     return os.path.isdir(user_path(path))
 
 
+def is_address(out: str | Path) -> bool:
+    """Whether it is an address such as `s3://bucket/folder`, which fsspec reads."""
+    return "://" in str(out)
+
+
+def names_a_folder(out: str | Path | None) -> bool:
+    """Whether an output is a folder: one that is there, an address, or a name without an ending."""
+    if out is None:
+        return False
+    if is_address(out) or str(out).endswith(("/", "\\")):
+        return True
+    path = user_path(out)
+    return is_folder(path) or not (path.suffix or path.is_file())
+
+
 def check_input(path: Path, advice: str, *, folder: bool = False) -> None:
     """Raise BadFile, with `advice`, if a file, or a folder, is not there or cannot be read."""
     what = "folder" if folder else "file"

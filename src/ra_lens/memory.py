@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 import torch
+from torch import nn
 
 from ra_lens.collect import Store
 from ra_lens.errors import NotEnoughMemory
@@ -30,6 +31,7 @@ from ra_lens.model import Lens, Side, Site
 from ra_lens.model.sites import STORED_KINDS, VectorKind
 from ra_lens.prompts import Prompts
 
+_LIBRARIES = 2**30  # bytes of a process that has imported them
 # Kinds with as many heads as there are key/value heads.
 _OF_SHARED = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad")
 # What the graph of a batch may count of the free memory if it is to fit.
@@ -176,6 +178,29 @@ def free_memory(device: torch.device) -> int | None:
         unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         return int(torch.cuda.mem_get_info(index)[0]) + unused
     return None
+
+
+def worker_memory(lens: Lens, prompts: Prompts, *, batch_size: int) -> int:
+    """Bytes that a process needs that loads a model and runs it on batches of such prompts.
+
+    Weights, what one run of the widest of these prompts needs at least, and a gigabyte for Python
+    and the libraries.
+    """
+    weights = sum(parameter.nbytes for parameter in nn.Module.parameters(lens.module))
+    widest = max(range(len(prompts)), key=lambda i: prompts.lengths[i])
+    plan = Plan(
+        lens=lens,
+        sites=lens.sites,
+        prompts=prompts.chosen([widest] * batch_size),
+        encoded=None,
+        batch_size=batch_size,
+        store="norms",
+        wanted=lambda _name: False,
+        device=None,
+        dtype=None,
+        recompute=False,
+    )
+    return weights + plan.need + _LIBRARIES
 
 
 def _advice(plan: Plan, free: int) -> str:

@@ -465,8 +465,10 @@ def test_where_to_write_is_checked_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: pytest.fail("loaded"))
+    (tmp_path / "thesis.txt").write_text("mine")
     for command in ("rank", "perturb", "patch", "ablate-patch", "knockout"):
-        refused_line(command, "-t", "antonym", "--out", str(tmp_path))
+        said = refused_line(command, "-t", "antonym", "--out", str(tmp_path))
+        assert f"cannot write cells to {tmp_path}: it holds other files (thesis.txt). Give" in said
     for wrong in (["nope"], ["antonym", "--shots", "x"], ["antonym", "--methods", "nope"]):
         refused_line("perturb", "-t", *wrong)
 

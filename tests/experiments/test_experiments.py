@@ -32,8 +32,8 @@ from ra_lens.experiments import (
     read_results,
 )
 from ra_lens.experiments import runner as runner_module
+from ra_lens.experiments.facts import weights_hash
 from ra_lens.experiments.journal import journal_path, settings_hash
-from ra_lens.experiments.runner import weights_hash
 from ra_lens.figures import patching_sweep_curve
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import ranking as registry_of_methods

@@ -172,3 +172,16 @@ def test_rankings_of_other_experiments_take_prompts_that_have_twins_too(shared):
         wanted = rank_heads(shared("gpt2", KINDS[0]), prompts, method=name, progress=False)
         rows = frame[frame.method == name].sort_values("rank")
         assert list(zip(rows.layer, rows["head"], strict=True)) == wanted.order()
+
+
+def test_scores_alone_are_those_that_stand_beside_effects(shared, tmp_path):
+    model, out = shared("gpt2", KINDS[0]), tmp_path / "scores.parquet"
+    options = {**OPTIONS, "methods": ["nap", "atp"]}
+    beside = head_effect_table(model, TASK, **options, ablations="zero")
+    alone = head_effect_table(model, TASK, **options, ablations=(), out=out)
+    for name in ("score_nap", "score_atp"):
+        assert alone[name].tolist() == beside[name].tolist()
+    assert not {"loss", "logit_diff", "effect_zero"} & set(alone)
+    assert read_results(out)["score_nap"].tolist() == alone["score_nap"].tolist()
+    with pytest.raises(BadInput, match="effect"):
+        faithfulness(alone)

@@ -13,13 +13,13 @@ from disks import disk_of, folder_of_others
 from ra_lens.errors import BadFile, BadInput
 from ra_lens.experiments import read_results, write_results
 from ra_lens.experiments.journal import (
+    as_frame,
     differences,
     finished_results,
     journal_path,
     open_journal,
     settings_hash,
 )
-from ra_lens.experiments.runner import as_frame
 
 SETTINGS = {"experiment": "patching", "model": "toy", "seed": 1, "shots": [0, 1]}
 

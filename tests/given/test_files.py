@@ -18,8 +18,8 @@ from made_caches import make
 from ra_lens import RACache, load_task, trace_paths
 from ra_lens.errors import BadFile, BadInput, RALensError
 from ra_lens.experiments import read_results, write_results
+from ra_lens.experiments.journal import as_frame
 from ra_lens.experiments.paper import read_paper
-from ra_lens.experiments.runner import as_frame
 from ra_lens.figures import save_figure
 from ra_lens.files import check_input, check_output, write_whole
 from ra_lens.model import load_model

@@ -1,8 +1,8 @@
 """The command line, a thin shell over the package: `run`, `head`, `demo`, `check` and more.
 
 Results go to standard output, warnings and errors to standard error. Exit code 0: done; 2: the
-input cannot be used, as one line `error: ...`; 3: `check` found a problem; 1: anything unexpected.
-`--debug` adds tracebacks.
+input cannot be used, as one line `error: ...`; 3: `check` found a problem; 4: cells of a grid
+failed or are missing; 1: anything unexpected. `--debug` adds tracebacks.
 
 This module imports neither torch nor plotly, so that `--help` answers at once.
 """
@@ -19,6 +19,7 @@ from ra_lens.cli.circuits import circuits
 from ra_lens.cli.command import Command, Commands, ManyValuesCommand, reported
 from ra_lens.cli.commands import check, demo, run, trace
 from ra_lens.cli.experiments import ablate_patch, compare, knockout, patch, perturb, rank
+from ra_lens.cli.grids import results
 from ra_lens.cli.head import head
 from ra_lens.cli.methods import compare_methods
 
@@ -67,5 +68,5 @@ for command in (run, head, demo, check):
     app.command(cls=Command)(command)
 for command in (rank, perturb, patch, ablate_patch, knockout, circuits, compare_methods):
     app.command(cls=ManyValuesCommand)(command)
-for command in (compare, trace):
+for command in (results, compare, trace):
     app.command(cls=Command)(command)

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ra_lens.errors import BadInput, RALensError
+from ra_lens.errors import BadInput, RALensError, UnfinishedGrid
 from ra_lens.files import FULL
 
 # These are read as they are: an empty prompt or target is told as such, and nothing between solved
@@ -210,7 +210,8 @@ def reported(*, debug: bool) -> Generator[None]:
             text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
         with suppress(OSError):
             typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(2 if expected else 1) from None
+        code = 4 if isinstance(error, UnfinishedGrid) else 2 if expected else 1
+        raise typer.Exit(code) from None
 
 
 def _drop_what_is_printed() -> None:

@@ -18,7 +18,7 @@ import typer
 from ra_lens.cli import options as opt
 from ra_lens.cli.command import numbers, some_of, split_values, whole_numbers
 from ra_lens.errors import BadInput
-from ra_lens.files import PAGE, check_output, user_path
+from ra_lens.files import PAGE, check_output, is_address, names_a_folder, user_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ra_lens.questions import Accuracy
     from ra_lens.tasks import Task
 
+_WHERE = ("engine", "part")  # of the arguments of an experiment
 _ACCURACIES: dict[str, Accuracy] = {"first-token": "first token", "answer": "answer"}
 
 
@@ -90,11 +91,26 @@ class Setup:
     kind: opt.KindOption = None
     allow_pickle: opt.PickleOption = False
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out",
             "-o",
-            help="Results file, .parquet or .csv. The same command goes on where it was killed.",
+            help="Results file, .parquet or .csv; or a folder or address, with a file for each "
+            "cell of the grid. The same command goes on where it was killed.",
+        ),
+    ] = None
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Who computes: local (this process) or ray (workers of a Ray cluster)."),
+    ] = "local"
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster, such as auto. Default: one of this machine's CPUs, GPUs."),
+    ] = None
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Compute part I of N of the grid alone; all N share a folder --out."
         ),
     ] = None
     figure: Annotated[
@@ -106,20 +122,29 @@ class Setup:
 
     def __post_init__(self) -> None:
         """Write `~` out, as the files are printed and as they are used."""
-        self.out = None if self.out is None else user_path(self.out)
+        if self.out is not None and not is_address(self.out):
+            self.out = str(user_path(self.out)) + "/" * self.out.endswith("/")
         self.figure = None if self.figure is None else user_path(self.figure)
 
     def run(self, experiment: Callable[..., pd.DataFrame], **own: Any) -> pd.DataFrame:
         """Run an experiment; what can be wrong without a model is found before one is loaded."""
         from ra_lens.cli import session
+        from ra_lens.cli.grids import tell_grids
+        from ra_lens.experiments.grid import Folder
         from ra_lens.experiments.runner import METHODS, SHOTS, Protocol, read_methods
         from ra_lens.tables import TABLE
 
-        session.prepare(self.model, self.device)
+        on_workers = self.engine == "ray"
+        session.prepare(self.model, None if on_workers else self.device)
         if self.out is not None:
-            check_output(self.out, TABLE)
+            if names_a_folder(self.out):
+                Folder.at(self.out).refuse_others()
+            else:
+                check_output(self.out, TABLE)
         if self.figure is not None:
             check_output(self.figure, PAGE)
+            if self.part is not None:
+                raise BadInput("found --figure with --part, which has a part of what is drawn.")
         if "methods" in own:
             typed = own["methods"]
             given = METHODS if typed is None else split_values(typed, "--methods")
@@ -127,18 +152,39 @@ class Setup:
         shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
         front, progress = session.read_bos(self.bos, no_bos=self.no_bos), not self.quiet
         size, out, shown = self.batch_size, self.out, self.demonstrations
-        protocol = Protocol.read(shots, self.split, self.seed, front, size, out, progress, shown)
+        where = self._where()
+        split, seed = self.split, self.seed
+        protocol = Protocol.read(shots, split, seed, front, size, out, progress, shown, **where)
         tasks = self.tasks()
         model = session.load(
             self.model,
             self.kind,
-            self.device,
+            "cpu" if on_workers else self.device,
             debug=self.debug,
             dtype=self.dtype,
             allow_pickle=self.allow_pickle,
         )
+        given = {name: value for name, value in vars(protocol).items() if name not in _WHERE}
         with session.quiet(debug=self.debug):
-            return experiment(model, tasks, **vars(protocol), **own)
+            frame = experiment(model, tasks, **given, **where, **own)
+        if self.out is not None and self.part is not None:
+            tell_grids([self.out], as_json=self.as_json)
+            raise typer.Exit
+        return frame
+
+    def _where(self) -> dict[str, Any]:
+        """Read who computes which part, where that is not this process and all of it."""
+        from ra_lens.experiments import RayEngine
+
+        if self.address is not None and self.engine != "ray":
+            raise BadInput(f"found --address {self.address} without --engine ray. Give both.")
+        found: dict[str, Any] = {} if self.part is None else {"part": self.part}
+        if self.engine == "ray":
+            import torch
+
+            usual = "cuda" if torch.cuda.is_available() else "cpu"
+            found["engine"] = RayEngine(self.address, device=self.device or usual)
+        return found
 
     def tasks(self) -> list[Task]:
         """Read the tasks, and put them into the format asked for."""

@@ -5,7 +5,7 @@ What it computes with is imported in its body, so that `--help` answers at once.
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -44,7 +44,7 @@ def compare_methods(
     from ra_lens.cli import show_methods as show
     from ra_lens.experiments import faithfulness, head_effect_table
     from ra_lens.experiments.faithfulness import COMPARED
-    from ra_lens.heads import Ablation
+    from ra_lens.heads.ablation import ABLATIONS
     from ra_lens.report.experiments import write_methods_page
 
     setup.shots = setup.shots or ["1", "5"]
@@ -53,7 +53,7 @@ def compare_methods(
     frame = setup.run(
         head_effect_table,
         methods=list(COMPARED) if methods is None else methods,
-        ablations=some_of(given, "--ablations", get_args(Ablation)),
+        ablations=some_of(given, "--ablations", ABLATIONS),
         n_rank=n_rank,
         answer_in_input=answer_in_input,
     )

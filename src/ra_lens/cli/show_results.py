@@ -40,9 +40,7 @@ _MAPS = {"ra": "RA", "pattern": "FA", "shuffled": "RA shuffled", "grad": "G as l
 # ---- all experiments ----------------------------------------------------------------------------
 
 
-def print_facts(
-    frame: Any, facts: Mapping[str, Any], out: Path | None, figure: Path | None
-) -> None:
+def print_facts(frame: Any, facts: Mapping[str, Any], out: str | None, figure: Path | None) -> None:
     """Print an experiment as one JSON object: how it was made, and what it gave."""
     settings = {
         str(name): _json_value(frame[name].iloc[0])
@@ -56,13 +54,13 @@ def print_facts(
             "tasks": list(dict.fromkeys(frame["task"].astype(str))),
             "shots": _shots(frame),
             **facts,
-            "out": None if out is None else str(out),
+            "out": out,
             "figure": None if figure is None else str(figure),
         }
     )
 
 
-def print_files(out: Path | None, figure: Path | None = None) -> None:
+def print_files(out: str | Path | None, figure: Path | None = None) -> None:
     """Say which files were written."""
     for name, path in (("Results", out), ("Figure", figure)):
         if path is not None:

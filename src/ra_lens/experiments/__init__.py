@@ -2,16 +2,18 @@
 
 `rank_tasks`, `perturbation_test` and `patching_sweep`, the paper's, `patching_ablations` and
 `knockout_test` take a model and tasks; with `out=` they write the table and, when they are killed,
-go on where they stopped. `knockout_agreement` sums up a knockout test, `ablation_effects` ablations
-of patching. `faithfulness_test` says how well scores of heads foretell what taking one head away
-does, from the table of `head_effect_table`, and `faithfulness_differences` compares them in pairs.
-`area_under_curve` sums up a perturbation test, `head_only_cpr_cmd` says which heads suffice,
-`bootstrap_intervals` how sure numbers are, and `compare_with_paper` lays results beside the
-published ones. `circuit_test` asks how well rankings find the heads of a known circuit.
+go on where they stopped. With a folder as `out=` several processes share the work, and with
+`engine="ray"` a cluster does it. `knockout_agreement` sums up a knockout test, `ablation_effects`
+ablations of patching. `faithfulness_test` says how well scores of heads foretell what taking one
+head away does, from the table of `head_effect_table`, and `faithfulness_differences` compares them
+in pairs. `area_under_curve` sums up a perturbation test, `head_only_cpr_cmd` says which heads
+suffice, `bootstrap_intervals` how sure numbers are, and `compare_with_paper` lays results beside
+the published ones. `circuit_test` asks how well rankings find the heads of a known circuit.
 """
 
 from ra_lens.experiments.ablations import ablation_effects, patching_ablations
 from ra_lens.experiments.circuits import circuit_heads, circuit_test
+from ra_lens.experiments.engines import RayEngine
 from ra_lens.experiments.faithfulness import faithfulness_test, head_effect_table
 from ra_lens.experiments.head_only import head_only_cpr_cmd
 from ra_lens.experiments.intervals import bootstrap_intervals, question_areas
@@ -28,6 +30,7 @@ from ra_lens.tables import mean_over_questions, read_results, write_results
 __all__ = [
     "MIB_SHARES",
     "PAPER_SCALES",
+    "RayEngine",
     "ablation_effects",
     "area_under_curve",
     "bootstrap_intervals",

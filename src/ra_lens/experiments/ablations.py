@@ -28,6 +28,7 @@ import pandas as pd
 from torch import nn
 
 from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.intervals import bootstrap_intervals
 from ra_lens.experiments.mean_maps import asked, need_one_length, one_length
 from ra_lens.experiments.runner import (
@@ -91,6 +92,8 @@ def patching_ablations(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Patch with parts of the mean map, and with other maps, and note accuracy and side effects.
 
@@ -137,6 +140,10 @@ def patching_ablations(
         batch_size: Questions per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, variant and way to find its scale, with
@@ -154,7 +161,7 @@ def patching_ablations(
             pattern `"place"` has to be left out of `ablations`.
     """
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     lens = as_lens(model)
     chosen = read_some("ablations", ablations, ABLATIONS)

@@ -37,16 +37,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput
-from ra_lens.experiments.journal import Journal, finished_results, open_journal
-from ra_lens.experiments.runner import (
-    Row,
-    as_frame,
-    method_facts,
-    model_facts,
-    prompts_hash,
-    read_methods,
-    refuse_hooks,
-)
+from ra_lens.experiments.facts import method_facts, model_facts, prompts_hash
+from ra_lens.experiments.journal import Journal, as_frame, finished_results, open_journal
+from ra_lens.experiments.runner import Row, read_methods, refuse_hooks
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.heads import HeadScores, head_effects, known_heads, localisation_scores, rank_heads
 from ra_lens.heads.ranking import find_method

@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.runner import (
     Cell,
     Protocol,
@@ -71,6 +72,8 @@ def faithfulness_test(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Say how well scores of heads foretell what taking one head away does to the loss.
 
@@ -97,6 +100,10 @@ def faithfulness_test(
             which this table is made again in no time (`read_results`, `faithfulness`); a run that
             was killed goes on where it stopped.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, method and ablation, as `faithfulness` gives it.
@@ -121,6 +128,8 @@ def faithfulness_test(
         batch_size=batch_size,
         out=out,
         progress=progress,
+        engine=engine,
+        part=part,
     )
     return faithfulness(frame, ks=ks, splits=splits, level=level, resamples=resamples, seed=seed)
 
@@ -141,6 +150,8 @@ def head_effect_table(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Score every head of a model on some prompts, and take each away.
 
@@ -163,6 +174,10 @@ def head_effect_table(
         batch_size: Rows per forward pass.
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, prompt (`question`), `layer` and `head`, with
@@ -178,7 +193,7 @@ def head_effect_table(
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     given = [ablations] if isinstance(ablations, str) else ablations
     settings: dict[str, Any] = {

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -47,12 +47,24 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
                 f"found {name}={_cut(repr(value))}, which cannot be written down ({error}). Give "
                 "texts, numbers, True or False."
             ) from error
-    text = json.dumps(_compared(settings), sort_keys=True)
+    text = json.dumps(compared(settings), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the settings that must be the same where one run goes on with another."""
     return {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
+
+
+def as_frame(rows: Iterable[Mapping[str, Any]], settings: Mapping[str, Any]) -> pd.DataFrame:
+    """Make the table of an experiment: what it is and of which model, the rows, how it was made."""
+    made = {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
+    first = {name: made.pop(name) for name in ("experiment", "model")}
+    made["settings_hash"] = settings_hash(settings)
+    # What a row says of itself counts: a setting may be an upper limit only (`n_test`).
+    return pd.DataFrame(
+        [{**first, **row, **{k: v for k, v in made.items() if k not in row}} for row in rows]
+    )
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -218,7 +230,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         head, *rest = data[:end].decode("utf-8").splitlines()
         facts = json.loads(head)
-        known, was = facts["ra_lens_journal"], _compared(facts["settings"])
+        known, was = facts["ra_lens_journal"], compared(facts["settings"])
         entries = [json.loads(line) for line in rest]
         done = {entry["key"]: entry["result"] for entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -230,7 +242,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"{path} is a journal of format {known}; this ra_lens writes {_FORMAT}. Give another "
             "output file, or delete the journal."
         )
-    now = _compared(json.loads(json.dumps(settings)))
+    now = compared(json.loads(json.dumps(settings)))
     if was != now:
         raise BadInput(
             f"{path} holds an unfinished run with other settings ({differences(was, now)}). Repeat "
@@ -273,7 +285,7 @@ def _differences_shown(frame: pd.DataFrame, settings: Mapping[str, Any]) -> str:
     there: dict[str, Any] = {}
     here: dict[str, Any] = {}
     unseen: list[str] = []
-    for name, value in _compared(settings).items():
+    for name, value in compared(settings).items():
         shown = _values(frame, _COLUMNS.get(name, name))
         if name == "tasks" and set(_OF_TASKS) <= set(frame):
             rows: Any = frame[list(_OF_TASKS)].drop_duplicates()

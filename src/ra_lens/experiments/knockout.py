@@ -53,6 +53,7 @@ from ra_lens.experiments.cuts import (
     refuse_slopes,
     refuse_two_texts,
 )
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.runner import (
     Cell,
     Protocol,
@@ -101,6 +102,8 @@ def knockout_test(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Foretell what cutting attention does to the loss, and cut it.
 
@@ -129,8 +132,13 @@ def knockout_test(
             question of a task.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
-        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
+            folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         A table with one row per cut. Its columns are `task`, `n_shots`, `question`; `what` (`edge`
@@ -145,10 +153,11 @@ def knockout_test(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read or edited.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     tasks = read_tasks(task)
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     one_of("steps_of", steps_of, ("sets", "all"))
     lens = as_lens(model)

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from ra_lens.errors import BadInput, RALensWarning
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.others import InsteadOfZero, Others, read_others
 from ra_lens.experiments.runner import (
     METHODS,
@@ -75,6 +76,8 @@ Direction = Literal["forward", "reversed", "absolute"]
 MIB_SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of a model's components at which MIB measures circuits (Mueller et al. 2025)."""
 
+_DRAWS = 5  # random orders of one piece of a cell: each piece runs no and all heads once more
+
 CURVE = ["model", "task", "kind", "n_shots", "method", "direction"]
 """Columns that tell one order of heads from another."""
 
@@ -105,6 +108,8 @@ def perturbation_test(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Zero all heads and unmask them in the order of each ranking method (paper section 5.2).
 
@@ -148,8 +153,13 @@ def perturbation_test(
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
-        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
+            folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, method, direction, draw and share of the heads
@@ -164,10 +174,11 @@ def perturbation_test(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be masked.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     settings: dict[str, Any] = {
         "directions": read_some("directions", directions, get_args(Direction)),
@@ -198,24 +209,30 @@ def perturbation_test(
             _warn_if_folded(lens)
         if run.finished is not None:
             return run.finished
-        steps = len(list(_orders(run)))
+        steps = [piece for piece, _ in _orders(run)]
         return run.frame(
             "Perturbation test",
             run.cells("n_rank"),
             _curves,
-            steps=steps,
+            steps=len(steps),
+            pieces=list(dict.fromkeys(steps)),
             whole=lambda cell: _ends(cell)[1],
             so="An area under nothing ranks nothing.",
         )
 
 
-def _orders(run: Run) -> Iterator[tuple[str, int, str]]:
-    """Give the methods with their draws and directions."""
+def _orders(run: Run) -> Iterator[tuple[str, tuple[str, int, str]]]:
+    """Give the methods with their draws and directions, each after its piece of a cell."""
     for method in run.methods:
         if find_method(method).random:
-            yield from ((method, draw, "none") for draw in range(run.settings["random_orders"]))
+            n = run.settings["random_orders"]
+            for draw in range(n):
+                first = draw - draw % _DRAWS
+                last = min(first + _DRAWS, n) - 1
+                yield f"{method} {first} to {last}", (method, draw, "none")
         else:
-            yield from ((method, 0, direction) for direction in run.settings["directions"])
+            for direction in run.settings["directions"]:
+                yield method, (method, 0, direction)
 
 
 def _ends(cell: Cell) -> tuple[list[Row], list[Row]]:
@@ -246,7 +263,9 @@ def _curves(cell: Cell) -> Iterator[list[Row]]:
     none, every = _ends(cell)
     each = len(none)  # rows of one number of heads: one, or one for each question
     prompts = prompts_hash(cell.asked, *cell.learned.values())
-    for method, draw, direction in _orders(cell.run):
+    for piece, (method, draw, direction) in _orders(cell.run):
+        if cell.piece not in (None, piece):
+            continue
         same = direction == "absolute" and by_size(method, draw) == by_score(method, draw)
         key = f"curve|{method}|{'forward' if same else direction}|{draw}"
         inner = cell.unit(key, partial(curve, method, draw, direction)) if kept[1:-1] else []

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.runner import (
     METHODS,
     SHOTS,
@@ -51,6 +52,8 @@ def rank_tasks(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Rank the heads of a model for each task, number of demonstrations and method.
 
@@ -70,8 +73,13 @@ def rank_tasks(
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
-        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
+            folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, method, layer and head, with `score` (larger =
@@ -80,10 +88,11 @@ def rank_tasks(
     Raises:
         BadInput: an option that cannot be used, or `out` holds something else.
         UnsupportedModel: a model whose attention cannot be read.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     tasks, names = read_tasks(task), read_methods(methods)
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     n_rank = whole("n_rank", n_rank, least=1)
     with experiment(
@@ -97,13 +106,16 @@ def rank_tasks(
     ) as run:
         if run.finished is not None:
             return run.finished
-        return run.frame("Ranking heads", run.cells("n_rank"), _rows, steps=len(names))
+        cells = run.cells("n_rank")
+        return run.frame("Ranking heads", cells, _rows, steps=len(names), pieces=names)
 
 
 def _rows(cell: Cell) -> Iterator[list[Row]]:
     """Give the rows of each method, one for each head, the most important first."""
     lens = cell.run.lens
     for name in cell.run.methods:
+        if cell.piece not in (None, name):
+            continue
         scores = cell.unit(name, lambda name=name: cell.ranked(name).scores.tolist())
         ranked = HeadScores(
             method=name,

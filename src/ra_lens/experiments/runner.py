@@ -12,28 +12,31 @@ step of the progress bar; what it computes with `cell.unit` is kept on disk (`jo
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, TypeVar, get_args
 
 import pandas as pd
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput, RALensWarning
-from ra_lens.experiments.journal import Journal, finished_results, open_journal, settings_hash
+from ra_lens.experiments.engines import Engine, RayEngine, read_engine
+from ra_lens.experiments.facts import method_facts, model_facts, task_facts, task_settings
+from ra_lens.experiments.facts import prompts_hash as prompts_hash  # experiments take it from here
+from ra_lens.experiments.grid import Grid, open_grid
+from ra_lens.experiments.grid_run import frame_of_grid, need_source
+from ra_lens.experiments.journal import Journal, as_frame, finished_results, open_journal
+from ra_lens.files import names_a_folder
 from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.heads.ranking import Part, find_method, find_methods
@@ -80,6 +83,8 @@ class Protocol:
     out: str | Path | None
     progress: bool
     demonstrations: Demonstrations = "own"
+    engine: Engine = "local"
+    part: str | None = None
 
     @classmethod
     def read(
@@ -92,6 +97,8 @@ class Protocol:
         out: str | Path | None = None,
         progress: bool = True,
         demonstrations: Demonstrations = "own",
+        engine: Engine = "local",
+        part: str | None = None,
     ) -> Protocol:
         """Read the arguments, or raise where they are no whole numbers, too small or unknown."""
         check_demonstrations(demonstrations)
@@ -101,7 +108,43 @@ class Protocol:
                 f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
             )
         seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
-        return cls(counts, split, seed, prepend_bos, batch_size, out, progress, demonstrations)
+        shared = out, progress, demonstrations, engine, part
+        read = cls(counts, split, seed, prepend_bos, batch_size, *shared)
+        _refuse_a_file(read)
+        return read
+
+    @property
+    def ray(self) -> RayEngine | None:
+        """The engine, where it is not this process."""
+        return read_engine(self.engine)
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Which part of the grid is computed, i of n."""
+        return None if self.part is None else read_part(self.part)
+
+
+def read_part(part: str) -> tuple[int, int]:
+    """Read which part of a grid is computed: `3/8`."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", str(part))
+    if found is None or int(found[1]) > int(found[2]):
+        raise BadInput(f"found part={part!r}; give which of how many, such as '1/8' to '8/8'.")
+    return int(found[1]), int(found[2])
+
+
+def _refuse_a_file(protocol: Protocol) -> None:
+    """Refuse a part, or Ray, where finished cells have no folder to go to."""
+    ray, share, out = protocol.ray, protocol.share, protocol.out
+    if ray is not None and share is not None:
+        raise BadInput("found part= and engine='ray', which splits a grid itself. Leave out one.")
+    folder = names_a_folder(out)
+    if (share is not None and not folder) or (ray is not None and not folder and out is not None):
+        what = "engine='ray'" if share is None else f"part={protocol.part!r}"
+        raise BadInput(
+            f"found {what} and out={None if out is None else str(out)!r}, which is no folder. Give "
+            "out= a folder, for a file of each finished cell; ra-lens results FOLDER --merge FILE "
+            "makes one table of them."
+        )
 
 
 def read_tasks(task: Tasks) -> list[Task]:
@@ -170,6 +213,7 @@ class Run:
     settings: Mapping[str, Any]
     journal: Journal
     finished: pd.DataFrame | None
+    grid: Grid | None = None  # where cells are kept one by one
 
     def cells(
         self,
@@ -337,14 +381,25 @@ class Run:
         rows: Callable[[Cell], Iterator[list[Row]]],
         *,
         steps: int,
+        pieces: Sequence[str] = (),
         whole: Callable[[Cell], list[Row]] | None = None,
         so: str = "",
     ) -> pd.DataFrame:
         """Compute the rows of every cell, which come in some steps, and write the table of them.
 
+        A grid may compute `pieces` of cells one by one, anywhere: `rows` of a cell with the name of
+        one in `cell.piece` are those of that piece, and those of all pieces, in order, are the
+        cell's. `rows` then reads the cell it is given and nothing else.
+
         Where answers are marked, `whole` gives those of the whole model as it is, which are told
         before all else; a warning of cells where few are right says `so`.
         """
+        if self.grid is not None:
+            frame, accuracies = frame_of_grid(
+                self, self.grid, title, cells, rows, pieces=pieces, whole=whole
+            )
+            warn_of_few(accuracies, so)
+            return frame
         found: list[Row] = []
         total = len(cells) * steps
         with tqdm(total=total, desc=title, disable=not self.protocol.progress) as bar:
@@ -364,28 +419,34 @@ class Run:
         self, cells: Sequence[Cell], whole: Callable[[Cell], list[Row]], bar: Any, so: str
     ) -> None:
         """Say how the whole model answers, a line for each task, and warn where few are right."""
-        few: list[str] = []
+        found: list[tuple[Cell, float]] = []
         for task, of_task in groupby(cells, key=lambda cell: cell.task.name):
             told: list[str] = []
-            poor: list[str] = []
             for cell in of_task:
                 bar.set_postfix_str(f"whole model: {task}, shots: {cell.shots}")
-                accuracy = fmean(row["top1"] for row in whole(cell))
-                told.append(f"{short(accuracy)} with {shots_name(cell.shots)}")
-                if accuracy < _FEW:
-                    poor.append(told[-1])
-            if poor:
-                few.append(f"{task} ({', '.join(poor)})")
+                found.append((cell, fmean(row["top1"] for row in whole(cell))))
+                told.append(f"{short(found[-1][1])} with {shots_name(cell.shots)}")
             if self.protocol.progress:
                 bar.write(f"Whole model, {task}: accuracy {', '.join(told)}", file=sys.stderr)
-        if few:
-            warnings.warn(
-                f"the whole model answers less than {short(_FEW)} of the questions right: "
-                f"{'; '.join(few)}. {so} Take tasks that the model can do, more examples (shots), "
-                "or another token in front (prepend_bos=, --bos).",
-                RALensWarning,
-                stacklevel=4,
-            )
+        warn_of_few(found, so)
+
+
+def warn_of_few(accuracies: Iterable[tuple[Cell, float]], so: str) -> None:
+    """Warn of the cells where the whole model, of this accuracy, answers few questions right."""
+    poor: dict[str, list[str]] = {}
+    for cell, accuracy in accuracies:
+        if accuracy < _FEW:
+            said = f"{short(accuracy)} with {shots_name(cell.shots)}"
+            poor.setdefault(cell.task.name, []).append(said)
+    if poor:
+        few = "; ".join(f"{task} ({', '.join(said)})" for task, said in poor.items())
+        warnings.warn(
+            f"the whole model answers less than {short(_FEW)} of the questions right: {few}. {so} "
+            "Take tasks that the model can do, more examples (shots), or another token in front "
+            "(prepend_bos=, --bos).",
+            RALensWarning,
+            stacklevel=5,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,6 +461,7 @@ class Cell:
     shots: int
     learned: dict[Part, list[Prompt]]
     asked: list[Prompt]
+    piece: str | None = None  # of the cell, which alone is asked for; None: all
     _together: dict[Part, dict[str, HeadScores]] = field(
         default_factory=dict[Part, dict[str, HeadScores]], init=False
     )
@@ -505,7 +567,7 @@ class Cell:
     def rows(self, values: Iterable[Row], **made: Any) -> list[Row]:
         """Make rows of a table: of which cell, the values, what is marked, how they were made."""
         cell = {"task": self.task.name, "kind": self.task.kind, "n_shots": self.shots}
-        facts = {**_task_facts(self.task), **made}
+        facts = {**task_facts(self.task), **made}
         if self.run.accuracy is not None:
             # Where all answers begin with one token, its accuracy tells nothing.
             n_first_tokens = len({answer[0] for answer in self.questions.answers})
@@ -532,9 +594,20 @@ def experiment(
     """
     lens.refuse_dropout()
     refuse_hooks(lens, protocol.out)
+    ray = protocol.ray
+    if ray is not None:
+        need_source(lens)
+        hooked = hooked_points(lens)
+        if hooked:
+            raise BadInput(
+                f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}), "
+                "which workers of Ray do not have. Remove them, or leave engine= out."
+            )
+    where = {} if ray is None or ray.device is None else {"device": ray.device.split(":")[0]}
     settings = {
         "experiment": name,
         **model_facts(lens),
+        **where,
         **({"methods": list(map(method_facts, methods))} if methods else {}),
         **settings,
         "split": protocol.split,
@@ -545,19 +618,30 @@ def experiment(
         # They came later: without them the results of before are found.
         **({"accuracy": accuracy} if accuracy == "answer" else {}),
         **({"demonstrations": "shared"} if protocol.demonstrations == "shared" else {}),
-        "tasks": [_task_settings(lens, task, protocol.prepend_bos) for task in tasks],
+        "tasks": [task_settings(lens, task, protocol.prepend_bos) for task in tasks],
         "shots": protocol.shots,
     }
-    finished = finished_results(protocol.out, settings)
-    with open_journal(protocol.out if finished is None else None, settings) as journal:
-        yield Run(
-            lens, tasks, protocol, methods, answer_in_input, accuracy, settings, journal, finished
-        )
+    about = lens, tasks, protocol, methods, answer_in_input, accuracy, settings
+    out = protocol.out
+    if names_a_folder(out) or ray is not None:
+        # Without out= what Ray gives is kept until the table is made of it.
+        with TemporaryDirectory(prefix="ra_lens_") as temporary:
+            grid = open_grid(temporary if out is None else out, settings)
+            yield Run(*about, Journal({}), None, grid)
+        return
+    finished = finished_results(out, settings)
+    with open_journal(out if finished is None else None, settings) as journal:
+        yield Run(*about, journal, finished)
+
+
+def hooked_points(lens: Lens) -> list[str]:
+    """Give the names of the hook points with a hook of the user's."""
+    return sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
 
 
 def refuse_hooks(lens: Lens, out: str | Path | None) -> None:
     """Refuse hooks on a model whose results are to be found again."""
-    hooked = sorted(at for at, point in lens.hook_points.items() if getattr(point, "fwd_hooks", 0))
+    hooked = hooked_points(lens)
     if hooked and out is not None:
         raise BadInput(
             f"found hooks on the model ({', '.join(hooked[:3])}{', …' * (len(hooked) > 3)}) and "
@@ -566,99 +650,6 @@ def refuse_hooks(lens: Lens, out: str | Path | None) -> None:
         )
 
 
-def as_frame(rows: Iterable[Row], settings: Mapping[str, Any]) -> pd.DataFrame:
-    """Make the table of an experiment: what it is and of which model, the rows, how it was made."""
-    made = {name: value for name, value in settings.items() if not isinstance(value, list | dict)}
-    first = {name: made.pop(name) for name in ("experiment", "model")}
-    made["settings_hash"] = settings_hash(settings)
-    # What a row says of itself counts: a setting may be an upper limit only (`n_test`).
-    return pd.DataFrame(
-        [{**first, **row, **{k: v for k, v in made.items() if k not in row}} for row in rows]
-    )
-
-
-# ---- settings, and facts for the rows -----------------------------------------------------------
-
-
-def model_facts(lens: Lens) -> dict[str, Any]:
-    """Tell which model, in which class and precision, with which versions of what runs it."""
-    some = next(lens.module.parameters())
-    packages = ("ra-lens", "transformer-lens", "transformers", "torch")
-    return {
-        "model": lens.name,
-        "model_class": lens.kind,
-        "dtype": str(some.dtype).removeprefix("torch."),
-        "device": some.device.type,
-        "weights_hash": weights_hash(lens.module),
-        "value_biases_folded": lens.value_biases_folded,
-        **{name.replace("-", "_"): version(name) for name in packages},
-    }
-
-
-def _task_facts(task: Task) -> dict[str, str]:
-    """Tell what a task is: another list or format is another task, whatever its name."""
-    form = [task.opening, task.before_subject, task.after_subject, task.separator]
-    return {
-        "source": task.source,
-        "format": json.dumps(form, ensure_ascii=False),
-        "pairs_hash": prompts_hash([Prompt(pair.input, pair.output) for pair in task.pairs]),
-    }
-
-
-def _task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str, Any]:
-    """Tell what a task is to a model: the tokens read are among it."""
-    first = [task.prompt(pair) + task.answer(pair) for pair in task.pairs[:8]]
-    tokens = [lens.encode(text, prepend_bos=prepend_bos) for text in first]
-    return {"name": task.name, **_task_facts(task), "tokens": settings_hash({"ids": tokens})}
-
-
 def _reads_answers(name: str) -> bool:
     """Whether a method's loss is that of the whole answer, where it is in the input."""
     return find_method(name).needs is not None or name in ABLATIONS
-
-
-def method_facts(name: str) -> dict[str, Any]:
-    """Tell which method this is: a user's own by its code, as its name may be another's."""
-    method = find_method(name)
-    function: Any = method.function
-    facts = {"name": method.name, "split": method.split, "random": method.random}
-    if not str(function.__module__).startswith("ra_lens."):
-        code = getattr(function, "__code__", None)
-        parts = [getattr(code, part, None) for part in ("co_code", "co_consts", "co_names")]
-        facts["code"] = settings_hash({"code": list(map(repr, parts))})
-    return facts
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Give a short text that tells the weights of two models apart.
-
-    Of each parameter: some numbers, and the sum of all absolute values, so that every change of
-    more than about a part in ten million shows.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        n = values.numel()
-        if n == 0:
-            continue
-        count = min(64, n)
-        picked = [i * (n - 1) // max(count - 1, 1) for i in range(count)]
-        numbers = values[torch.tensor(picked, device=values.device)].float().tolist()
-        # Few digits: sums differ in the last ones with the number of threads.
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        total = float(values.abs().sum(dtype=wide))
-        digest.update(f"{name}{tuple(parameter.shape)}{numbers}{total:.6e}".encode())
-    return digest.hexdigest()
-
-
-def prompts_hash(*groups: Sequence[Prompt]) -> str:
-    """Give a short text that tells prompts apart, by what a model reads and has to answer."""
-    digest = hashlib.blake2b(digest_size=8)
-    for prompts in groups:
-        for prompt in prompts:
-            digest.update(f"{prompt.text}\x1f{prompt.answer}\x1e".encode())
-            if prompt.corrupted is not None:
-                corrupted = prompt.corrupted
-                digest.update(f"\x1c{corrupted.text}\x1f{corrupted.answer}\x1e".encode())
-        digest.update(b"\x1d")
-    return digest.hexdigest()

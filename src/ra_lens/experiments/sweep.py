@@ -25,6 +25,7 @@ import pandas as pd
 from torch import nn
 
 from ra_lens.errors import BadInput
+from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.mean_maps import (
     LearnedMaps,
     MapName,
@@ -75,6 +76,8 @@ def patching_sweep(
     batch_size: Whole = 64,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "local",
+    part: str | None = None,
 ) -> pd.DataFrame:
     """Add scaled mean maps to the attention of other questions and note the accuracy.
 
@@ -112,8 +115,13 @@ def patching_sweep(
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Questions per forward pass.
-        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
+        out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
+            folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.
+        engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of
+            which loads the model as it was loaded here (`RayEngine` says where and how).
+        part: Which part of the grid to compute, `"3/8"`, where several processes share the folder
+            `out`; the table is then that of this part.
 
     Returns:
         One row per task, number of demonstrations, map and scale, with accuracy `top1`, `top2`,
@@ -127,9 +135,10 @@ def patching_sweep(
         BadInput: an option that cannot be used, too few questions of one length, or `out` holds
             something else.
         UnsupportedModel: a model whose attention cannot be edited.
+        UnfinishedGrid: cells failed in a folder or on Ray; the others are finished.
     """
     protocol = Protocol.read(
-        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations
+        shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
     settings: dict[str, Any] = {
         "kinds": read_some("kinds", kinds, get_args(MapName)),
@@ -171,6 +180,7 @@ def patching_sweep(
             cells,
             _rows,
             steps=len(list(_steps(run))),
+            pieces=["none", *run.settings["kinds"]],
             whole=_unpatched,
             so="Maps of answers that it does not know may hold nothing to patch with.",
         )
@@ -223,6 +233,8 @@ def _rows(cell: Cell) -> Iterator[list[Row]]:
         return asked(cell, hooks, **of_scale)
 
     for kind, scale in _steps(cell.run):
+        if cell.piece not in (None, kind):
+            continue
         given = cell.unit(f"{kind}|{scale}", partial(evaluate, cast("MapName", kind), scale))
         at = float("nan") if scale is None else scale
         rows: list[Row] = [given] if of_all else given

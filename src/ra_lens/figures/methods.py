@@ -63,7 +63,7 @@ def method_agreement(
     ablations = [name for name in _ABLATIONS if name in set(frame["ablation"])]
     if not ablations:
         raise BadInput(f"found ablations {sorted(set(frame['ablation']))}; none is known.")
-    kinds = [(ablation, one) for ablation in ablations for one in measures]
+    kinds: list[tuple[str, Measure]] = [(a, one) for a in ablations for one in measures]
     first: Any = frame[frame["ablation"] == ablations[0]]
     means = first.groupby("method")[measures[0]].mean().sort_values(ascending=False)
     names = [str(name) for name in means.index]

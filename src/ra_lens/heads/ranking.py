@@ -322,6 +322,11 @@ def _register(method: RankingMethod, function: _Function, *, replace: bool) -> _
     return function
 
 
+def use_method(method: RankingMethod) -> None:
+    """Register a method that another process has registered."""
+    _methods[method.name] = method
+
+
 def _same_place(one: object, other: object) -> bool:
     # A notebook cell that is run again defines the same function anew.
     return all(getattr(one, name, None) == getattr(other, name, 1) for name in _PLACE)

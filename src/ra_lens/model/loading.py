@@ -38,6 +38,7 @@ from ra_lens.model.hugging_face import (
 )
 from ra_lens.model.lens import ModelKind
 from ra_lens.model.pickled import advice, check_file, check_folder, check_name, weights_read
+from ra_lens.model.source import note_source
 
 
 def available_kinds() -> tuple[ModelKind, ...]:
@@ -98,6 +99,12 @@ def load_model(
             f"found tokenizer= with {str(name)!r}, which brings its own. Leave it out, or give the "
             "model as an object."
         )
+    model = _load_named(name, allow_pickle=allow_pickle, **options)
+    return note_source(model, load_model, name, {**options, "allow_pickle": allow_pickle})
+
+
+def _load_named(name: str | Path, *, allow_pickle: bool, **options: Any) -> nn.Module:
+    """Load a GGUF file, a folder, or a model that TransformerLens knows by its name."""
     file = gguf_file(name)
     if file is not None:
         model = load_folder(converted(file), **options)
@@ -412,7 +419,8 @@ def load_demo_model(
     Raises:
         BadInput: the installed TransformerLens does not have that kind.
     """
+    options: dict[str, Any] = {"kind": kind, "device": device, "dtype": dtype}
     with no_loading_bars():
-        model = load_folder(demo_model_folder(), kind=kind, device=device, dtype=dtype)
+        model = load_folder(demo_model_folder(), **options)
     model.cfg.model_name = "ra-lens-demo"  # type: ignore[union-attr]
-    return model
+    return note_source(model, load_demo_model, None, options)
