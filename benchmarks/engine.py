@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import gpt2_small, random_tokens
+from benchmarks.floor import Shape, floor, weights_read
+from benchmarks.models import gemma3, gpt2_small, random_tokens, shape_of, smollm2
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
+from ra_lens.errors import BadInput
 from ra_lens.model import available_kinds
 
 FORWARD, OURS, NORMS = "forward pass, no_grad", "run_with_ra", "run_with_ra, store='norms'"
@@ -52,45 +54,100 @@ def transformer_lens_alone(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     return kept
 
 
+GPT2, SMOLLM2, GEMMA3 = "GPT-2 small", "SmolLM2-135M", "Gemma 3 270M"
+SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    GPT2: ((8, 64), (1, 512)),
+    SMOLLM2: ((8, 64), (1, 512), (1, 12)),
+    GEMMA3: ((8, 64), (1, 512)),
+}
+COLUMNS = [
+    "shape",
+    "model",
+    "batch × tokens",
+    "route",
+    "s",
+    "over the forward pass",
+    "spread",
+    "TransformerLens route over it",
+    "counted floor",
+    "over the counted floor",
+    "weights read over a forward pass's",
+]
+
+
+def load(name: str, kind: str, *, quick: bool) -> Any:
+    """Load a model of one of the shapes of `SIZES`; None where this class cannot hold it."""
+    small: dict[str, Any] = {"n_layer": 2, "n_vocab": 1000} if quick else {}
+    make = {GPT2: gpt2_small, SMOLLM2: smollm2, GEMMA3: gemma3}[name]
+    try:
+        return make(kind, **small)
+    except BadInput:
+        return None
+
+
+def counted(shape: Shape, route: str, size: tuple[int, int], ratio: float) -> list[float | None]:
+    """The last three columns; nothing where no floor was counted."""
+    if route not in (OURS, NORMS):
+        return [None, None, None]
+    least = floor(shape, batch=size[0], n_tokens=size[1])
+    return [least, ratio / least, weights_read(shape)]
+
+
 def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
-    """Time every route on both shapes and model classes."""
-    shapes = ((2, 8),) if quick else ((8, 64), (1, 512))
+    """Time every route on all shapes, sizes and model classes."""
     rows: list[list[Any]] = []
-    for kind in available_kinds():
-        model = gpt2_small(kind, n_layer=2 if quick else 12)
-        for shape in shapes:
-            tokens = random_tokens(*shape)
-            times = interleaved(routes(model, tokens), rounds=rounds)
-            base, plain = times[FORWARD], times[PLAIN].median
-            for name, t in times.items():
-                rows.append(
-                    [
-                        kind,
-                        f"{shape[0]} × {shape[1]}",
-                        name,
-                        t.median,
-                        t.median / base.median,
-                        ratio_spread(t.seconds, base.seconds),
-                        plain / t.median,
-                    ]
-                )
+    missing: list[str] = []
+    for name, sizes in SIZES.items():
+        for kind in available_kinds():
+            model = load(name, kind, quick=quick)
+            if model is None:
+                missing.append(f"{name}'s shape as a {kind}, which does not load it")
+                continue
+            for size in ((2, 8),) if quick else sizes:
+                rows += _timed(name, kind, model, size, rounds)
     return {
         "title": "run_with_ra over a forward pass",
-        "how": (
-            "GPT-2 small's shape, random weights, float32. Base: the same model on the same tokens "
-            "under no_grad, all logits. Peer: TransformerLens's own forward and backward hooks on "
-            "hook_pattern and `loss.backward()`, which is what `run_with_cache(incl_bwd=True)` "
-            "does. Target: one token after each prompt. The spread is that of the ratio within a "
-            f"round. Medians of {rounds} rounds, interleaved."
-        ),
-        "columns": [
-            "model",
-            "batch × tokens",
-            "route",
-            "s",
-            "over the forward pass",
-            "spread",
-            "TransformerLens route over it",
-        ],
+        "how": how(rounds, missing),
+        "columns": COLUMNS,
         "rows": rows,
     }
+
+
+def how(rounds: int, missing: list[str]) -> str:
+    """What the table says of itself."""
+    without = f" Not measured: {'; '.join(missing)}." if missing else ""
+    return (
+        "Random weights in the shapes of known models, float32. Base: the same model on the same "
+        "tokens under no_grad, all logits. Peer: TransformerLens's own forward and backward hooks "
+        "on hook_pattern and `loss.backward()`, which is what `run_with_cache(incl_bwd=True)` "
+        "does. Target: one token after each prompt. The counted floor: what a run has to multiply, "
+        "over what a forward pass with all logits multiplies (`benchmarks/floor.py`). With few "
+        "tokens a product takes as long as reading its weights; how many a run reads over a "
+        "forward pass is in the last column. The spread is that of the ratio within a round. "
+        f"Medians of {rounds} rounds, interleaved.{without}"
+    )
+
+
+def _timed(name: str, kind: str, model: Any, size: tuple[int, int], rounds: int) -> list[list[Any]]:
+    shape = shape_of(model)
+    times = interleaved(
+        routes(model, random_tokens(*size, n_vocab=shape.d_vocab - 1)), rounds=rounds
+    )
+    base, plain = times[FORWARD], times[PLAIN].median
+    rows: list[list[Any]] = []
+    for route, t in times.items():
+        ratio = t.median / base.median
+        rows.append(
+            [
+                name,
+                kind,
+                f"{size[0]} × {size[1]}",
+                route,
+                t.median,
+                ratio,
+                ratio_spread(t.seconds, base.seconds),
+                plain / t.median,
+                *counted(shape, route, size, ratio),
+            ]
+        )
+    return rows

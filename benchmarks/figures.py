@@ -16,6 +16,7 @@ import typer
 from plotly.subplots import make_subplots
 
 from benchmarks.bars import FONT, OURS, SCALE, SOFT, Row, bars, distinct, finish_white
+from benchmarks.engine import GPT2
 from benchmarks.page import cell
 from ra_lens.figures import save_figure
 
@@ -33,21 +34,16 @@ Table = dict[str, Any]
 
 
 def engine(table: Table) -> go.Figure:
-    """run_with_ra over a forward pass: a panel per model class and shape, with its limit."""
-    rows = records(table)
-    models, shapes = distinct(rows, "model"), distinct(rows, "batch × tokens")
-    panels = {
-        f"{model}, {shape} tokens": [
-            r for r in rows if (r["model"], r["batch × tokens"]) == (model, shape)
-        ]
-        for model in models
-        for shape in shapes
-    }
+    """run_with_ra over a forward pass: a panel per shape, class and size, with GPT-2's limits."""
+    panels: dict[str, list[Row]] = {}
+    for row in records(table):
+        of = "" if row["shape"] == GPT2 else f"{row['shape']}, "
+        panels.setdefault(f"{of}{row['model']}, {row['batch × tokens']} tokens", []).append(row)
     limits = {(f"{m}, {s} tokens", LIMITED): limit for (m, s), limit in LIMITS.items()}
     return bars(
         panels,
         value="over the forward pass",
-        columns=len(shapes),
+        columns=2,
         axis="time over the model's own forward pass",
         limits=limits,
     )

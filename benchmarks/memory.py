@@ -45,13 +45,6 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
         parameter.requires_grad_(False)
     words = int(model.cfg.d_vocab) - 1  # the last one is for padding
     ids = random_tokens(batch, tokens, n_vocab=words)
-    estimates: list[int] = []
-    runs = vars(sys.modules["ra_lens.run"])
-    refuse = runs["refuse_what_cannot_fit"]
-
-    def note(plan: Any) -> None:
-        estimates.append(plan.need)
-        refuse(plan)
 
     def leaf(x: torch.Tensor, hook: Any) -> torch.Tensor:
         return x.detach().requires_grad_()
@@ -66,14 +59,31 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
             return None
         return run_with_ra(model, ids, target=5, **OPTIONS[route])
 
-    runs["refuse_what_cannot_fit"] = note
-    try:
+    with estimated() as estimates:
         run(ids[:, :8])  # what is loaded or allocated once
         estimates.clear()
         peak, seconds = _peak(lambda: run(ids))
+    return {"peak": peak, "seconds": seconds, "estimate": estimates[0] if estimates else 0}
+
+
+@contextmanager
+def estimated() -> Generator[list[int], None, None]:
+    """The bytes that each run in the context was reckoned to need at least, before it ran."""
+    import ra_lens  # noqa: F401  run_with_ra hides its module
+
+    estimates: list[int] = []
+    runs = vars(sys.modules["ra_lens.run"])
+    refuse = runs["refuse_what_cannot_fit"]
+
+    def note(plan: Any) -> None:
+        estimates.append(plan.need)
+        refuse(plan)
+
+    runs["refuse_what_cannot_fit"] = note
+    try:
+        yield estimates
     finally:
         runs["refuse_what_cannot_fit"] = refuse
-    return {"peak": peak, "seconds": seconds, "estimate": estimates[0] if estimates else 0}
 
 
 def _peak(run: Callable[[], object]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ def write(tables: dict[str, dict[str, Any]], path: Path) -> None:
     parts = {"machine": f"Measured with {tables['machine']['how']}.\n"}
     for name, table in tables.items():
         if name != "machine":
-            rows = "\n" + _table(table) if table["rows"] else ""
+            rows = "\n" + shown(table) if table["rows"] else ""
             parts[name] = f"## {table['title']}\n\n{table['how']}\n{rows}"
     for name, part in parts.items():
         between = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.S)
@@ -43,7 +43,8 @@ def described() -> str:
     )
 
 
-def _table(table: dict[str, Any]) -> str:
+def shown(table: dict[str, Any]) -> str:
+    """A table as the page has it."""
     head = "| " + " | ".join(table["columns"]) + " |\n" + "|---" * len(table["columns"]) + "|\n"
     rows = ["| " + " | ".join(map(cell, row)) + " |\n" for row in table["rows"]]
     return head + "".join(rows)

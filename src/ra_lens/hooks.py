@@ -139,9 +139,9 @@ class Recorder:
         parts, self._caches = self._caches[-n_groups:], self._caches[:-n_groups]
         self._caches.append(RACache._joined(parts, order=order))
 
-    def largest_gradients(self) -> dict[int, float]:
+    def largest_gradients(self) -> dict[int, Tensor]:
         """Largest norm of a head's gradient at each layer, in the batch that has begun."""
-        return {layer: float(norm) for layer, norm in self._largest.items()}
+        return dict(self._largest)
 
     def end(self) -> None:
         """Keep the batch that has begun."""

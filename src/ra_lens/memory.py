@@ -9,6 +9,11 @@ The graph holds each layer's pattern and what goes into its norms, products and 
 layer collected on; with `recompute` that of one layer, and one residual stream per block. Maps
 replace it layer by layer in the backward pass, so both together take about as much as the larger
 one. That is what a run needs at least: a refusal is always meant.
+
+A batch that is to fit (`batch_size="auto"`) must leave room for what is not counted, such as the
+tensors of one step and logits whose loss is being computed. As measured a run takes up to 1.5 times
+what is counted, with `recompute`, which holds little else than one layer, up to 4.5 times; so its
+graph may count up to a half, or a fifth, of what maps leave free.
 """
 
 from __future__ import annotations
@@ -29,6 +34,10 @@ from ra_lens.prompts import Prompts
 _LIBRARIES = 2**30  # bytes of a process that has imported them
 # Kinds with as many heads as there are key/value heads.
 _OF_SHARED = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad")
+# What the graph of a batch may count of the free memory if it is to fit.
+_SAFE, _SAFE_RECOMPUTED = 1 / 2, 1 / 5
+# Logits, their logarithms and the gradient there are alive together.
+_OF_LOGITS = 3
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,26 @@ def refuse_what_cannot_fit(plan: Plan) -> None:
         f"{max(plan.widths.values())} tokens at a time and {len(plan.sites)} layers), and "
         f"{_spelled(free)} are free on {device}. " + _advice(plan, free)
     )
+
+
+def largest_batch(plan: Plan, *, n_read: int, n_kept: int) -> int | None:
+    """Give the most prompts that may run at a time if the run is to fit; None where all may.
+
+    Where not even one prompt is sure to fit, one; where the device does not say what is free, all.
+
+    Args:
+        plan: The run, with all prompts at once.
+        n_read: Positions of a prompt at which logits are computed.
+        n_kept: Those whose logits are kept beside the maps, of all prompts.
+    """
+    free = free_memory(plan.lens.device)
+    if free is None:
+        return None
+    of_position = plan.lens.d_vocab * max(4, plan.lens.dtype.itemsize)
+    of_prompt = replace(plan, batch_size=1).graph + _OF_LOGITS * n_read * of_position
+    room = free - plan.maps - len(plan.prompts) * n_kept * of_position
+    fitting = max(1, int(room * (_SAFE_RECOMPUTED if plan.recompute else _SAFE)) // of_prompt)
+    return None if fitting >= len(plan.prompts) else fitting
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -39,6 +39,7 @@ from ra_lens.half import LossScale
 from ra_lens.model import Lens, Side, Site
 from ra_lens.prompts import Batch, PaddingSide, Prompts
 from ra_lens.targets import Loss
+from ra_lens.tensors import read_numbers
 
 _N_READ = 8  # positions of each prompt at which logits are compared
 _NOTHING = torch.finfo(torch.float32).eps  # a smaller weight is none
@@ -113,7 +114,8 @@ def watched(lens: Lens, batch: Batch, encoded: Batch | None = None) -> Generator
     looks = {site.pattern_name: partial(look, site) for site in lens.sites.values()}
     with lens.looking(looks):
         yield
-    shown = [label for label, value in largest.items() if float(value) > _NOTHING]
+    weights = read_numbers(list(largest.values()))
+    shown = [label for label, weight in zip(largest, weights, strict=True) if weight > _NOTHING]
     if shown:
         raise PaddingShows(
             f"found tokens that attend to padding, or to later tokens, at {shown[0]} of "

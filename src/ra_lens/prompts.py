@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.inputs import Given, Mask, TokenIds, read_given
 from ra_lens.model import Lens, PrependBos, default_front
+from ra_lens.tensors import sent
 
 PaddingSide = Literal["left", "right"]
 
@@ -29,7 +30,7 @@ class Batch:
     """Token ids laid out with padding, and where each example lies in them."""
 
     tokens: Int[Tensor, "batch pos"]
-    attention_mask: Bool[Tensor, "batch pos"]  # True at real tokens
+    attention_mask: Bool[Tensor, "batch pos"]  # True at real tokens; on the host
     starts: tuple[int, ...]  # column of each example's first token
     lengths: tuple[int, ...]  # number of real tokens of each example
 
@@ -135,7 +136,7 @@ class Prompts:
         return replace(self, width=0)
 
     def lay_out(self, lens: Lens) -> Batch:
-        """Pad the examples to one width, on the model's device; refuse more than its context."""
+        """Pad the examples to one width, tokens on the model's device; refuse more than fit."""
         width = self.padded_width
         if width > lens.n_ctx:
             raise BadInput(
@@ -147,8 +148,7 @@ class Prompts:
         for i, (row, start) in enumerate(zip(self.ids, self.starts, strict=True)):
             tokens[i, start : start + len(row)] = torch.tensor(row)
             mask[i, start : start + len(row)] = True
-        device = lens.device
-        return Batch(tokens.to(device), mask.to(device), self.starts, self.lengths)
+        return Batch(sent(tokens, lens.device), mask, self.starts, self.lengths)
 
 
 PromptInput = Given | TokenIds | Prompts
@@ -294,14 +294,13 @@ def _warn_of_a_chat_token(lens: Lens) -> None:
 def _from_tokens(
     lens: Lens, given: TokenIds, padding_side: PaddingSide | None, *, guess: bool = True
 ) -> Prompts:
-    ids = given.ids
+    ids, keep = given.ids.cpu(), given.keep.cpu()  # at once: what follows reads numbers
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= lens.d_vocab:
         raise BadInput(
             f"found token id {low if low < 0 else high}; {lens.name} has ids 0 to "
             f"{lens.d_vocab - 1}. Use the model's own tokenizer: model.to_tokens(text)."
         )
-    keep = given.keep
     if given.mask is None and not given.ragged and guess:
         keep = _guess_mask(lens, ids)
         special = (special_id(lens, "bos"), special_id(lens, "eos"))
@@ -313,7 +312,7 @@ def _from_tokens(
                 RALensWarning,
                 stacklevel=4,
             )
-    return _strip(ids.cpu(), keep.cpu(), given.lengths, padding_side)
+    return _strip(ids, keep, given.lengths, padding_side)
 
 
 def _guess_mask(lens: Lens, ids: Tensor) -> Tensor:

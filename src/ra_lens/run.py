@@ -29,7 +29,7 @@ from ra_lens.errors import BadInput, NothingToDifferentiate, RALensWarning, one_
 from ra_lens.half import LossScale
 from ra_lens.hooks import NamesFilter, Recorder, wanted
 from ra_lens.inputs import Given, Mask
-from ra_lens.memory import Plan, refuse_what_cannot_fit
+from ra_lens.memory import Plan, largest_batch, refuse_what_cannot_fit
 from ra_lens.model import FwdHooks, Layers, Lens, PrependBos, Side, as_lens
 from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.forward import at_columns
@@ -55,7 +55,7 @@ from ra_lens.prompts import (
 from ra_lens.rows import read_rows
 from ra_lens.run_info import RunInfo
 from ra_lens.targets import Answers, Loss, Metric, Objective, Position, as_objective
-from ra_lens.tensors import read_device, read_dtype
+from ra_lens.tensors import read_device, read_dtype, read_numbers
 
 
 def run_with_ra(
@@ -73,7 +73,7 @@ def run_with_ra(
     dtype: torch.dtype | None = None,
     fwd_hooks: Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]] = (),
     return_logits: Literal["read", "all"] = "read",
-    batch_size: Whole | None = None,
+    batch_size: Whole | Literal["auto"] | None = None,
     recompute: bool = False,
     backward: Backward = "exact",
     query_rows: Whole | None = None,
@@ -130,7 +130,8 @@ def run_with_ra(
             of them (for a metric of your own: at the last token). `"all"`: at every position; those
             at padding mean nothing.
         batch_size: Run so many prompts at a time, with a progress bar if there are several
-            batches. Default: all at once.
+            batches. Default: all at once. `"auto"`: as many as fit what the model's device has
+            free, by what `ra_lens.memory` counts and room for what it does not; all where they do.
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
             pass; hooks inside blocks run twice.
@@ -194,9 +195,9 @@ def run_with_ra(
         prepend_bos=prepend_bos,
         padding_side=padding_side,
     )
-    batch_size = whole_or_none("batch_size", batch_size)
-    if batch_size is not None and batch_size < 1:
-        raise BadInput(f"found batch_size={batch_size}; give a positive number, or None.")
+    at_a_time = None if batch_size == "auto" else whole_or_none("batch_size", batch_size)
+    if at_a_time is not None and at_a_time < 1:
+        raise BadInput(f"found batch_size={at_a_time}; give a positive number, 'auto', or None.")
     encoded = None
     if lens.reads == "input, then answer":
         if prompts.texts is not None and padding_side is None:
@@ -225,7 +226,7 @@ def run_with_ra(
         sites=sites,
         prompts=read.prompts,
         encoded=read.encoded,
-        batch_size=batch_size,
+        batch_size=at_a_time,
         store=store,
         wanted=is_wanted,
         device=device,
@@ -233,6 +234,8 @@ def run_with_ra(
         recompute=recompute,
         vectors=kinds,
     )
+    if batch_size == "auto":
+        plan = replace(plan, batch_size=_fitting(plan, bound, every=every))
     edited = bool(fwd_hooks) or lens.is_hooked
     plan = replace(plan, rows=read_rows(plan, query_rows, edited=edited))
     refuse_what_cannot_fit(plan)
@@ -249,13 +252,24 @@ def run_with_ra(
         vectors=kinds,
         backward=backward,
     )
-    parts = [examples for examples, _ in read.prompts.batches(batch_size)]
+    parts = [examples for examples, _ in read.prompts.batches(plan.batch_size)]
     with lens.only_run():
         results = [
             run.part(read.each(lambda one, part=part: one.chosen(part)), bound.part(part))
             for part in _with_progress(parts, show=progress and len(parts) > 1)
         ]
     return _finish(lens, bound, read, recorder, results, backward)
+
+
+def _fitting(plan: Plan, bound: Loss, *, every: bool) -> int | None:
+    """The most prompts that may run at a time; None: all."""
+    width, positions = plan.widths["decoder"], bound.positions
+    of_target = 1 if positions is None else max(map(len, positions))
+    return largest_batch(
+        plan,
+        n_read=width if every or positions is None else of_target,
+        n_kept=width if every else of_target,
+    )
 
 
 @dataclass(frozen=True)
@@ -328,10 +342,12 @@ class _Run:
         """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
         while True:
             result, at_logits = self._differentiate(read, bound, unpadded=unpadded)
-            largest = self.recorder.largest_gradients()
+            of_layers = self.recorder.largest_gradients()
+            *norms, reached = read_numbers([*of_layers.values(), at_logits])
+            largest = dict(zip(of_layers, norms, strict=True))
             if all(map(math.isfinite, largest.values())) or not self.scaling.lower():
                 break
-        _check_gradients(self.lens, largest, at_logits, edited=self._edited)
+        _check_gradients(self.lens, largest, reached, edited=self._edited)
         self.recorder.end()
         return result
 
@@ -342,7 +358,7 @@ class _Run:
 
     def _differentiate(
         self, read: _Read, bound: Loss, *, unpadded: bool
-    ) -> tuple[BatchResult, float]:
+    ) -> tuple[BatchResult, Tensor]:
         """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
         lens = self.lens
         layout, encoder_layout = read.lay_out(lens)
@@ -373,10 +389,9 @@ class _Run:
             with watched(lens, batch, encoded):
                 logits = lens.forward(*batch.model_input, encoded and encoded.model_input, past)
             at_read = at_columns(logits, columns) if whole else logits
-            lens.refuse_nan(at_read)
             logits = layout.spread(logits, 1) if whole else logits
             given = logits if bound.positions is None else at_read
-            loss = _checked_loss(bound, given, len(read.prompts))
+            loss = self._loss(bound, given, at_read)
             total = loss.sum()
             scale = self.scaling.of(total, given)
             if given.requires_grad:
@@ -389,8 +404,21 @@ class _Run:
                 self.recorder.receive_vectors(site, found, sides)
         kept = (logits if self.every else at_read).detach().to(self.recorder.device)
         starts = (encoder_layout or layout).starts
-        reached = float(at_logits[0]) / scale if at_logits else 0.0
+        reached = at_logits[0] / scale if at_logits else torch.zeros(())
         return BatchResult(kept, loss.detach(), starts, bound.targets), reached
+
+    def _loss(self, bound: Loss, given: Tensor, at_read: Tensor) -> Tensor:
+        """The loss of logits; it and they are read together, which a GPU is waited for once."""
+        try:
+            loss = _shaped_loss(bound, given, len(given))
+        except Exception:
+            self.lens.refuse_nan(at_read)  # what a metric stumbles over
+            raise
+        nan, finite = at_read.detach().isnan().any(), loss.detach().isfinite().all()
+        if read_numbers([nan, ~finite]) != [False, False]:
+            self.lens.refuse_nan(at_read)
+            _refuse_infinite(loss)
+        return loss
 
     @torch.no_grad()
     def _logits(self, read: _Read) -> Float[Tensor, "group pos d_vocab"]:
@@ -438,6 +466,12 @@ def _for_a_metric(prompts: Prompts, padding_side: PaddingSide | None) -> Prompts
 
 
 def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
+    loss = _shaped_loss(bound, logits, n)
+    _refuse_infinite(loss)
+    return loss
+
+
+def _shaped_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
     loss: object = bound(logits)
     if not isinstance(loss, Tensor) or loss.ndim > 1 or (loss.ndim == 1 and loss.shape[0] != n):
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -445,12 +479,15 @@ def _checked_loss(bound: Loss, logits: Tensor, n: int) -> Tensor:
             f"the metric gave {found}; one value per example (a tensor of shape [{n}]) or a "
             "scalar tensor is needed."
         )
+    return loss
+
+
+def _refuse_infinite(loss: Tensor) -> None:
     if not bool(loss.detach().isfinite().all()):
         raise NothingToDifferentiate(
             f"the loss is {loss.detach().flatten().tolist()[:8]}; a finite value per example is "
             "needed. Check the metric, or give a target that the model can predict."
         )
-    return loss
 
 
 def _finish(

@@ -30,6 +30,7 @@ from ra_lens.inputs import answers_given
 from ra_lens.model import Lens
 from ra_lens.numbers import Wholes, as_whole, wholes
 from ra_lens.prompts import Prompts, special_id
+from ra_lens.tensors import sent
 from ra_lens.text import isolated, whole_text
 
 Token = str | SupportsIndex
@@ -277,20 +278,22 @@ class Loss:
                 row[list(right)], row[list(wrong)] = -1, 1
             return (p * signs).sum(dim=-1)
         if self.targets is None:  # the model's own top prediction
-            self.targets = [[int(i)] for i in logits[:, -1].argmax(dim=-1)]
-        device = logits.device
+            self.targets = logits[:, -1:].argmax(dim=-1).tolist()
+
+        def here(ids: list[Any]) -> Tensor:
+            return sent(torch.tensor(ids), logits.device)
+
         if self.wrong is not None:
-            right = torch.tensor([row[-1] for row in self.targets], device=device)
-            wrong = torch.tensor(self.wrong, device=device)
+            right, wrong = here([row[-1] for row in self.targets]), here(self.wrong)
             last = logits[:, -1]
             return (_pick(last, wrong) - _pick(last, right)).squeeze(-1)
         width = max(map(len, self.targets))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in self.targets], device=device)
-        counts = torch.tensor([len(row) for row in self.targets], device=device)
+        ids = here([[0] * (width - len(row)) + row for row in self.targets])
+        counts = here([len(row) for row in self.targets])
         log_probs = logits[:, -width:].log_softmax(dim=-1)
         nll = -log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         # Shorter answers are aligned to the right; what lies left of them is not theirs.
-        theirs = torch.arange(width, device=device) >= (width - counts).unsqueeze(1)
+        theirs = torch.arange(width, device=logits.device) >= (width - counts).unsqueeze(1)
         return nll.where(theirs, 0.0).sum(dim=1) / counts
 
 

@@ -1,12 +1,35 @@
-"""Reading the devices and dtypes that people hand over, before anything is computed."""
+"""Reading the devices and dtypes that people hand over; numbers to a device and back.
+
+Reading a number from a GPU waits until everything before it is computed, and while it waits nothing
+new is handed to the GPU. So a run reads what it checks in one go (`read_numbers`), and what it
+sends does not wait (`sent`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ra_lens.errors import BadInput
 
 Device = str | torch.device | None
+
+
+def read_numbers(values: Sequence[Tensor]) -> list[float]:
+    """Give the numbers in tensors of one element, waiting for their device once."""
+    if not values:
+        return []
+    first = values[0].device
+    found: list[float] = torch.stack([value.detach().to(first) for value in values]).tolist()
+    return found
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Give a tensor of the host on a device, without waiting for what that computes."""
+    # Only CUDA copies what can be overwritten aside first.
+    return value.to(device, non_blocking=device.type == "cuda")
 
 
 def read_dtype(dtype: object) -> torch.dtype | None:

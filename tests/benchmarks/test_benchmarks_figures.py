@@ -27,7 +27,9 @@ BARS = {
 
 
 def panel(row):
-    words = [row["model"]] if "model" in row else []
+    words = [
+        row[name] for name in ("shape", "model") if row.get(name, "GPT-2 small") != "GPT-2 small"
+    ]
     return ", ".join([*words, f"{row['batch × tokens']} tokens"])
 
 

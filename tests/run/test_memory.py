@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ra_lens.memory
 from ra_lens import run_with_ra
-from ra_lens.errors import NotEnoughMemory
-from tiny_models import ANY_KIND, D_MODEL, KINDS, N_HEADS, N_LAYERS, random_ids
+from ra_lens.errors import BadInput, NotEnoughMemory
+from tiny_models import ANY_KIND, D_MODEL, D_VOCAB, KINDS, N_HEADS, N_LAYERS, random_ids
 
 IDS, TARGET = random_ids(2, 7), 8
 MAP = 2 * N_HEADS * 7 * 7 * 4
@@ -92,6 +92,73 @@ def test_a_prompt_that_no_machine_holds_is_refused(shared):
     ids = random_ids(1, 200_000)
     with pytest.raises(NotEnoughMemory, match=r"at least 5760\.\d GB.*free on cpu.*shorten"):
         run_with_ra(model, ids, target=TARGET)
+
+
+VOCAB = 4 * D_VOCAB
+ALL_LOGITS = {"return_logits": "all", "metric": lambda logits: logits[:, -1, 3]}
+
+
+GRAPH = N_LAYERS * (MAP + REST) // 2  # of one prompt
+
+
+@pytest.mark.parametrize("kind", ANY_KIND)
+@pytest.mark.parametrize(
+    ("options", "kept", "of_prompt", "share"),
+    [
+        ({"store": "norms"}, VOCAB, GRAPH + 3 * VOCAB, 2),
+        ({}, 3 * N_LAYERS * MAP // 2 + VOCAB, GRAPH + 3 * VOCAB, 2),
+        (
+            {"store": "norms", "recompute": True},
+            VOCAB,
+            (MAP + REST) // 2 + N_LAYERS * 7 * D_MODEL * 4 + 3 * VOCAB,
+            5,
+        ),
+        ({"store": "norms", **ALL_LOGITS}, 7 * VOCAB, GRAPH + 3 * 7 * VOCAB, 2),
+    ],
+)
+def test_auto_takes_as_many_prompts_as_fit(
+    options, kept, of_prompt, share, kind, shared, monkeypatch
+):
+    model, ids, sizes = shared("gpt2", kind), random_ids(6, 7), []
+    hook = ("hook_embed", lambda x, hook: sizes.append(len(x)))
+    target = None if "metric" in options else TARGET
+    options = {"target": target, "batch_size": "auto", "progress": False, **options}
+
+    def run(free):
+        monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device: free)
+        sizes.clear()
+        logits, ra = run_with_ra(model, ids, fwd_hooks=[hook], **options)
+        return list(sizes), logits, ra
+
+    batches, logits, ra = run(None)  # it does not say
+    assert batches == [6]
+    for fitting, wanted in ((6, [6]), (5, [5, 1]), (4, [4, 2]), (3, [3, 3])):
+        free = 6 * kept + share * fitting * of_prompt
+        batches, same_logits, same = run(free)
+        assert batches == wanted
+        torch.testing.assert_close(same_logits, logits, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(same.norms(), ra.norms(), rtol=1e-4, atol=1e-7)
+        batches, *_ = run(free - 1)
+        assert batches[0] == fitting - 1
+
+
+def test_auto_runs_one_at_a_time_where_nothing_is_sure_to_fit(shared, monkeypatch):
+    model, sizes = shared("gpt2", KINDS[0]), []
+    hook = ("hook_embed", lambda x, hook: sizes.append(len(x)))
+    options = {"target": TARGET, "store": "norms", "batch_size": "auto", "progress": False}
+    monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device: GRAPH)
+    run_with_ra(model, IDS, fwd_hooks=[hook], **options)
+    assert sizes == [1, 1]
+    monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device: GRAPH - 1)
+    with pytest.raises(NotEnoughMemory, match="for 1 prompts"):
+        run_with_ra(model, IDS, **options)
+
+
+def test_auto_is_the_only_word(shared, request):
+    if request.config.getoption("--check-shapes"):
+        pytest.skip("the annotation says so first")
+    with pytest.raises(BadInput, match=r"found batch_size='half'; give a whole number"):
+        run_with_ra(shared("gpt2", KINDS[0]), IDS, target=TARGET, batch_size="half")
 
 
 class Copies(TorchDispatchMode):

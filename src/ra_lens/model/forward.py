@@ -32,6 +32,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ra_lens.tensors import sent
+
 # Hook points that what the last MLP gives has not reached, by how their names begin.
 _BEFORE = ("blocks.", "embed.", "pos_embed.", "hook_embed", "hook_pos_embed")
 
@@ -118,7 +120,7 @@ def at_columns(
 def _index(positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Index of `positions`, one row of them per row of `x`, on the device of `x`."""
     rows = torch.arange(positions.shape[0], device=x.device)
-    return rows.unsqueeze(1), positions.to(x.device)
+    return rows.unsqueeze(1), sent(positions, x.device)
 
 
 Function = Callable[[Tensor], Tensor]

@@ -39,6 +39,7 @@ from ra_lens.model.guards import (
 )
 from ra_lens.model.sites import Site, Sites
 from ra_lens.model.tokens import Tokens
+from ra_lens.tensors import sent
 
 ModelKind = Literal["HookedTransformer", "TransformerBridge"]
 # A language model; a masked one, as BERT; an encoder-decoder, as T5.
@@ -254,12 +255,12 @@ class Lens(Tokens):
                 )
             options = {"decoder_input": tokens}
             if not bool(attention_mask.all()):
-                options["decoder_attention_mask"] = attention_mask.long()
+                options["decoder_attention_mask"] = sent(attention_mask.long(), tokens.device)
             tokens, attention_mask = encoded
         if past is not None:
             options.update(past)
         elif self._guesses_mask or not bool(attention_mask.all()):
-            options["attention_mask"] = attention_mask.long()
+            options["attention_mask"] = sent(attention_mask.long(), tokens.device)
         # A backward pass puts back what was kept when it is over.
         kept = nullcontext() if torch.is_grad_enabled() else self.tensors_put_back()
         with kept:
@@ -453,9 +454,9 @@ class Lens(Tokens):
         def at_scores(_module: nn.Module, args: tuple[Any, ...]) -> None:
             scores: Tensor = args[0]
             if scores.requires_grad:
+                # Whether there are any is not asked: a GPU would have to be waited for.
                 dead = scores.detach().isneginf().all(dim=-1, keepdim=True)
-                if bool(dead.any()):
-                    scores.register_hook(lambda grad: grad.masked_fill(dead, 0.0))
+                scores.register_hook(lambda grad: grad.masked_fill(dead, 0.0))
 
         with ExitStack() as stack:
             for site in self.sites.values():
