@@ -21,6 +21,7 @@ NAMES = (
     "peers",
     "memory",
     "recompute",
+    "long_prompts",
     "vectors",
     "mediation",
     "perturbation",

@@ -19,10 +19,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maps": {"store": "maps"},
     "norms": {"store": "norms"},
     "norms, recompute": {"store": "norms", "recompute": True},
-    "norms, recompute, 64 rows": {"store": "norms", "recompute": True, "query_rows": 64},
-    "norms, recompute, 256 rows": {"store": "norms", "recompute": True, "query_rows": 256},
     "maps, recompute": {"store": "maps", "recompute": True},
 }
+LONG: dict[str, dict[str, Any]] = {
+    "whole maps": {"store": "norms", "recompute": True, "query_rows": 2**40},
+    "blocks of 64 rows": {"store": "norms", "recompute": True, "query_rows": 64},
+    "blocks as chosen": {"store": "norms", "recompute": True},
+}
+"""What `benchmarks.long_prompts` runs: a layer's attention in one block, and in several."""
 ROUTES = {
     FORWARD: "forward pass, no_grad",
     BARE: "bare forward and backward pass",
@@ -57,7 +61,7 @@ def one(kind: str, tokens: int, route: str, shape: dict[str, Any]) -> dict[str, 
             with model.hooks(fwd_hooks=[("hook_embed", leaf)]):
                 (-model(ids)[:, -1].log_softmax(-1)[:, 5].sum()).backward()
             return None
-        return run_with_ra(model, ids, target=5, **OPTIONS[route])
+        return run_with_ra(model, ids, target=5, **(OPTIONS | LONG)[route])
 
     with estimated() as estimates:
         run(ids[:, :8])  # what is loaded or allocated once
@@ -131,7 +135,7 @@ def apart(kind: str, tokens: int, route: str, **shape: Any) -> dict[str, float]:
 
 
 def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
-    """Peaks on 1 × 1,024 tokens; then one prompt of 4,096 tokens on the rotary shape."""
+    """Peaks on 1 × 1,024 tokens."""
     from statistics import median
 
     from benchmarks.timing import ratio_spread
@@ -160,26 +164,12 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
                     median(r["seconds"] for r in runs[route]),
                 ]
             )
-        if not quick:
-            long = apart(kind, 4096, "norms, recompute", rotary=True, n_ctx=4096)
-            rows.append(
-                [
-                    kind,
-                    "1 × 4096, rotary",
-                    ROUTES["norms, recompute"],
-                    long["peak"] / 1e6,
-                    None,
-                    None,
-                    long["estimate"] / 1e6,
-                    long["seconds"],
-                ]
-            )
     return {
         "title": "Peak memory",
         "how": (
             "GPT-2 small's shape, float32. Resident memory at its highest during the run, less "
             "that of the loaded and warmed-up process; each run in a process of its own, medians "
-            f"of {n} rounds, interleaved (the rotary shape: one run). Base: a bare forward and "
+            f"of {n} rounds, interleaved. Base: a bare forward and "
             "backward pass of the same model to its embedding, parameters frozen, nothing kept. "
             "The spread is that of the ratio within a round. The estimate is the lower bound that "
             "is checked before a run."

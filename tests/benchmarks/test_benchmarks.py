@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     engine,
     growth,
+    long_prompts,
     memory,
     models,
     overhead,
@@ -153,6 +154,32 @@ def test_peaks_have_the_spread_of_their_rounds(monkeypatch):
     n, bare = len(memory.ROUTES), list(memory.ROUTES).index(memory.BARE) + 1
     for i, found in enumerate(spreads(table), start=1):
         assert found == pytest.approx(sorted((i / bare, (i + n) / (bare + n))), abs=0.006)
+
+
+def test_long_prompts_run_in_blocks_and_shorter_ones_with_whole_maps_too(monkeypatch):
+    ran = []
+
+    def apart(kind, tokens, route, **shape):
+        ran.append((tokens, route))
+        return {"peak": 2e6, "seconds": 1.0, "estimate": 1e6}
+
+    monkeypatch.setattr(long_prompts, "apart", apart)
+    table = long_prompts.measure(rounds=1, quick=True)
+    assert ran == [(tokens, route) for tokens in (32, 64) for route in memory.LONG]
+    assert [row[1:] for row in table["rows"]] == [[*of, 2.0, 1.0, 1.0] for of in ran]
+    ran.clear()
+    long_prompts.measure(rounds=1)
+    assert max(tokens for tokens, route in ran if route == "whole maps") == 4096
+    assert max(tokens for tokens, _ in ran) == 8192
+
+
+@pytest.mark.every_model
+def test_a_long_prompt_takes_less_memory_in_blocks():
+    shape = {"n_layer": 2, "n_head": 4, "width": 24, "n_vocab": 50, "rotary": True, "n_ctx": 1024}
+    kind = KINDS[0]
+    peaks = [memory.apart(kind, 1024, name, **shape)["peak"] for name in list(memory.LONG)[:2]]
+    assert peaks[0] > 4 * 1024**2 * 4  # a whole map
+    assert peaks[1] < peaks[0] / 2
 
 
 def test_starts_have_the_spread_of_their_rounds(monkeypatch):
