@@ -338,6 +338,18 @@ def test_a_run_that_was_stopped_gives_the_identical_result(demo, tmp_path, monke
         patching_ablations(demo, "capitalize", out=out, **other)
 
 
+def test_a_folder_of_cells_holds_what_one_process_gives(demo, tmp_path):
+    tasks, options = ["capitalize", "singular-plural"], {**SMALL, "at_least": 30, "n_test": 2}
+    options["ablations"] = ["transfer"]
+    whole = patching_ablations(demo, tasks, **options)
+    half = patching_ablations(demo, tasks, **options, out=tmp_path / "cells", part="1/2")
+    assert 0 < len(half) < len(whole)
+    both = patching_ablations(demo, tasks, **options, out=tmp_path / "cells")
+    columns = ["task", "variant", "question", "scale", "top1", "logit_diff", "kl", "top1_same"]
+    pd.testing.assert_frame_equal(both[columns], whole[columns])
+    assert set(whole.variant) >= {f"maps of {task}_len_6_1" for task in tasks}
+
+
 def test_a_row_for_each_question_or_their_mean(demo):
     options = {**SMALL, "ablations": ["sign"], "n_mean": 2}
     each = patching_ablations(demo, "capitalize", **options)

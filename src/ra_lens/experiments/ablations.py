@@ -47,7 +47,6 @@ from ra_lens.experiments.variants import (
     Ablation,
     Change,
     Material,
-    Variant,
     materials_of,
     thirds,
 )
@@ -207,18 +206,17 @@ def patching_ablations(
         for cell in cells:
             need_one_length(cell)
         material = materials_of(cells)
-        variants = {cell: list(material[cell].variants()) for cell in cells}
+        counts = [len(list(of.variants())) for of in material.values()]
         _tell_left_out(material.values())
-        steps = 1 + max(map(len, variants.values())) * len(settings["scales_from"])
         return run.frame(
             "Ablations",
             cells,
-            lambda cell: _rows(material[cell], variants[cell]),
-            steps=steps,
+            lambda cell: _rows(material[cell.task.name, cell.shots].of(cell)),
+            steps=1 + max(counts) * len(settings["scales_from"]),
         )
 
 
-def _rows(of: Material, variants: Sequence[Variant | None]) -> Iterator[list[Row]]:
+def _rows(of: Material) -> Iterator[list[Row]]:
     """Give the rows of the unpatched model, and of each variant at each of its scales."""
     cell = of.cell
     front = cell.run.protocol.prepend_bos
@@ -226,7 +224,7 @@ def _rows(of: Material, variants: Sequence[Variant | None]) -> Iterator[list[Row
     found = cell.unit("none", partial(_measured, cell, text, ()))
     names = dict.fromkeys(("ablation", "map", "scale_from"), "none")
     yield _told(cell, found, variant="unpatched", **names)
-    for variant in variants:
+    for variant in of.variants():
         # The same maps serve for each way to find their scale, and then are let go.
         change = None if variant is None else cache(variant.change)
         for scale_from in cell.run.settings["scales_from"]:

@@ -9,7 +9,7 @@ as `patch_hooks(align="right")` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -65,6 +65,10 @@ class Material:
     others: Mapping[str, Material]
     left_out: list[str] = field(default_factory=list[str])
     _kept: dict[object, LearnedMaps] = field(default_factory=dict[object, LearnedMaps])
+
+    def of(self, cell: Cell) -> Material:
+        """Give the material of the same cell in another's hands, as a grid gives it."""
+        return replace(self, cell=cell, left_out=[])
 
     @property
     def learned(self) -> LearnedMaps:
@@ -140,7 +144,7 @@ class Material:
     def _transfer(self) -> Iterator[Variant | None]:
         for task in self.tasks:
             other = self.others[task]
-            if other is self:
+            if task == self.cell.task.name:
                 yield None
             elif other.n_tokens > self.n_tokens:
                 self.left_out.append(
@@ -237,14 +241,15 @@ class Material:
         return len(run.lens.encode(prompt.text, prepend_bos=run.protocol.prepend_bos))
 
 
-def materials_of(cells: Sequence[Cell]) -> dict[Cell, Material]:
-    """Give what the variants of each cell are made of."""
+def materials_of(cells: Sequence[Cell]) -> dict[tuple[str, int], Material]:
+    """Give what the variants of each cell are made of, by task and number of demonstrations."""
     tasks = list(dict.fromkeys(cell.task.name for cell in cells))
     by_shots: dict[int, dict[str, Material]] = {}
-    found: dict[Cell, Material] = {}
+    found: dict[tuple[str, int], Material] = {}
     for cell in cells:
         others = by_shots.setdefault(cell.shots, {})
-        found[cell] = others[cell.task.name] = Material(cell, tasks, others)
+        material = Material(cell, tasks, others)
+        found[cell.task.name, cell.shots] = others[cell.task.name] = material
     return found
 
 
