@@ -62,8 +62,8 @@ def token_scores(
             one with `vectors=["value"]`.
 
     Returns:
-        A score for each column of the maps; 0 at padding and after the query. Larger: more. No
-        batch dimension where the cache has none.
+        A score for each column of the maps, larger where it counts for more; 0 at padding and after
+        the query. No batch dimension where the cache has none.
 
     Raises:
         BadInput: an unknown method, a token that is not there, `"value_norm"` without a model, or

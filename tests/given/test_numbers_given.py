@@ -139,7 +139,7 @@ WRONG = [
     (
         patching_sweep,
         {"kinds": np.array(["ra", "fa"])},
-        "give 'ra', 'pattern', 'shuffled', 'grad' or several",
+        "give 'ra', 'pattern', 'shuffled', 'grad', 'centred_grad', 'a_grad' or several",
     ),
 ]
 
