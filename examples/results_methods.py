@@ -25,9 +25,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
+import methods_tables as tables
+import pandas as pd
 import torch
 import typer
 
+from pages import markdown, refresh
 from ra_lens import load_demo_model, load_model, load_task, perturbation_test
 from ra_lens.experiments import circuit_test, head_effect_table, read_results
 from ra_lens.experiments.circuits import CIRCUIT_METHODS
