@@ -26,7 +26,7 @@ LARGEST = 2**26
 """Entries of a block of a map, of all heads and prompts of a batch, where nothing else is said."""
 
 _TOKENS, _ROWS = 7, 3  # of the prompt that runs both ways
-_WITHIN = 1e-4  # of the largest entry of a map
+_WITHIN = 1e-4  # of the largest entry of a map; in half precision some roundings
 _seen: weakref.WeakKeyDictionary[nn.Module, dict[object, str]] = weakref.WeakKeyDictionary()
 
 
@@ -97,10 +97,11 @@ def _compare(lens: Lens) -> str:
         return str(error).rstrip(".")
     except Exception as error:  # the model's own, for which it was not made
         return f"its forward pass raises {type(error).__name__} so ({error})"
+    within = max(_WITHIN, 8 * torch.finfo(lens.dtype).eps)
     for name, whole in plain.items():
         # Only G is a number at later keys, which a block's queries do not meet.
         off = float((blockwise[name] - whole).tril().abs().max())
-        if not off <= _WITHIN * float(whole.abs().max()):
+        if not off <= within * float(whole.abs().max()):
             return f"on {_TOKENS} tokens {name} comes out otherwise, by {off:.2g}"
     return ""
 

@@ -50,6 +50,14 @@ def test_in_float64_they_are_equal_to_the_last_digits(kind, shared):
     assert relative(blockwise.norms(), plain.norms()) < 1e-13
 
 
+@pytest.mark.parametrize("kind", ANY_KIND)
+def test_half_precision_rounds_and_is_not_refused(kind, shared):
+    model = shared("llama", kind, dtype=torch.bfloat16)
+    plain = run_with_ra(model, IDS, target=TARGET)[1]
+    blockwise = run_with_ra(model, IDS, target=TARGET, **NORMS, query_rows=3)[1]
+    assert relative(blockwise.norms(), plain.norms()) < 0.05
+
+
 class Largest(TorchDispatchMode):
     """Notes the most entries of any tensor made that has a row for each head and query."""
 
