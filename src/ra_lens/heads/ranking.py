@@ -305,7 +305,7 @@ def one_run_method(
     return register
 
 
-def _check_name(name: str, split: Part) -> None:
+def _check_name(name: str, split: object) -> None:
     if not name:
         raise BadInput("found an empty name for a ranking method; give it one, such as 'mine'.")
     one_of("split", split, ("train", "valid"), where=f" for method {name!r}")
@@ -528,7 +528,7 @@ def scores_by(
 
 def ranking_context(
     model: nn.Module,
-    prompts: Iterable[Prompt],
+    prompts: object,
     *,
     seed: Whole = 0,
     draw: Whole = 0,
