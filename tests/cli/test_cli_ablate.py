@@ -18,6 +18,7 @@ COMMAND = ["ablate-patch", "-t", "capitalize", "--ablations", "heads", "sign", "
            "--head-shares", "0.25", "--methods", "index", "-q"]  # fmt: skip
 
 
+@pytest.mark.every_model
 def test_ablate_patch_prints_the_effects_and_goes_on_from_its_results(tmp_path: Path) -> None:
     out = tmp_path / "a.parquet"
     result = call(*COMMAND, "--out", str(out))

@@ -27,7 +27,31 @@ NOT_RUN = {
 """All that does not run: a model hub is out of reach of the tests."""
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+LONG = (
+    "docs/guides/ranking.md",
+    "docs/guides/reading.md",
+    "docs/guides/patching.md",
+    "docs/guides/bridge.md",
+    "docs/guides/vectors.md",
+    "docs/guides/large-models.md",
+    "docs/knockouts.md",
+    "docs/methods.md",
+    "docs/patching-ablations.md",
+)
+"""Pages whose code and commands take half a second and more: left to CI."""
+
+
+def place(case: tuple[Block, list[str]]) -> str:
+    return f"{case[0].page}: {' '.join(case[1])[:40]}"
+
+
+def marks(page: str) -> Any:
+    return [pytest.mark.every_model] if page in LONG else ()
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=marks(name_of(page)), id=name_of(page)) for page in WITH_CODE]
+)
 def test_the_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
@@ -104,16 +128,19 @@ def offline(block: Block, words: list[str]) -> bool:
     )
 
 
-def place(case: tuple[Block, list[str]]) -> str:
-    return f"{case[0].page}: {' '.join(case[1])[:40]}"
-
-
 def test_the_command_line_knows_every_command_shown():
     for case in COMMANDS:
         assert parsed(case[1]), place(case)
 
 
-@pytest.mark.parametrize("case", [case for case in COMMANDS if offline(*case)], ids=place)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=marks(case[0].page), id=place(case))
+        for case in COMMANDS
+        if offline(*case)
+    ],
+)
 def test_commands_that_need_no_network_run(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call(*case[1])

@@ -120,6 +120,7 @@ def test_a_range_of_all_layers_is_the_whole_map(demo):
     assert some.logit_diff.tolist() != whole.logit_diff.tolist()
 
 
+@pytest.mark.every_model
 def test_maps_of_a_task_on_itself_are_its_own(demo):
     task = load_task("capitalize")
     twin = Task(
@@ -139,6 +140,7 @@ def test_maps_of_a_task_on_itself_are_its_own(demo):
 # ---- by hand ------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_model
 def test_rows_signs_and_layers_by_hand(demo, split, mean):
     frame = patching_ablations(demo, "capitalize", ablations=["layers", "rows", "sign"], **SMALL)
     ra = mean.by_layer("ra")
@@ -187,6 +189,7 @@ def test_the_first_heads_and_the_others_are_the_whole_map(demo, split, mean):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.every_model
 def test_fewer_questions_and_maps_of_prompts_with_examples_by_hand(demo, split):
     options = {"ablations": ["prompts", "shots"], "from_shots": 2, **SMALL}
     frame = patching_ablations(demo, "capitalize", n_prompts=[1, 2], **options)
@@ -231,6 +234,7 @@ def test_shorter_maps_lie_at_the_end_and_longer_ones_are_left_out(demo, split, m
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.every_model
 def test_the_best_scale_of_each_is_found_on_the_training_questions(demo, split, mean):
     tried = [-3, -60]
     options = {"ablations": ["rows"], "scales": ["best", "paper"], "tried": tried, **SMALL}
@@ -338,6 +342,7 @@ def test_a_run_that_was_stopped_gives_the_identical_result(demo, tmp_path, monke
         patching_ablations(demo, "capitalize", out=out, **other)
 
 
+@pytest.mark.every_model
 def test_a_folder_of_cells_holds_what_one_process_gives(demo, tmp_path):
     tasks, options = ["capitalize", "singular-plural"], {**SMALL, "at_least": 30, "n_test": 2}
     options["ablations"] = ["transfer"]

@@ -22,7 +22,7 @@ from ra_lens.experiments.journal import journal_path
 from ra_lens.heads import head_effects, rank_heads, ranking, ranking_method
 from ra_lens.tasks import Pair, Task, with_corrupted
 from refused import unchecked
-from tiny_models import ANY_KIND, KINDS, N_HEADS, N_LAYERS
+from tiny_models import ANY_KIND, KINDS, N_HEADS, N_LAYERS, every_model
 from tiny_questions import TASK
 
 METHODS = ["zero", "atp", "nap", "cm2", "random"]
@@ -78,7 +78,7 @@ def test_scores_and_effects_stand_beside_each_other(kind, fresh):
     pd.testing.assert_frame_equal(without_seconds(table), without_seconds(wanted))
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("ending", ["parquet", *every_model("csv")])
 def test_a_run_that_was_killed_goes_on_and_is_summed_up_from_its_file(ending, own, fresh, tmp_path):
     class Killed(Exception):
         pass

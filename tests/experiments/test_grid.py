@@ -182,6 +182,7 @@ def test_parts_share_a_grid_and_no_cell_is_in_two(toy, tmp_path, counted):
     assert sorted(cell.name for cell in shares) == sorted(cell.name for cell in grid.cells)
 
 
+@pytest.mark.every_model
 def test_an_address_is_a_folder_too(toy, tmp_path):
     wanted = perturbed(toy, None)
     fs, where = fsspec.filesystem("memory"), "memory://grids/one"
@@ -270,6 +271,7 @@ def test_warnings_of_cells_are_given_once(toy, tmp_path):
     assert told.count("heads are few") == 1
 
 
+@pytest.mark.every_model
 def test_the_commands_share_a_grid_and_tell_how_far_it_is(tmp_path, monkeypatch, toy):
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: toy)
     monkeypatch.setattr("ra_lens.cli.experiments.Setup.tasks", lambda _: [knowing_task()])

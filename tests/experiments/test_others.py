@@ -90,6 +90,7 @@ def test_masked_heads_get_what_they_gave_on_the_twin(arch, kind, shared, folder)
     assert abs(none - every).max() > 1e-3
 
 
+@pytest.mark.every_model
 @pytest.mark.parametrize("kind", ANY_KIND)
 def test_masked_heads_get_their_mean_over_all_tokens_of_the_ranking_questions(kind, shared, folder):
     model, reference = shared("gpt2", kind), HFHeads(folder("gpt2"))
