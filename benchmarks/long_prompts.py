@@ -12,8 +12,7 @@ from typing import Any
 from benchmarks.memory import LONG, apart, one
 from ra_lens.model import available_kinds
 
-_LENGTHS = (1024, 2048, 4096, 8192)
-_WHOLE_UP_TO = 4096  # beyond it a layer's whole maps take several GB, four or five at a time
+_LENGTHS = (1024, 2048, 4096)
 _VOCAB = 1000  # words, so that the unembedding does not hide what attention takes
 
 
@@ -33,7 +32,6 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
                     found["seconds"],
                 ]
                 for route in LONG
-                if route != "whole maps" or tokens <= _WHOLE_UP_TO
                 for found in [apart(kind, tokens, route, **shape, n_ctx=tokens)]
             ]
     return {
