@@ -17,7 +17,7 @@ with all tables there it only writes the page. `--results` names another folder,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -148,12 +148,8 @@ def _suffice(job: Job) -> None:
 
 def _head_only(job: Job) -> None:
     """Give all heads what they give on the twin and bring them back."""
-    n_heads = sum(1 for _ in _of_heads(job))
+    n_heads = len(read_results(job.beside("effects"))[["layer", "head"]].drop_duplicates())
     _bring_back(job, others="resample", heads_kept=[k for k in KEPT if k < n_heads])
-
-
-def _of_heads(job: Job) -> Iterable[Any]:
-    return read_results(job.beside("effects"))[["layer", "head"]].drop_duplicates().index
 
 
 def _bring_back(job: Job, **options: Any) -> None:
