@@ -1,4 +1,4 @@
-"""Peak memory of a run over the loaded model, each in a process of its own.
+"""Peak memory of a run over the loaded model, each in a process of its own; on Linux.
 
 python -m benchmarks.memory TransformerBridge 1024 maps
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+RESET = Path("/proc/self/clear_refs")  # Linux's own
 
 BARE, FORWARD = "bare", "forward"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -91,35 +93,23 @@ def estimated() -> Generator[list[int], None, None]:
 
 
 def _peak(run: Callable[[], object]) -> tuple[float, float]:
-    """Largest resident memory while `run` runs, less that before, in bytes; and its seconds."""
-    import psutil
+    """Largest resident memory while `run` runs, less that before, in bytes; and its seconds.
 
-    process = psutil.Process()
-    before = highest = process.memory_info().rss
-    done = threading.Event()
+    Linux keeps the mark itself, so that nothing is missed on a busy machine.
+    """
+    RESET.write_text("5")  # the mark falls to what is resident
+    before = _highest_resident()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    return _highest_resident() - before, seconds
 
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.002):
-            highest = max(highest, process.memory_info().rss)
 
-    @contextmanager
-    def watching() -> Generator[None, None, None]:
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    with watching():
-        start = time.perf_counter()
-        kept = run()
-        seconds = time.perf_counter() - start
-        highest = max(highest, process.memory_info().rss)
-    del kept
-    return highest - before, seconds
+def _highest_resident() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024.0 * int(line.split()[1])
+    raise OSError("this kernel keeps no mark of the highest resident memory (VmHWM).")
 
 
 def apart(kind: str, tokens: int, route: str, **shape: Any) -> dict[str, float]:
