@@ -339,11 +339,18 @@ class _Run:
         return result
 
     def _batch(self, read: _Read, bound: Loss, *, unpadded: bool = False) -> BatchResult:
-        """Run a batch forwards and backwards; again where float16 cannot hold its gradients."""
+        """Run a batch forwards and backwards; again where float16 cannot hold its gradients.
+
+        What is checked is read when all of it is under way, so that a GPU is waited for once.
+        """
         while True:
-            result, at_logits = self._differentiate(read, bound, unpadded=unpadded)
+            result, checks = self._differentiate(read, bound, unpadded=unpadded)
             of_layers = self.recorder.largest_gradients()
-            *norms, reached = read_numbers([*of_layers.values(), at_logits])
+            nan, infinite, reached, *norms = read_numbers([*checks, *of_layers.values()])
+            if nan:
+                self.lens.refuse_nan(result.logits)
+            if infinite:
+                _refuse_infinite(result.loss)
             largest = dict(zip(of_layers, norms, strict=True))
             if all(map(math.isfinite, largest.values())) or not self.scaling.lower():
                 break
@@ -358,8 +365,12 @@ class _Run:
 
     def _differentiate(
         self, read: _Read, bound: Loss, *, unpadded: bool
-    ) -> tuple[BatchResult, Tensor]:
-        """Hand maps to the recorder; gives the largest gradient at the logits beside the rest."""
+    ) -> tuple[BatchResult, list[Tensor]]:
+        """Hand maps to the recorder; gives what is to be checked beside the rest.
+
+        That is whether logits read are NaN, whether a loss is infinite or NaN, and the largest
+        gradient at the logits.
+        """
         lens = self.lens
         layout, encoder_layout = read.lay_out(lens)
         batch, encoded = layout, encoder_layout
@@ -404,21 +415,19 @@ class _Run:
                 self.recorder.receive_vectors(site, found, sides)
         kept = (logits if self.every else at_read).detach().to(self.recorder.device)
         starts = (encoder_layout or layout).starts
-        reached = at_logits[0] / scale if at_logits else torch.zeros(())
-        return BatchResult(kept, loss.detach(), starts, bound.targets), reached
+        checks = [
+            at_read.detach().isnan().any(),
+            ~loss.detach().isfinite().all(),
+            at_logits[0] / scale if at_logits else torch.zeros(()),
+        ]
+        return BatchResult(kept, loss.detach(), starts, bound.targets), checks
 
     def _loss(self, bound: Loss, given: Tensor, at_read: Tensor) -> Tensor:
-        """The loss of logits; it and they are read together, which a GPU is waited for once."""
         try:
-            loss = _shaped_loss(bound, given, len(given))
+            return _shaped_loss(bound, given, len(given))
         except Exception:
             self.lens.refuse_nan(at_read)  # what a metric stumbles over
             raise
-        nan, finite = at_read.detach().isnan().any(), loss.detach().isfinite().all()
-        if read_numbers([nan, ~finite]) != [False, False]:
-            self.lens.refuse_nan(at_read)
-            _refuse_infinite(loss)
-        return loss
 
     @torch.no_grad()
     def _logits(self, read: _Read) -> Float[Tensor, "group pos d_vocab"]:

@@ -1,8 +1,9 @@
-"""A run waits for its device as often as it says: numbers are read together, at two places."""
+"""A run waits for its device as often as it says: numbers are read together, once a batch."""
 
 from __future__ import annotations
 
 import linecache
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def test_no_number_is_read_alone(options, kind, shared):
 def test_padding_reads_none_either(side, kind, shared):
     model = shared("gpt2", kind)
     assert reads(lambda: run_with_ra(model, RAGGED, target=8, padding_side=side)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_checked_is_read_once_a_batch(kind, shared, monkeypatch):
+    model = shared("gpt2", kind)
+    run, read = vars(sys.modules["ra_lens.run"]), []
+
+    def noted(values):
+        read.append(len(values))
+        return read_numbers(values)
+
+    monkeypatch.setitem(run, "read_numbers", noted)
+    run_with_ra(model, random_ids(4, 7), target=8, batch_size=2, progress=False)
+    checks = 3  # logits, loss and the gradient at the logits
+    assert read == [checks + model.cfg.n_layers] * 2
 
 
 def test_a_number_that_is_read_is_seen(shared):
