@@ -142,6 +142,11 @@ def write_methods_page(found: pd.DataFrame, path: str | Path) -> Path:
             "loss rises (left panels) or by how much it changes either way (right panels).",
         ),
         figures=(("", (method_agreement(found),)),),
+        notes=(
+            "Dotted: how well the effects on one half of the prompts agree with those on the other "
+            "half. Bar, where there is one cell only: 90 % interval over its prompts; else the "
+            "small markers are the cells.",
+        ),
     )
     return _write("Ranking methods", found, [section], path)
 
