@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ra_lens import RACache, load_demo_model, load_model, load_task, run_with_ra
 from ra_lens.knockouts.edges import find_text
 from ra_lens.model import as_lens
-from ra_lens.token_scores import token_scores
+from ra_lens.token_scores import TOKEN_METHODS, token_scores
 
 STEPS = 20  # of integrated gradients
 
@@ -123,16 +123,15 @@ def integrated_gradients(model: Any, ids: Tensor, target: int) -> Float[Tensor, 
     return found.sum(dim=-1)[0].detach()
 
 
-def of_maps(ra: RACache) -> dict[str, Float[Tensor, "pos"]]:
+def of_maps(model: nn.Module, ra: RACache) -> dict[str, Float[Tensor, "pos"]]:
     """What maps of one prompt give each token, larger where it is to be looked at."""
-    scores: dict[str, Tensor] = {
-        kind: token_scores(ra, method=kind)[0] for kind in ("ra", "knockout", "pattern", "rollout")
-    }
+    scores = {kind: token_scores(ra, method=kind, model=model)[0] for kind in TOKEN_METHODS}
     return {
         "−R": scores["ra"],
         "knockout": scores["knockout"],
         "−A·G": ra.flow(by="cut")[0].sum(dim=0),
         "A": scores["pattern"],
+        "A‖v W_O‖": scores["value_norm"],
         "rollout": scores["rollout"],
         "Chefer": chefer(ra.stack("pattern")[:, 0], ra.stack("pattern_grad")[:, 0]),
     }
@@ -147,12 +146,14 @@ def measure(
     """One row per question and method: whether it hits; `chance` is a token drawn at random."""
     rows: list[dict[str, Any]] = []
     for one in asked:
-        _, ra = run_with_ra(model, one.text, target=one.target, prepend_bos=front, progress=False)
+        _, ra = run_with_ra(
+            model, one.text, target=one.target, vectors=["value"], prepend_bos=front, progress=False
+        )
         assert ra.info.str_tokens is not None
         first = 1 if ra.info.prepended else 0
         evidence = find_text("evidence", one.evidence, ra.info.str_tokens[0])
         ids = torch.tensor([as_lens(model).encode(one.text, prepend_bos=front)])
-        scores = of_maps(ra)
+        scores = of_maps(model, ra)
         scores["input × gradient"] = input_times_gradient(model, ids, one.target)
         if captum:
             scores["integrated gradients"] = integrated_gradients(model, ids, one.target)
