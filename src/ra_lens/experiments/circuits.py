@@ -42,7 +42,7 @@ from ra_lens.experiments.journal import Journal, as_frame, finished_results, ope
 from ra_lens.experiments.runner import Row, read_methods, refuse_hooks
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.heads import HeadScores, head_effects, known_heads, localisation_scores, rank_heads
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.model.sites import every_head
 from ra_lens.numbers import Real, Whole, real, whole

@@ -39,7 +39,8 @@ from ra_lens.experiments.runner import (
 from ra_lens.heads import head_effects
 from ra_lens.heads.ablation import ABLATIONS, Ablation
 from ra_lens.heads.agreement import EFFECT, LOGIT_DIFF, SCORE, SECONDS, faithfulness
-from ra_lens.heads.ranking import find_method, ranking_context, scores_by
+from ra_lens.heads.ranking import ranking_context, scores_by
+from ra_lens.heads.registry import find_method
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Real, Whole, Wholes, whole
 from ra_lens.patching.masking import need_heads

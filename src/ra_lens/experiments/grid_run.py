@@ -30,7 +30,7 @@ from ra_lens.experiments.engines import (
 from ra_lens.experiments.facts import model_facts
 from ra_lens.experiments.grid import Failure, Grid, GridCell
 from ra_lens.experiments.journal import Journal, differences
-from ra_lens.heads.ranking import RankingMethod, find_method, use_method
+from ra_lens.heads.registry import RankingMethod, find_method, use_method
 from ra_lens.memory import worker_memory
 from ra_lens.model import Lens, as_lens
 from ra_lens.model.source import ModelSource, source_of

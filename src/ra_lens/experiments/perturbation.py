@@ -52,7 +52,7 @@ from ra_lens.experiments.runner import (
     read_some,
     read_tasks,
 )
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import (
     Real,

@@ -29,7 +29,7 @@ from ra_lens.experiments.runner import (
     read_tasks,
 )
 from ra_lens.heads import HeadScores
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.numbers import Whole, Wholes, whole
 from ra_lens.tasks import Demonstrations, SplitRule

@@ -39,7 +39,7 @@ from ra_lens.experiments.journal import Journal, as_frame, finished_results, ope
 from ra_lens.files import names_a_folder
 from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ablation import ABLATIONS
-from ra_lens.heads.ranking import Part, find_method, find_methods
+from ra_lens.heads.registry import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
 from ra_lens.numbers import Whole, Wholes, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions

@@ -45,7 +45,8 @@ from ra_lens.heads.each_head import (
     check_zeroing,
     kept,
 )
-from ra_lens.heads.ranking import Passes, RankingContext, ranking_context, ranking_method
+from ra_lens.heads.ranking import ranking_context
+from ra_lens.heads.registry import Passes, RankingContext, ranking_method
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import FwdHooks, PrependBos, spell_layers
 from ra_lens.numbers import Whole
