@@ -32,8 +32,7 @@ from ra_lens.experiments import (
 )
 from ra_lens.experiments.engines import Request, compute_on_ray
 from ra_lens.experiments.grid import read_grid
-from ra_lens.heads import ranking as registry
-from ra_lens.heads import ranking_method
+from ra_lens.heads import ranking_method, registry
 from ra_lens.memory import worker_memory
 from ra_lens.model import as_lens
 from ra_lens.model.source import source_of
@@ -274,7 +273,7 @@ def test_warnings_of_cells_are_given_once(toy, tmp_path):
 @pytest.mark.every_model
 def test_the_commands_share_a_grid_and_tell_how_far_it_is(tmp_path, monkeypatch, toy):
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: toy)
-    monkeypatch.setattr("ra_lens.cli.experiments.Setup.tasks", lambda _: [knowing_task()])
+    monkeypatch.setattr("ra_lens.cli.setup.Setup.tasks", lambda _: [knowing_task()])
     out, table, whole = (str(tmp_path / name) for name in ("grid", "t.parquet", "w.parquet"))
     command = ["perturb", "-t", "three-on", "--shots", "0", "1", "--methods", "ra", "index"]
     command += ["--n-rank", "2", "--n-test", "2", "--step", "0.5", "-q", "-o"]
@@ -318,7 +317,7 @@ def test_the_commands_share_a_grid_and_tell_how_far_it_is(tmp_path, monkeypatch,
 def test_a_command_whose_cells_fail_exits_with_4(toy, tmp_path, monkeypatch, counted):
     method, asked, refusing = counted
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: toy)
-    monkeypatch.setattr("ra_lens.cli.experiments.Setup.tasks", lambda _: [knowing_task()])
+    monkeypatch.setattr("ra_lens.cli.setup.Setup.tasks", lambda _: [knowing_task()])
     refusing.update(pair.input for pair in knowing_task().pairs)
     command = ["rank", "-t", "three-on", "--shots", "0", "--methods", method, "index", "-q"]
     failed = call(*command, "--n-rank", "1", "-o", str(tmp_path / "grid"))

@@ -16,9 +16,9 @@ from ra_lens.heads import (
     RankingContext,
     RankingMethod,
     rank_heads,
-    ranking,
     ranking_method,
     ranking_methods,
+    registry,
 )
 from ra_lens.tasks import Prompt
 from refused import unchecked
@@ -38,7 +38,7 @@ BUILT_IN = [
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 @pytest.fixture
