@@ -28,6 +28,7 @@ from ra_lens.experiments import (
     patching_sweep,
     perturbation_test,
     rank_tasks,
+    read_results,
     write_results,
 )
 from ra_lens.experiments.engines import Request, compute_on_ray
@@ -397,6 +398,53 @@ def test_wrong_engines_and_parts_are_refused(toy, tmp_path, ray_seems_there):
         ),
     ]:
         assert message in refused_line("perturb", "-t", "antonym", "-q", *words)
+
+
+def test_how_many_rows_fit_is_no_matter_of_the_results(toy, tmp_path, counted, monkeypatch):
+    method, asked, _ = counted
+    run = partial(perturbed, toy, methods=[method])
+    wanted = run(tmp_path / "grid")
+    (tmp_path / "grid" / names(tmp_path / "grid")[1]).unlink()
+    before = len(asked)
+    mixed = run(tmp_path / "grid", batch_size="auto")  # goes on with it
+    assert len(asked) == before + 1
+    rest = ["batch_size"]
+    pd.testing.assert_frame_equal(mixed.drop(columns=rest), wanted.drop(columns=rest))
+    assert set(mixed.batch_size) == {64, "auto"}
+    for name in ("mixed.parquet", "mixed.csv"):
+        write_results(mixed, tmp_path / name)
+        assert list(read_results(tmp_path / name).batch_size) == list(mixed.batch_size)
+    files = set()
+    for free in (10**9, 1, None):  # machines of which one has room for a row
+        monkeypatch.setattr("ra_lens.memory.free_memory", lambda device, free=free: free)
+        out = tmp_path / f"{free}.parquet"
+        run(out, batch_size="auto")
+        files.add(out.read_bytes())
+    assert len(files) == 1
+    assert set(read_results(out).batch_size) == {"auto"}
+
+
+@pytest.mark.every_model
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_as_many_rows_as_fit(name, tmp_path, monkeypatch):
+    model = load_demo_model(device="cpu")
+    run = partial(EXPERIMENTS[name], model, **QUIET)
+    wanted = run()
+    for free in (2 * 10**7, 10**10):
+        monkeypatch.setattr("ra_lens.memory.free_memory", lambda device, free=free: free)
+        found = run(batch_size="auto")
+        pd.testing.assert_frame_equal(
+            found.drop(columns=["batch_size", "seconds"], errors="ignore"),
+            wanted.drop(columns=["batch_size", "seconds"], errors="ignore"),
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+
+
+def test_workers_of_one_memory_do_not_each_take_it_all(folder, ray_seems_there):
+    model = load_model(folder("gpt2"), kind=ANY_KIND[0], device="cpu")
+    given = {"engine": "ray", "batch_size": "auto"}
+    with pytest.raises(BadInput, match=r"found batch_size='auto' with engine='ray' and workers"):
+        perturbed(model, None, **given)
 
 
 def test_hooks_do_not_go_to_workers(folder, ray_seems_there):

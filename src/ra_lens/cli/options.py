@@ -73,6 +73,13 @@ MethodsOption = Annotated[
         "Default: ra fa cm1 cm2 index random."
     ),
 ]
+BatchSizeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Rows per forward pass; auto: as many as fit what the device has free.",
+    ),
+]
 NRankOption = Annotated[int, typer.Option(min=1, help="Questions that heads are ranked on.")]
 AnswerOption = Annotated[
     bool,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ra_lens.cli import options as opt
-from ra_lens.cli.command import split_values, whole_numbers
+from ra_lens.cli.command import read_batch_size, split_values, whole_numbers
 from ra_lens.errors import BadInput
 from ra_lens.files import PAGE, check_output, is_address, names_a_folder, user_path
 
@@ -79,7 +79,7 @@ class Setup:
     ] = "own"
     bos: opt.BosOption = None
     no_bos: opt.NoBosOption = False
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64
+    batch_size: opt.BatchSizeOption = "64"
     device: opt.DeviceOption = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
@@ -129,6 +129,7 @@ class Setup:
         from ra_lens.cli.grids import tell_grids
         from ra_lens.experiments.grid import Folder
         from ra_lens.experiments.runner import METHODS, SHOTS, Protocol, read_methods
+        from ra_lens.memory import offering
         from ra_lens.tables import TABLE
 
         on_workers = self.engine == "ray"
@@ -148,7 +149,7 @@ class Setup:
             own["methods"] = read_methods(given)
         shots = SHOTS if self.shots is None else whole_numbers(self.shots, "--shots")
         front, progress = session.read_bos(self.bos, no_bos=self.no_bos), not self.quiet
-        size, out, shown = self.batch_size, self.out, self.demonstrations
+        size, out, shown = read_batch_size(self.batch_size), self.out, self.demonstrations
         where = self._where()
         split, seed = self.split, self.seed
         protocol = Protocol.read(shots, split, seed, front, size, out, progress, shown, **where)
@@ -162,7 +163,7 @@ class Setup:
             allow_pickle=self.allow_pickle,
         )
         given = {name: value for name, value in vars(protocol).items() if name not in _WHERE}
-        with session.quiet(debug=self.debug):
+        with session.quiet(debug=self.debug), offering("batch_size", typed=True):
             frame = experiment(model, tasks, **given, **where, **own)
         if self.out is not None and self.part is not None:
             tell_grids([self.out], as_json=self.as_json)

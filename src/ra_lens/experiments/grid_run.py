@@ -188,8 +188,17 @@ def _request(run: Run, cells: Sequence[Cell], engine: RayEngine, device: str) ->
     groups = [prompts for cell in cells for prompts in (cell.asked, *cell.learned.values())]
     longest = [max(prompts, key=lambda one: len(one.text)) for prompts in groups if prompts]
     prompts = run.read(longest).prompts
-    memory = worker_memory(run.lens, prompts, batch_size=run.protocol.batch_size)
     gpus = (0 if device == "cpu" else 1) if engine.gpus is None else engine.gpus
+    batch_size = run.protocol.batch_size
+    if batch_size == "auto":
+        if gpus < 1:
+            raise BadInput(
+                "found batch_size='auto' with engine='ray' and workers that share a machine's "
+                "memory or a GPU, all of which each would take for itself. Give a number, or each "
+                "worker a GPU (RayEngine(gpus=1))."
+            )
+        batch_size = 1  # what has to be there; a worker then takes what is
+    memory = worker_memory(run.lens, prompts, batch_size=batch_size)
     return Request(engine.cpus, gpus, memory)
 
 

@@ -19,6 +19,7 @@ A forward of several rows counts once per row; rows run in batches of `batch_siz
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from typing import cast, overload
 
 from jaxtyping import Float
@@ -28,9 +29,10 @@ from ra_lens.errors import BadInput
 from ra_lens.heads.one_run import OfRun, RunFunction, scores_of_one_run
 from ra_lens.heads.registry import RankingContext, RankingFunction, RankingMethod, find_methods
 from ra_lens.heads.scores import HeadScores
+from ra_lens.memory import offering, rows_of_forward
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.model.backward import BACKWARDS
-from ra_lens.numbers import Whole, whole
+from ra_lens.numbers import BatchSize, Whole, read_batch_size, whole
 from ra_lens.tasks import Prompt
 
 
@@ -45,7 +47,7 @@ def rank_heads(
     draw: Whole = 0,
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 32,
+    batch_size: BatchSize = 32,
     each_prompt: bool = False,
     progress: bool = True,
 ) -> HeadScores: ...
@@ -61,7 +63,7 @@ def rank_heads(
     draw: Whole = 0,
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 32,
+    batch_size: BatchSize = 32,
     each_prompt: bool = False,
     progress: bool = True,
 ) -> dict[str, HeadScores]: ...
@@ -77,7 +79,7 @@ def rank_heads(
     draw: Whole = 0,
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 32,
+    batch_size: BatchSize = 32,
     each_prompt: bool = False,
     progress: bool = True,
 ) -> HeadScores | dict[str, HeadScores]:
@@ -124,6 +126,7 @@ def rank_heads(
             being −log p of the answer's first token.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt, or a prompt with one head changed.
+            `"auto"`: as many as fit what the model's device has free (`ra_lens.memory`).
         each_prompt: Keep the score of each prompt too, as `HeadScores.each`, which takes no more
             time.
         progress: False hides the progress bars.
@@ -198,16 +201,14 @@ def ranking_context(
     draw: Whole = 0,
     answer_in_input: bool = True,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 32,
+    batch_size: BatchSize = 32,
     progress: bool = True,
 ) -> RankingContext:
     """Read what `rank_heads` is given, or raise where it cannot be used."""
     lens = as_lens(model)
     seed, draw = whole("seed", seed), whole("draw", draw)
-    batch_size = whole("batch_size", batch_size)
-    if batch_size < 1:
-        raise BadInput(f"found batch_size={batch_size}; give a positive number.")
-    return RankingContext(
+    at_a_time = read_batch_size(batch_size)
+    context = RankingContext(
         lens=lens,
         model=model,
         prompts=_checked(prompts),
@@ -215,9 +216,24 @@ def ranking_context(
         draw=draw,
         answer_in_input=answer_in_input,
         prepend_bos=prepend_bos,
-        batch_size=batch_size,
+        batch_size=1 if at_a_time == "auto" else at_a_time,
         progress=progress,
+        fits=at_a_time == "auto",
     )
+    if not context.fits or not context.prompts:
+        return context
+    questions = context.questions
+    found = replace(
+        context,
+        batch_size=rows_of_forward(
+            lens,
+            questions.with_answers,
+            n_read=max(map(len, questions.answers)) if answer_in_input else 1,
+            kept=1,  # what blocks return, where a later pass begins behind them
+        ),
+    )
+    vars(found)["questions"] = questions  # they are not read, and warned of, again
+    return found
 
 
 def _scores_of_one_run(
@@ -233,16 +249,17 @@ def _scores_of_one_run(
     for backward in BACKWARDS:
         of_one = {name: one for name, one in sharing.items() if one.needs.backward == backward}
         if of_one:
-            found |= scores_of_one_run(
-                context.lens,
-                context.model,
-                context.questions,
-                of_one,
-                twins=lambda: context.twins,
-                answer_in_input=context.answer_in_input,
-                batch_size=context.batch_size,
-                progress=context.progress,
-            )
+            with offering("batch_size", one_batch=True):
+                found |= scores_of_one_run(
+                    context.lens,
+                    context.model,
+                    context.questions,
+                    of_one,
+                    twins=lambda: context.twins,
+                    answer_in_input=context.answer_in_input,
+                    batch_size="auto" if context.fits else context.batch_size,
+                    progress=context.progress,
+                )
     return found
 
 

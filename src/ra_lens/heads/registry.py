@@ -57,6 +57,8 @@ class RankingContext:
         answer_in_input: Whether methods that read maps append the answer to the prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass.
+        fits: Whether `batch_size` is what fits, found for forward passes; those with a backward
+            pass then find theirs.
         progress: Whether progress bars may be shown.
     """
 
@@ -69,6 +71,7 @@ class RankingContext:
     prepend_bos: PrependBos = None
     batch_size: int = 32
     progress: bool = True
+    fits: bool = False
 
     @cached_property
     def questions(self) -> Questions:
