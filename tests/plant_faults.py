@@ -110,6 +110,27 @@ FAULTS = (
         "tests/run/test_memory.py",
     ),
     Fault(
+        "rows of a ranking that fit forget the maps kept of them",
+        "memory",
+        "_rows(lens, plan.maps + logits + ",
+        "_rows(lens, logits + ",
+        "tests/run/test_rows_at_a_time.py",
+    ),
+    Fault(
+        "rows of a forward pass that fit leave no room for what is not counted",
+        "memory",
+        "round(counted / _SAFE_RECOMPUTED)",
+        "counted",
+        "tests/run/test_rows_at_a_time.py",
+    ),
+    Fault(
+        "advice names options that the function called does not have",
+        "memory",
+        "if other.need <= free and _has(offer, options)",
+        "if other.need <= free",
+        "tests/run/test_rows_at_a_time.py",
+    ),
+    Fault(
         "a loss of NaN logits is not looked at",
         "checks",
         "        if read_numbers([nan, ~finite]) != [False, False]:",

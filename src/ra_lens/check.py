@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, RALensError, UnsupportedModel
+from ra_lens.memory import offering
 from ra_lens.model import (
     Front,
     FwdHooks,
@@ -416,14 +417,15 @@ class _Trial:
     def run(self, prompts: Prompts, **options: Any) -> RACache:
         """The maps of these prompts."""
         decoder = None if self.decoder is None else [list(self.decoder.ids[0])]
-        _, cache = run_with_ra(
-            self.lens.module,
-            prompts,
-            decoder_input=decoder,
-            softmax_scale=self.unknown_scales or None,
-            progress=False,
-            **options,
-        )
+        with offering():
+            _, cache = run_with_ra(
+                self.lens.module,
+                prompts,
+                decoder_input=decoder,
+                softmax_scale=self.unknown_scales or None,
+                progress=False,
+                **options,
+            )
         return cache
 
     def logits_error(self, logits: Tensor) -> float | None:

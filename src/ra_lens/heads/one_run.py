@@ -113,12 +113,13 @@ def scores_of_one_run(
     found: dict[str, list[Tensor]] = {name: [] for name in methods}
     if batch_size == "auto":
         answers = questions.answers if answer_in_input else [()] * len(questions)
+        of_twins: set[VectorKind] = {"z"} if steps else set()
         batch_size = rows_of_run(
             lens,
             questions.prompts.extended(answers),
             n_read=max(1, *map(len, answers)),
             wanted=kept.__contains__,
-            vectors=frozenset(vectors | ({"z"} if steps else set[VectorKind]())),  # of the twins
+            vectors=frozenset(vectors | of_twins),
         )
     batches = list(questions.prompts.batches(batch_size))
     hidden = not progress or len(batches) == 1

@@ -160,7 +160,7 @@ def read_maps(
         return _named(lens, maps, read, bos_token_id)
     objective = as_objective(target, metric)
     answered = objective.bind(lens, read)[1]  # with the answers that were read
-    options = {"target": objective, "layers": layers, "batch_size": at_a_time}
+    options: dict[str, Any] = {"target": objective, "layers": layers, "batch_size": at_a_time}
     with offering("layers", "batch_size"):
         _, cache = run_with_ra(lens.module, read, **options, progress=False)
     maps = _from_cache(cache, follow, None, None)
