@@ -14,10 +14,6 @@ A batch that is to fit (`batch_size="auto"`) must leave room for what is not cou
 tensors of one step and logits whose loss is being computed. As measured a run takes up to 1.5 times
 what is counted, with `recompute`, which holds little else than one layer, up to 4.5 times; so its
 graph may count up to a half, or a fifth, of what maps leave free.
-
-Where experiments and rankings cut their own batches, the rows of one are counted in the same way:
-`rows_of_run` for runs with a backward pass, with what is kept of one batch, and `rows_of_forward`
-for passes without gradients, which hold one layer, as `recompute` does.
 """
 
 from __future__ import annotations
@@ -41,10 +37,9 @@ _LIBRARIES = 2**30  # bytes of a process that has imported them
 # Kinds with as many heads as there are key/value heads.
 _OF_SHARED = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad")
 # What the graph of a batch may count of the free memory if it is to fit.
-_SAFE, _SAFE_RECOMPUTED = 1 / 2, 1 / 5
+SAFE, SAFE_RECOMPUTED = 1 / 2, 1 / 5
 # Logits, their logarithms and the gradient there are alive together.
-_OF_LOGITS = 3
-_UNTOLD = 64  # rows that run at a time where the device does not say what is free
+OF_LOGITS = 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Plan:
             return 0
         made_in = torch.float64 if lens.dtype == torch.float64 else torch.float32
         entries = examples * sum(
-            self.cells(site) * sum(self.wanted(site.map_name(kind)) for kind in STORED_KINDS)
+            self._cells(site) * sum(self.wanted(site.map_name(kind)) for kind in STORED_KINDS)
             for site in self.sites.values()
         )
         entries += len(self.prompts) * sum(map(self._vector_entries, self.sites.values()))
@@ -138,8 +133,7 @@ class Plan:
         widest = self.widths[site.query_side]
         return widest * (sum(of_shared) + (len(rest) - inputs) * self.lens.d_model)
 
-    def cells(self, site: Site) -> int:
-        """Entries of the maps of a layer of one prompt."""
+    def _cells(self, site: Site) -> int:
         return site.n_heads * self.widths[site.query_side] * self.widths[site.key_side]
 
 
@@ -170,10 +164,10 @@ def largest_batch(plan: Plan, *, n_read: int, n_kept: int) -> int | None:
     free = free_memory(plan.lens.device)
     if free is None:
         return None
-    of_position = _of_position(plan.lens)
-    of_prompt = replace(plan, batch_size=1).graph + _OF_LOGITS * n_read * of_position
+    of_position = plan.lens.d_vocab * max(4, plan.lens.dtype.itemsize)
+    of_prompt = replace(plan, batch_size=1).graph + OF_LOGITS * n_read * of_position
     room = free - plan.maps - len(plan.prompts) * n_kept * of_position
-    fitting = max(1, int(room * (_SAFE_RECOMPUTED if plan.recompute else _SAFE)) // of_prompt)
+    fitting = max(1, int(room * (SAFE_RECOMPUTED if plan.recompute else SAFE)) // of_prompt)
     return None if fitting >= len(plan.prompts) else fitting
 
 
@@ -186,108 +180,6 @@ def free_memory(device: torch.device) -> int | None:
         unused = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
         return int(torch.cuda.mem_get_info(index)[0]) + unused
     return None
-
-
-# ---- rows that run at a time in experiments ------------------------------------------------------
-
-
-def rows_of_run(
-    lens: Lens,
-    prompts: Prompts,
-    *,
-    n_read: int = 1,
-    wanted: Callable[[str], bool] = lambda _name: False,
-    vectors: frozenset[VectorKind] = frozenset(),
-) -> int:
-    """Give the rows that may run forwards and backwards at a time, if what is kept is to fit too.
-
-    A row is counted as the widest of the prompts. What is kept is that of one batch: logits where
-    the loss reads them, and maps and vectors. Where not even one row is sure to fit, one; where
-    the device does not say what is free, 64.
-
-    Args:
-        lens: The model.
-        prompts: What it is to read, answers included.
-        n_read: Positions of a prompt at which logits are computed.
-        wanted: Tells by full name which maps are kept of a batch. Default: norms alone.
-        vectors: Kinds of vectors that are kept of a batch.
-    """
-    plan = _of_one_row(lens, prompts, wanted, vectors)
-    logits = n_read * _of_position(lens)
-    counted = plan.graph + _OF_LOGITS * logits
-    return _rows(lens, plan.maps + logits + round(counted / _SAFE))
-
-
-def rows_of_forward(
-    lens: Lens,
-    prompts: Prompts,
-    *,
-    n_read: int = 1,
-    kept: int = 0,
-    of_all: bool = False,
-    added: int = 0,
-) -> int:
-    """Give the rows that may run forwards at a time, without gradients.
-
-    Such a pass has the activations of one layer at a time, and logits where they are read. A row is
-    counted as in `rows_of_run`.
-
-    Args:
-        lens: The model.
-        prompts: What it is to read, answers included.
-        n_read: Positions of a prompt at which logits are computed.
-        kept: Tensors of the width of the model that stay of each layer, of the rows of a batch:
-            one where what blocks return is kept, two where keys and values are.
-        of_all: Whether as many stay of all prompts, too.
-        added: Maps that hooks make at a layer of each row, beside its pattern.
-    """
-    plan = replace(_of_one_row(lens, prompts), recompute=True)
-    tokens = sum(plan.widths[site.query_side] for site in lens.sites.values())
-    of_each_layer = tokens * lens.d_model * lens.dtype.itemsize
-    one_layer = plan.graph - of_each_layer  # a run with checkpoints has the inputs of all, and one
-    one_layer += added * max(map(plan.cells, lens.sites.values())) * lens.dtype.itemsize
-    logits = n_read * _of_position(lens)
-    counted = one_layer + _OF_LOGITS * logits
-    of_row = kept * of_each_layer + round(counted / _SAFE_RECOMPUTED)
-    return _rows(lens, of_row, held=len(prompts) * kept * of_each_layer if of_all else 0)
-
-
-def _rows(lens: Lens, of_row: int, *, held: int = 0) -> int:
-    free = free_memory(lens.device)
-    return _UNTOLD if free is None else max(1, (free - held) // of_row)
-
-
-def _of_position(lens: Lens) -> int:
-    """Bytes of the logits at one position."""
-    return lens.d_vocab * max(4, lens.dtype.itemsize)
-
-
-def _of_one_row(
-    lens: Lens,
-    prompts: Prompts,
-    wanted: Callable[[str], bool] = lambda _name: False,
-    vectors: frozenset[VectorKind] = frozenset(),
-) -> Plan:
-    """A run of the widest of some prompts alone."""
-    return Plan(
-        lens=lens,
-        sites=lens.sites,
-        prompts=_widest(prompts),
-        encoded=None,
-        batch_size=None,
-        store="maps",
-        wanted=wanted,
-        device=None,
-        dtype=None,
-        recompute=False,
-        vectors=vectors,
-    )
-
-
-def _widest(prompts: Prompts) -> Prompts:
-    """The longest of some prompts alone."""
-    lengths = prompts.lengths
-    return prompts.chosen([max(range(len(lengths)), key=lengths.__getitem__)])
 
 
 def worker_memory(lens: Lens, prompts: Prompts, *, batch_size: int) -> int:
@@ -357,7 +249,7 @@ def _advice(plan: Plan, free: int) -> str:
     offer = _offer.get()
     alone = replace(plan, batch_size=1)
     if offer is not None and offer.one_batch:
-        alone = replace(alone, prompts=_widest(plan.prompts))
+        alone = replace(alone, prompts=plan.prompts.widest())
     norms = replace(plan, store="norms")
     both = replace(norms, recompute=True)
     all_three = replace(alone, store="norms", recompute=True)

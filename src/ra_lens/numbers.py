@@ -20,7 +20,7 @@ Wholes = SupportsIndex | Iterable[SupportsIndex]
 Real = SupportsFloat | SupportsIndex
 Reals = Real | Iterable[Real]
 BatchSize = Whole | Literal["auto"]
-"""How many rows run at a time; `"auto"`: as many as fit (`ra_lens.memory`)."""
+"""How many rows run at a time; `"auto"`: as many as fit (`ra_lens.fitting`)."""
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> int:

@@ -36,8 +36,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.fitting import rows_of_forward
 from ra_lens.half import LossScale
-from ra_lens.memory import rows_of_forward
 from ra_lens.model import Lens, Side, Site
 from ra_lens.prompts import Batch, PaddingSide, Prompts
 from ra_lens.targets import Loss

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ra_lens.errors import RALensWarning, UnsupportedModel
-from ra_lens.memory import rows_of_forward
+from ra_lens.fitting import rows_of_forward
 from ra_lens.model import FwdHooks, Lens, PrependBos
 from ra_lens.padding import together, watched
 from ra_lens.prompts import Prompts, read_prompts

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.fitting import rows_of_forward
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.inputs import Given, Mask
-from ra_lens.memory import rows_of_forward
 from ra_lens.model import Layers, PrependBos, as_lens
 from ra_lens.model.sites import StoredKind, read_stored_kind
 from ra_lens.numbers import (
@@ -246,7 +246,7 @@ def best_scale(
         renormalise: Keep rows of the pattern distributions.
         at: `"pattern"` or `"scores"`.
         batch_size: Rows of a forward pass, a row being one prompt at one scale; `"auto"`: as many
-            as fit what the model's device has free (`ra_lens.memory`).
+            as fit what the model's device has free (`ra_lens.fitting`).
         prepend_bos: What stands in front of text, as in `run_with_ra`.
         attention_mask: For token ids with padding: 1 at real tokens.
         decoder_input: For encoder-decoders, as in `run_with_ra`.

@@ -416,7 +416,7 @@ def test_how_many_rows_fit_is_no_matter_of_the_results(toy, tmp_path, counted, m
         assert list(read_results(tmp_path / name).batch_size) == list(mixed.batch_size)
     files = set()
     for free in (10**9, 1, None):  # machines of which one has room for a row
-        monkeypatch.setattr("ra_lens.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("ra_lens.fitting.free_memory", lambda device, free=free: free)
         out = tmp_path / f"{free}.parquet"
         run(out, batch_size="auto")
         files.add(out.read_bytes())
@@ -431,7 +431,7 @@ def test_every_experiment_runs_as_many_rows_as_fit(name, tmp_path, monkeypatch):
     run = partial(EXPERIMENTS[name], model, **QUIET)
     wanted = run()
     for free in (2 * 10**7, 10**10):
-        monkeypatch.setattr("ra_lens.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("ra_lens.fitting.free_memory", lambda device, free=free: free)
         found = run(batch_size="auto")
         pd.testing.assert_frame_equal(
             found.drop(columns=["batch_size", "seconds"], errors="ignore"),

@@ -7,13 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+import ra_lens.fitting
 import ra_lens.memory
 from ra_lens import best_scale, rank_heads, run_with_ra
 from ra_lens.errors import BadInput, NotEnoughMemory
 from ra_lens.experiments.cuts import Cut, CutQuestions
+from ra_lens.fitting import rows_of_forward, rows_of_run
 from ra_lens.heads import head_effects, one_run_method, registry
 from ra_lens.knockouts.edges import Box, EdgeSet, Positions
-from ra_lens.memory import rows_of_forward, rows_of_run
 from ra_lens.model import as_lens
 from ra_lens.padding import batches
 from ra_lens.patching.masking import read_z
@@ -48,7 +49,8 @@ def free(monkeypatch):
     """Say how many bytes are free."""
 
     def say(n_bytes):
-        monkeypatch.setattr(ra_lens.memory, "free_memory", lambda device: n_bytes)
+        for module in (ra_lens.memory, ra_lens.fitting):
+            monkeypatch.setattr(module, "free_memory", lambda device: n_bytes)
 
     return say
 

@@ -148,7 +148,7 @@ def patching_ablations(
         demonstrations: As in `patching_sweep`.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Questions per forward pass; `"auto"`: as many as fit what the model's device has
-            free (`ra_lens.memory`).
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
         engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of

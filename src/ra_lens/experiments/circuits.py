@@ -96,7 +96,7 @@ def circuit_test(
         seed: Of the prompts and random orders.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
-            free (`ra_lens.memory`).
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bars.
 
@@ -292,7 +292,7 @@ def circuit_heads(
         seed: As in `head_effects`.
         prepend_bos: What stands in front of each prompt.
         batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
-            free (`ra_lens.memory`).
+            free (`ra_lens.fitting`).
         progress: False hides the progress bar.
 
     Returns:

@@ -27,9 +27,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.fitting import rows_of_forward, rows_of_run
 from ra_lens.knockouts import Edge, EdgeSet, knockout_hooks
 from ra_lens.knockouts.edges import Box, Positions
-from ra_lens.memory import rows_of_forward, rows_of_run
 from ra_lens.model import FwdHooks, Lens
 from ra_lens.model.blocks import SkippedBlocks
 from ra_lens.padding import together, watched

@@ -97,7 +97,7 @@ def faithfulness_test(
             prompt of a task, which then run once for each head and layer.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
-            free (`ra_lens.memory`).
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write the scores and effects of every prompt and head to, from
             which this table is made again in no time (`read_results`, `faithfulness`); a run that
             was killed goes on where it stopped.
@@ -174,7 +174,7 @@ def head_effect_table(
         demonstrations: `"own"` or `"shared"`.
         prepend_bos: What stands in front of each prompt.
         batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
-            free (`ra_lens.memory`).
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
         engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of

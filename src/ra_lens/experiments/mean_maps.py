@@ -19,7 +19,8 @@ from typing_extensions import Unpack
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.experiments.runner import Cell, Protocol, Row, prompts_hash
-from ra_lens.memory import offering, rows_of_run
+from ra_lens.fitting import rows_of_run
+from ra_lens.memory import offering
 from ra_lens.model import Lens, PrependBos
 from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Reals

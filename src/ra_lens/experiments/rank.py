@@ -73,7 +73,7 @@ def rank_tasks(
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
-            free (`ra_lens.memory`).
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
             folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.

@@ -146,7 +146,7 @@ def head_effects(
         seed: Of the corrupted twins that are drawn where prompts have none.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt with one head ablated. `"auto"`: as
-            many as fit what the model's device has free (`ra_lens.memory`).
+            many as fit what the model's device has free (`ra_lens.fitting`).
         progress: False hides the progress bar.
 
     Returns:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
+from ra_lens.fitting import rows_of_run
 from ra_lens.heads.corrupted import CorruptedRun, corrupted_runs
 from ra_lens.knockouts.predict import FORETOLD_FROM
-from ra_lens.memory import rows_of_run
 from ra_lens.model import Lens
 from ra_lens.model.backward import Backward
 from ra_lens.model.sites import MapKind, VectorKind

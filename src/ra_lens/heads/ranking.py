@@ -26,10 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput
+from ra_lens.fitting import rows_of_forward
 from ra_lens.heads.one_run import OfRun, RunFunction, scores_of_one_run
 from ra_lens.heads.registry import RankingContext, RankingFunction, RankingMethod, find_methods
 from ra_lens.heads.scores import HeadScores
-from ra_lens.memory import offering, rows_of_forward
+from ra_lens.memory import offering
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.model.backward import BACKWARDS
 from ra_lens.numbers import BatchSize, Whole, read_batch_size, whole
@@ -126,7 +127,7 @@ def rank_heads(
             being −log p of the answer's first token.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
         batch_size: Rows per forward pass; a row is a prompt, or a prompt with one head changed.
-            `"auto"`: as many as fit what the model's device has free (`ra_lens.memory`).
+            `"auto"`: as many as fit what the model's device has free (`ra_lens.fitting`).
         each_prompt: Keep the score of each prompt too, as `HeadScores.each`, which takes no more
             time.
         progress: False hides the progress bars.

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.fitting import rows_of_forward
 from ra_lens.head_names import Heads
-from ra_lens.memory import rows_of_forward
 from ra_lens.model import Lens, Site, Sites, as_lens, spell_layers
 from ra_lens.padding import batches, watched
 from ra_lens.prompts import Prompts

@@ -101,7 +101,7 @@ def read_maps(
         bos_token_id: What counts as BOS. Default: what was put in front of text, or the
             tokenizer's.
         batch_size: Prompts per forward pass. Default: all at once. `"auto"`: as many as fit what
-            the model's device has free (`ra_lens.memory`).
+            the model's device has free (`ra_lens.fitting`).
 
     Raises:
         BadInput: a prompt or option that this source does not take.
