@@ -98,7 +98,7 @@ FAULTS = (
     Fault(
         "a batch that fits forgets the maps of the others",
         "memory",
-        "room = free - plan.maps - ",
+        "room = free - plan.maps_on(device) - ",
         "room = free - ",
         "tests/run/test_memory.py",
     ),
@@ -108,6 +108,34 @@ FAULTS = (
         "int(room * (_SAFE_RECOMPUTED if plan.recompute else _SAFE))",
         "int(room)",
         "tests/run/test_memory.py",
+    ),
+    Fault(
+        "maps kept elsewhere count where they are made",
+        "devices",
+        "site for i, site in self.sites.items() if (kept or lens.layer_devices[i]) == device",
+        "site for i, site in self.sites.items() if lens.layer_devices[i] == device",
+        "tests/run/test_memory_devices.py",
+    ),
+    Fault(
+        "the mask of padding stays on the first device",
+        "devices",
+        "with kept, masks_beside(self._handed_on):",
+        "with kept:",
+        "tests/model/test_several_devices.py",
+    ),
+    Fault(
+        "whole maps move to where a mean is kept",
+        "devices",
+        "self._sums.add(name, value[(..., *tokens)], self.device)",
+        "self._sums.add(name, value[(..., *tokens)].to(device=self.device))",
+        "tests/model/test_several_devices.py",
+    ),
+    Fault(
+        "a report of maps on a GPU",
+        "devices",
+        "(flow.cpu().numpy() for flow in flows)",
+        "(flow.numpy() for flow in flows)",
+        "tests/model/test_several_devices_uses.py",
     ),
     Fault(
         "a loss of NaN logits is not looked at",

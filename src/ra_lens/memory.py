@@ -245,9 +245,7 @@ def _exact(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-def _advice(
-    plan: Plan, device: torch.device, free: Mapping[torch.device, int | None]
-) -> str:
+def _advice(plan: Plan, device: torch.device, free: Mapping[torch.device, int | None]) -> str:
     """Options that make it fit on all devices, the one that changes least first.
 
     Beside each, what it needs on the one that was found short.

@@ -189,8 +189,14 @@ def _request(run: Run, cells: Sequence[Cell], engine: RayEngine, device: str) ->
     longest = [max(prompts, key=lambda one: len(one.text)) for prompts in groups if prompts]
     prompts = run.read(longest).prompts
     memory = worker_memory(run.lens, prompts, batch_size=run.protocol.batch_size)
-    gpus = (0 if device == "cpu" else 1) if engine.gpus is None else engine.gpus
-    return Request(engine.cpus, gpus, memory)
+    return Request(engine.cpus, gpus_of_worker(run.lens, engine, device), memory)
+
+
+def gpus_of_worker(lens: Lens, engine: RayEngine, device: str) -> float:
+    """GPUs of a worker that puts its model on this kind of device."""
+    if engine.gpus is not None:
+        return engine.gpus
+    return 0 if device == "cpu" else len(set(lens.layer_devices.values()))
 
 
 def _without_model(cell: Cell, piece: str, *, progress: bool) -> Cell:

@@ -185,7 +185,10 @@ def masks_beside(blocks: Sequence[nn.Module]) -> Generator[None, None, None]:
         _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask: Tensor | None = kwargs.get("attention_mask")
-        return args, kwargs if mask is None else {**kwargs, "attention_mask": mask.to(args[0].device)}
+        return args, kwargs if mask is None else {
+            **kwargs,
+            "attention_mask": mask.to(args[0].device),
+        }
 
     with ExitStack() as stack:
         for block in blocks:
