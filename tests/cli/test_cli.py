@@ -735,7 +735,9 @@ def test_auto_lays_a_model_over_all_gpus(monkeypatch):
     given: dict[str, Any] = {}
     monkeypatch.setattr(session, "load_model", lambda _name, **options: given.update(options))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(BadInput, match="found --device auto, and torch sees no GPU. Try --device"):
+    with pytest.raises(
+        BadInput, match=r"found --device auto, and torch sees no GPU\. Try --device"
+    ):
         session.prepare("gpt2", "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     session.prepare("gpt2", "auto")

@@ -282,7 +282,7 @@ def test_a_bridge_is_told_how_many_devices(n):
             Placement.read("cuda:1", n, None)
     with (
         patch("torch.cuda.device_count", return_value=n + 1),
-        pytest.raises(BadInput, match="from cuda:1 on for a TransformerBridge.*device_map"),
+        pytest.raises(BadInput, match=r"from cuda:1 on for a TransformerBridge.*device_map"),
     ):
         assert Placement.read("cuda:1", n, None).of_bridge
 

@@ -49,10 +49,27 @@ PROMPTS = [
     Prompt("w9 w4 w22 w12", " w16", corrupted=Prompt("w3 w11 w22 w12", " w18")),
 ]
 QUIET = {"progress": False}
-METHODS = (
-    "ra w_norm michel atp knockout grad_sam ag grad_norm relp nap nap_ig zero mean resample fa "
-    "fa_of_mean cm1 cm1_last cm2"
-).split()
+METHODS = [
+    "ra",
+    "w_norm",
+    "michel",
+    "atp",
+    "knockout",
+    "grad_sam",
+    "ag",
+    "grad_norm",
+    "relp",
+    "nap",
+    "nap_ig",
+    "zero",
+    "mean",
+    "resample",
+    "fa",
+    "fa_of_mean",
+    "cm1",
+    "cm1_last",
+    "cm2",
+]
 
 
 def patched(model: Any, ra: RACache, **options: Any) -> Any:

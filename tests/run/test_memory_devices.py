@@ -94,7 +94,8 @@ def test_the_device_that_is_short_is_named(kind, two, free):
     ],
 )
 def test_each_device_is_counted_by_itself(options, first, second, host, kind, two, free):
-    model, places = two.over("gpt2", kind), dict(zip(map(str, two.pair), (first, second)))
+    model = two.over("gpt2", kind)
+    places = dict(zip(map(str, two.pair), (first, second), strict=True))
     if options.get("device") == "second":
         options = {**options, "device": str(two.pair[1])}
     for place, counted in {**places, "cpu": host}.items():
@@ -120,7 +121,7 @@ def test_advice_fits_on_every_device(kind, two, free):
     free[first] = LAYER // 2  # where no layer of the second alone helps
     why, *_ = refusal(model, store="norms")
     assert "Use batch_size=1 (" not in why
-    assert f"layers=[3], store='norms', recompute=True and batch_size=1 (" in why
+    assert "layers=[3], store='norms', recompute=True and batch_size=1 (" in why
     free[second] = 0
     free[first] = PLENTY
     assert "shorten the prompt" in refusal(model, store="norms")[0]

@@ -177,7 +177,7 @@ class Lens(Tokens):
 
     @property
     def _handed_on(self) -> list[nn.Module]:
-        """Blocks between which TransformerLens itself hands the residual stream to other devices."""
+        """Blocks to which TransformerLens itself brings the residual stream, each on its device."""
         several = int(getattr(self._model.cfg, "n_devices", 1)) > 1
         return list(self._model.blocks) if several and self.kind == "HookedTransformer" else []
 
