@@ -538,8 +538,8 @@ FAULTS = (
     Fault(
         "memory of the graph forgotten",
         "memory",
-        "return max(self.maps, self.graph)",
-        "return self.maps",
+        "return max(self.maps_on(device), self.graph_on(device))",
+        "return self.maps_on(device)",
     ),
     Fault(
         "check_model lets a wrong map pass",

@@ -44,11 +44,13 @@ class _Module:
     def is_initialized(self) -> bool:
         return True
 
+    in_use = 0  # only then are there any for the rest of torch, which looks for accelerators
+
     def is_available(self) -> bool:
-        return True
+        return self.in_use > 0
 
     def device_count(self) -> int:
-        return N_DEVICES
+        return N_DEVICES if self.in_use else 0
 
     def current_device(self) -> int:
         return 0
@@ -61,6 +63,20 @@ class _Module:
 
     def _is_in_bad_fork(self) -> bool:
         return False
+
+
+_module = _Module()
+
+
+class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[name-defined,misc]
+    def is_available(self) -> bool:
+        return _module.is_available()
+
+    def has_primary_context(self, dev_id: int) -> bool:  # noqa: ARG002  torch passes it
+        return True
+
+    def is_built(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -214,7 +230,7 @@ def _register() -> None:
     global _library
     if _library is not None:
         return
-    _setup_privateuseone_for_python_backend("sim", backend_module=_Module())
+    _setup_privateuseone_for_python_backend("sim", backend_module=_module, hook=_Hooks())
     _library = torch.library.Library("aten", "IMPL")
 
     def factory(name: str) -> None:
@@ -251,5 +267,9 @@ def _register() -> None:
 def simulated() -> Generator[tuple[torch.device, ...], None, None]:
     """Let there be simulated devices, and autograd run in this thread, in the context."""
     _register()
-    with torch.autograd.set_multithreading_enabled(False):
-        yield tuple(torch.device("sim", i) for i in range(N_DEVICES))
+    _module.in_use += 1
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield tuple(torch.device("sim", i) for i in range(N_DEVICES))
+    finally:
+        _module.in_use -= 1

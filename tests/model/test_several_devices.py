@@ -307,6 +307,18 @@ def test_what_cannot_be_placed(load, options, message, request):
         load(demo_model_folder(), **options)
 
 
+@needs_hooked
+@pytest.mark.every_model
+def test_an_object_over_two_devices(two):
+    given = transformers.AutoModelForCausalLM.from_pretrained(str(two.path("gpt2")))
+    options = {"tokenizer": tokenizer("gpt2"), "kind": HOOKED}
+    model = load_model(given, device=two.pair[0], n_devices=2, **options)
+    assert [str(place) for place in as_lens(model).layer_devices.values()] == two.of_layers
+    _, found = run_with_ra(model, IDS, target=TARGETS)
+    _, wanted = run_with_ra(two.alone("gpt2", HOOKED), IDS, target=TARGETS)
+    check_equal(found, wanted, two.of_layers, most=1e-5)
+
+
 @needs_bridge
 def test_an_object_goes_over_several_devices_as_a_hooked_transformer_only(folder):
     given = transformers.AutoModelForCausalLM.from_pretrained(str(folder("gpt2")))
