@@ -98,7 +98,7 @@ FAULTS = (
     Fault(
         "a batch that fits forgets the maps of the others",
         "memory",
-        "room = free - plan.maps - ",
+        "room = free - plan.maps_on(device) - ",
         "room = free - ",
         "tests/run/test_memory.py",
     ),
@@ -112,8 +112,8 @@ FAULTS = (
     Fault(
         "rows of a ranking that fit forget the maps kept of them",
         "memory",
-        "_fitting(lens, plan.maps + logits + ",
-        "_fitting(lens, logits + ",
+        "plan.maps_on(device) + logits + ",
+        "logits + ",
         "tests/run/test_rows_at_a_time.py",
     ),
     Fault(
@@ -126,9 +126,37 @@ FAULTS = (
     Fault(
         "advice names options that the function called does not have",
         "memory",
-        "if other.need <= free and _has(offer, options)",
-        "if other.need <= free",
+        "if fits(other) and _has(offer, options)",
+        "if fits(other)",
         "tests/run/test_rows_at_a_time.py",
+    ),
+    Fault(
+        "maps kept elsewhere count where they are made",
+        "devices",
+        "site for i, site in self.sites.items() if (kept or lens.layer_devices[i]) == device",
+        "site for i, site in self.sites.items() if lens.layer_devices[i] == device",
+        "tests/run/test_memory_devices.py",
+    ),
+    Fault(
+        "the mask of padding stays on the first device",
+        "devices",
+        "with kept, masks_beside(self._handed_on):",
+        "with kept:",
+        "tests/model/test_several_devices.py",
+    ),
+    Fault(
+        "whole maps move to where a mean is kept",
+        "devices",
+        "self._sums.add(name, value[(..., *tokens)], self.device)",
+        "self._sums.add(name, value[(..., *tokens)].to(device=self.device))",
+        "tests/model/test_several_devices.py",
+    ),
+    Fault(
+        "a report of maps on a GPU",
+        "devices",
+        "(flow.cpu().numpy() for flow in flows)",
+        "(flow.numpy() for flow in flows)",
+        "tests/model/test_several_devices_uses.py",
     ),
     Fault(
         "a loss of NaN logits is not looked at",
@@ -531,8 +559,8 @@ FAULTS = (
     Fault(
         "memory of the graph forgotten",
         "memory",
-        "return max(self.maps, self.graph)",
-        "return self.maps",
+        "return max(self.maps_on(device), self.graph_on(device))",
+        "return self.maps_on(device)",
     ),
     Fault(
         "check_model lets a wrong map pass",

@@ -532,8 +532,8 @@ def _worst(together: RACache, alone: Sequence[RACache]) -> float:
             sides = zip((site.query_side, site.key_side), wanted.shape[-2:], strict=True)
             firsts = [(start if side == "input" else 0, n) for side, n in sides]
             rows, columns = (slice(first, first + n) for first, n in firsts)
-            errors.append((together["ra", layer][i, :, rows, columns] - wanted).norm())
-            sizes.append(wanted.norm())
+            errors.append((together["ra", layer][i, :, rows, columns] - wanted).norm().cpu())
+            sizes.append(wanted.norm().cpu())  # numbers, of layers on whatever device
     # Where R is next to nothing its rounding is not.
     size = torch.stack(sizes)
     size = size.clamp(min=max(1e-3 * float(size.max()), torch.finfo(size.dtype).tiny))

@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from ra_lens.memory import OF_LOGITS, SAFE, SAFE_RECOMPUTED, Plan, free_memory
-from ra_lens.model import Lens
+from ra_lens.model import Lens, Site
 from ra_lens.model.sites import VectorKind
 from ra_lens.prompts import Prompts
 
-_UNTOLD = 64  # rows where the device does not say what is free
+_UNTOLD = 64  # rows where no device says what is free
 
 
 def rows_of_run(
@@ -35,7 +37,7 @@ def rows_of_run(
 
     A row is counted as the widest of the prompts. What is kept is that of one batch: logits where
     the loss reads them, and maps and vectors. Where not even one row is sure to fit, one; where
-    the device does not say what is free, 64.
+    no device says what is free, 64.
 
     Args:
         lens: The model.
@@ -45,9 +47,13 @@ def rows_of_run(
         vectors: Kinds of vectors that are kept of a batch.
     """
     plan = _of_one_row(lens, prompts, wanted, vectors)
-    logits = n_read * _of_position(lens)
-    counted = plan.graph + OF_LOGITS * logits
-    return _fitting(lens, plan.maps + logits + round(counted / SAFE))
+
+    def of_row(device: torch.device) -> int:
+        logits = n_read * _of_position(lens, device)
+        counted = plan.graph_on(device) + OF_LOGITS * logits
+        return plan.maps_on(device) + logits + round(counted / SAFE)
+
+    return _fitting(plan, of_row)
 
 
 def rows_of_forward(
@@ -74,25 +80,43 @@ def rows_of_forward(
         added: Maps that hooks make at a layer of each row, beside its pattern.
     """
     plan = replace(_of_one_row(lens, prompts), recompute=True)
-    widths, sites, itemsize = plan.widths, lens.sites.values(), lens.dtype.itemsize
-    of_each_layer = sum(widths[site.query_side] for site in sites) * lens.d_model * itemsize
-    one_layer = plan.graph - of_each_layer  # a run with checkpoints has the inputs of all, and one
-    maps = (site.n_heads * widths[site.query_side] * widths[site.key_side] for site in sites)
-    one_layer += added * max(maps) * itemsize
-    logits = n_read * _of_position(lens)
-    counted = one_layer + OF_LOGITS * logits
-    of_row = kept * of_each_layer + round(counted / SAFE_RECOMPUTED)
-    return _fitting(lens, of_row, held=len(prompts) * kept * of_each_layer if of_all else 0)
+    widths, itemsize = plan.widths, lens.dtype.itemsize
+
+    def sites_on(device: torch.device) -> list[Site]:
+        return [site for i, site in lens.sites.items() if lens.layer_devices[i] == device]
+
+    def of_each_layer(device: torch.device) -> int:
+        tokens = sum(widths[site.query_side] for site in sites_on(device))
+        return tokens * lens.d_model * itemsize
+
+    def of_row(device: torch.device) -> int:
+        every = of_each_layer(device)
+        one_layer = plan.graph_on(device) - every  # with checkpoints: the inputs of all, and one
+        sizes = (s.n_heads * widths[s.query_side] * widths[s.key_side] for s in sites_on(device))
+        counted = one_layer + added * max(sizes) * itemsize
+        counted += OF_LOGITS * n_read * _of_position(lens, device)
+        return kept * every + round(counted / SAFE_RECOMPUTED)
+
+    def held(device: torch.device) -> int:
+        return len(prompts) * kept * of_each_layer(device) if of_all else 0
+
+    return _fitting(plan, of_row, held)
 
 
-def _fitting(lens: Lens, of_row: int, *, held: int = 0) -> int:
-    free = free_memory(lens.device)
-    return _UNTOLD if free is None else max(1, (free - held) // of_row)
+def _fitting(
+    plan: Plan,
+    of_row: Callable[[torch.device], int],
+    held: Callable[[torch.device], int] = lambda _device: 0,
+) -> int:
+    """The rows that fit on every device that says what is free."""
+    free = {device: free_memory(device) for device in plan.devices}
+    found = [(n - held(one)) // of_row(one) for one, n in free.items() if n is not None]
+    return max(1, min(found)) if found else _UNTOLD
 
 
-def _of_position(lens: Lens) -> int:
-    """Bytes of the logits at one position."""
-    return lens.d_vocab * max(4, lens.dtype.itemsize)
+def _of_position(lens: Lens, device: torch.device) -> int:
+    """Bytes of the logits at one position, on the device where they are computed."""
+    return lens.d_vocab * max(4, lens.dtype.itemsize) * (device in lens.logits_devices)
 
 
 def _of_one_row(

@@ -31,8 +31,9 @@ from ra_lens.experiments import (
     read_results,
     write_results,
 )
-from ra_lens.experiments.engines import Request, compute_on_ray
+from ra_lens.experiments.engines import Request, compute_on_ray, read_engine
 from ra_lens.experiments.grid import read_grid
+from ra_lens.experiments.grid_run import gpus_of_worker
 from ra_lens.heads import ranking_method, registry
 from ra_lens.memory import worker_memory
 from ra_lens.model import as_lens
@@ -538,6 +539,16 @@ def _prompt(text):
     from ra_lens.tasks import Prompt
 
     return Prompt(text, " w3")
+
+
+def test_a_worker_gets_as_many_gpus_as_the_model_given_lies_on(two):
+    over, alone = as_lens(two.over("gpt2", ANY_KIND[0])), as_lens(two.alone("gpt2", ANY_KIND[0]))
+    assert gpus_of_worker(over, RayEngine(), "cuda") == 2
+    assert gpus_of_worker(alone, RayEngine(), "cuda") == 1
+    assert gpus_of_worker(over, RayEngine(), "cpu") == 0
+    assert gpus_of_worker(over, RayEngine(gpus=0.5), "cuda") == 0.5
+    with pytest.raises(BadInput, match="found device='auto' for workers of Ray"):
+        read_engine(RayEngine(device="auto"))
 
 
 def test_a_machine_has_room_for_as_many_workers_as_its_scarcest_part():

@@ -18,6 +18,7 @@ Where = Literal["pattern", "scores"]
 Follow = Literal["pattern", "value_norm", "more", "less", "abs", "knockout"]
 
 DEMO = "demo"
+ALL_GPUS = "auto"  # of --device
 
 ModelOption = Annotated[
     str,
@@ -47,7 +48,11 @@ PickleOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
+    str | None,
+    typer.Option(
+        help="Where to run: cpu, cuda, cuda:1, mps, or auto: its layers over all GPUs. Default: a "
+        "GPU if any."
+    ),
 ]
 BosOption = Annotated[
     str | None,

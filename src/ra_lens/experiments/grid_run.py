@@ -188,8 +188,7 @@ def _request(run: Run, cells: Sequence[Cell], engine: RayEngine, device: str) ->
     groups = [prompts for cell in cells for prompts in (cell.asked, *cell.learned.values())]
     longest = [max(prompts, key=lambda one: len(one.text)) for prompts in groups if prompts]
     prompts = run.read(longest).prompts
-    gpus = (0 if device == "cpu" else 1) if engine.gpus is None else engine.gpus
-    batch_size = run.protocol.batch_size
+    gpus, batch_size = gpus_of_worker(run.lens, engine, device), run.protocol.batch_size
     if batch_size == "auto":
         if gpus < 1:
             raise BadInput(
@@ -200,6 +199,13 @@ def _request(run: Run, cells: Sequence[Cell], engine: RayEngine, device: str) ->
         batch_size = 1  # what has to be there; a worker then takes what is
     memory = worker_memory(run.lens, prompts, batch_size=batch_size)
     return Request(engine.cpus, gpus, memory)
+
+
+def gpus_of_worker(lens: Lens, engine: RayEngine, device: str) -> float:
+    """GPUs of a worker that puts its model on this kind of device."""
+    if engine.gpus is not None:
+        return engine.gpus
+    return 0 if device == "cpu" else len(set(lens.layer_devices.values()))
 
 
 def _without_model(cell: Cell, piece: str, *, progress: bool) -> Cell:

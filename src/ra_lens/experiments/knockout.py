@@ -345,7 +345,8 @@ class _Maps:
         for layer, some in heads.items():
             at = torch.tensor(some)[:, None], query, torch.tensor(keys)[None]
             pattern, ra, grad = (
-                self.ra[kind, layer][0][at].double() for kind in ("pattern", "ra", "pattern_grad")
+                self.ra[kind, layer][0][at].double().cpu()
+                for kind in ("pattern", "ra", "pattern_grad")
             )
             found["a_grad"] -= float((pattern * grad).sum())
             found["minus_ra"] -= float(ra.sum()) / self.ra.sites[layer].need_scale()
