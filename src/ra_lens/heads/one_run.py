@@ -28,7 +28,7 @@ from ra_lens.heads.corrupted import CorruptedRun, corrupted_runs
 from ra_lens.knockouts.predict import FORETOLD_FROM
 from ra_lens.model import Lens
 from ra_lens.model.backward import Backward
-from ra_lens.model.sites import MapKind, VectorKind
+from ra_lens.model.sites import MapKind, VectorKind, read_vectors
 from ra_lens.patching.masking import need_heads
 from ra_lens.prompts import Prompts
 from ra_lens.questions import Questions
@@ -113,13 +113,12 @@ def scores_of_one_run(
     found: dict[str, list[Tensor]] = {name: [] for name in methods}
     if batch_size == "auto":
         answers = questions.answers if answer_in_input else [()] * len(questions)
-        of_twins: set[VectorKind] = {"z"} if steps else set()
         batch_size = rows_of_run(
             lens,
             questions.prompts.extended(answers),
             n_read=max(1, *map(len, answers)),
             wanted=kept.__contains__,
-            vectors=frozenset(vectors | of_twins),
+            vectors=read_vectors([*vectors, *["z"] * bool(steps)]),  # z of the twins
         )
     batches = list(questions.prompts.batches(batch_size))
     hidden = not progress or len(batches) == 1
