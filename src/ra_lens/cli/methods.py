@@ -11,7 +11,7 @@ import typer
 
 from ra_lens.cli import options as opt
 from ra_lens.cli.command import some_of, whole_numbers
-from ra_lens.cli.experiments import Setup, with_setup
+from ra_lens.cli.setup import Setup, with_setup
 
 
 @with_setup

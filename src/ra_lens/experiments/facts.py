@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ra_lens.experiments.journal import settings_hash
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos
 from ra_lens.tasks import Prompt, Task
 
