@@ -13,6 +13,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pandas as pd
@@ -53,17 +54,19 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def counted():
     """Name of a ranking method, and the prompts that it ranked heads on."""
-    asked: list[str] = []
+
+    class Counted:  # a list that grows would make another method of it
+        asked: ClassVar[list[str]] = []
+        refusing: ClassVar[set[str]] = set()
 
     @ranking_method("counted")
     def scores(context):
-        asked.append(context.prompts[0].text)
-        if asked[-1] in refusing:
+        Counted.asked.append(context.prompts[0].text)
+        if Counted.asked[-1] in Counted.refusing:
             raise ValueError("no scores today")
         return torch.tensor([[1.0, 2.0]])
 
-    refusing: set[str] = set()
-    yield "counted", asked, refusing
+    yield "counted", Counted.asked, Counted.refusing
     registry._methods.pop("counted")
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput
-from ra_lens.experiments.facts import method_facts, model_facts, prompts_hash
+from ra_lens.experiments.facts import methods_facts, model_facts, prompts_hash
 from ra_lens.experiments.journal import Journal, as_frame, finished_results, open_journal
 from ra_lens.experiments.runner import Row, read_methods, refuse_hooks
 from ra_lens.head_names import Heads, list_heads
@@ -124,7 +124,7 @@ def circuit_test(
         "experiment": "circuit",
         **model_facts(lens),
         "circuit": circuit,
-        "methods": list(map(method_facts, names)),
+        "methods": methods_facts(names, out),
         "found_by": found_by,
         "heads": None if given is None else [str(head) for head in given],
         "n_prompts": n,

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.engines import Engine, RayEngine, read_engine
-from ra_lens.experiments.facts import method_facts, model_facts, task_facts, task_settings
+from ra_lens.experiments.facts import methods_facts, model_facts, task_facts, task_settings
 from ra_lens.experiments.facts import prompts_hash as prompts_hash  # experiments take it from here
 from ra_lens.experiments.grid import Grid, open_grid
 from ra_lens.experiments.grid_run import frame_of_grid, need_source
@@ -608,7 +608,7 @@ def experiment(
         "experiment": name,
         **model_facts(lens),
         **where,
-        **({"methods": list(map(method_facts, methods))} if methods else {}),
+        **({"methods": methods_facts(methods, protocol.out)} if methods else {}),
         **settings,
         "split": protocol.split,
         **({"answer_in_input": answer_in_input} if methods else {}),
