@@ -688,6 +688,12 @@ FAULTS = (
         "cell.hash for cell in self.cells)[i::n])",
     ),
     Fault(
+        "a grid written over that of a quicker run",
+        "grids",
+        "self.folder.create(_MANIFEST",
+        "self.folder.write(_MANIFEST",
+    ),
+    Fault(
         "finished cells again",
         "grids",
         "for one in mine if one.hash not in done}",
