@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.floor import Shape, floor, weights_read
-from benchmarks.models import gemma3, gpt2_small, random_tokens, shape_of, smollm2
+from benchmarks.floor import Shape, floor, of_both_passes, of_forward, weights_read
+from benchmarks.models import HUGGING_FACE, gemma3, gpt2_small, random_tokens, shape_of, smollm2
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.errors import BadInput
@@ -17,22 +17,44 @@ from ra_lens.model import available_kinds
 
 FORWARD, OURS, NORMS = "forward pass, no_grad", "run_with_ra", "run_with_ra, store='norms'"
 PLAIN = "TransformerLens hooks and backward()"
+BOTH = "both passes, nothing collected"
 TARGET = 5
 
 
 def routes(model: Any, tokens: Tensor) -> dict[str, Callable[[], Any]]:
-    """The routes to time, by name; all but the first give every map or its norms."""
+    """The routes to time, by name: of a model of TransformerLens, or of the one inside."""
 
     def forward() -> None:
         with torch.no_grad():
             model(tokens)
 
+    if not hasattr(model, "hook_dict"):
+        return {FORWARD: forward, BOTH: lambda: both_passes(model, tokens)}
     return {
         FORWARD: forward,
         OURS: lambda: run_with_ra(model, tokens, target=TARGET)[1],
         NORMS: lambda: run_with_ra(model, tokens, target=TARGET, store="norms")[1],
         PLAIN: lambda: transformer_lens_alone(model, tokens),
     }
+
+
+def both_passes(model: Any, tokens: Tensor) -> Tensor:
+    """The gradient at the embeddings of a Hugging Face model, logits at the last token only."""
+    held: list[Tensor] = []
+
+    def begin(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        held.append(out.detach().requires_grad_())
+        return held[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(begin)
+    try:
+        logits = model(tokens, logits_to_keep=1, use_cache=False).logits[:, -1]
+        (-logits.log_softmax(-1)[:, TARGET].sum()).backward()
+    finally:
+        handle.remove()
+    (leaf,) = held
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def transformer_lens_alone(model: Any, tokens: Tensor) -> dict[str, Tensor]:
@@ -87,10 +109,15 @@ def load(name: str, kind: str, *, quick: bool) -> Any:
 
 def counted(shape: Shape, route: str, size: tuple[int, int], ratio: float) -> list[float | None]:
     """The last three columns; nothing where no floor was counted."""
-    if route not in (OURS, NORMS):
+    batch, n_tokens = size
+    if route in (OURS, NORMS):
+        least, read = floor(shape, batch=batch, n_tokens=n_tokens), weights_read(shape)
+    elif route == BOTH:
+        both = of_both_passes(shape, batch=batch, n_tokens=n_tokens)
+        least, read = both / of_forward(shape, batch=batch, n_tokens=n_tokens), 2.0
+    else:
         return [None, None, None]
-    least = floor(shape, batch=size[0], n_tokens=size[1])
-    return [least, ratio / least, weights_read(shape)]
+    return [least, ratio / least, read]
 
 
 def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
@@ -98,13 +125,20 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     rows: list[list[Any]] = []
     missing: list[str] = []
     for name, sizes in SIZES.items():
-        for kind in available_kinds():
+        shape: Shape | None = None
+        for kind in (*available_kinds(), HUGGING_FACE):
             model = load(name, kind, quick=quick)
             if model is None:
                 missing.append(f"{name}'s shape as a {kind}, which does not load it")
                 continue
+            if kind == HUGGING_FACE:
+                model.requires_grad_(False)
+            else:
+                shape = shape_of(model)
+            if shape is None:
+                break
             for size in ((2, 8),) if quick else sizes:
-                rows += _timed(name, kind, model, size, rounds)
+                rows += _timed(name, kind, model, shape, size, rounds)
     return {
         "title": "run_with_ra over a forward pass",
         "how": how(rounds, missing),
@@ -121,19 +155,21 @@ def how(rounds: int, missing: list[str]) -> str:
         "tokens under no_grad, all logits. Peer: TransformerLens's own forward and backward hooks "
         "on hook_pattern and `loss.backward()`, which is what `run_with_cache(incl_bwd=True)` "
         "does. Target: one token after each prompt. The counted floor: what a run has to multiply, "
-        "over what a forward pass with all logits multiplies (`benchmarks/floor.py`). With few "
-        "tokens a product takes as long as reading its weights; how many a run reads over a "
+        "over what a forward pass with all logits multiplies (`benchmarks/floor.py`). Hugging Face "
+        "alone is the model inside, whose both passes go down to the embeddings and collect "
+        "nothing: what they take over their floor is what layers do that is not multiplied. With "
+        "few tokens a product takes as long as reading its weights; how many a run reads over a "
         "forward pass is in the last column. The spread is that of the ratio within a round. "
         f"Medians of {rounds} rounds, interleaved.{without}"
     )
 
 
-def _timed(name: str, kind: str, model: Any, size: tuple[int, int], rounds: int) -> list[list[Any]]:
-    shape = shape_of(model)
-    times = interleaved(
-        routes(model, random_tokens(*size, n_vocab=shape.d_vocab - 1)), rounds=rounds
-    )
-    base, plain = times[FORWARD], times[PLAIN].median
+def _timed(
+    name: str, kind: str, model: Any, shape: Shape, size: tuple[int, int], rounds: int
+) -> list[list[Any]]:
+    tokens = random_tokens(*size, n_vocab=shape.d_vocab - 1)
+    times = interleaved(routes(model, tokens), rounds=rounds)
+    base, plain = times[FORWARD], times.get(PLAIN)
     rows: list[list[Any]] = []
     for route, t in times.items():
         ratio = t.median / base.median
@@ -146,7 +182,7 @@ def _timed(name: str, kind: str, model: Any, size: tuple[int, int], rounds: int)
                 t.median,
                 ratio,
                 ratio_spread(t.seconds, base.seconds),
-                plain / t.median,
+                plain and plain.median / t.median,
                 *counted(shape, route, size, ratio),
             ]
         )

@@ -17,6 +17,7 @@ from plotly.subplots import make_subplots
 
 from benchmarks.bars import FONT, OURS, SCALE, SOFT, Row, bars, distinct, finish_white
 from benchmarks.engine import GPT2
+from benchmarks.models import HUGGING_FACE
 from benchmarks.page import cell
 from ra_lens.figures import save_figure
 
@@ -37,6 +38,8 @@ def engine(table: Table) -> go.Figure:
     """run_with_ra over a forward pass: a panel per shape, class and size, with GPT-2's limits."""
     panels: dict[str, list[Row]] = {}
     for row in records(table):
+        if row["model"] == HUGGING_FACE:
+            continue
         of = "" if row["shape"] == GPT2 else f"{row['shape']}, "
         panels.setdefault(f"{of}{row['model']}, {row['batch × tokens']} tokens", []).append(row)
     limits = {(f"{m}, {s} tokens", LIMITED): limit for (m, s), limit in LIMITS.items()}

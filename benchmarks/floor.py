@@ -20,6 +20,9 @@ A forward pass is the sum over all layers, and the unembedding of all tokens. A 
   neither their projections nor the scores run backwards, and of z only one product, that gives
   ∂L/∂A. The last MLP and the unembedding run backwards at the tokens read only.
 
+Both passes as a library makes them that collects nothing (`of_both_passes`) multiply more: they go
+down to the embeddings, and through the last MLP at every token.
+
 This is what has to be multiplied where layers run as they are; a run takes longer by what is not
 multiplied. With few tokens a product takes as long as reading its weights, so what counts are
 the bytes of the weights (`weights`): once forwards, and once backwards, but for the three
@@ -87,6 +90,13 @@ def of_run(shape: Shape, *, batch: int, n_tokens: int, n_read: int = 1) -> int:
             backwards += 3 * shape.pairs(n) + n * shape.projections
         total += forwards + backwards + 2 * through_mlp * shape.mlp
     return batch * (total + 2 * n_read * shape.unembedding)
+
+
+def of_both_passes(shape: Shape, *, batch: int, n_tokens: int, n_read: int = 1) -> int:
+    """Multiplications down to the embeddings, and of the unembedding at the tokens read."""
+    weights = n_tokens * (shape.projections + shape.output + shape.mlp)
+    layer = 2 * weights + 6 * shape.pairs(n_tokens)
+    return batch * (shape.n_layers * layer + 2 * n_read * shape.unembedding)
 
 
 def floor(shape: Shape, *, batch: int, n_tokens: int, n_read: int = 1) -> float:

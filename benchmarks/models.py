@@ -13,19 +13,8 @@ from benchmarks.floor import Shape
 from ra_lens.model import load_folder
 
 NAME = "random weights"
-
-
-def huggingface(
-    *, n_layer: int = 12, n_head: int = 12, width: int = 768, n_vocab: int = 50257
-) -> Any:
-    """The Hugging Face model with the weights of `gpt2_small`, in eval mode, eager attention."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=n_vocab, n_layer=n_layer, n_head=n_head, n_embd=width)
-    model = GPT2LMHeadModel(config)
-    model.set_attn_implementation("eager")
-    return model.eval()
+HUGGING_FACE = "Hugging Face alone"
+"""A kind beside TransformerLens's classes: the model inside, in eval mode, with eager attention."""
 
 
 def random_tokens(*shape: int, n_vocab: int = 50000) -> Tensor:
@@ -46,7 +35,7 @@ def gpt2_small(
     """Load a model of the shape of GPT-2 small, whose tokenizer reads words `w0`, `w1`, ….
 
     Args:
-        kind: `"HookedTransformer"` or `"TransformerBridge"`.
+        kind: `"HookedTransformer"`, `"TransformerBridge"` or `HUGGING_FACE`.
         n_layer: Layers.
         n_head: Heads; the width stays.
         n_ctx: Longest prompt.
@@ -79,7 +68,7 @@ def smollm2(kind: str, *, n_layer: int = 30, n_vocab: int = 49152, **changes: An
     """Load a model of the shape of SmolLM2-135M: Llama with 9 heads, 3 of keys and values, tied.
 
     Args:
-        kind: `"HookedTransformer"` or `"TransformerBridge"`.
+        kind: `"HookedTransformer"`, `"TransformerBridge"` or `HUGGING_FACE`.
         n_layer: Layers.
         n_vocab: Words.
         changes: Fields of its configuration that differ.
@@ -106,7 +95,7 @@ def gemma3(kind: str, *, n_layer: int = 18, n_vocab: int = 262144, **changes: An
     """Load a model of the shape of Gemma 3 270M: 4 heads of 256, one of keys and values, tied.
 
     Args:
-        kind: `"HookedTransformer"` or `"TransformerBridge"`.
+        kind: `"HookedTransformer"`, `"TransformerBridge"` or `HUGGING_FACE`.
         n_layer: Layers.
         n_vocab: Words.
         changes: Fields of its configuration that differ.
@@ -234,6 +223,9 @@ def made(shape: Shape, kind: str, *, device: str, dtype: torch.dtype, of: Any = 
 
 def _loaded(model: Any, n_vocab: int, kind: str) -> Any:
     """A Hugging Face model as one of `kind`, with a tokenizer that reads words `w0`, `w1`, …."""
+    if kind == HUGGING_FACE:
+        model.set_attn_implementation("eager")
+        return model.eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         word_level_tokenizer(n_vocab).save_pretrained(folder)

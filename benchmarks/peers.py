@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.models import gpt2_small, huggingface, random_tokens
+from benchmarks.models import HUGGING_FACE, gpt2_small, random_tokens
 from benchmarks.timing import interleaved, ratio_spread
 from ra_lens import run_with_ra
 from ra_lens.model import available_kinds
@@ -88,7 +88,7 @@ def measure(*, rounds: int, quick: bool = False) -> dict[str, Any]:
     """Time all of them on 25 × 64, 8 × 64 and 1 × 512 tokens."""
     n_layer = 2 if quick else 12
     shapes = ((2, 8),) if quick else ((25, 64), (8, 64), (1, 512))
-    inside = huggingface(n_layer=n_layer)
+    inside = gpt2_small(HUGGING_FACE, n_layer=n_layer)
     models = {kind: gpt2_small(kind, n_layer=n_layer) for kind in available_kinds()}
     rows: list[list[Any]] = []
     for shape in shapes:

@@ -944,6 +944,13 @@ FAULTS = (
         "tests/model/test_rows.py",
     ),
     Fault(
+        "what is as long as the prompt is taken for tokens",
+        "long prompts",
+        "_LENGTHS = (7, 5)",
+        "_LENGTHS = (6,)  # as a tiny head is wide",
+        "tests/model/test_rows.py",
+    ),
+    Fault(
         "norms are those of the last block",
         "long prompts",
         "norms = torch.hypot(norms, self._norms[kind, layer].to(norms.device))",

@@ -19,6 +19,7 @@ from ra_lens.collect import Collector
 from ra_lens.errors import BadInput, RALensWarning, UnsupportedModel
 from ra_lens.memory import Plan
 from ra_lens.model import Lens, Site
+from ra_lens.model.rows import learn_layout
 from ra_lens.model.sites import StoredKind
 from ra_lens.numbers import Whole, whole_or_none
 
@@ -92,6 +93,7 @@ def _compare(lens: Lens) -> str:
         return "not all of it is causal"
     tokens = torch.arange(_TOKENS, device=lens.device).unsqueeze(0) % lens.d_vocab
     try:
+        learn_layout(lens)
         plain, blockwise = (_maps(lens, tokens, rows) for rows in (None, _ROWS))
     except UnsupportedModel as error:
         return str(error).rstrip(".")

@@ -40,7 +40,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_route_gives_the_same_maps(kind):
-    model, inside = models.gpt2_small(kind, **SHAPE), models.huggingface(**SHAPE)
+    model, inside = (models.gpt2_small(k, **SHAPE) for k in (kind, models.HUGGING_FACE))
     ours = engine.routes(model, TOKENS)[engine.OURS]().stack()
     authors = torch.stack(peers.authors_way(inside, TOKENS))
     retained = torch.stack(peers.retain_grad(inside, TOKENS))
@@ -122,9 +122,8 @@ def spreads(table, column="spread"):
     ],
 )
 def test_ratios_have_the_spread_of_their_rounds(module, over, base, monkeypatch):
-    for name in ("gpt2_small", "huggingface"):
-        narrow = partial(getattr(models, name), width=24, n_head=4)
-        monkeypatch.setattr(module, name, narrow, raising=False)
+    narrow = partial(models.gpt2_small, width=24, n_head=4)
+    monkeypatch.setattr(module, "gpt2_small", narrow)
     table = module.measure(rounds=2, quick=True)
     route, ratio = (table["columns"].index(name) for name in ("route", over))
     for row, (low, high) in zip(table["rows"], spreads(table), strict=True):

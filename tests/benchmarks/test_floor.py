@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import engine, figures, models
-from benchmarks.floor import Shape, floor, of_forward, of_run, weights_read
+from benchmarks.floor import Shape, floor, of_both_passes, of_forward, of_run, weights_read
 from ra_lens import run_with_ra
-from tiny_models import ANY_KIND, KINDS
+from tiny_models import ANY_KIND, KINDS, relative
 
 DOCS = Path(__file__).parents[2] / "docs"
 NARROW = {
@@ -55,6 +55,32 @@ def multiplied(run):
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 2
+
+
+ALONE = [gpt2, pytest.param(smollm2, marks=EVERY), pytest.param(gemma3, marks=[EVERY, BRIDGE])]
+
+
+@pytest.mark.parametrize("make", ALONE)
+def test_what_hugging_face_multiplies_alone(make):
+    model = make(models.HUGGING_FACE).requires_grad_(False)
+    shape = models.shape_of(make(KINDS[-1]))
+    ids = models.random_tokens(BATCH, TOKENS, n_vocab=199)
+    found = multiplied(lambda: engine.both_passes(model, ids))
+    assert found == of_both_passes(shape, batch=BATCH, n_tokens=TOKENS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_passes_are_those_of_the_model(kind):
+    model, inside = gpt2(kind), gpt2(models.HUGGING_FACE)
+    ids = models.random_tokens(BATCH, TOKENS, n_vocab=199)
+    held = []
+
+    def keep(grad, hook):
+        held.append(grad.clone())
+
+    with model.hooks(bwd_hooks=[("hook_embed", keep)]):
+        (-model(ids)[:, -1].log_softmax(-1)[:, engine.TARGET].sum()).backward()
+    assert relative(engine.both_passes(inside, ids), held[0]) < 1e-5
 
 
 @pytest.mark.parametrize(("make", "kind"), CASES)

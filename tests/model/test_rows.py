@@ -14,7 +14,16 @@ from left_behind import Oops, changes, raises, snapshot
 from ra_lens import run_with_ra
 from ra_lens.errors import BadInput, NotEnoughMemory, NotStored, RALensWarning, UnsupportedModel
 from ra_lens.model import load_folder
-from tiny_models import ANY_KIND, CASES, D_VOCAB, KINDS, N_HEADS, every_model, random_ids, relative
+from tiny_models import (
+    ANY_KIND,
+    CASES,
+    D_HEAD,
+    KINDS,
+    N_HEADS,
+    every_model,
+    random_ids,
+    relative,
+)
 
 IDS, TARGET = random_ids(2, 11), 8
 NORMS = {"store": "norms", "recompute": True}
@@ -39,6 +48,15 @@ def test_norms_are_those_of_whole_maps(arch, kind, rows, options, shared):
     assert float(plain.norms("ra").min()) > 0
     with pytest.raises(NotStored, match="in blocks of rows, whose queries meet no later keys"):
         blockwise.norms("pattern_grad")
+
+
+@pytest.mark.parametrize("shape", [(2, D_HEAD), *every_model((1, N_HEADS), (D_HEAD, D_HEAD))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_may_be_as_long_as_something_else_is_wide(kind, shape, shared):
+    model, ids = shared("llama", kind), random_ids(*shape)
+    plain = run_with_ra(model, ids, target=TARGET)[1]
+    blockwise = run_with_ra(model, ids, target=TARGET, **NORMS, query_rows=3)[1]
+    assert relative(blockwise.norms(), plain.norms()) < 1e-5
 
 
 @pytest.mark.every_model
@@ -171,23 +189,25 @@ def test_nothing_is_left_behind(kind, fresh):
 @pytest.mark.every_model
 @pytest.mark.skipif("TransformerBridge" not in KINDS, reason="these are loaded as bridges")
 def test_every_architecture_comes_out_the_same_or_is_refused(tmp_path):
-    ids = torch.randint(3, D_VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
     outcomes: dict[str, list[str]] = {"same": [], "refused": [], "not read": []}
     for name, architecture in ARCHITECTURES.items():
         folder = tmp_path / name
         try:
             write_folder(architecture, folder)
             model = load_folder(folder, kind="TransformerBridge", device="cpu")
-            plain = run_with_ra(model, ids, target=5)[1]
+            prompts = [random_ids(1, 9), random_ids(2, model.cfg.d_head)]
+            plain = [run_with_ra(model, ids, target=5)[1] for ids in prompts]
         except Exception:
             outcomes["not read"].append(name)  # what the conformance tests look at
             continue
-        try:
-            blockwise = run_with_ra(model, ids, target=5, **NORMS, query_rows=4)[1]
-        except UnsupportedModel:
-            outcomes["refused"].append(name)
-            continue
-        torch.testing.assert_close(blockwise.norms(), plain.norms(), rtol=1e-3, atol=1e-7)
-        outcomes["same"].append(name)
+        for ids, wanted in zip(prompts, plain, strict=True):
+            try:
+                found = run_with_ra(model, ids, target=5, **NORMS, query_rows=3)[1]
+            except UnsupportedModel:
+                outcomes["refused"].append(name)
+                break
+            torch.testing.assert_close(found.norms(), wanted.norms(), rtol=1e-3, atol=1e-7)
+        else:
+            outcomes["same"].append(name)
     assert {"gpt2", "llama", "gemma2", "bloom", "gptj", "qwen3_5_text"} <= set(outcomes["same"])
     assert len(outcomes["same"]) > 5 * len(outcomes["refused"]), outcomes

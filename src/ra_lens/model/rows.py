@@ -17,20 +17,23 @@ recomputing; the keys are turned by rotary positions once for each piece in Hook
 caches them unturned.
 
 It needs a causal model without padding, in whose blocks attention is all that passes between
-tokens, and takes keys and values from its cache. Whoever uses it compares it with a plain run
-first (`ra_lens.run` does).
+tokens, and takes keys and values from its cache. Of what else a block is given, masks and rotary
+angles for instance, a piece gets its own part. Which dimensions are tokens is not told from their
+size, as a prompt may be as long as a head is wide: two short prompts show it (`learn_layout`).
+Whoever uses this compares it with a plain run first (`ra_lens.rows` does).
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ra_lens.errors import UnsupportedModel
@@ -41,6 +44,71 @@ from ra_lens.model.prefix import hugging_face_cache
 
 # Arguments whose only dimension of tokens is that of the keys; of all others it is the queries.
 _OF_KEYS = ("attention_mask", "alibi", "position_bias")
+_LENGTHS = (7, 5)  # of the prompts that show which dimensions are tokens
+_layouts: weakref.WeakKeyDictionary[nn.Module, dict[object, Layout]] = weakref.WeakKeyDictionary()
+
+
+class Layout:
+    """Which dimensions of each argument of a block are as long as the prompt, whatever its length.
+
+    An argument is known by its place: `[1]['position_embeddings'][0]`.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._dims: dict[str, set[int]] = {}
+
+    def note(self, given: Any) -> None:
+        """Note what a block is given for a prompt."""
+        leaves, _ = pytree.tree_flatten_with_path(given, is_leaf=is_cache)
+        n = next((leaf.shape[1] for _, leaf in leaves if _is_residual(leaf)), None)
+        for path, leaf in leaves:
+            if isinstance(leaf, Tensor):
+                place = pytree.keystr(path)
+                found = {i for i, size in enumerate(leaf.shape) if size == n}
+                self._dims[place] = self._dims.get(place, found) & found
+
+    def piece(self, value: Tensor, path: Any, start: int, end: int) -> Tensor:
+        """What of an argument belongs to the queries from `start` to `end` and keys before `end`.
+
+        Raises:
+            UnsupportedModel: the short prompts did not show what it is.
+        """
+        dims = sorted(self._dims.get(pytree.keystr(path), {value.ndim}))
+        if any(dim >= value.ndim for dim in dims) or len(dims) > 2:
+            raise UnsupportedModel(
+                f"a block is given {pytree.keystr(path[1:])}, which short prompts did not show"
+            )
+        of_keys = len(dims) == 2 or getattr(path[1], "key", None) in _OF_KEYS
+        if dims and of_keys:
+            value = value.narrow(dims.pop(), 0, end)
+        return value.narrow(dims[0], start, end - start) if dims else value
+
+
+def learn_layout(lens: Lens) -> None:
+    """Find out by two short forward passes what of a block's arguments is tokens, for `in_rows`."""
+    layout = Layout()
+
+    def noted(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            layout.note((args, kwargs))
+            return forward(*args, **kwargs)
+
+        return call
+
+    runs = {block: noted(block.forward) for block in lens.blocks_from(min(lens.sites))}
+    for n in _LENGTHS:
+        tokens = torch.arange(n, device=lens.device).unsqueeze(0) % lens.d_vocab
+        with torch.no_grad(), lens.tensors_put_back(), lens.running(None), with_forward(dict(runs)):
+            lens.forward(tokens, torch.ones_like(tokens, dtype=torch.bool), past=_options(lens))
+    _layouts.setdefault(lens.module, {})[lens.state] = layout
+
+
+def _options(lens: Lens) -> Mapping[str, Any]:
+    """What a forward pass whose blocks run in pieces is given."""
+    if lens.kind == "HookedTransformer":
+        return {}
+    return {"past_key_values": hugging_face_cache(lens), "use_cache": True}
 
 
 @contextmanager
@@ -51,19 +119,18 @@ def in_rows(
 
     Those from attention layer `first` on are tied to `token`; the ones before have no graph.
     `rewire` is shown what a piece gives when it has run with a graph. Gives the options that the
-    forward pass needs (`Lens.forward(past=...)`).
+    forward pass needs (`Lens.forward(past=...)`). `learn_layout` comes first.
     """
-    hooked = lens.kind == "HookedTransformer"
+    hooked, layout = lens.kind == "HookedTransformer", _layouts[lens.module][lens.state]
     tied = lens.blocks_from(first)
     runs = {
-        block: _Block(block.forward, token if block in tied else None, n_rows, rewire, hooked)
+        block: _Block(
+            block.forward, token if block in tied else None, n_rows, rewire, layout, hooked
+        )
         for block in lens.blocks_from(min(lens.sites))
     }
     with with_forward(dict(runs)):
-        if hooked:
-            yield {}
-        else:
-            yield {"past_key_values": hugging_face_cache(lens), "use_cache": True}
+        yield _options(lens)
 
 
 @dataclass(frozen=True)
@@ -74,6 +141,7 @@ class _Block:
     token: Tensor | None  # None: without a graph
     n_rows: int
     rewire: Rewire
+    layout: Layout
     hooked: bool  # a HookedTransformer, whose cache is another
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,21 +189,16 @@ class _Call:
         """Run the tokens from `start` on after the keys and values before; give theirs too."""
         cache, end = _Cache(past, 1 if self.block.hooked else -2), start + x.shape[1]
 
-        def cut(name: str | None) -> Callable[[Any], Any]:
-            def of(leaf: Any) -> Any:
-                if leaf is self.whole:
-                    return x
-                if is_cache(leaf):
-                    return cache.hugging_face(leaf, start)
-                return self._cut(leaf, name, start, end) if isinstance(leaf, Tensor) else leaf
+        def cut(path: Any, leaf: Any) -> Any:
+            if leaf is self.whole:
+                return x
+            if is_cache(leaf):
+                return cache.hugging_face(leaf, start)
+            if isinstance(leaf, Tensor):
+                return self.block.layout.piece(leaf, path, start, end)
+            return leaf
 
-            return of
-
-        args = pytree.tree_map(cut(None), self.args, is_leaf=is_cache)
-        kwargs = {
-            name: pytree.tree_map(cut(name), value, is_leaf=is_cache)
-            for name, value in self.kwargs.items()
-        }
+        args, kwargs = pytree.tree_map_with_path(cut, (self.args, self.kwargs), is_leaf=is_cache)
         if self.block.hooked:
             kwargs["past_kv_cache_entry"] = cache
         found = self.block.forward(*args, **kwargs)
@@ -149,16 +212,6 @@ class _Call:
         kept = [None if isinstance(leaf, Tensor) or is_cache(leaf) else leaf for leaf in leaves]
         self.output = [*kept[:at], _RESIDUAL, *kept[at + 1 :]], form
         return leaves[at], cache.keys, cache.values
-
-    def _cut(self, value: Tensor, name: str | None, start: int, end: int) -> Tensor:
-        """What of an argument belongs to the queries from `start` to `end` and keys before."""
-        dims = [i for i, size in enumerate(value.shape) if size == self.n]
-        if len(dims) >= 2 and value.ndim >= 3:  # queries and keys
-            return value[..., start:end, :end]
-        if name in _OF_KEYS and dims:
-            return value[..., :end]
-        first = next((i for i in dims if i in (0, 1)), None)
-        return value if first is None else value.narrow(first, start, end - start)
 
 
 class _Cache:
