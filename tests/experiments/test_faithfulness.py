@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import ClassVar
 
@@ -156,13 +157,47 @@ def test_prompts_without_a_twin_are_left_out_where_twins_are_needed(demonstratio
 
 
 def test_options_that_cannot_be_used_say_what_is_needed(shared):
-    run = partial(unchecked(faithfulness_test), shared("gpt2", KINDS[0]), TASK)
+    run = partial(unchecked(faithfulness_test), shared("gpt2", KINDS[0]), TASK, ks=2)
     with pytest.raises(BadInput, match=r"ablations=\['noise'\]; give 'zero', 'mean', 'resample'"):
         run(ablations=["noise"], **OPTIONS)
     with pytest.raises(BadInput, match=r"n_rank=1"):
         run(**{**OPTIONS, "n_rank": 1})
     with pytest.raises(BadInput, match="no ranking method 'xyzzy'"):
         run(**{**OPTIONS, "methods": "xyzzy"})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"ks": (10, 40)},
+            r"ks=\[10, 40\] for a model of 12 heads\. Give numbers",
+        ),
+        ({"ks": 12}, r"ks=\[12\] for a model of 12 heads"),
+        ({}, r"ks=\[10, 20\] for a model of 12 heads"),
+        ({"ks": []}, "ks without a number in it"),
+        ({"ks": 2, "level": 2}, r"level=2.0; give a share between 0 and 1"),
+        ({"ks": 2, "seed": -1}, "seed=-1; give at least 0"),
+        ({"ks": 2, "resamples": 0}, "resamples=0; give at least 1"),
+        ({"ks": 2, "splits": "a"}, "splits='a'; give a whole number"),
+        (
+            {"ks": 2, "ablations": ()},
+            r"ablations=\(\), without which .* to foretell\. Give",
+        ),
+    ],
+)
+def test_how_a_table_is_summed_up_is_read_before_it_is_made(options, told, shared, monkeypatch):
+    monkeypatch.setattr(sys.modules[faithfulness_test.__module__], "head_effect_table", None)
+    run = partial(unchecked(faithfulness_test), shared("gpt2", KINDS[0]), TASK)
+    with pytest.raises(BadInput, match=told):
+        run(**OPTIONS, **options)
+
+
+def test_too_many_shared_demonstrations_are_told_as_such(shared):
+    run = partial(head_effect_table, shared("gpt2", KINDS[0]), TASK, demonstrations="shared")
+    told = r"shots=5 with demonstrations='shared', but .* has 3 pairs beside the 3 that are asked"
+    with pytest.raises(BadInput, match=told):
+        run(**{**OPTIONS, "shots": 5})
 
 
 def test_rankings_of_other_experiments_take_prompts_that_have_twins_too(shared):

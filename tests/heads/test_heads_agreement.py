@@ -158,5 +158,11 @@ def test_options_that_cannot_be_used_say_what_is_needed():
         faithfulness(frame, ks=1, level=1.0)
     with pytest.raises(BadInput, match=r"ks=\[1, 5\] for a model of 4 heads"):
         faithfulness(frame, ks=(1, 5))
+    with pytest.raises(BadInput, match=r"ks=\[4\] for a model of 4 heads"):
+        faithfulness(frame, ks=4)
+    with pytest.raises(BadInput, match=r"methods=\['ra', 'ra'\] to compare with 'atp'.*each once"):
+        faithfulness_differences(frame, minus="atp", methods=["ra", "ra"])
+    with pytest.raises(BadInput, match=r"methods=\[\] to compare with 'atp'.*at least one"):
+        faithfulness_differences(frame, minus="atp", methods=[])
     with pytest.raises(BadInput, match=r"method 'cm1'; the table has scores of 'atp', 'ra', 'mine"):
         faithfulness_differences(frame, minus="cm1")

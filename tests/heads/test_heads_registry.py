@@ -147,6 +147,9 @@ def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
             rank_heads(model, [replace(long[0], corrupted=long[1])], method=method)
     with pytest.raises(BadInput, match="batch_size=0; give a positive number"):
         rank_heads(model, PROMPTS, batch_size=0)
+    for name in ("seed", "draw"):
+        with pytest.raises(BadInput, match=f"found {name}=-1; give at least 0"):
+            rank_heads(model, PROMPTS, method="random", **{name: -1})
     with pytest.raises(UnsupportedModel, match="HookedTransformer or TransformerBridge"):
         rank_heads(torch.nn.Linear(1, 1), PROMPTS)
 

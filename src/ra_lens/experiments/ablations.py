@@ -68,8 +68,8 @@ def patching_ablations(
     model: nn.Module,
     task: Tasks,
     *,
-    ablations: Sequence[Ablation] = ABLATIONS,
-    scales: Sequence[ScaleFrom] = ("paper",),
+    ablations: Ablation | Sequence[Ablation] = ABLATIONS,
+    scales: ScaleFrom | Sequence[ScaleFrom] = ("paper",),
     tried: Reals = SCALES,
     layer_ranges: Sequence[tuple[Whole, Whole]] | None = None,
     methods: str | Sequence[str] = ("ra",),
@@ -164,11 +164,12 @@ def patching_ablations(
     )
     lens = as_lens(model)
     chosen = read_some("ablations", ablations, ABLATIONS)
+    scales_from = read_some("scales", scales, get_args(ScaleFrom))
     n_mean = whole("n_mean", n_mean, least=1)
     settings: dict[str, Any] = {
         "ablations": chosen,
-        "scales_from": read_some("scales", scales, get_args(ScaleFrom)),
-        "tried": reals("tried", tried) if "best" in scales else [],
+        "scales_from": scales_from,
+        "tried": reals("tried", tried) if "best" in scales_from else [],
         "layer_ranges": _read_ranges(lens, layer_ranges),
         "head_shares": _read_shares(head_shares),
         "n_prompts": _read_counts(n_prompts, n_mean),

@@ -115,7 +115,7 @@ def circuit_test(
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be edited.
     """
     names, lens = read_methods(methods), as_lens(model)
-    n, seed = whole("n", n, least=2), whole("seed", seed)
+    n, seed = whole("n", n, least=2), whole("seed", seed, least=0)
     given = None if heads == "found" else _given(lens, circuit, heads)
     found_by = cast("str", heads) if heads in ("found", "published") else "given"
     batch_size = whole("batch_size", batch_size, least=1)

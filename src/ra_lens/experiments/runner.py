@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -107,7 +107,7 @@ class Protocol:
             raise BadInput(
                 f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
             )
-        seed, batch_size = whole("seed", seed), whole("batch_size", batch_size, least=1)
+        seed, batch_size = whole("seed", seed, least=0), whole("batch_size", batch_size, least=1)
         shared = out, progress, demonstrations, engine, part
         read = cls(counts, split, seed, prepend_bos, batch_size, *shared)
         _refuse_a_file(read)
@@ -180,10 +180,13 @@ def read_methods(methods: str | Sequence[str]) -> list[str]:
     return [method.name for method in find_methods(methods)]
 
 
-def read_some(name: str, given: Iterable[Choice], choices: tuple[Choice, ...]) -> list[Choice]:
+def read_some(
+    name: str, given: Choice | Iterable[Choice], choices: tuple[Choice, ...]
+) -> list[Choice]:
     """Read one or several of some choices."""
-    some = list(given)
-    if not some or len(set(some)) < len(some) or set(some) - set(choices):
+    alone = isinstance(given, str) or not isinstance(given, Iterable)
+    some = cast("list[Choice]", [given] if alone else list(given))
+    if not some or any(one not in choices for one in some) or len(set(some)) < len(some):
         *others, last = map(repr, choices)
         several = "both" if len(others) == 1 else "several"
         raise BadInput(f"found {name}={given!r}; give {', '.join(others)}, {last} or {several}.")
@@ -314,7 +317,7 @@ class Run:
         found: list[Prompt] = []
         # Shared demonstrations are none of those asked: how many are asked decides on them.
         most = there if self.protocol.demonstrations == "own" else there - shots
-        for asked in range(n, most + 1):
+        for asked in range(n, max(n, most) + 1):  # of fewer the first raises, and says why
             prompts = split.prompts("train", shots=shots, n=asked, **self._drawn)
             found = [twin for twin in map(paired, prompts) if twin is not None]
             if len(found) >= n:

@@ -539,7 +539,7 @@ def ranking_context(
 ) -> RankingContext:
     """Read what `rank_heads` is given, or raise where it cannot be used."""
     lens = as_lens(model)
-    seed, draw = whole("seed", seed), whole("draw", draw)
+    seed, draw = whole("seed", seed, least=0), whole("draw", draw, least=0)
     batch_size = whole("batch_size", batch_size)
     if batch_size < 1:
         raise BadInput(f"found batch_size={batch_size}; give a positive number.")
