@@ -241,7 +241,7 @@ def test_ranking_leaves_nothing_on_the_model(kind, fresh):
 def test_a_progress_bar_counts_rows_where_there_are_several_batches(model, capsys):
     rank_heads(model, PROMPTS, method="cm1", batch_size=10)
     shown = capsys.readouterr().err
-    assert "Causal mediation" in shown
+    assert "Each head" in shown
     assert "/24 " in shown  # it goes when it is done
     rank_heads(model, PROMPTS, method="cm1", batch_size=10, progress=False)
     rank_heads(model, PROMPTS, method="cm1", batch_size=24)
