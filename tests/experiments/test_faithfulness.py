@@ -164,6 +164,10 @@ def test_options_that_cannot_be_used_say_what_is_needed(shared):
         run(**{**OPTIONS, "n_rank": 1})
     with pytest.raises(BadInput, match="no ranking method 'xyzzy'"):
         run(**{**OPTIONS, "methods": "xyzzy"})
+    with pytest.raises(BadInput, match="found methods=None; give the name of a ranking method"):
+        run(**{**OPTIONS, "methods": None})
+    with pytest.raises(BadInput, match="found answer_in_input='no'; give True or False"):
+        run(**OPTIONS, answer_in_input="no")
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,12 @@ def test_an_unknown_method_gets_close_names_and_the_list(model):
         rank_heads(model, PROMPTS, method="CM")
     with pytest.raises(BadInput, match=r"no ranking method 'xyzzy'. There are 'ra'"):
         rank_heads(model, PROMPTS, method="xyzzy")
+    for methods in (5, [1], ["ra", None], [["ra"]]):
+        with pytest.raises(BadInput, match=r"found methods=.*; give the name of a ranking method"):
+            unchecked(rank_heads)(model, PROMPTS, methods=methods)
+    for answer_in_input in ("no", 1, None):
+        with pytest.raises(BadInput, match=r"answer_in_input=.*; give True or False"):
+            unchecked(rank_heads)(model, PROMPTS, answer_in_input=answer_in_input)
 
 
 def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):

@@ -46,7 +46,7 @@ from ra_lens.heads.known import refuse_true_heads
 from ra_lens.heads.ranking import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.model.sites import every_head
-from ra_lens.numbers import Real, Whole, real, whole
+from ra_lens.numbers import Real, Whole, flag, real, whole
 from ra_lens.padding import batches, watched
 from ra_lens.questions import ask, marked, read_questions
 from ra_lens.tables import write_results
@@ -130,7 +130,7 @@ def circuit_test(
         "top": whole("top", top, least=1),
         "attention": real("attention", attention),
         "random_orders": whole("random_orders", random_orders, least=1),
-        "answer_in_input": answer_in_input,
+        "answer_in_input": flag("answer_in_input", answer_in_input),
         "seed": seed,
         "prepend_bos": prepend_bos,
         "batch_size": batch_size,

@@ -41,7 +41,7 @@ from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.heads.ranking import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
-from ra_lens.numbers import Whole, Wholes, whole, wholes
+from ra_lens.numbers import Whole, Wholes, flag, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
 from ra_lens.tasks import (
@@ -595,6 +595,7 @@ def experiment(
     It refuses dropout, hooks on the model where there is an output file, and an output file or
     journal that cannot be written or holds something else.
     """
+    answer_in_input = flag("answer_in_input", answer_in_input)
     lens.refuse_dropout()
     refuse_hooks(lens, protocol.out)
     ray = protocol.ray

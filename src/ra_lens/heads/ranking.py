@@ -53,7 +53,7 @@ from ra_lens.heads.scores import HeadScores
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.model.backward import BACKWARDS, Backward
 from ra_lens.model.sites import MapKind, VectorKind, read_kind, read_vectors
-from ra_lens.numbers import Whole, whole
+from ra_lens.numbers import Whole, flag, whole
 from ra_lens.prompts import Prompts
 from ra_lens.questions import Questions, read_questions
 from ra_lens.tasks import Prompt
@@ -549,7 +549,7 @@ def ranking_context(
         prompts=_checked(prompts),
         seed=seed,
         draw=draw,
-        answer_in_input=answer_in_input,
+        answer_in_input=flag("answer_in_input", answer_in_input),
         prepend_bos=prepend_bos,
         batch_size=batch_size,
         progress=progress,
