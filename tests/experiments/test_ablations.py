@@ -30,7 +30,7 @@ from ra_lens.patching.masking import mask_heads
 from ra_lens.scales import best_scale
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Task, same_length_sets
-from refused import refused
+from refused import refused, unchecked
 from tiny_models import CASES, OBSERVE_ONLY
 
 QUIET = {"progress": False}
@@ -410,10 +410,11 @@ def test_effects_are_paired_differences_on_the_same_tasks():
     for table, message in [
         (frame.drop(columns="kl"), r"without 'kl'; give the result of patching_ablations\(\)"),
         (frame.iloc[:0], "without rows"),
+        ([frame], r"found a table that is a list, not a DataFrame; give the result of"),
         (pd.concat([frame, frame.assign(model="b")]), r"2 models \(tiny, b\)"),
         (pd.concat([frame, frame]), "found unpatched of a twice, with none scales"),
     ]:
-        refused(partial(ablation_effects, table), {}, message)
+        refused(partial(unchecked(ablation_effects), table), {}, message)
     refused(partial(ablation_effects, frame), {"metric": "top9"}, "found metric='top9'; give one")
 
 

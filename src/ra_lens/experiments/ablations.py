@@ -377,7 +377,7 @@ def ablation_effects(
     if metric not in METRICS:
         raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
     needed = ["task", *_KEYS, "scale", metric, "kl", "top1_same"]
-    problem = "without rows" if frame.empty else problem_of(frame, needed)
+    problem = problem_of(frame, needed, rows=True)
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of patching_ablations().")
     level = real("level", level)
