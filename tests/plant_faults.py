@@ -715,12 +715,32 @@ FAULTS = (
         'keep_default_na=False, na_values=[""], dtype=texts',
         "dtype=texts",
     ),
+    Fault(
+        "a method of one's own known without its defaults",
+        "journals",
+        "    yield function.__defaults__\n",
+        "    yield None\n",
+        "tests/experiments/test_own_code.py",
+    ),
+    Fault(
+        "a method of one's own known without what it reads",
+        "journals",
+        "{} if method.needs is None else asdict(method.needs)",
+        "{}",
+        "tests/experiments/test_own_code.py",
+    ),
     # ---- grids ----------------------------------------------------------------------------------
     Fault(
         "a cell in no part",
         "grids",
         "cell.hash for cell in self.cells)[i - 1 :: n])",
         "cell.hash for cell in self.cells)[i::n])",
+    ),
+    Fault(
+        "a grid written over that of a quicker run",
+        "grids",
+        "self.folder.create(_MANIFEST",
+        "self.folder.write(_MANIFEST",
     ),
     Fault(
         "finished cells again",

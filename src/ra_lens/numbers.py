@@ -78,6 +78,13 @@ def reals(name: str, values: object) -> list[float]:
     return [real(name, value) for value in _several(name, values, "number")]
 
 
+def flag(name: str, value: object) -> bool:
+    """Give True or False, of NumPy, torch or Python; refuse all else, called `name`."""
+    if not _is_bool(value) or getattr(value, "ndim", 0):
+        raise BadInput(f"found {name}={_shown(value)}; give True or False.")
+    return bool(value)
+
+
 def places(name: str, which: object, n: int, things: str) -> list[int]:
     """Give the places chosen among `n` things, at least one, from 0 on and in the order given.
 

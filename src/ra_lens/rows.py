@@ -98,6 +98,8 @@ def _compare(lens: Lens) -> str:
     except UnsupportedModel as error:
         return str(error).rstrip(".")
     except Exception as error:  # the model's own, for which it was not made
+        if _of_memory(error):  # this moment's, which says nothing of the model
+            raise
         return f"its forward pass raises {type(error).__name__} so ({error})"
     within = max(_WITHIN, 8 * torch.finfo(lens.dtype).eps)
     for name, whole in plain.items():
@@ -106,6 +108,12 @@ def _compare(lens: Lens) -> str:
         if not off <= within * float(whole.abs().max()):
             return f"on {_TOKENS} tokens {name} comes out otherwise, by {off:.2g}"
     return ""
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether there was no room; PyTorch says so in words where the device is no GPU."""
+    named = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    return named or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _maps(lens: Lens, tokens: Tensor, rows: int | None) -> Mapping[str, Tensor]:

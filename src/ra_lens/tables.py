@@ -26,20 +26,25 @@ _NUMBERS = frozenset(
      "auc", "layer", "head", "score", "rank", "question", "window", "query", "measured",
      "predicted", "auroc", "average_precision", "kl", "top1_same"}
 )  # fmt: skip
+_NUMBERS_BEGIN = ("score_", "effect_", "logit_diff_effect_", "seconds_")  # and a name
 # Measures of a model that may have given none here and there; everything else has a value in
 # every row, and what has none would silently be left out of a mean.
 _MAY_BE_UNKNOWN = frozenset({"logit_diff", "answer_diff", "score", "auc"})
 
 
-def problem_of(frame: pd.DataFrame, columns: Sequence[str]) -> str | None:
+def problem_of(frame: object, columns: Sequence[str], *, rows: bool = False) -> str | None:
     """Say why columns of a table cannot be used: missing, text for numbers, empty; None if not.
 
     Rows are counted from 1, below the names of the columns. The `scale` of the unpatched model
-    (`map` is `none`) is empty, as it should be.
+    (`map` is `none`) is empty, as it should be. With `rows` there must be some.
     """
+    if not isinstance(frame, pd.DataFrame):
+        return f"that is a {type(frame).__name__}, not a DataFrame"
     missing = [name for name in columns if name not in frame]
     if missing:
         return f"without {', '.join(map(repr, missing))}"
+    if rows and frame.empty:
+        return "without rows"
     return next(filter(None, (_problem_in(frame, name) for name in columns)), None)
 
 
@@ -50,7 +55,8 @@ def _problem_in(frame: pd.DataFrame, name: str) -> str | None:
         of_it = (frame["map"] != "none").to_numpy(dtype=bool)
     if not of_it.any():
         return None
-    if name in _NUMBERS and not pd.api.types.is_numeric_dtype(values):
+    numbers = name in _NUMBERS or name.startswith(_NUMBERS_BEGIN)
+    if numbers and not pd.api.types.is_numeric_dtype(values):
         rows = np.flatnonzero(of_it & values.notna().to_numpy()).tolist()
         # A column with one word in it is read as text throughout: name the word.
         words = [row for row in rows if not _is_number(values.iloc[row])]

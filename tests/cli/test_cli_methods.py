@@ -41,3 +41,11 @@ def test_what_it_cannot_do_is_one_line(tmp_path):
         "compare-methods", "-t", "antonym", "--methods", "nope"
     )
     assert "--ablations" in refused_line("compare-methods", "-t", "antonym", "--ablations", "half")
+
+
+def test_numbers_of_heads_are_read_before_the_work(monkeypatch):
+    monkeypatch.setattr("ra_lens.experiments.head_effect_table", None)
+    assert "found ks=[4, 40] for a model of 32 heads" in refused_line(*COMMAND, "--k", "40")
+    monkeypatch.setattr("ra_lens.cli.session.load", None)
+    assert "found ks=0; give at least 1" in refused_line(*COMMAND, "--k", "0")
+    assert "found seed=-1; give at least 0" in refused_line(*COMMAND, "--seed", "-1")

@@ -30,7 +30,7 @@ from ra_lens.patching.masking import mask_heads
 from ra_lens.scales import best_scale
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import Pair, Task, same_length_sets
-from refused import refused
+from refused import refused, unchecked
 from tiny_models import CASES, OBSERVE_ONLY
 
 QUIET = {"progress": False}
@@ -201,7 +201,9 @@ def test_fewer_questions_and_maps_of_prompts_with_examples_by_hand(demo, split):
     assert longer[0].shape[-1] == n + 1
     ends = {layer: value[:, n - N : n, n - N : n] for layer, value in longer.items()}
     agrees(frame, "maps with 2 examples", differences(demo, split, ends))
-    with_examples = patching_ablations(demo, "capitalize", shots=1, **{**options, "n_test": 2})
+    told = r"^left out: 'shots', which is for questions without demonstrations \(shots=0\)\.$"
+    with pytest.warns(RALensWarning, match=told):
+        with_examples = patching_ablations(demo, "capitalize", shots=1, **{**options, "n_test": 2})
     assert set(with_examples.ablation) == {"none", "whole", "prompts"}
 
 
@@ -408,10 +410,11 @@ def test_effects_are_paired_differences_on_the_same_tasks():
     for table, message in [
         (frame.drop(columns="kl"), r"without 'kl'; give the result of patching_ablations\(\)"),
         (frame.iloc[:0], "without rows"),
+        ([frame], r"found a table that is a list, not a DataFrame; give the result of"),
         (pd.concat([frame, frame.assign(model="b")]), r"2 models \(tiny, b\)"),
         (pd.concat([frame, frame]), "found unpatched of a twice, with none scales"),
     ]:
-        refused(partial(ablation_effects, table), {}, message)
+        refused(partial(unchecked(ablation_effects), table), {}, message)
     refused(partial(ablation_effects, frame), {"metric": "top9"}, "found metric='top9'; give one")
 
 
@@ -431,6 +434,14 @@ def test_wrong_options_are_refused_before_anything_runs(demo):
         ({"n_mean": 999}, "found n_mean=999, but task"),
     ]:
         refused(asked, options, message)
+
+
+def test_what_is_asked_for_by_name_and_is_not_there_is_told(demo):
+    options = {"ablations": ["transfer", "prompts"], "n_mean": 1, "n_test": 1, **QUIET}
+    told = "^left out: 'transfer', maps of other tasks, as there is one task; 'prompts', fewer than"
+    with pytest.warns(RALensWarning, match=told + r" n_mean=1\.$"):
+        frame = patching_ablations(demo, "capitalize", **options)
+    assert frame.ablation.tolist() == ["none", "whole"]
 
 
 def test_parts_of_few_layers_and_heads():

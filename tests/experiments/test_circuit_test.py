@@ -16,6 +16,7 @@ from ra_lens.experiments import circuits as experiment
 from ra_lens.heads import localisation_scores, rank_heads
 from ra_lens.model import as_lens, load_folder
 from ra_lens.tasks import circuit_prompts
+from refused import unchecked
 from tiny_models import ANY_KIND
 
 QUIET = {"progress": False}
@@ -145,8 +146,6 @@ def test_a_run_that_was_stopped_goes_on(model, tmp_path, monkeypatch):
 
 def test_what_cannot_be_tested_is_refused(model):
     run = partial(circuit_test, model, n=4, **CHEAP)
-    with pytest.raises(BadInput, match=r"L9H9 among the true heads, but .* has no such head"):
-        run(heads="published")
     with pytest.raises(BadInput, match=r"found 0 of 6 heads .* at least 100% of their attention"):
         run(attention=1.0)
     with pytest.raises(BadInput, match="circuit 'io'"):
@@ -155,3 +154,32 @@ def test_what_cannot_be_tested_is_refused(model):
         run("copying", heads="published")
     with pytest.raises(BadInput, match="n=1"):
         circuit_test(model, n=1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "told"),
+    [
+        (
+            "published",
+            r"head L9H9, but .* layers 0.*\. The published list is of gpt2.* heads='found'",
+        ),
+        (["L0H0", "L0H9"], r"head L0H9, but layer 0 has heads 0 to 2"),
+        ("foundd", r"found 'foundd' among heads\. Give .* labels like 'L3H5'"),
+        (None, r"found None among heads"),
+        ([], r"found 0 true heads, 0 different ones, of 6 of .*; give each once, at least one"),
+        ([(-1, 0), (1, 0)], r"found 2 true heads, 1 different ones"),
+        ([(i, j) for i in range(2) for j in range(3)], r"found 6 true heads.* and not all"),
+    ],
+)
+def test_heads_that_the_model_does_not_have_are_told_before_the_work(
+    heads, told, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(experiment, "circuit_prompts", None)  # nothing is begun
+    with pytest.raises(BadInput, match=told):
+        unchecked(circuit_test)(model, heads=heads, out=tmp_path / "a.parquet", **CHEAP)
+    assert not list(tmp_path.iterdir())
+
+
+def test_negative_numbers_of_heads_count_from_the_end(model):
+    frame = circuit_test(model, heads=[(-1, 2), (0, -3)], n=2, **{**CHEAP, "methods": "index"})
+    assert set(frame.true_heads) == {"L1H2 L0H0"}

@@ -34,6 +34,7 @@ from ra_lens.experiments import (
 from ra_lens.experiments import runner as runner_module
 from ra_lens.experiments.facts import weights_hash
 from ra_lens.experiments.journal import journal_path, settings_hash
+from ra_lens.experiments.runner import read_some
 from ra_lens.figures import patching_sweep_curve
 from ra_lens.heads import rank_heads, ranking_method
 from ra_lens.heads import registry as registry_of_methods
@@ -45,7 +46,7 @@ from ra_lens.scales import SCALES
 from ra_lens.shared_prefix import SharedPrefix
 from ra_lens.targets import sequence_nll
 from ra_lens.tasks import same_length_sets
-from refused import refused
+from refused import refused, unchecked
 from tiny_models import ANY_KIND, KINDS, every_model
 from toys import knowing_task, load_toy
 
@@ -584,6 +585,15 @@ def test_wrong_options_are_refused_before_anything_runs(demo, tmp_path):
     ]:
         refused(partial(patching_sweep, demo, "capitalize", **QUIET), options, message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_choice_alone_is_a_list_of_one():
+    choices = ("forward", "reversed")
+    assert read_some("directions", "forward", choices) == ["forward"]
+    assert read_some("directions", (one for one in choices), choices) == list(choices)
+    for wrong in (5, None, "forwards", "", [["forward"]], ["forward", "forward"]):
+        with pytest.raises(BadInput, match=r"found directions=.*; give 'forward', 'reversed' or b"):
+            unchecked(read_some)("directions", wrong, choices)
 
 
 @pytest.mark.parametrize("kind", ["ra", *every_model("shuffled")])

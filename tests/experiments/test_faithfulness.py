@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -83,12 +85,16 @@ def test_a_run_that_was_killed_goes_on_and_is_summed_up_from_its_file(ending, ow
     class Killed(Exception):
         pass
 
-    model, dying, ran = fresh("gpt2", KINDS[0]), [True], []
+    class Now:  # of a list the method would be another one when it grows
+        dying: ClassVar[bool] = True
+        ran: ClassVar[list[object]] = []
+
+    model = fresh("gpt2", KINDS[0])
 
     @ranking_method("between")
     def between(context):
-        ran.append(context)
-        if dying:
+        Now.ran.append(context)
+        if Now.dying:
             raise Killed
         return torch.arange(12.0).reshape(context.shape)
 
@@ -98,17 +104,14 @@ def test_a_run_that_was_killed_goes_on_and_is_summed_up_from_its_file(ending, ow
     kept = journal_path(out).read_text().splitlines()
     done = [f"toy|1|{key}" for key in ("effects|zero", "effects|resample", "scores|atp")]
     assert [line.split('"')[3] for line in kept[1:]] == done
-    dying.clear()
+    Now.dying = False
     went_on = faithfulness_test(model, TASK, out=out, ks=2, **options)
     assert not journal_path(out).exists()
     in_one = faithfulness_test(model, TASK, ks=2, **options)
-    facts = ["settings_hash"]  # a method of one's own is told by its code
-    pd.testing.assert_frame_equal(
-        without_seconds(went_on).drop(columns=facts), without_seconds(in_one).drop(columns=facts)
-    )
-    n_runs = len(ran)
+    pd.testing.assert_frame_equal(without_seconds(went_on), without_seconds(in_one))
+    n_runs = len(Now.ran)
     again = faithfulness_test(model, TASK, out=out, ks=2, **options)
-    assert len(ran) == n_runs
+    assert len(Now.ran) == n_runs
     pd.testing.assert_frame_equal(again, faithfulness(read_results(out), ks=2))
     with pytest.raises(BadInput, match=r"n_rank: there 3, here 2"):
         faithfulness_test(model, TASK, out=out, ks=2, **{**options, "n_rank": 2})
@@ -154,13 +157,51 @@ def test_prompts_without_a_twin_are_left_out_where_twins_are_needed(demonstratio
 
 
 def test_options_that_cannot_be_used_say_what_is_needed(shared):
-    run = partial(unchecked(faithfulness_test), shared("gpt2", KINDS[0]), TASK)
+    run = partial(unchecked(faithfulness_test), shared("gpt2", KINDS[0]), TASK, ks=2)
     with pytest.raises(BadInput, match=r"ablations=\['noise'\]; give 'zero', 'mean', 'resample'"):
         run(ablations=["noise"], **OPTIONS)
     with pytest.raises(BadInput, match=r"n_rank=1"):
         run(**{**OPTIONS, "n_rank": 1})
     with pytest.raises(BadInput, match="no ranking method 'xyzzy'"):
         run(**{**OPTIONS, "methods": "xyzzy"})
+    with pytest.raises(BadInput, match="found methods=None; give the name of a ranking method"):
+        run(**{**OPTIONS, "methods": None})
+    with pytest.raises(BadInput, match="found answer_in_input='no'; give True or False"):
+        run(**OPTIONS, answer_in_input="no")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"ks": (10, 40)},
+            r"ks=\[10, 40\] for a model of 12 heads\. Give numbers",
+        ),
+        ({"ks": 12}, r"ks=\[12\] for a model of 12 heads"),
+        ({}, r"ks=\[10, 20\] for a model of 12 heads"),
+        ({"ks": []}, "ks without a number in it"),
+        ({"ks": 2, "level": 2}, r"level=2.0; give a share between 0 and 1"),
+        ({"ks": 2, "seed": -1}, "seed=-1; give at least 0"),
+        ({"ks": 2, "resamples": 0}, "resamples=0; give at least 1"),
+        ({"ks": 2, "splits": "a"}, "splits='a'; give a whole number"),
+        (
+            {"ks": 2, "ablations": ()},
+            r"ablations=\(\), without which .* to foretell\. Give",
+        ),
+    ],
+)
+def test_how_a_table_is_summed_up_is_read_before_it_is_made(options, told, shared, monkeypatch):
+    monkeypatch.setattr(sys.modules[faithfulness_test.__module__], "head_effect_table", None)
+    run = partial(unchecked(faithfulness_test), shared("gpt2", KINDS[0]), TASK)
+    with pytest.raises(BadInput, match=told):
+        run(**OPTIONS, **options)
+
+
+def test_too_many_shared_demonstrations_are_told_as_such(shared):
+    run = partial(head_effect_table, shared("gpt2", KINDS[0]), TASK, demonstrations="shared")
+    told = r"shots=5 with demonstrations='shared', but .* has 3 pairs beside the 3 that are asked"
+    with pytest.raises(BadInput, match=told):
+        run(**{**OPTIONS, "shots": 5})
 
 
 def test_rankings_of_other_experiments_take_prompts_that_have_twins_too(shared):

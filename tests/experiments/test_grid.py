@@ -13,6 +13,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pandas as pd
@@ -32,7 +33,7 @@ from ra_lens.experiments import (
     write_results,
 )
 from ra_lens.experiments.engines import Request, compute_on_ray, read_engine
-from ra_lens.experiments.grid import read_grid
+from ra_lens.experiments.grid import Folder, open_grid, read_grid
 from ra_lens.experiments.grid_run import gpus_of_worker
 from ra_lens.heads import ranking_method, registry
 from ra_lens.memory import worker_memory
@@ -54,17 +55,19 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def counted():
     """Name of a ranking method, and the prompts that it ranked heads on."""
-    asked: list[str] = []
+
+    class Counted:  # a list that grows would make another method of it
+        asked: ClassVar[list[str]] = []
+        refusing: ClassVar[set[str]] = set()
 
     @ranking_method("counted")
     def scores(context):
-        asked.append(context.prompts[0].text)
-        if asked[-1] in refusing:
+        Counted.asked.append(context.prompts[0].text)
+        if Counted.asked[-1] in Counted.refusing:
             raise ValueError("no scores today")
         return torch.tensor([[1.0, 2.0]])
 
-    refusing: set[str] = set()
-    yield "counted", asked, refusing
+    yield "counted", Counted.asked, Counted.refusing
     registry._methods.pop("counted")
 
 
@@ -488,6 +491,28 @@ def test_folders_of_other_settings_and_of_none_are_refused(toy, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(BadInput, match=r"must end in \.parquet or \.csv"):
         perturbed(toy, tmp_path / "file")
+
+
+@pytest.mark.parametrize("disk", ["links", "no links", "memory"])
+def test_of_two_runs_that_begin_a_folder_at_once_one_is_refused(disk, tmp_path, monkeypatch):
+    out = f"memory://{tmp_path.name}/grid" if disk == "memory" else f"{tmp_path}/grid"
+    if disk == "no links":
+        monkeypatch.setattr("os.link", None)
+    first, other, again = (
+        open_grid(out, {"experiment": "perturbation", "seed": seed}, [("antonym", 0, "ra")])
+        for seed in (1, 2, 1)
+    )
+    # Both have looked, and there was nothing.
+    looked = iter([[], []])
+    monkeypatch.setattr(Folder, "names", lambda folder: next(looked))
+    first.begin()
+    told = r"holds the cells of a run with other settings \(seed: there 1, here 2\)\. Repeat"
+    with pytest.raises(BadInput, match=told):
+        other.begin()
+    monkeypatch.undo()
+    again.begin()
+    assert read_grid(out).settings["seed"] == 1
+    assert first.folder.names() == ["_grid.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(toy, tmp_path):

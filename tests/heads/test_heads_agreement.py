@@ -9,6 +9,7 @@ import pytest
 from ra_lens.errors import BadInput
 from ra_lens.experiments import faithfulness, faithfulness_differences
 from ra_lens.heads.agreement import spearman, top
+from refused import unchecked
 
 # [prompt, head]; means of the effects 3, 4, 1, −2, of their sizes 3, 4, 3, 4.
 EFFECTS = [[2.0, 5.0, 4.0, 2.0], [4.0, 3.0, -2.0, -6.0]]
@@ -143,13 +144,15 @@ def test_scores_of_minus_infinity_come_last():
         (lambda f: f.iloc[:0], "a table without rows"),
         (lambda f: f.drop(columns="effect_zero"), "without scores of a method, or without effects"),
         (lambda f: f.assign(effect_zero=[np.nan, *f.effect_zero[1:]]), "value for effect_zero in"),
+        (lambda f: f.assign(score_ra="x"), "with the text 'x' for score_ra in row 1, not a number"),
+        (lambda f: [f], "a table that is a list, not a DataFrame; give the result of head_eff"),
         (lambda f: f.iloc[1:], "7 rows for 2 prompts and 4 heads of task 'toy'"),
         (lambda f: pd.concat([f, f.assign(model="two")]), r"results of 2 models \(tiny, two\)"),
     ],
 )
 def test_other_tables_are_refused(change, found):
     with pytest.raises(BadInput, match=found):
-        faithfulness(change(made()), ks=1)
+        unchecked(faithfulness)(change(made()), ks=1)
 
 
 def test_options_that_cannot_be_used_say_what_is_needed():
@@ -158,5 +161,11 @@ def test_options_that_cannot_be_used_say_what_is_needed():
         faithfulness(frame, ks=1, level=1.0)
     with pytest.raises(BadInput, match=r"ks=\[1, 5\] for a model of 4 heads"):
         faithfulness(frame, ks=(1, 5))
+    with pytest.raises(BadInput, match=r"ks=\[4\] for a model of 4 heads"):
+        faithfulness(frame, ks=4)
+    with pytest.raises(BadInput, match=r"methods=\['ra', 'ra'\] to compare with 'atp'.*each once"):
+        faithfulness_differences(frame, minus="atp", methods=["ra", "ra"])
+    with pytest.raises(BadInput, match=r"methods=\[\] to compare with 'atp'.*at least one"):
+        faithfulness_differences(frame, minus="atp", methods=[])
     with pytest.raises(BadInput, match=r"method 'cm1'; the table has scores of 'atp', 'ra', 'mine"):
         faithfulness_differences(frame, minus="cm1")

@@ -133,6 +133,12 @@ def test_an_unknown_method_gets_close_names_and_the_list(model):
         rank_heads(model, PROMPTS, method="CM")
     with pytest.raises(BadInput, match=r"no ranking method 'xyzzy'. There are 'ra'"):
         rank_heads(model, PROMPTS, method="xyzzy")
+    for methods in (5, [1], ["ra", None], [["ra"]]):
+        with pytest.raises(BadInput, match=r"found methods=.*; give the name of a ranking method"):
+            unchecked(rank_heads)(model, PROMPTS, methods=methods)
+    for answer_in_input in ("no", 1, None):
+        with pytest.raises(BadInput, match=r"answer_in_input=.*; give True or False"):
+            unchecked(rank_heads)(model, PROMPTS, answer_in_input=answer_in_input)
 
 
 def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
@@ -147,6 +153,9 @@ def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
             rank_heads(model, [replace(long[0], corrupted=long[1])], method=method)
     with pytest.raises(BadInput, match="batch_size=0; give at least 1"):
         rank_heads(model, PROMPTS, batch_size=0)
+    for name in ("seed", "draw"):
+        with pytest.raises(BadInput, match=f"found {name}=-1; give at least 0"):
+            rank_heads(model, PROMPTS, method="random", **{name: -1})
     with pytest.raises(UnsupportedModel, match="HookedTransformer or TransformerBridge"):
         rank_heads(torch.nn.Linear(1, 1), PROMPTS)
 
@@ -238,7 +247,7 @@ def test_ranking_leaves_nothing_on_the_model(kind, fresh):
 def test_a_progress_bar_counts_rows_where_there_are_several_batches(model, capsys):
     rank_heads(model, PROMPTS, method="cm1", batch_size=10)
     shown = capsys.readouterr().err
-    assert "Causal mediation" in shown
+    assert "Each head" in shown
     assert "/24 " in shown  # it goes when it is done
     rank_heads(model, PROMPTS, method="cm1", batch_size=10, progress=False)
     rank_heads(model, PROMPTS, method="cm1", batch_size=24)

@@ -173,6 +173,31 @@ def test_a_model_whose_blocks_mix_tokens_otherwise_is_refused(kind, fresh):
     assert run_with_ra(model, IDS, target=TARGET, **NORMS)[1].norms().isfinite().all()
 
 
+def _of_a_gpu():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    "take", [lambda: torch.empty(2**48), *every_model(lambda: bytearray(2**62), _of_a_gpu)]
+)
+def test_a_lack_of_memory_says_nothing_of_the_model(take, fresh):
+    model, full = fresh("gpt2", ANY_KIND[0]), [True]
+    mlp = model.blocks[1].mlp
+    own = mlp.forward
+
+    def full_at_first(x, *args, **kwargs):
+        if full:
+            take()
+        return own(x, *args, **kwargs)
+
+    vars(mlp)["forward"] = full_at_first
+    with pytest.raises((RuntimeError, MemoryError)) as info:
+        run_with_ra(model, IDS, target=TARGET, query_rows=2, **NORMS)
+    assert not isinstance(info.value, UnsupportedModel)
+    full.clear()
+    run_with_ra(model, IDS, target=TARGET, query_rows=2, **NORMS)
+
+
 @pytest.mark.parametrize("kind", ANY_KIND)
 def test_nothing_is_left_behind(kind, fresh):
     model = fresh("llama", kind)

@@ -35,6 +35,7 @@ from ra_lens.experiments.runner import (
     Cell,
     Protocol,
     Row,
+    Run,
     Tasks,
     experiment,
     read_accuracy,
@@ -79,8 +80,8 @@ def patching_ablations(
     model: nn.Module,
     task: Tasks,
     *,
-    ablations: Sequence[Ablation] = ABLATIONS,
-    scales: Sequence[ScaleFrom] = ("paper",),
+    ablations: Ablation | Sequence[Ablation] = ABLATIONS,
+    scales: ScaleFrom | Sequence[ScaleFrom] = ("paper",),
     tried: Reals = SCALES,
     layer_ranges: Sequence[tuple[Whole, Whole]] | None = None,
     methods: str | Sequence[str] = ("ra",),
@@ -110,7 +111,8 @@ def patching_ablations(
     Args:
         model: A HookedTransformer or TransformerBridge.
         task: A task, the name of a built-in one, `"all"`, or several.
-        ablations: What is compared with the whole map:
+        ablations: What is compared with the whole map; where one that is named has nothing to
+            compare, a warning says so:
             `"layers"`: of the map, the layers of each range;
             `"heads"`: the first heads of each ranking, and all others;
             `"rows"`: the last query row, all but it, either half;
@@ -176,11 +178,12 @@ def patching_ablations(
     )
     lens = as_lens(model)
     chosen = read_some("ablations", ablations, ABLATIONS)
+    scales_from = read_some("scales", scales, get_args(ScaleFrom))
     n_mean = whole("n_mean", n_mean, least=1)
     settings: dict[str, Any] = {
         "ablations": chosen,
-        "scales_from": read_some("scales", scales, get_args(ScaleFrom)),
-        "tried": reals("tried", tried) if "best" in scales else [],
+        "scales_from": scales_from,
+        "tried": reals("tried", tried) if "best" in scales_from else [],
         "layer_ranges": _read_ranges(lens, layer_ranges),
         "head_shares": _read_shares(head_shares),
         "n_prompts": _read_counts(n_prompts, n_mean),
@@ -219,7 +222,7 @@ def patching_ablations(
             need_one_length(cell)
         material = materials_of(cells)
         counts = [len(list(of.variants())) for of in material.values()]
-        _tell_left_out(material.values())
+        _tell_left_out(run, material.values())
         return run.frame(
             "Ablations",
             cells,
@@ -291,8 +294,8 @@ def _told(cell: Cell, found: list[Row], **names: str) -> list[Row]:
     return cell.rows(rows)
 
 
-def _tell_left_out(material: Iterable[Material]) -> None:
-    left_out = [text for of in material for text in of.left_out]
+def _tell_left_out(run: Run, material: Iterable[Material]) -> None:
+    left_out = [*_without_any(run), *(text for of in material for text in of.left_out)]
     if left_out:
         more = f"; and {len(left_out) - 5} more" * (len(left_out) > 5)
         warnings.warn(
@@ -300,6 +303,19 @@ def _tell_left_out(material: Iterable[Material]) -> None:
             RALensWarning,
             stacklevel=3,
         )
+
+
+def _without_any(run: Run) -> Iterator[str]:
+    """Say what was asked for by name and has no variant in any cell, and why."""
+    asked = run.settings["ablations"]
+    if set(asked) == set(ABLATIONS):  # whatever there is
+        return
+    if "transfer" in asked and len(run.tasks) == 1:
+        yield "'transfer', maps of other tasks, as there is one task"
+    if "shots" in asked and 0 not in run.protocol.shots:
+        yield "'shots', which is for questions without demonstrations (shots=0)"
+    if "prompts" in asked and not run.settings["n_prompts"]:
+        yield f"'prompts', fewer than n_mean={run.settings['n_mean']}"
 
 
 def _read_ranges(lens: Lens, layer_ranges: Sequence[tuple[Whole, Whole]] | None) -> list[list[int]]:
@@ -373,7 +389,7 @@ def ablation_effects(
     if metric not in METRICS:
         raise BadInput(f"found metric={metric!r}; give one of {', '.join(map(repr, METRICS))}.")
     needed = ["task", *_KEYS, "scale", metric, "kl", "top1_same"]
-    problem = "without rows" if frame.empty else problem_of(frame, needed)
+    problem = problem_of(frame, needed, rows=True)
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of patching_ablations().")
     level = real("level", level)

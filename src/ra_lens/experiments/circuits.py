@@ -37,15 +37,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput
-from ra_lens.experiments.facts import method_facts, model_facts, prompts_hash
+from ra_lens.experiments.facts import methods_facts, model_facts, prompts_hash
 from ra_lens.experiments.journal import Journal, as_frame, finished_results, open_journal
 from ra_lens.experiments.runner import Row, read_methods, refuse_hooks
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.heads import HeadScores, head_effects, known_heads, localisation_scores, rank_heads
+from ra_lens.heads.known import refuse_true_heads
 from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.model.sites import every_head
-from ra_lens.numbers import BatchSize, Real, Whole, read_batch_size, real, whole
+from ra_lens.numbers import BatchSize, Real, Whole, flag, read_batch_size, real, whole
 from ra_lens.padding import batches, watched
 from ra_lens.questions import ask, marked, read_questions
 from ra_lens.tables import write_results
@@ -85,7 +86,7 @@ def circuit_test(
         methods: Names of `ra_lens.heads.ranking_methods()`.
         heads: Which heads are true: `"found"` in this model by exact effects and attention;
             `"published"`, the list of `known_heads(circuit)`, which is of GPT-2 small; or labels
-            such as `["L9H9", "L10H0"]`.
+            such as `["L9H9", "L10H0"]`; negative numbers count from the end.
         n: Prompts. Where heads are to be found the first half does that, and the other half ranks.
         top: For heads to be found: how many of the largest exact effects count.
         attention: For heads to be found: the least share of a head's attention, from the last
@@ -115,24 +116,22 @@ def circuit_test(
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be edited.
     """
     names, lens = read_methods(methods), as_lens(model)
-    n, seed = whole("n", n, least=2), whole("seed", seed)
-    given = None if heads in ("found", "published") else list_heads(heads)
-    if heads == "published":
-        given = list(known_heads(circuit).heads)
-    found_by = cast("str", heads) if given is None or heads == "published" else "given"
+    n, seed = whole("n", n, least=2), whole("seed", seed, least=0)
+    given = None if heads == "found" else _given(lens, circuit, heads)
+    found_by = cast("str", heads) if heads in ("found", "published") else "given"
     at_a_time = read_batch_size(batch_size)
     settings: dict[str, Any] = {
         "experiment": "circuit",
         **model_facts(lens),
         "circuit": circuit,
-        "methods": list(map(method_facts, names)),
+        "methods": methods_facts(names, out),
         "found_by": found_by,
-        "heads": None if given is None else [str(head) for head in given],
+        "heads": given,
         "n_prompts": n,
         "top": whole("top", top, least=1),
         "attention": real("attention", attention),
         "random_orders": whole("random_orders", random_orders, least=1),
-        "answer_in_input": answer_in_input,
+        "answer_in_input": flag("answer_in_input", answer_in_input),
         "seed": seed,
         "prepend_bos": prepend_bos,
         "batch_size": at_a_time,
@@ -153,6 +152,25 @@ def circuit_test(
         if out is not None:
             write_results(frame, out)
     return frame
+
+
+def _given(lens: Lens, circuit: str, heads: TrueHeads | Heads) -> list[str]:
+    """Give the labels of true heads that are known before, which the model must have."""
+    known = known_heads(circuit) if heads == "published" else None
+    labels: list[str] = []
+    for head in list_heads(heads) if known is None else known.heads:
+        try:
+            [(layer, marks)] = lens.sites.choose_heads(cast("Heads", [head])).items()
+        except BadInput as error:
+            if known is None:
+                raise
+            raise BadInput(
+                f"{error} The published list is of {known.model}. Give that model, labels of heads "
+                "of your own, or heads='found'."
+            ) from error
+        labels.append(f"L{layer}H{int(marks.nonzero())}")
+    refuse_true_heads(labels, sum(lens.sites.n_heads), lens.name)
+    return labels
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import settings_hash
+from ra_lens.experiments.own_code import Untold, code_hash
+from ra_lens.heads import BUILT_IN_METHODS, RankingMethod
 from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos
 from ra_lens.tasks import Prompt, Task
@@ -49,23 +54,41 @@ def task_settings(lens: Lens, task: Task, prepend_bos: PrependBos) -> dict[str, 
     return {"name": task.name, **task_facts(task), "tokens": settings_hash({"ids": tokens})}
 
 
-def method_facts(name: str) -> dict[str, Any]:
-    """Tell which method this is: a user's own by its code, as its name may be another's."""
-    method = find_method(name)
-    function: Any = method.function
+def methods_facts(names: Iterable[str], out: str | Path | None) -> list[dict[str, Any]]:
+    """Tell which methods these are: one's own by what they do, as their names may be another's.
+
+    Raises:
+        BadInput: `out`, to which such results would go, and a method that cannot be told.
+    """
+    return [_method_facts(find_method(name), out) for name in names]
+
+
+def _method_facts(method: RankingMethod, out: str | Path | None) -> dict[str, Any]:
     facts = {"name": method.name, "split": method.split, "random": method.random}
-    if not str(function.__module__).startswith("ra_lens."):
-        code = getattr(function, "__code__", None)
-        parts = [getattr(code, part, None) for part in ("co_code", "co_consts", "co_names")]
-        facts["code"] = settings_hash({"code": list(map(repr, parts))})
-    return facts
+    if method == BUILT_IN_METHODS.get(method.name):
+        return facts
+    needs = {} if method.needs is None else asdict(method.needs)
+    try:
+        code = code_hash(method.function)
+    except Untold as error:
+        if out is not None:
+            raise BadInput(
+                f"found method {method.name!r}, which computes with {error}, and out=: what that "
+                "does is not told, and results are found again by it. Register a function (def) "
+                "that has numbers, texts, lists or tensors from around it and as defaults; or "
+                "leave out= away and write the table with write_results."
+            ) from error
+        code = None
+    return {**facts, "twins": method.twins, **needs, "code": code}
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Give a short text that tells the weights of two models apart.
+    """Give a short text that tells the weights of most models apart.
 
-    Of each parameter: some numbers, and the sum of all absolute values, so that every change of
-    more than about a part in ten million shows.
+    Of each parameter: at most 64 numbers, spread evenly, and the sum of all absolute values in
+    seven digits. Training shows. What does not: other signs or places of numbers that are not among
+    the 64, and whatever changes the sum by less than a part in ten million. Results that people
+    keep are found again by it, so it stays as it is.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():

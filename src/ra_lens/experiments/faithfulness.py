@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
+from ra_lens.errors import BadInput
 from ra_lens.experiments.engines import Engine
 from ra_lens.experiments.runner import (
     Cell,
@@ -38,7 +39,7 @@ from ra_lens.experiments.runner import (
 )
 from ra_lens.heads import head_effects
 from ra_lens.heads.ablation import ABLATIONS, Ablation
-from ra_lens.heads.agreement import EFFECT, LOGIT_DIFF, SCORE, SECONDS, faithfulness
+from ra_lens.heads.agreement import EFFECT, LOGIT_DIFF, SCORE, SECONDS, Summary, faithfulness
 from ra_lens.heads.ranking import ranking_context, scores_by
 from ra_lens.heads.registry import find_method
 from ra_lens.model import PrependBos, as_lens
@@ -58,7 +59,7 @@ def faithfulness_test(
     task: Tasks,
     *,
     methods: str | Sequence[str] = COMPARED,
-    ablations: Sequence[Ablation] = ("zero", "resample"),
+    ablations: Ablation | Sequence[Ablation] = ("zero", "resample"),
     shots: Wholes = (1, 5),
     n_rank: Whole = 12,
     ks: Wholes = (10, 20),
@@ -115,6 +116,13 @@ def faithfulness_test(
             holds something else.
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be changed.
     """
+    summary = Summary.read(ks, splits, level, resamples, seed)
+    summary.refuse_all_of(sum(as_lens(model).sites.n_heads))
+    if not ablations:
+        raise BadInput(
+            f"found ablations={ablations!r}, without which there are no effects to foretell. Give "
+            "'zero', 'mean', 'resample' or several; for scores alone call head_effect_table()."
+        )
     frame = head_effect_table(
         model,
         task,
@@ -133,7 +141,7 @@ def faithfulness_test(
         engine=engine,
         part=part,
     )
-    return faithfulness(frame, ks=ks, splits=splits, level=level, resamples=resamples, seed=seed)
+    return faithfulness(frame, **vars(summary))
 
 
 def head_effect_table(
@@ -141,7 +149,7 @@ def head_effect_table(
     task: Tasks,
     *,
     methods: str | Sequence[str] = COMPARED,
-    ablations: Sequence[Ablation] = ("zero", "resample"),
+    ablations: Ablation | Sequence[Ablation] = ("zero", "resample"),
     shots: Wholes = (1, 5),
     n_rank: Whole = 12,
     split: SplitRule = "code",
@@ -198,9 +206,8 @@ def head_effect_table(
     protocol = Protocol.read(
         shots, split, seed, prepend_bos, batch_size, out, progress, demonstrations, engine, part
     )
-    given = [ablations] if isinstance(ablations, str) else ablations
     settings: dict[str, Any] = {
-        "ablations": read_some("ablations", given, ABLATIONS) if given else [],
+        "ablations": read_some("ablations", ablations, ABLATIONS) if ablations else [],
         "n_rank": whole("n_rank", n_rank, least=2),
     }
     lens = as_lens(model)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -102,6 +103,33 @@ class Folder:
                 "written to. What is finished is kept: the same call goes on from there."
             ) from error
 
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file whole; one that another process has written by now stays as it is."""
+        with suppress(OSError):
+            self.fs.makedirs(self.path, exist_ok=True)
+        for way in (self._link, self._put):
+            try:
+                way(f"{self.path}/{name}", data)
+            except FileExistsError:
+                return
+            except (OSError, AttributeError, TypeError, ValueError, NotImplementedError):
+                continue  # there is no such way here
+            return
+        self.write(name, data)
+
+    def _link(self, path: str, data: bytes) -> None:
+        """Of a disk: what is linked is there whole, and takes no other's place."""
+        temporary = f"{self.path}/.{uuid4().hex}"
+        self.fs.pipe_file(temporary, data)
+        try:
+            self.fs.link(temporary, path)
+        finally:
+            self.fs.rm_file(temporary)
+
+    def _put(self, path: str, data: bytes) -> None:
+        """Of an address, where what is put is there whole."""
+        self.fs.pipe_file(path, data, mode="create")
+
     def remove(self, name: str) -> None:
         """Remove a file that is there."""
         try:
@@ -157,10 +185,11 @@ class Grid:
         return [cell for cell in self.cells if cell.hash in chosen]
 
     def begin(self) -> None:
-        """Write down what the grid is; its settings were compared when it was opened."""
+        """Write down what the grid is, or raise BadInput where another run was quicker."""
         what = {"ra_lens_grid": _FORMAT, "settings": self.settings, "cells": self.parts}
         if _MANIFEST not in self.folder.names():
-            self.folder.write(_MANIFEST, json.dumps(what, indent=1).encode())
+            self.folder.create(_MANIFEST, json.dumps(what, indent=1).encode())
+        _refuse_other_settings(self.folder, self.settings)
 
     def done(self) -> set[str]:
         """Hashes of the cells that are finished."""
@@ -217,12 +246,7 @@ def open_grid(
     folder = Folder.at(out)
     folder.refuse_others()
     if _MANIFEST in folder.names():
-        was, now = compared(_manifest(folder)["settings"]), compared(json.loads(_text(settings)))
-        if was != now:
-            raise BadInput(
-                f"{out} holds the cells of a run with other settings ({differences(was, now)}). "
-                "Repeat that run to go on with it, or give another folder."
-            )
+        _refuse_other_settings(folder, settings)
     return Grid(folder, settings, parts)
 
 
@@ -240,6 +264,15 @@ def read_grid(out: str | Path) -> Grid:
         )
     facts = _manifest(folder)
     return Grid(folder, facts["settings"], [(task, n, piece) for task, n, piece in facts["cells"]])
+
+
+def _refuse_other_settings(folder: Folder, settings: Mapping[str, Any]) -> None:
+    was, now = compared(_manifest(folder)["settings"]), compared(json.loads(_text(settings)))
+    if was != now:
+        raise BadInput(
+            f"{folder.given} holds the cells of a run with other settings "
+            f"({differences(was, now)}). Repeat that run to go on with it, or give another folder."
+        )
 
 
 def _manifest(folder: Folder) -> dict[str, Any]:

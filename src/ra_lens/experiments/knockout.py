@@ -90,7 +90,7 @@ def knockout_test(
     n_edges: Whole = 2,
     n_sets: Whole = 2,
     windows: Wholes | None = None,
-    cuts: Sequence[CutName] = ("renormalised",),
+    cuts: CutName | Sequence[CutName] = ("renormalised",),
     steps: Wholes = (),
     ends: bool = False,
     steps_of: Literal["sets", "all"] = "sets",
@@ -169,9 +169,7 @@ def knockout_test(
         "n_edges": whole("n_edges", n_edges, least=0),
         "n_sets": whole("n_sets", n_sets, least=0),
         "windows": _read_windows(windows, len(lens.sites)),
-        "cuts": read_some(
-            "cuts", [cuts] if isinstance(cuts, str) else cuts, ("renormalised", "plain")
-        ),
+        "cuts": read_some("cuts", cuts, ("renormalised", "plain")),
         "steps": [whole("steps", n, least=1) for n in points],
         "ends": bool(ends),
         "steps_of": steps_of,

@@ -93,7 +93,7 @@ def perturbation_test(
     heads_kept: Wholes | None = None,
     shares: Reals | None = None,
     others: Others = "zero",
-    directions: Sequence[Direction] = ("forward", "reversed"),
+    directions: Direction | Sequence[Direction] = ("forward", "reversed"),
     random_orders: Whole = 20,
     each_question: bool = False,
     costs: bool = False,

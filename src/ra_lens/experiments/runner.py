@@ -24,14 +24,14 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.engines import Engine, RayEngine, read_engine
-from ra_lens.experiments.facts import method_facts, model_facts, task_facts, task_settings
+from ra_lens.experiments.facts import methods_facts, model_facts, task_facts, task_settings
 from ra_lens.experiments.facts import prompts_hash as prompts_hash  # experiments take it from here
 from ra_lens.experiments.grid import Grid, open_grid
 from ra_lens.experiments.grid_run import frame_of_grid, need_source
@@ -41,7 +41,7 @@ from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ablation import ABLATIONS
 from ra_lens.heads.registry import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
-from ra_lens.numbers import BatchSize, Whole, Wholes, read_batch_size, whole, wholes
+from ra_lens.numbers import BatchSize, Whole, Wholes, flag, read_batch_size, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
 from ra_lens.tasks import (
@@ -107,7 +107,7 @@ class Protocol:
             raise BadInput(
                 f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
             )
-        seed, at_a_time = whole("seed", seed), read_batch_size(batch_size)
+        seed, at_a_time = whole("seed", seed, least=0), read_batch_size(batch_size)
         shared = out, progress, demonstrations, engine, part
         read = cls(counts, split, seed, prepend_bos, at_a_time, *shared)
         _refuse_a_file(read)
@@ -180,10 +180,13 @@ def read_methods(methods: str | Sequence[str]) -> list[str]:
     return [method.name for method in find_methods(methods)]
 
 
-def read_some(name: str, given: Iterable[Choice], choices: tuple[Choice, ...]) -> list[Choice]:
+def read_some(
+    name: str, given: Choice | Iterable[Choice], choices: tuple[Choice, ...]
+) -> list[Choice]:
     """Read one or several of some choices."""
-    some = list(given)
-    if not some or len(set(some)) < len(some) or set(some) - set(choices):
+    alone = isinstance(given, str) or not isinstance(given, Iterable)
+    some = cast("list[Choice]", [given] if alone else list(given))
+    if not some or any(one not in choices for one in some) or len(set(some)) < len(some):
         *others, last = map(repr, choices)
         several = "both" if len(others) == 1 else "several"
         raise BadInput(f"found {name}={given!r}; give {', '.join(others)}, {last} or {several}.")
@@ -314,7 +317,7 @@ class Run:
         found: list[Prompt] = []
         # Shared demonstrations are none of those asked: how many are asked decides on them.
         most = there if self.protocol.demonstrations == "own" else there - shots
-        for asked in range(n, most + 1):
+        for asked in range(n, max(n, most) + 1):  # of fewer the first raises, and says why
             prompts = split.prompts("train", shots=shots, n=asked, **self._drawn)
             found = [twin for twin in map(paired, prompts) if twin is not None]
             if len(found) >= n:
@@ -592,6 +595,7 @@ def experiment(
     It refuses dropout, hooks on the model where there is an output file, and an output file or
     journal that cannot be written or holds something else.
     """
+    answer_in_input = flag("answer_in_input", answer_in_input)
     lens.refuse_dropout()
     refuse_hooks(lens, protocol.out)
     ray = protocol.ray
@@ -608,7 +612,7 @@ def experiment(
         "experiment": name,
         **model_facts(lens),
         **where,
-        **({"methods": list(map(method_facts, methods))} if methods else {}),
+        **({"methods": methods_facts(methods, protocol.out)} if methods else {}),
         **settings,
         "split": protocol.split,
         **({"answer_in_input": answer_in_input} if methods else {}),

@@ -58,7 +58,7 @@ def patching_sweep(
     task: Tasks,
     *,
     scales: Reals | Literal["best"] = PAPER_SCALES,
-    kinds: Sequence[MapName] = ("ra", "pattern"),
+    kinds: MapName | Sequence[MapName] = ("ra", "pattern"),
     shots: Wholes = SHOTS,
     n_mean: Whole = 25,
     n_test: Whole | None = None,

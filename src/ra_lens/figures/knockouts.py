@@ -320,7 +320,7 @@ def _described(row: dict[str, Any]) -> str:
 
 
 def _check(frame: pd.DataFrame) -> None:
-    problem = "without rows" if frame.empty else problem_of(frame, list(_NEEDED))
+    problem = problem_of(frame, list(_NEEDED), rows=True)
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of knockout_test().")
     for column, name in (("model", "models"), ("cut", "kinds of cut")):

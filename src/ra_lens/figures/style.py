@@ -304,8 +304,7 @@ def check_frame(
     frame: pd.DataFrame, *, what: str, columns: Sequence[str], cell: Sequence[str]
 ) -> None:
     """Refuse what is not a result of `what`, of one model, with one row for each `cell`."""
-    problem = "without rows" if frame.empty and set(columns) <= set(frame.columns) else None
-    problem = problem or problem_of(frame, columns)
+    problem = problem_of(frame, columns, rows=True)
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of {what}.")
     models = list(dict.fromkeys(frame["model"].astype(str))) if "model" in frame else []

@@ -39,6 +39,9 @@ from ra_lens.heads.registry import (
 )
 from ra_lens.heads.scores import HeadScores
 
+# As they are before somebody adds one, or puts one in the place of another.
+BUILT_IN_METHODS = ranking_methods()
+
 __all__ = [
     "CorruptedRun",
     "HeadEffects",

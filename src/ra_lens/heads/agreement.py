@@ -78,16 +78,12 @@ def faithfulness(
     Raises:
         BadInput: not such a table, several models in it, or an option that cannot be used.
     """
-    counts = [whole("ks", k, least=1) for k in wholes("ks", ks)]
-    splits = whole("splits", splits, least=1)
-    read = _Read(frame, real("level", level), whole("resamples", resamples, least=1), seed)
+    summary = Summary.read(ks, splits, level, resamples, seed)
+    counts, splits = summary.ks, summary.splits
+    read = _Read(frame, summary.level, summary.resamples, summary.seed)
     rows: list[dict[str, Any]] = []
     for cell in read.cells():
-        if max(counts) > cell.n_heads:
-            raise BadInput(
-                f"found ks={counts} for a model of {cell.n_heads} heads. Give numbers of heads "
-                "that are not all of them."
-            )
+        summary.refuse_all_of(cell.n_heads)
         halves = cell.halves(splits, read.seed)
         for method in cell.scores:
             stable = cell.stability(method, halves, counts)
@@ -144,6 +140,11 @@ def faithfulness_differences(
     given = [methods] if isinstance(methods, str) else methods
     chosen = [name for name in there if name != minus] if given is None else list(given)
     unknown = [name for name in (minus, *chosen) if name not in there]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise BadInput(
+            f"found methods={methods!r} to compare with {minus!r}, of scores of "
+            f"{', '.join(map(repr, there))}. Give at least one, each once."
+        )
     if unknown:
         raise BadInput(
             f"found method {unknown[0]!r}; the table has scores of {', '.join(map(repr, there))}."
@@ -182,15 +183,58 @@ def _facts(frame: pd.DataFrame) -> dict[str, Any]:
     return {name: frame[name].iloc[0] for name in names if frame[name].nunique(dropna=False) == 1}
 
 
+@dataclass(frozen=True)
+class Summary:
+    """How a table of effects is summed up: the options of `faithfulness`, read."""
+
+    ks: list[int]
+    splits: int
+    level: float
+    resamples: int
+    seed: int
+
+    @classmethod
+    def read(
+        cls,
+        ks: Wholes = (10, 20),
+        splits: Whole = 100,
+        level: Real = 0.9,
+        resamples: Whole = 1000,
+        seed: Whole = 0,
+    ) -> Summary:
+        """Read the options, or raise BadInput where they cannot be used with any table."""
+        level = real("level", level)
+        _check_level(level)
+        return cls(
+            wholes("ks", ks, least=1),
+            whole("splits", splits, least=1),
+            level,
+            whole("resamples", resamples, least=1),
+            whole("seed", seed, least=0),
+        )
+
+    def refuse_all_of(self, n_heads: int) -> None:
+        """Raise BadInput unless the first heads are fewer than all, which say nothing."""
+        if max(self.ks) >= n_heads:
+            raise BadInput(
+                f"found ks={self.ks} for a model of {n_heads} heads. Give numbers of heads that "
+                "are fewer than all of them (ks=, --k)."
+            )
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise BadInput(f"found level={level}; give a share between 0 and 1, such as 0.9.")
+
+
 class _Read:
     """A table of effects that has been looked through, and how intervals are taken."""
 
     def __init__(self, frame: pd.DataFrame, level: float, resamples: int, seed: Whole) -> None:
-        problem = "without rows" if frame.empty else problem_of(frame, _NEEDED)
+        problem = problem_of(frame, _NEEDED, rows=True)
         self._frame, self._level, self._resamples = frame, level, resamples
         self.seed = whole("seed", seed, least=0)
-        if not 0 < level < 1:
-            raise BadInput(f"found level={level}; give a share between 0 and 1, such as 0.9.")
+        _check_level(level)
         if problem is None and not (self.named(SCORE) and self.named(EFFECT)):
             problem = "without scores of a method, or without effects"
         problem = problem or problem_of(frame, self._columns)

@@ -113,9 +113,7 @@ def ask_each_head(
     answers = [row if whole_answer else row[:1] for row in questions.answers]
     read = replace(questions, answers=tuple(answers))
     shown = context.progress and n_rows > context.batch_size
-    with tqdm(
-        total=n_rows, desc="Causal mediation", unit="row", disable=not shown, leave=False
-    ) as bar:
+    with tqdm(total=n_rows, desc="Each head", unit="row", disable=not shown, leave=False) as bar:
         for runner, group, unchanged in _begun(context, read, edit, changed_from):
             before.put(group, unchanged, [answers[i] for i in group])
             for layer, n_heads in enumerate(context.n_heads):

@@ -13,7 +13,7 @@ for taking heads away (Hanna et al., "Have Faith in Faithfulness", 2024). So loo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -136,11 +136,7 @@ def localisation_scores(scores: HeadScores, heads: Heads) -> Localisation:
     places = {pair: i for i, pair in enumerate(every)}
     given = list_heads(heads)
     chosen = [_find(head, scores, places) for head in given]
-    if not 0 < len(set(chosen)) == len(chosen) < len(every):
-        raise BadInput(
-            f"found {len(chosen)} true heads, {len(set(chosen))} different ones, of "
-            f"{len(every)} of {scores.model_name}; give each once, at least one, and not all."
-        )
+    refuse_true_heads(chosen, len(every), scores.model_name)
     rows = {layer: i for i, layer in enumerate(scores.layers)}
     values = torch.stack([scores.scores[rows[layer], head] for layer, head in every])
     true = torch.zeros(len(every), dtype=torch.bool)
@@ -158,6 +154,15 @@ def localisation_scores(scores: HeadScores, heads: Heads) -> Localisation:
         n_true=len(chosen),
         n_heads=len(every),
     )
+
+
+def refuse_true_heads(chosen: Sequence[object], n_heads: int, model_name: str) -> None:
+    """Raise BadInput unless these are some of a model's heads, each once, and not all."""
+    if not 0 < len(set(chosen)) == len(chosen) < n_heads:
+        raise BadInput(
+            f"found {len(chosen)} true heads, {len(set(chosen))} different ones, of "
+            f"{n_heads} of {model_name}; give each once, at least one, and not all."
+        )
 
 
 def _find(

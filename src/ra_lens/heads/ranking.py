@@ -6,8 +6,8 @@ Cost, for n prompts and a model of L layers with H heads:
   backwards with respect to activations only; as many for all of them together;
 * `nap`: n forwards more, for the corrupted twins; `nap_ig`, in 5 steps: 4 n forwards and backwards
   more than `nap`;
+* `relp`, `gim`: n forwards and backwards more, for each of them;
 * `zero`, `mean`, `resample`: as `cm1`, with n forwards more for the mean and the twins;
-* `relp`, `gim`: the same, for each of them;
 * `fa`, `fa_of_mean`: n forwards;
 * `cm1`, `cm1_last`: n + L forwards, and n·L·H that begin at the layer of their head, half a forward
   on average where the layers are alike; `cm2`: n forwards more;
@@ -33,7 +33,7 @@ from ra_lens.heads.scores import HeadScores
 from ra_lens.memory import offering
 from ra_lens.model import PrependBos, as_lens
 from ra_lens.model.backward import BACKWARDS
-from ra_lens.numbers import BatchSize, Whole, read_batch_size, whole
+from ra_lens.numbers import BatchSize, Whole, flag, read_batch_size, whole
 from ra_lens.tasks import Prompt
 
 
@@ -96,11 +96,11 @@ def rank_heads(
     * `"grad_sam"`: Σ relu(−A ⊙ G); `"ag"`: Σ |A ⊙ G|; `"grad_norm"`: ‖G‖ where A > 0.
     * `"nap"`: Σ (z′ − z)·∂L/∂z, z′ being that of the prompt's corrupted twin (`Prompt.corrupted`,
       or drawn by `seed`); `"nap_ig"`: with the mean of the gradient on the way from the twin.
+    * `"relp"`, `"gim"`: |Σ z·∂L/∂z|, each from a backward pass of its own rules.
 
     What a change of one head really does to L, in nats:
 
     * `"zero"`: z is 0 at every token; `"mean"`: its mean over all tokens; `"resample"`: z′.
-    * `"relp"`, `"gim"`: |Σ z·∂L/∂z|, each from a backward pass of its own rules.
 
     The others:
 
@@ -207,7 +207,7 @@ def ranking_context(
 ) -> RankingContext:
     """Read what `rank_heads` is given, or raise where it cannot be used."""
     lens = as_lens(model)
-    seed, draw = whole("seed", seed), whole("draw", draw)
+    seed, draw = whole("seed", seed, least=0), whole("draw", draw, least=0)
     at_a_time = read_batch_size(batch_size)
     context = RankingContext(
         lens=lens,
@@ -215,7 +215,7 @@ def ranking_context(
         prompts=_checked(prompts),
         seed=seed,
         draw=draw,
-        answer_in_input=answer_in_input,
+        answer_in_input=flag("answer_in_input", answer_in_input),
         prepend_bos=prepend_bos,
         batch_size=1 if at_a_time == "auto" else at_a_time,
         progress=progress,

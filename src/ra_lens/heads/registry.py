@@ -26,7 +26,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -350,7 +350,13 @@ def find_methods(methods: str | Iterable[str]) -> list[RankingMethod]:
     Raises:
         BadInput: there is none of a name, a name twice, or none at all.
     """
-    given = [methods] if isinstance(methods, str) else list(methods)
+    alone = isinstance(methods, str) or not isinstance(methods, Iterable)
+    given = cast("list[str]", [methods] if alone else list(methods))
+    if not all(isinstance(name, str) for name in given):
+        raise BadInput(
+            f"found methods={methods!r}; give the name of a ranking method, such as 'ra', or "
+            "several in a list."
+        )
     if not given or len(set(given)) < len(given):
         raise BadInput(f"found methods={methods!r}; give at least one, each once.")
     return [find_method(name) for name in given]

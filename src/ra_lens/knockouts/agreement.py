@@ -112,7 +112,7 @@ def knockout_agreement(
     seed = whole("seed", seed, least=0)
     if not 0 < level < 1:
         raise BadInput(f"found level={level}; give a share between 0 and 1, such as 0.9.")
-    problem = "without rows" if frame.empty else problem_of(frame, [*_NEEDED, *keys])
+    problem = problem_of(frame, [*_NEEDED, *keys], rows=True)
     if problem is not None:
         raise BadInput(f"found a table {problem}; give the result of knockout_test().")
     models = list(dict.fromkeys(frame["model"].astype(str))) if "model" in frame else []
