@@ -72,7 +72,7 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):  # type: ignore[name-defined,misc]
     def is_available(self) -> bool:
         return _module.is_available()
 
-    def has_primary_context(self, dev_id: int) -> bool:  # noqa: ARG002  torch passes it
+    def has_primary_context(self, dev_id: int) -> bool:
         return True
 
     def is_built(self) -> bool:
