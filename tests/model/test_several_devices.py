@@ -180,6 +180,18 @@ def test_nothing_but_the_residual_stream_goes_between_devices(store, two):
     assert {source for _, source, _ in found} == {"cpu"}
 
 
+@needs_bridge
+@pytest.mark.every_model
+@pytest.mark.parametrize("store", ["maps", "norms", "mean"])
+def test_accelerate_brings_the_stream_mask_and_positions(store, two):
+    found = moved(two, BRIDGE, store=store)
+    assert found.pop(FORTH) == found.pop(BACK) == 1
+    between = {shape for shape, source, target in found if "cpu" not in (source, target)}
+    # To each layer the mask and the positions, or the ids; and what is read of the last one, whose
+    # unembedding is the embedding, on the first device.
+    assert between <= {(N, 1, POS, POS), (1, POS), (N, POS), (N, 1, D_MODEL)}
+
+
 @needs_hooked
 @pytest.mark.every_model
 @pytest.mark.parametrize("padding_side", ["left", "right"])
