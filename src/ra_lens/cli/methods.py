@@ -27,7 +27,8 @@ def compare_methods(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ways to rank heads. Default: all that cost a few passes, and the exact."
+            help="Ways to rank heads. Default: all that cost a few passes, and the exact; but for "
+            "relp and gim, which not every model has rules for."
         ),
     ] = None,
     ablations: Annotated[

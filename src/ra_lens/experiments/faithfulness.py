@@ -51,7 +51,9 @@ COMPARED = (
     *("zero", "resample", "atp", "michel", "grad_sam", "ag", "grad_norm", "knockout", "ra"),
     *("nap", "nap_ig", "w_norm", "fa", "index", "random"),
 )
-"""The methods compared by default: the exact effects themselves, and all that cost a few passes."""
+"""The methods compared by default: the exact effects themselves, and all that cost a few passes.
+
+Without `relp` and `gim`, which not every model has rules for."""
 
 
 def faithfulness_test(
