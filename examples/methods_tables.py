@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pages import share
+from pages import interval, share
 from ra_lens.experiments import (
     bootstrap_intervals,
     faithfulness,
@@ -33,11 +33,6 @@ def label(method: str) -> str:
     style = method_styles([name])[name].name
     style = style.replace("|", "\\|")  # which ends a cell of a table
     return f"{style}, exact" if method != name or name in ("zero", "resample") else style
-
-
-def examples(n: Any) -> str:
-    """Name a number of examples."""
-    return f"{n} example" if n == 1 else f"{n} examples"
 
 
 def joined(effects: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
@@ -96,12 +91,7 @@ def by_task(found: pd.DataFrame, methods: Sequence[str], measure: str) -> pd.Dat
     for (task, n), of_cell in part.groupby(["task", "n_shots"], sort=False):
         of_cell = of_cell.set_index("method")
         rows[f"{task}, {n}"] = {
-            label(method): (
-                f"{share(of_cell.loc[method][measure])} "
-                f"[{share(of_cell.loc[method][f'{measure}_low'])}, "
-                f"{share(of_cell.loc[method][f'{measure}_high'])}]"
-            )
-            for method in methods
+            label(method): interval(of_cell.loc[method], measure) for method in methods
         }
     return pd.DataFrame(rows).T
 
@@ -114,8 +104,7 @@ def minus_ra(frame: pd.DataFrame) -> pd.DataFrame:
         if method in ("random", "index", ablation):
             continue
         for measure, name in (("spearman_signed", "signed"), ("spearman_abs", "size")):
-            ends = f"[{share(row[f'{measure}_low'])}, {share(row[f'{measure}_high'])}]"
-            cell = f"{share(row[measure])} {ends}"
+            cell = interval(row, measure)
             rows.setdefault(label(str(method)), {})[f"{ablation}, {name}"] = cell
     return pd.DataFrame(rows).T
 
@@ -151,9 +140,8 @@ def areas(curves: pd.DataFrame) -> pd.DataFrame:
         less = bootstrap_intervals(wide.sub(wide["ra", "forward"], axis=0))
         for key in ranked:
             row, other = values.loc[key], less.loc[key]
-            text = f"{share(row['mean'])} [{share(row['low'])}, {share(row['high'])}]"
             mark = "" if key[0] == "ra" else _against_ra(other)
-            rows.setdefault(order_label(*key), {})[name] = text + mark
+            rows.setdefault(order_label(*key), {})[name] = interval(row) + mark
     return pd.DataFrame(rows).T
 
 
@@ -170,11 +158,10 @@ def head_only(curves: pd.DataFrame) -> pd.DataFrame:
         for row in found.sort_values("cpr", ascending=False).to_dict("records"):
             name = order_label(row["method"], row["direction"])
             for what, better in (("cpr", 1), ("cmd", -1)):
-                ends = f"[{share(row[f'{what}_low'])}, {share(row[f'{what}_high'])}]"
                 low, high = row[f"{what}_more_low"] * better, row[f"{what}_more_high"] * better
                 mark = "" if row["method"] == "ra" else _mark(min(low, high), max(low, high))
-                text = f"{share(row[what])} {ends}{mark}"
-                rows.setdefault(name, {})[f"{what.upper()}, {n}"] = text
+                cells = rows.setdefault(name, {})
+                cells[f"{what.upper()}, {n}"] = interval(row, what) + mark
     return pd.DataFrame(rows).T
 
 

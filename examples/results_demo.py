@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from pages import refresh
+from pages import draw, markdown, refresh
 from ra_lens import load_demo_model
 from ra_lens.experiments import area_under_curve, patching_sweep, perturbation_test
 from ra_lens.figures import patching_sweep_curve, perturbation_curves
@@ -39,14 +39,9 @@ ROWS = {
 }
 
 
-def markdown(table: pd.DataFrame, digits: int = 3) -> str:
-    """A table of numbers as Markdown; its index is the first column."""
-    head = ["", *map(str, table.columns)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in zip(table.index, table.to_numpy().tolist(), strict=True):
-        cells = ["" if pd.isna(v) else v if isinstance(v, str) else f"{v:.{digits}f}" for v in row]
-        lines.append("| " + " | ".join([str(name), *cells]) + " |")
-    return "\n".join(lines)
+def digits(value: Any) -> str:
+    """A number with three digits; nothing where there is none."""
+    return "" if pd.isna(value) else value if isinstance(value, str) else f"{value:.3f}"
 
 
 def by_method(areas: pd.DataFrame) -> pd.DataFrame:
@@ -95,18 +90,6 @@ def patched(sweep: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def draw(curves: pd.DataFrame, sweep: pd.DataFrame) -> None:
-    """Write the figures beside the document."""
-    folder = DOCUMENT.parent / "figures"
-    folder.mkdir(exist_ok=True)
-    figures = {
-        "perturbation": perturbation_curves(curves, width=1100),
-        "patching": patching_sweep_curve(sweep, width=1100),
-    }
-    for name, figure in figures.items():
-        figure.write_image(folder / f"demo-{name}.png", scale=1.25)
-
-
 def main(
     results: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("results"),
     images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
@@ -128,14 +111,18 @@ def main(
     refresh(
         DOCUMENT,
         {
-            "accuracy": markdown(accuracy),
-            "auc": markdown(by_method(areas)),
+            "accuracy": markdown(accuracy.map(digits)),
+            "auc": markdown(by_method(areas).map(digits)),
             "wins": markdown(wins(icl)),
-            "patching": markdown(patched(sweep[sweep.kind == "icl"])),
+            "patching": markdown(patched(sweep[sweep.kind == "icl"]).map(digits)),
         },
     )
     if images:
-        draw(curves, sweep)
+        figures = {
+            "demo-perturbation": perturbation_curves(curves, width=1100),
+            "demo-patching": patching_sweep_curve(sweep, width=1100),
+        }
+        draw(DOCUMENT, figures)
 
 
 if __name__ == "__main__":

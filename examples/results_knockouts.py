@@ -11,27 +11,25 @@ to begin anew. Half an hour of one core.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import jobs as shared
 import pandas as pd
-import torch
 import typer
+from jobs import read_all, run_all
 
+from pages import draw, interval, refresh, share
 from pages import markdown as as_markdown
-from pages import refresh, share
-from ra_lens import load_demo_model, load_model
-from ra_lens.experiments import knockout_agreement, knockout_test, read_results
+from ra_lens.experiments import knockout_agreement, knockout_test
 from ra_lens.figures import knockout_curves, knockout_scatter
 from ra_lens.knockouts.agreement import forecasts_of
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "knockouts.md"
 RESULTS = Path(__file__).parent / "results-knockouts"
 SATURATED = 0.8
-IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 QUESTIONS = 8
 CAN_DO = ("present-past", "capitalize", "singular-plural")
 ALSO = ("natural/country-capital", "choose_middle_of_3")  # with one step only, as these are longer
@@ -40,75 +38,43 @@ SLOPES: dict[str, Any] = {"steps": (1, 2), "ends": True}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One part of the results, kept in one file."""
+class Job(shared.Job):
+    """One part of the results, on one task."""
 
-    model: str
     part: str
     task: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def path(self, results: Path) -> Path:
-        """Where its table is, or will be."""
-        return results / f"{self.model}-{self.part}-{self.task.replace('/', '_')}.parquet"
+    @property
+    def name(self) -> str:
+        """Name of the table: its model, part and task."""
+        return f"{self.model}-{self.part}-{self.task.replace('/', '_')}"
 
-    def run(self, model: torch.nn.Module, results: Path) -> None:
+    def compute(self) -> None:
         """Compute the table."""
-        options: dict[str, Any] = {"n_test": QUESTIONS, "shots": 1, **self.options}
-        if self.model != "demo":
-            options["prepend_bos"] = IN_FRONT
-        knockout_test(model, self.task, **options, out=self.path(results), progress=False)
+        options = {"n_test": QUESTIONS, "shots": 1, "prepend_bos": self.in_front, **self.options}
+        knockout_test(self.load(), self.task, **options, out=self.path, progress=False)
 
 
-JOBS = (
-    *(Job("demo", "all", task, {"n_edges": 20, "n_sets": 3, "windows": (1, 2, 3), **SLOPES,
-                                "steps_of": "all"}) for task in LEARNT),
-    *(Job("demo", "plain", task, {"n_edges": 20, "n_sets": 0, "cuts": ("plain",)})
-      for task in LEARNT),
-    *(Job("smollm2-135m", "all", task, {"n_edges": 2, "n_sets": 3, **SLOPES}) for task in CAN_DO),
-    *(Job("smollm2-135m", "all", task, {"n_edges": 2, "n_sets": 3, "steps": (1,)})
-      for task in ALSO),
-    Job("smollm2-135m", "plain", CAN_DO[0], {"n_sets": 0, "cuts": ("plain",)}),
-    Job("smollm2-135m", "edge-steps", CAN_DO[0],
-        {"n_sets": 0, "steps": (1,), "ends": True, "steps_of": "all"}),
-)  # fmt: skip
-
-
-def run_all(results: Path, source: str) -> None:
-    """Run what is missing; say each part that is done."""
-    torch.set_num_threads(1)
-    results.mkdir(parents=True, exist_ok=True)
-    model: tuple[str, torch.nn.Module] | None = None
-    for job in JOBS:
-        if job.path(results).exists():
-            continue
-        if model is None or model[0] != job.model:
-            load = load_demo_model if job.model == "demo" else partial(load_model, source)
-            model = job.model, load(device="cpu")
-        start = time.perf_counter()
-        job.run(model[1], results)
-        typer.echo(f"{job.model}, {job.part}, {job.task}: {time.perf_counter() - start:.0f} s")
-
-
-def read(results: Path, model: str, *parts: str) -> pd.DataFrame:
-    """The tables of some parts of a model as one."""
-    paths = [job.path(results) for job in JOBS if job.model == model and job.part in parts]
-    return pd.concat([read_results(path) for path in paths], ignore_index=True)
+def jobs_of(**given: Any) -> list[Job]:
+    """All jobs, given where their tables lie and what the real model is loaded from."""
+    real, demo = partial(Job, **given), partial(Job, model="demo", **given)
+    return [
+        *(demo("all", task, {"n_edges": 20, "n_sets": 3, "windows": (1, 2, 3), **SLOPES,
+                             "steps_of": "all"}) for task in LEARNT),
+        *(demo("plain", task, {"n_edges": 20, "n_sets": 0, "cuts": ("plain",)}) for task in LEARNT),
+        *(real("all", task, {"n_edges": 2, "n_sets": 3, **SLOPES}) for task in CAN_DO),
+        *(real("all", task, {"n_edges": 2, "n_sets": 3, "steps": (1,)}) for task in ALSO),
+        real("plain", CAN_DO[0], {"n_sets": 0, "cuts": ("plain",)}),
+        real("edge-steps", CAN_DO[0], {"n_sets": 0, "steps": (1,), "ends": True,
+                                       "steps_of": "all"}),
+    ]  # fmt: skip
 
 
 # ---- what came out ------------------------------------------------------------------------------
 
-NAMES = {"smollm2-135m": "SmolLM2", "demo": "embedded"}
 KINDS = {"span": "a span", "span and first": "span and first token", "first": "first token"}
 FURTHER = ("predicted", "a_grad", "end", "trapezoid", "gauss_1", "gauss_2")
-
-
-def cell(row: Any, measure: str = "spearman") -> str:
-    """A value with its interval; a dash where there is none."""
-    if pd.isna(row[measure]):
-        return "–"
-    low, high = (share(row[f"{measure}_{end}"]) for end in ("low", "high"))
-    return f"{share(row[measure])} [{low}, {high}]"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -148,10 +114,10 @@ def aims(frame: Any) -> pd.DataFrame:
         rows[name] = {
             "cuts": f"{row.n:,}",
             "aim ρ": f"≥ {share(aim)}" if aim else "–",
-            "ρ": cell(row),
-            "signs right": cell(row, "sign"),
+            "ρ": interval(row, "spearman"),
+            "signs right": interval(row, "sign"),
             "cuts with a sign": f"{row.n_sign:,}",
-            "r": cell(row, "pearson"),
+            "r": interval(row, "pearson"),
             "aim met": "–" if not aim else "yes" if met else "no",
         }
     return pd.DataFrame(rows).T
@@ -163,7 +129,7 @@ def methods(frame: Any) -> pd.DataFrame:
     for name, (part, *_) in parts(frame).items():
         if ":" not in name:
             found: Any = knockout_agreement(part, by=()).set_index("label")
-            columns[name] = found.apply(cell, axis=1)
+            columns[name] = found.apply(interval, axis=1, mean="spearman")
     order = [one.label for one in forecasts_of(frame)]
     return pd.DataFrame(columns).reindex(order)
 
@@ -178,7 +144,9 @@ def further(frame: Any) -> pd.DataFrame:
         of_kind = found[found.drawn == drawn]
         for window in sorted(map(int, of_kind.window.unique())):
             part = of_kind[of_kind.window == window].set_index("label")
-            rows[f"{kind}, {window}"] = {name: cell(row) for name, row in part.iterrows()}
+            rows[f"{kind}, {window}"] = {
+                name: interval(row, "spearman") for name, row in part.iterrows()
+            }
     return pd.DataFrame(rows).T
 
 
@@ -188,7 +156,9 @@ def by_task(frame: Any) -> pd.DataFrame:
     for task in frame.task.unique():
         of_task = {name: part[0] for name, part in parts(frame[frame.task == task]).items()}
         rows[task] = {
-            name: cell(foretold(part)) for name, part in of_task.items() if ":" not in name
+            name: interval(foretold(part), "spearman")
+            for name, part in of_task.items()
+            if ":" not in name
         }
     return pd.DataFrame(rows).T
 
@@ -198,10 +168,10 @@ def of_edges(frame: Any) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name, part in (("", frame), (", A ≥ .8", frame[frame.pattern >= SATURATED])):
         found: Any = knockout_agreement(part, by=()).set_index("label")
-        columns[f"ρ{name}"] = found.apply(cell, axis=1)
+        columns[f"ρ{name}"] = found.apply(interval, axis=1, mean="spearman")
         if not name:
-            columns["signs right"] = found.apply(cell, axis=1, measure="sign")
-            columns["r"] = found.apply(cell, axis=1, measure="pearson")
+            columns["signs right"] = found.apply(interval, axis=1, mean="sign")
+            columns["r"] = found.apply(interval, axis=1, mean="pearson")
     return pd.DataFrame(columns).reindex([one.label for one in forecasts_of(frame)])
 
 
@@ -214,29 +184,29 @@ def counted(frame: pd.DataFrame) -> str:
     )
 
 
-def draw(frame: pd.DataFrame) -> None:
-    """Write the figures beside the document."""
-    folder = DOCUMENT.parent / "figures"
-    figures = {
-        "foretold": knockout_scatter(frame, width=1000),
-        "layer": knockout_curves(frame, by="layer", width=1000),
-        "attention": knockout_curves(frame, by="pattern", width=1000),
-        "width": knockout_curves(frame, by="window", width=1000),
+def figures(frame: pd.DataFrame) -> dict[str, Any]:
+    """The figures of the document, by name."""
+    return {
+        "knockouts-foretold": knockout_scatter(frame, width=1000),
+        "knockouts-layer": knockout_curves(frame, by="layer", width=1000),
+        "knockouts-attention": knockout_curves(frame, by="pattern", width=1000),
+        "knockouts-width": knockout_curves(frame, by="window", width=1000),
     }
-    for name, figure in figures.items():
-        figure.write_image(folder / f"knockouts-{name}.png")
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
-    model: Annotated[
-        str, typer.Option(help="SmolLM2-135M-Instruct, as load_model takes it.")
-    ] = "smollm2-135m",
-    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
+    results: shared.ResultsOption = RESULTS,
+    model: shared.ModelOption = "smollm2-135m",
+    images: shared.ImagesOption = True,
 ) -> None:
     """Run what is missing, and refresh the document."""
-    run_all(results, model)
-    real, embedded = (read(results, name, "all") for name in NAMES)
+    jobs = jobs_of(results=results, loaded_from=model)
+    run_all(jobs)
+
+    def read(of: str, part: str) -> pd.DataFrame:
+        return read_all(job for job in jobs if (job.model, job.part) == (of, part))
+
+    real, embedded = (read(name, "all") for name in ("smollm2-135m", "demo"))
     refresh(
         DOCUMENT,
         {
@@ -246,14 +216,14 @@ def main(
             "methods": markdown(methods(real)),
             "methods embedded": markdown(methods(embedded)),
             "further": markdown(further(real)),
-            "edge steps": markdown(of_edges(read(results, "smollm2-135m", "edge-steps"))),
-            "plain": markdown(of_edges(read(results, "smollm2-135m", "plain"))),
-            "plain embedded": markdown(of_edges(read(results, "demo", "plain"))),
+            "edge steps": markdown(of_edges(read("smollm2-135m", "edge-steps"))),
+            "plain": markdown(of_edges(read("smollm2-135m", "plain"))),
+            "plain embedded": markdown(of_edges(read("demo", "plain"))),
             "tasks": markdown(by_task(real)),
         },
     )
     if images:
-        draw(real)
+        draw(DOCUMENT, figures(real), scale=1)
 
 
 if __name__ == "__main__":

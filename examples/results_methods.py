@@ -16,35 +16,30 @@ with all tables there it only writes the page. `--results` names another folder,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import jobs as shared
 import methods_tables as tables
 import pandas as pd
 import torch
 import typer
+from jobs import IN_FRONT, read_all, run_all
 
-from pages import markdown, refresh
-from ra_lens import load_demo_model, load_model, load_task, perturbation_test
+from pages import draw, markdown, refresh
+from ra_lens import perturbation_test
 from ra_lens.experiments import circuit_test, head_effect_table, read_results
 from ra_lens.experiments.circuits import CIRCUIT_METHODS
 from ra_lens.experiments.faithfulness import COMPARED
 from ra_lens.figures import method_agreement
 from ra_lens.heads import ranking_method
 from ra_lens.heads.agreement import EFFECT
-from ra_lens.tasks import Task, task_names
 from ra_lens.tasks.task import Demonstrations
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
-FIGURE = DOCUMENT.parent / "figures" / "methods.png"
 RESULTS = Path(__file__).parent / "results-methods"
-IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 TASKS = ("present-past", "singular-plural", "capitalize", "natural/country-capital")
 DEMO_TASKS = ("antonym", "country-capital", "present-past", "prev_item")
 SHOTS = (1, 5)
@@ -68,32 +63,23 @@ PARTS = ("effects", "backward", "suffice", "head-only", "circuits")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One part of the results, on one task, kept in one file."""
+class Job(shared.Job):
+    """One part of the results, on one task."""
 
     part: str
     shots: int
     task: str
-    results: Path
-    model: str
-    source: str
 
     @property
-    def path(self) -> Path:
-        """Where its table is, or will be."""
-        return self.beside(self.part)
+    def name(self) -> str:
+        """Name of the table: its model, part, number of examples and task."""
+        of = self.task if self.part == "circuits" else f"{self.shots}-{self.task}"
+        folder = "demo" if self.model == "demo" else "smollm2"
+        return f"{folder}/{self.part}-{of.replace('/', '_')}"
 
-    def beside(self, part: str) -> Path:
-        """Where another part of the same task is."""
-        of = self.task.replace("/", "_")
-        name = f"{part}-{of}.parquet" if part == "circuits" else f"{part}-{self.shots}-{of}.parquet"
-        return self.results / ("demo" if self.model == "demo" else "smollm2") / name
-
-    def read_task(self) -> Task:
-        """The task, with the paper's pairs where they can be downloaded: natural questions not."""
-        if self.model == "demo" or self.task in task_names("natural"):
-            return load_task(self.task)
-        return load_task(self.task, source=_source(self.source))
+    def measured(self) -> pd.DataFrame:
+        """Effects of the heads of the same task."""
+        return read_results(replace(self, part="effects").path)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -102,34 +88,20 @@ class Job:
             "shots": self.shots,
             "demonstrations": DEMONSTRATIONS[self.shots],
             "n_rank": SCORED[self.shots],
-            "prepend_bos": None if self.model == "demo" else IN_FRONT,
+            "prepend_bos": self.in_front,
             "out": self.path,
             "progress": False,
         }
 
-    def run(self) -> float:
-        """Compute the table, unless it is there; give the seconds it took."""
-        start = time.perf_counter()
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _RUN[self.part](self)
-        return time.perf_counter() - start
-
-
-def _source(source: str) -> str | Path:
-    return source if source == "download" else Path(source)
-
-
-@cache
-def _model(name: str) -> torch.nn.Module:
-    torch.set_num_threads(1)  # two processes on two cores do more than two threads of one
-    return load_demo_model() if name == "demo" else load_model(name, device="cpu")
+    def compute(self) -> None:
+        """Compute the table."""
+        _RUN[self.part](self)
 
 
 def _effects(job: Job) -> None:
     """Score all heads by every method, and take each away."""
     names = [name for name in COMPARED if name not in OTHER_BACKWARD]
-    head_effect_table(_model(job.model), job.read_task(), methods=names, **job.options)
+    head_effect_table(job.load(), job.read_task(job.task), methods=names, **job.options)
 
 
 def _backward(job: Job) -> None:
@@ -137,7 +109,7 @@ def _backward(job: Job) -> None:
     # nap needs twins, as the effects do, so that the prompts are the same; and it shows that.
     names = [*OTHER_BACKWARD, "nap"]
     head_effect_table(
-        _model(job.model), job.read_task(), methods=names, ablations=(), **job.options
+        job.load(), job.read_task(job.task), methods=names, ablations=(), **job.options
     )
 
 
@@ -148,7 +120,7 @@ def _suffice(job: Job) -> None:
 
 def _head_only(job: Job) -> None:
     """Give all heads what they give on the twin and bring them back."""
-    n_heads = len(read_results(job.beside("effects"))[["layer", "head"]].drop_duplicates())
+    n_heads = len(job.measured()[["layer", "head"]].drop_duplicates())
     _bring_back(job, others="resample", heads_kept=[k for k in KEPT if k < n_heads])
 
 
@@ -156,8 +128,8 @@ def _bring_back(job: Job, **options: Any) -> None:
     exact = [_measured(job, ablation) for ablation in EXACT]
     names = [name for name in (*COMPARED, *OTHER_BACKWARD) if name not in EXACT]
     perturbation_test(
-        _model(job.model),
-        job.read_task(),
+        job.load(),
+        job.read_task(job.task),
         methods=[*exact, *names],
         directions=("forward", "absolute"),
         random_orders=5,
@@ -174,7 +146,7 @@ def _measured(job: Job, ablation: str) -> str:
     name = f"{ablation}, measured"
 
     def measured(_context: Any) -> torch.Tensor:
-        frame = read_results(job.beside("effects"))
+        frame = job.measured()
         means = frame.groupby(["layer", "head"])[EFFECT + ablation].mean().unstack("head")
         return torch.tensor(means.to_numpy())
 
@@ -185,7 +157,7 @@ def _measured(job: Job, ablation: str) -> str:
 def _circuit(job: Job) -> None:
     """Find the heads of a circuit exactly on half of the prompts, and rank on the other half."""
     circuit_test(
-        _model(job.model),
+        job.load(),
         job.task,
         methods=[name for name in (*CIRCUIT_METHODS, *OTHER_BACKWARD) if name != "zero"],
         n=PROMPTED,
@@ -204,51 +176,37 @@ _RUN: dict[str, Callable[[Job], None]] = {
 }
 
 
-def run_all(jobs: list[Job], workers: int) -> None:
-    """Run jobs in their order, in as many processes; say each one that is done."""
-    left = [job for job in jobs if not job.path.exists()]
-    if workers == 1:
-        for i, job in enumerate(left):
-            typer.echo(f"{job.path.stem}: {job.run():.0f} s ({i + 1} of {len(left)})")
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(job.run): job for job in left}
-        for i, done in enumerate(as_completed(running)):
-            typer.echo(f"{running[done].path.stem}: {done.result():.0f} s ({i + 1} of {len(left)})")
-
-
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
-    model: Annotated[str, typer.Option(help="As load_model takes it.")] = "smollm2-135m",
-    source: Annotated[
-        str, typer.Option(help="The in-context tasks: download, or a folder of such files.")
-    ] = "download",
-    workers: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 1,
+    results: shared.ResultsOption = RESULTS,
+    model: shared.ModelOption = "smollm2-135m",
+    source: shared.SourceOption = "download",
+    workers: shared.WorkersOption = 1,
     parts: Annotated[list[str], typer.Option(help="Parts to run now.")] = list(PARTS),  # noqa: B006
     shots: Annotated[list[int], typer.Option(help="Numbers of examples to run now.")] = list(SHOTS),  # noqa: B006
-    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
+    images: shared.ImagesOption = True,
 ) -> None:
     """Run what is missing, and refresh the document with what is there."""
+    given = {"results": results, "loaded_from": model, "source": source}
     jobs = [
-        Job(part, n, task, results, name, source)
-        for name, tasks in (("demo", DEMO_TASKS), (model, TASKS))
+        Job(part, n, task, model=name, **given)
+        for name, tasks in (("demo", DEMO_TASKS), ("smollm2-135m", TASKS))
         for part in PARTS
         if part != "circuits"
         for n in SHOTS
         for task in tasks
     ]
-    jobs += [Job("circuits", 0, circuit, results, model, source) for circuit in CIRCUITS]
+    jobs += [Job("circuits", 0, circuit, **given) for circuit in CIRCUITS]
     for part in PARTS:  # the later ones read the first
         chosen = [job for job in jobs if job.part == part and part in parts]
         run_all([job for job in chosen if part == "circuits" or job.shots in shots], workers)
 
     def there(part: str, *, demo: bool = False) -> pd.DataFrame | None:
         found = [
-            read_results(job.path)
+            job
             for job in jobs
             if job.part == part and (job.model == "demo") == demo and job.path.exists()
         ]
-        return pd.concat(found, ignore_index=True) if found else None
+        return read_all(found) if found else None
 
     said: list[str] = []
     for part, text in WHAT.items():
@@ -269,8 +227,7 @@ def main(
             "sanity": markdown(tables.sanity(frame, found)),
         }
         if images:
-            figure = method_agreement(found, width=1100)
-            figure.write_image(FIGURE, scale=1.25)
+            draw(DOCUMENT, {"methods": method_agreement(found, width=1100)})
     for part, name, table in (
         ("suffice", "suffice", tables.areas),
         ("head-only", "head-only", tables.head_only),

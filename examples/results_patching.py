@@ -16,26 +16,20 @@ works offline.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import jobs as shared
 import pandas as pd
-import torch
 import typer
-from results_real import IN_FRONT
+from jobs import run_all
 
-from pages import markdown, refresh, share
-from ra_lens import load_demo_model, load_model, load_task
+from pages import draw, interval, markdown, refresh, share
 from ra_lens.experiments import ablation_effects, patching_ablations, read_results
 from ra_lens.experiments.variants import Ablation
 from ra_lens.figures import patching_ablations as figure_of
-from ra_lens.tasks import Task
 from ra_lens.text import scale_name
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "patching-ablations.md"
@@ -66,66 +60,32 @@ NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct", "demo": "The embedded model"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """The variants of one task, or the maps of each task on the others, kept in one file."""
+class Job(shared.Job):
+    """The variants of one task, or the maps of each task on the others."""
 
-    model: str
     tasks: tuple[str, ...]
-    results: Path
-    loaded_from: str
-    source: str
 
     @property
-    def path(self) -> Path:
-        """Where its table is, or will be."""
-        name = self.tasks[0] if len(self.tasks) == 1 else "transfer"
-        return self.results / f"{self.model}-{name}.parquet"
+    def name(self) -> str:
+        """Name of the table: its model, and its task if it is one."""
+        return f"{self.model}-{self.tasks[0] if len(self.tasks) == 1 else 'transfer'}"
 
-    def read_tasks(self) -> list[Task]:
-        """The tasks: ra_lens's own pairs for the embedded model, which knows no other words."""
-        if self.model == "demo":
-            return [load_task(task) for task in self.tasks]
-        source = self.source if self.source == "download" else Path(self.source)
-        return [load_task(task, source=source) for task in self.tasks]
-
-    def run(self) -> float:
-        """Compute the table, unless it is there; give the seconds it took."""
-        start = time.perf_counter()
-        if not self.path.exists():
-            patching_ablations(
-                _model("demo" if self.model == "demo" else self.loaded_from),
-                self.read_tasks(),
-                ablations=PARTS if len(self.tasks) == 1 else ["transfer"],
-                scales=["paper", "best"] if len(self.tasks) == 1 else ["paper"],
-                tried=TRIED[self.model],
-                methods=METHODS,
-                at_least=AT_LEAST[self.model],
-                n_test=ASKED,
-                each_question=True,
-                prepend_bos=None if self.model == "demo" else IN_FRONT,
-                out=self.path,
-                progress=False,
-            )
-        return time.perf_counter() - start
-
-
-@cache
-def _model(name: str) -> torch.nn.Module:
-    torch.set_num_threads(1)
-    return load_demo_model(device="cpu") if name == "demo" else load_model(name, device="cpu")
-
-
-def run_all(jobs: Sequence[Job], workers: int) -> None:
-    """Run what is missing, in as many processes; say each part that is done."""
-    left = [job for job in jobs if not job.path.exists()]
-    if workers == 1:
-        for job in left:
-            typer.echo(f"{job.path.stem}: {job.run():.0f} s")
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(job.run): job for job in left}
-        for done in as_completed(running):
-            typer.echo(f"{running[done].path.stem}: {done.result():.0f} s")
+    def compute(self) -> None:
+        """Compute the table."""
+        patching_ablations(
+            self.load(),
+            [self.read_task(task) for task in self.tasks],
+            ablations=PARTS if len(self.tasks) == 1 else ["transfer"],
+            scales=["paper", "best"] if len(self.tasks) == 1 else ["paper"],
+            tried=TRIED[self.model],
+            methods=METHODS,
+            at_least=AT_LEAST[self.model],
+            n_test=ASKED,
+            each_question=True,
+            prepend_bos=self.in_front,
+            out=self.path,
+            progress=False,
+        )
 
 
 # ---- what came out ------------------------------------------------------------------------------
@@ -147,14 +107,6 @@ def plain(name: str) -> str:
     return name.partition("_len_")[0]
 
 
-def with_interval(row: Any, name: str) -> str:
-    """A mean with its interval; nothing where there is none."""
-    end = "" if name == "value" else f"{name}_"
-    if pd.isna(row[name]):
-        return "–"
-    return f"{share(row[name])} [{share(row[f'{end}low'])}, {share(row[f'{end}high'])}]"
-
-
 def scales_of(row: Any) -> str:
     """The scale, or the smallest and largest of those of the tasks."""
     low, high = row.scale_low, row.scale_high
@@ -167,14 +119,12 @@ def summed_up(effects: pd.DataFrame) -> pd.DataFrame:
     for _, row in effects[effects.ablation != "transfer"].iterrows():
         cells = rows.setdefault(named(row), {})
         if row.ablation == "none":
-            cells["at the paper's scale"] = with_interval(row, "value")
+            cells["at the paper's scale"] = interval(row, "value")
             cells["KL"] = "0"
             continue
         best = row.scale_from == "best"
-        cells["best for training" if best else "at the paper's scale"] = with_interval(row, "value")
-        cells["minus whole map, best" if best else "minus whole map"] = with_interval(
-            row, "minus_whole"
-        )
+        cells["best for training" if best else "at the paper's scale"] = interval(row, "value")
+        cells["minus whole map, best" if best else "minus whole map"] = interval(row, "minus_whole")
         cells["KL, best" if best else "KL"] = f"{share(row.kl)} ({share(row.top1_same)})"
         if best:
             cells["scales"] = scales_of(row)
@@ -225,23 +175,16 @@ def counted(frame: Any) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
-    model: Annotated[
-        str, typer.Option(help="SmolLM2-135M-Instruct, as load_model takes it.")
-    ] = "smollm2-135m",
-    source: Annotated[
-        str, typer.Option(help="The in-context tasks: download, or a folder of such files.")
-    ] = "download",
-    workers: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 1,
-    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
+    results: shared.ResultsOption = RESULTS,
+    model: shared.ModelOption = "smollm2-135m",
+    source: shared.SourceOption = "download",
+    workers: shared.WorkersOption = 1,
+    images: shared.ImagesOption = True,
 ) -> None:
     """Run what is missing, and refresh the document with what is there."""
-    results.mkdir(parents=True, exist_ok=True)
+    given = {"results": results, "loaded_from": model, "source": source}
     every = {
-        name: [
-            Job(name, some, results, model, source)
-            for some in (*((task,) for task in tasks), tasks)
-        ]
+        name: [Job(some, model=name, **given) for some in (*((task,) for task in tasks), tasks)]
         for name, tasks in TASKS.items()
     }
     run_all([job for jobs in every.values() for job in jobs], workers)
@@ -257,8 +200,8 @@ def main(
             f"transfer{suffix}": markdown(transfer(frame)),
         }
         if images:
-            path = DOCUMENT.parent / "figures" / f"ablations-{name.partition('-')[0]}.png"
-            figure_of(effects, width=1100).write_image(path, scale=1.25)
+            figure = figure_of(effects, width=1100)
+            draw(DOCUMENT, {f"ablations-{name.partition('-')[0]}": figure})
     refresh(DOCUMENT, sections)
 
 

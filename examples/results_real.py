@@ -15,21 +15,18 @@ works offline.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import jobs as shared
 import pandas as pd
-import torch
 import typer
+from jobs import IN_FRONT, read_all, run_all
 
-from pages import markdown, refresh, share
-from ra_lens import load_model, load_task
+from pages import draw, examples, interval, markdown, refresh, share
 from ra_lens.experiments import (
     PAPER_SCALES,
     bootstrap_intervals,
@@ -37,19 +34,17 @@ from ra_lens.experiments import (
     patching_sweep,
     perturbation_test,
     question_areas,
-    read_results,
 )
 from ra_lens.figures import patching_sweep_curve, perturbation_curves
 from ra_lens.files import whole_file
 from ra_lens.model import as_lens
 from ra_lens.questions import ask, read_questions
 from ra_lens.tables import TABLE
-from ra_lens.tasks import Task, same_length_sets, task_names
+from ra_lens.tasks import same_length_sets, task_names
 from ra_lens.tasks.task import Demonstrations
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "results-smollm2.md"
 RESULTS = Path(__file__).parent / "results-smollm2"
-IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 SHOTS = (1, 5)
 DEMONSTRATIONS: dict[int, Demonstrations] = {
     1: "own",
@@ -86,46 +81,25 @@ MAPS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """One part of the results, on one task, kept in one file."""
+class Job(shared.Job):
+    """One part of the results, on one task."""
 
     part: str
     task: str
-    results: Path
-    model: str
-    source: str
 
     @property
-    def path(self) -> Path:
-        """Where its table is, or will be."""
-        return self.results / f"{self.part}-{self.task.replace('/', '_')}.parquet"
+    def name(self) -> str:
+        """Name of the table: its part and task."""
+        return f"{self.part}-{self.task.replace('/', '_')}"
 
-    def read_task(self) -> Task:
-        """The task, with the paper's pairs where they can be downloaded: natural questions not."""
-        natural = self.task in task_names("natural")
-        return load_task(self.task, source="builtin" if natural else _source(self.source))
-
-    def run(self) -> float:
-        """Compute the table, unless it is there; give the seconds it took."""
-        start = time.perf_counter()
-        if not self.path.exists():
-            _RUN[self.part](self)
-        return time.perf_counter() - start
-
-
-def _source(source: str) -> str | Path:
-    return source if source == "download" else Path(source)
-
-
-@cache
-def _model(name: str) -> torch.nn.Module:
-    torch.set_num_threads(1)  # two processes on two cores do more than two threads of one
-    return load_model(name, device="cpu")
+    def compute(self) -> None:
+        """Compute the table."""
+        _RUN[self.part](self)
 
 
 def _ask(job: Job) -> None:
     """Ask test questions of the whole model."""
-    lens, split = as_lens(_model(job.model)), job.read_task().split("code")
+    lens, split = as_lens(job.load()), job.read_task(job.task).split("code")
     rows: list[dict[str, Any]] = []
     for shots in (0, *SHOTS):
         prompts = split.prompts("test", shots=shots, n=min(ASKED, len(split.test)), seed=0)
@@ -140,8 +114,8 @@ def _ask(job: Job) -> None:
 def _perturb(job: Job, methods: Sequence[str], n_rank: int) -> None:
     shots = int(job.part[-1])
     perturbation_test(
-        _model(job.model),
-        job.read_task(),
+        job.load(),
+        job.read_task(job.task),
         methods=methods,
         shots=shots,
         demonstrations="own" if job.part.startswith(OWN) else DEMONSTRATIONS[shots],
@@ -157,8 +131,8 @@ def _perturb(job: Job, methods: Sequence[str], n_rank: int) -> None:
 
 def _patch(job: Job) -> None:
     patching_sweep(
-        _model(job.model),
-        job.read_task(),
+        job.load(),
+        job.read_task(job.task),
         scales=PAPER_SCALES,
         kinds=list(MAPS),
         shots=0,
@@ -182,7 +156,7 @@ _RUN: dict[str, Callable[[Job], None]] = {
 
 def has_set(job: Job) -> bool:
     """Whether a task has so many questions of one length that maps of them can be averaged."""
-    lens, task = as_lens(_model(job.model)), job.read_task()
+    lens, task = as_lens(job.load()), job.read_task(job.task)
     at_least = 40 if task.source == "builtin" else 100  # as in patching_sweep
     return bool(
         same_length_sets(
@@ -191,31 +165,7 @@ def has_set(job: Job) -> bool:
     )
 
 
-def run_all(jobs: list[Job], workers: int) -> None:
-    """Run jobs, the longest kind first, in as many processes; say each one that is done."""
-    left = [job for job in jobs if not job.path.exists()]
-    if workers == 1:
-        for i, job in enumerate(left):
-            typer.echo(f"{job.part} {job.task}: {job.run():.0f} s ({i + 1} of {len(left)})")
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(job.run): job for job in left}
-        for i, done in enumerate(as_completed(running)):
-            job = running[done]
-            typer.echo(f"{job.part} {job.task}: {done.result():.0f} s ({i + 1} of {len(left)})")
-
-
 # ---- what came out ------------------------------------------------------------------------------
-
-
-def examples(n: Any) -> str:
-    """Name a number of examples."""
-    return f"{n} example" if n == 1 else f"{n} examples"
-
-
-def with_interval(row: Any) -> str:
-    """A mean with its interval, where it has one."""
-    return f"{share(row['mean'])} [{share(row['low'])}, {share(row['high'])}]"
 
 
 def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
@@ -242,7 +192,7 @@ def areas_table(wide: pd.DataFrame) -> pd.DataFrame:
     """Rows orders, columns numbers of examples: mean area over tasks with its interval."""
     found: dict[str, pd.Series] = {}
     for shots, part in wide.groupby(level="n_shots"):
-        found[examples(shots)] = bootstrap_intervals(part).apply(with_interval, axis=1)
+        found[examples(shots)] = bootstrap_intervals(part).apply(interval, axis=1)
     return pd.DataFrame(found).set_axis(list(ORDERS.values()), axis=0)
 
 
@@ -273,7 +223,7 @@ def compared(wide: pd.DataFrame, pairs: dict[str, tuple[Any, Any]]) -> pd.DataFr
         cells = difference.groupby(level=["task", "n_shots"]).difference.mean()
         rows[name] = {
             "cells above": f"{int((cells > 0).sum())} of {len(cells)}",
-            "mean difference": with_interval(bootstrap_intervals(difference).iloc[0]),
+            "mean difference": interval(bootstrap_intervals(difference).iloc[0]),
         }
     return pd.DataFrame(rows).T
 
@@ -310,8 +260,8 @@ def at_thirty(sweep: pd.DataFrame) -> pd.DataFrame:
     differences = wide.sub(wide["unpatched"], axis=0)
     return pd.DataFrame(
         {
-            "accuracy": bootstrap_intervals(wide).apply(with_interval, axis=1),
-            "minus unpatched": bootstrap_intervals(differences).apply(with_interval, axis=1),
+            "accuracy": bootstrap_intervals(wide).apply(interval, axis=1),
+            "minus unpatched": bootstrap_intervals(differences).apply(interval, axis=1),
         }
     )
 
@@ -328,30 +278,23 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def joined(jobs: Iterable[Job]) -> pd.DataFrame:
-    """The tables of several jobs as one."""
-    return pd.concat([read_results(job.path) for job in jobs], ignore_index=True)
-
-
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
-    model: Annotated[str, typer.Option(help="As load_model takes it.")] = "smollm2-135m",
-    source: Annotated[
-        str, typer.Option(help="The in-context tasks: download, or a folder of such files.")
-    ] = "download",
-    workers: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 1,
+    results: shared.ResultsOption = RESULTS,
+    model: shared.ModelOption = "smollm2-135m",
+    source: shared.SourceOption = "download",
+    workers: shared.WorkersOption = 1,
     parts: Annotated[list[str], typer.Option(help="Parts to run now.")] = list(PARTS),  # noqa: B006
-    images: Annotated[bool, typer.Option(help="Draw the figures too.")] = True,
+    images: shared.ImagesOption = True,
 ) -> None:
     """Run what is missing, and refresh the document with what is there."""
-    results.mkdir(parents=True, exist_ok=True)
 
     def jobs(part: str, tasks: Iterable[str]) -> list[Job]:
-        return [Job(part, task, results, model, source) for task in tasks]
+        given = {"results": results, "loaded_from": model, "source": source}
+        return [Job(part, task, **given) for task in tasks]
 
     asked = jobs("accuracy", task_names())
     run_all(asked, workers)
-    survey = pd.concat([pd.read_parquet(job.path) for job in asked], ignore_index=True)
+    survey = read_all(asked, pd.read_parquet)
     can = able(survey)
     perturbed = [job for task in can for part in PARTS[1:] for job in jobs(part, [task])]
     own = [job for part in PARTS[2::2] for job in jobs(f"{OWN}-{part}", can[:2])]
@@ -361,8 +304,8 @@ def main(
     there = {
         task for task in can if all(job.path.exists() for job in perturbed if job.task == task)
     }
-    curves = joined(job for job in perturbed if job.task in there)
-    sweep = joined(job for job in patched if job.path.exists())
+    curves = read_all(job for job in perturbed if job.task in there)
+    sweep = read_all(job for job in patched if job.path.exists())
     done = {"perturbation test": (there, can), "patching sweep": (set(sweep.task), patched)}
     said = [
         f"The {name} is here for {len(some)} of {len(every)} tasks."
@@ -370,7 +313,7 @@ def main(
     ]
     typer.echo(" ".join(said))
     accuracy, logits = by_question(curves, "top1"), by_question(curves, "logit_diff")
-    drawn = joined(job for job in own if job.path.exists())
+    drawn = read_all(job for job in own if job.path.exists())
     refresh(
         DOCUMENT,
         {
@@ -387,18 +330,11 @@ def main(
         },
     )
     if images:
-        draw(curves, sweep)
-
-
-def draw(curves: pd.DataFrame, sweep: pd.DataFrame) -> None:
-    """Write the figures beside the document."""
-    folder = DOCUMENT.parent / "figures"
-    figures = {
-        "perturbation": perturbation_curves(curves, width=1100),
-        "patching": patching_sweep_curve(sweep, width=1100),
-    }
-    for name, figure in figures.items():
-        figure.write_image(folder / f"smollm2-{name}.png", scale=1.25)
+        figures = {
+            "smollm2-perturbation": perturbation_curves(curves, width=1100),
+            "smollm2-patching": patching_sweep_curve(sweep, width=1100),
+        }
+        draw(DOCUMENT, figures)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,20 @@ the page. `--results` names another folder, to begin anew. About ten minutes of 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import jobs as shared
 import pandas as pd
 import torch
 import typer
-from results_real import IN_FRONT
+from jobs import read_all, run_all
 
 from pages import markdown, refresh, share
-from ra_lens import best_scale, load_demo_model, load_model, load_task, run_with_ra
+from ra_lens import best_scale, run_with_ra
 from ra_lens.errors import NothingToDifferentiate
 from ra_lens.files import whole_file
 from ra_lens.model import FwdHooks, as_lens
@@ -65,31 +65,26 @@ HEADS_OF_A_PROMPT, PAIRS_OF_A_HEAD = 4, 10
 
 
 @dataclass(frozen=True)
-class Job:
-    """One part of the results, on one task, kept in one file."""
+class Job(shared.Job):
+    """One part of the results, on one task."""
 
-    model: str
     part: str
     task: str
 
-    def path(self, results: Path) -> Path:
-        """Where its table is, or will be."""
-        return results / f"{self.model}-{self.part}-{self.task.replace('/', '_')}.parquet"
-
-    def run(self, model: torch.nn.Module, results: Path) -> None:
-        """Compute the table."""
-        rows = _PARTS[self.part](self, model)
-        with whole_file(self.path(results), TABLE) as temporary:
-            pd.DataFrame(rows).to_parquet(temporary, index=False)
-
     @property
-    def in_front(self) -> str | None:
-        """What stands in front of each prompt; None: the model's own."""
-        return None if self.model == "demo" else IN_FRONT
+    def name(self) -> str:
+        """Name of the table: its model, part and task."""
+        return f"{self.model}-{self.part}-{self.task.replace('/', '_')}"
+
+    def compute(self) -> None:
+        """Compute the table."""
+        rows = _PARTS[self.part](self, self.load())
+        with whole_file(self.path, TABLE) as temporary:
+            pd.DataFrame(rows).to_parquet(temporary, index=False)
 
     def prompts(self, model: torch.nn.Module) -> tuple[list[Prompt], list[Prompt]]:
         """Questions of one length: training, test."""
-        lens, task = as_lens(model), load_task(self.task)
+        lens, task = as_lens(model), self.read_task(self.task)
         sets = same_length_sets(
             task, lambda text: lens.encode(text, prepend_bos=self.in_front), at_least=1
         )
@@ -100,10 +95,6 @@ class Job:
         return split.prompts("train", n=LEARNT), split.prompts(
             "test", n=min(ASKED, len(split.test))
         )
-
-
-JOBS = [Job(model, part, task) for model in TASKS for task in TASKS[model]
-        for part in ("answers", "pairs")]  # fmt: skip
 
 
 def _answers(job: Job, model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -215,29 +206,7 @@ _PARTS: dict[str, Callable[[Job, torch.nn.Module], list[dict[str, Any]]]] = {
 }
 
 
-def run_all(jobs: Sequence[Job], results: Path, source: str) -> None:
-    """Run what is missing; say each part that is done."""
-    torch.set_num_threads(1)
-    results.mkdir(parents=True, exist_ok=True)
-    model: tuple[str, torch.nn.Module] | None = None
-    for job in jobs:
-        if job.path(results).exists():
-            continue
-        if model is None or model[0] != job.model:
-            load = load_demo_model if job.model == "demo" else partial(load_model, source)
-            model = job.model, load(device="cpu")
-        start = time.perf_counter()
-        job.run(model[1], results)
-        typer.echo(f"{job.model}, {job.part}, {job.task}: {time.perf_counter() - start:.0f} s")
-
-
 # ---- what came out ------------------------------------------------------------------------------
-
-
-def read(results: Path, model: str, part: str) -> pd.DataFrame:
-    """The tables of a part of a model as one."""
-    paths = [job.path(results) for job in JOBS if (job.model, job.part) == (model, part)]
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
 
 def answers(frame: Any) -> pd.DataFrame:
@@ -297,16 +266,25 @@ def counted(frame: Any) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
-    model: Annotated[
-        str, typer.Option(help="SmolLM2-135M-Instruct, as load_model takes it.")
-    ] = "smollm2-135m",
+    results: shared.ResultsOption = RESULTS,
+    model: shared.ModelOption = "smollm2-135m",
 ) -> None:
     """Run what is missing, and refresh the document."""
-    run_all(JOBS, results, model)
+    jobs = [
+        Job(part, task, model=name, results=results, loaded_from=model)
+        for name, tasks in TASKS.items()
+        for task in tasks
+        for part in _PARTS
+    ]
+    run_all(jobs)
+
+    def read(of: str, part: str) -> pd.DataFrame:
+        some = (job for job in jobs if (job.model, job.part) == (of, part))
+        return read_all(some, pd.read_parquet)
+
     sections: dict[str, str] = {}
     for name, suffix in (("smollm2-135m", ""), ("demo", " embedded")):
-        asked, paired = read(results, name, "answers"), read(results, name, "pairs")
+        asked, paired = read(name, "answers"), read(name, "pairs")
         sections |= {
             f"answers{suffix}": markdown(answers(asked)),
             f"learnt{suffix}": markdown(learnt(asked)),

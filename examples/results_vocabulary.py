@@ -18,19 +18,20 @@ from __future__ import annotations
 
 import random
 import re
-import time
 import warnings
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import jobs as shared
 import numpy as np
 import pandas as pd
-import torch
 import typer
+from jobs import read_all, run_all
 
-from pages import markdown, refresh, share
-from ra_lens import load_model, load_task, run_with_ra
+from pages import interval, markdown, refresh
+from ra_lens import run_with_ra
 from ra_lens.experiments import bootstrap_intervals
 from ra_lens.tables import write_results
 from ra_lens.tasks.task import stable_int
@@ -38,7 +39,6 @@ from ra_lens.vocabulary import KINDS, Vocabulary
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "vocabulary.md"
 RESULTS = Path(__file__).parent / "results-vocabulary"
-IN_FRONT = "<|endoftext|>"  # what stood between documents in training; BOS is a chat token here
 TASKS = ("present-past", "capitalize", "singular-plural", "natural/country-capital")
 QUESTIONS = 16
 STRONGEST = 3
@@ -46,11 +46,30 @@ THIRDS = ("first third", "middle third", "last third")
 RESAMPLES, LEVEL = 2000, 0.9
 
 
-def measure(model: Any, vocabulary: Vocabulary, task: str, source: str) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Job(shared.Job):
+    """The ranks of one task."""
+
+    task: str
+
+    @property
+    def name(self) -> str:
+        """Name of the table: its model and task."""
+        return f"{self.model}-{self.task.replace('/', '_')}"
+
+    def compute(self) -> None:
+        """Compute the table."""
+        write_results(measure(self), self.path)
+
+
+_vocabulary = cache(Vocabulary)
+
+
+def measure(job: Job) -> pd.DataFrame:
     """One row per question, head, kind and place."""
-    # Natural questions are not among those files.
-    where = "builtin" if task.startswith("natural/") else source
-    prompts = load_task(task, where).sample(QUESTIONS, shots=1, seed=0)
+    model, task = job.load(), job.task
+    vocabulary = _vocabulary(model)
+    prompts = job.read_task(task).sample(QUESTIONS, shots=1, seed=0)
     answers = [vocabulary.token(prompt.answer) for prompt in prompts]
     rows: list[dict[str, Any]] = []
     for question, prompt in enumerate(prompts):
@@ -61,12 +80,12 @@ def measure(model: Any, vocabulary: Vocabulary, task: str, source: str) -> pd.Da
                 model,
                 prompt.text,
                 target=answers[question],  # its first token, as the last one of the prompt says it
-                prepend_bos=IN_FRONT,
+                prepend_bos=job.in_front,
                 vectors=True,
                 progress=False,
             )
         about = {
-            "model": "smollm2-135m",
+            "model": job.model,
             "task": task,
             "question": question,
             "right": bool(logits[0, -1].argmax() == answers[question]),
@@ -115,28 +134,6 @@ def heads(ra: Any, name: str) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def run_all(results: Path, model: str, source: str) -> None:
-    """Run what is missing; say each part that is done."""
-    torch.set_num_threads(1)
-    results.mkdir(parents=True, exist_ok=True)
-    loaded: tuple[Any, Vocabulary] | None = None
-    for task in TASKS:
-        path = path_of(results, task)
-        if path.exists():
-            continue
-        if loaded is None:
-            found = load_model(model, device="cpu")
-            loaded = found, Vocabulary(found)
-        start = time.perf_counter()
-        write_results(measure(*loaded, task, source), path)
-        typer.echo(f"{task}: {time.perf_counter() - start:.0f} s")
-
-
-def path_of(results: Path, task: str) -> Path:
-    """Where the table of a task is, or will be."""
-    return results / f"smollm2-135m-{task.replace('/', '_')}.parquet"
-
-
 # ---- what came out ------------------------------------------------------------------------------
 
 
@@ -167,7 +164,7 @@ def top_10(frame: Any) -> str:
     """The share of vectors with the answer among the first ten."""
     shares = by_question(frame, "rank").le(10).mean(axis=1).to_frame("top 10")
     row: Any = bootstrap_intervals(shares, level=LEVEL, resamples=RESAMPLES).iloc[0]
-    return f"{share(row['mean'])} [{share(row['low'])}, {share(row['high'])}]"
+    return interval(row)
 
 
 def nearer(one: pd.DataFrame, other: pd.DataFrame) -> str:
@@ -225,17 +222,14 @@ def counted(frame: Any) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder for the tables.")] = RESULTS,
-    model: Annotated[
-        str, typer.Option(help="SmolLM2-135M-Instruct, as load_model takes it.")
-    ] = "smollm2-135m",
-    source: Annotated[
-        str, typer.Option(help="The in-context tasks: download, or a folder of such files.")
-    ] = "download",
+    results: shared.ResultsOption = RESULTS,
+    model: shared.ModelOption = "smollm2-135m",
+    source: shared.SourceOption = "download",
 ) -> None:
     """Run what is missing, and refresh the document."""
-    run_all(results, model, source)
-    frame = pd.concat([pd.read_parquet(path_of(results, task)) for task in TASKS])
+    jobs = [Job(task, results=results, loaded_from=model, source=source) for task in TASKS]
+    run_all(jobs)
+    frame = read_all(jobs, pd.read_parquet)
     if bool((frame["rank"] < 1).any()):
         raise SystemExit("some vectors are 0, and rank nothing: no median is of all questions")
     part = partial(frame.query, engine="python")

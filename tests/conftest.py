@@ -174,6 +174,14 @@ def mean(shared: Callable[..., Any]) -> Callable[..., Any]:
     return get
 
 
+@pytest.fixture(params=["sim", "cuda"])
+def two(request: pytest.FixtureRequest, folder: Callable[..., Path]) -> Iterator[Any]:
+    """Two devices, simulated ones and two GPUs if there are any, with models over them."""
+    from several_devices import over_two
+
+    yield from over_two(request.param, folder)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of a Chrome or Chromium; skips where there is none."""

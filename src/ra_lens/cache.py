@@ -25,9 +25,8 @@ stored. `save` writes one safetensors file, which cannot run code, with a JSON d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
@@ -35,9 +34,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ra_lens.cache_file import read_cache, write_cache
 from ra_lens.collect import Store, reversed_attention
-from ra_lens.errors import BadFile, BadInput, NotStored
-from ra_lens.files import read_tensors, write_tensors
+from ra_lens.errors import BadInput, NotStored
 from ra_lens.head_names import Head, Heads, HeadScore, layer_and_index, spell_head
 from ra_lens.knockouts.edges import Edges, EdgeSet, Tokens
 from ra_lens.knockouts.predict import FORETOLD_FROM, foretold
@@ -51,7 +50,6 @@ from ra_lens.model.sites import (
     StoredKind,
     VectorKind,
     read_kind,
-    read_stored_kind,
     spell_counts,
     table,
 )
@@ -59,26 +57,9 @@ from ra_lens.numbers import Whole, as_whole, is_several, places, whole, whole_or
 from ra_lens.patching.mean import MeanMaps, RunningMean
 from ra_lens.run_info import RunInfo
 from ra_lens.tensors import read_place
-from ra_lens.text import isolated, label
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_FORMAT = 2  # 1 told only whether BOS was in front, not which token
-_LOSSES = {
-    "answer_nll": "−log p of the target",
-    "top_prediction": "−log p of the target",
-    "sequence_nll": "mean of −log p over the target's tokens",
-    "logit_diff": "logit of the wrong answer − logit of the right one",
-    "probability_diff": "probability of the wrong tokens − that of the right ones",
-    "custom": "a metric of the user's own",
-}
-_UNITS = {
-    "answer_nll": "nats",
-    "top_prediction": "nats",
-    "sequence_nll": "nats",
-    "logit_diff": "logits",
-}
 
 
 @dataclass(eq=False)
@@ -264,36 +245,12 @@ class RACache:
         Args:
             example: Of which example. Default: of all of them, in short.
         """
-        info, found = self.info, list[tuple[str, str]]()
-        example = whole_or_none("example", example)
-        if info.str_tokens is not None:
-            lengths = list(map(len, info.str_tokens))
-            n = f"up to {max(lengths)}" if example is None else lengths[example]
-            found.append(("Tokens", f"{n}{_in_front(info.prepended)}"))
-        own = " (the model's own top prediction; no target was given)"
-        own *= info.target_is_top_prediction
-        if example is None:
-            text = info.objective
-            text += f" of {_shortened(info.targets)}" if info.targets else ""
-            text += f" over {_shortened(info.wrong)}" if info.wrong else ""
-            losses = self.loss.detach().flatten().tolist()
-            if losses and not any(map(math.isnan, losses)):  # NaN where nobody said what it is
-                average = " on average" * (len(losses) > 1)
-                own += f"; loss {sum(losses) / len(losses):.4f}{average}"
-            return [*found, ("Loss", text + own), *_of_another(info.backward)]
-        if info.targets is not None:
-            found.append(("Target", f"“{label(info.targets[example])}”{own}"))
-        if not math.isnan(loss := self.loss_of(example)):
-            text = f"{loss:.4f}, {_LOSSES.get(info.objective, info.objective)}"
-            if info.objective in ("answer_nll", "top_prediction"):
-                text += f"; p(target) = {math.exp(-loss):.3g}"
-            found.append(("Loss", text))
-        return [*found, *_of_another(info.backward)]
+        return self.info.facts(self.loss.detach(), whole_or_none("example", example))
 
     @property
     def loss_unit(self) -> str:
         """Unit of the loss: `nats` for −log p, `logits`, or of others `units of the loss`."""
-        return _UNITS.get(self.info.objective, "units of the loss")
+        return self.info.loss_unit
 
     def loss_of(self, example: Whole) -> float:
         """Loss of an example; of the whole batch where a metric gave one number for it."""
@@ -626,65 +583,12 @@ class RACache:
         Raises:
             BadInput: the path cannot be written, or holds something that is no cache.
         """
-        tensors: dict[str, Tensor] = {"loss": self.loss}
-        tensors.update({f"map/{name}": value for name, value in self.items()})
-        tensors.update({f"norm/{kind}/{layer}": v for (kind, layer), v in self._norms.items()})
-        mean = None
-        if self._running is not None:
-            tensors.update({f"sum/{name}": value for name, value in self._running.items()})
-            dtype = self._running.dtype
-            named = None if dtype is None else str(dtype).removeprefix("torch.")
-            mean = {"count": self._running.count, "dtype": named}
-        description = {
-            "format": _FORMAT,
-            "store": self.store,
-            "has_batch_dim": self.has_batch_dim,
-            "info": asdict(self.info),
-            "sites": [asdict(site) for site in self.sites.values()],
-            "mean": mean,
-        }
-        write_tensors(path, tensors, description)
+        write_cache(path, **vars(self))
 
     @staticmethod
     def load(path: str | Path) -> RACache:
         """Read a cache written by `save`; BadFile if missing, truncated, or of something else."""
-        with read_tensors(path) as (source, tensors, description):
-            if description["format"] not in (1, _FORMAT):
-                raise BadFile(
-                    f"{source} has cache format {description['format']}; this ra_lens reads 1 and "
-                    f"{_FORMAT}. Make the cache again, or install the version that wrote it."
-                )
-            found = [Site(**fields) for fields in description["sites"]]
-            facts = {name: _tuples(value) for name, value in description["info"].items()}
-            if description["format"] == 1:
-                bos = facts.pop("bos_prepended", None)
-                facts["prepended"] = (
-                    facts["str_tokens"][0][0] if bos else None if bos is None else ""
-                )
-            info = RunInfo(**facts)
-            sites = Sites({site.layer: site for site in found}, info.n_layers)
-            running, mean = None, description.get("mean")
-            if mean is not None:
-                dtype = None if mean["dtype"] is None else getattr(torch, mean["dtype"])
-                running = RunningMean(sites, mean["count"], dtype)
-            cache = RACache(
-                sites=sites,
-                loss=tensors.pop("loss"),
-                info=info,
-                store=description["store"],
-                has_batch_dim=description["has_batch_dim"],
-                _running=running,
-            )
-            for entry, value in tensors.items():
-                group, _, name = entry.partition("/")
-                if group == "map":
-                    cache._maps[name] = value
-                elif group == "sum" and running is not None:
-                    running.add(name, value.unsqueeze(0))
-                else:
-                    kind, _, layer = name.partition("/")
-                    cache._norms[read_stored_kind(kind), int(layer)] = value
-            return cache
+        return RACache(**read_cache(path))
 
     def to_html(self, path: str | Path, **options: Any) -> Path:
         """Write a report, one HTML file; options are those of `ra_lens.report.write_report`."""
@@ -812,25 +716,3 @@ class RACache:
             _maps={name: function(value) for name, value in self._maps.items()},
             _norms={key: function(value) for key, value in self._norms.items()},
         )
-
-
-def _shortened(texts: Sequence[str]) -> str:
-    shown = [isolated(repr(text)) for text in texts[:3]]
-    return ", ".join(shown) + ", …" * (len(texts) > 3)
-
-
-def _in_front(prepended: str | None) -> str:
-    """Say what was put in front of text; nothing where ids were given."""
-    return (
-        "" if prepended is None else f", {label(prepended) if prepended else 'nothing'} prepended"
-    )
-
-
-def _of_another(backward: str) -> list[tuple[str, str]]:
-    """Say which backward pass gave the maps, where it is not the loss's own."""
-    text = f"{backward}: gradients of other rules (ra_lens.model.backward), not of the loss"
-    return [] if backward == "exact" else [("Backward", text)]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, RALensError, UnsupportedModel
+from ra_lens.memory import offering
 from ra_lens.model import (
     Front,
     FwdHooks,
@@ -416,14 +417,15 @@ class _Trial:
     def run(self, prompts: Prompts, **options: Any) -> RACache:
         """The maps of these prompts."""
         decoder = None if self.decoder is None else [list(self.decoder.ids[0])]
-        _, cache = run_with_ra(
-            self.lens.module,
-            prompts,
-            decoder_input=decoder,
-            softmax_scale=self.unknown_scales or None,
-            progress=False,
-            **options,
-        )
+        with offering():
+            _, cache = run_with_ra(
+                self.lens.module,
+                prompts,
+                decoder_input=decoder,
+                softmax_scale=self.unknown_scales or None,
+                progress=False,
+                **options,
+            )
         return cache
 
     def logits_error(self, logits: Tensor) -> float | None:
@@ -530,8 +532,8 @@ def _worst(together: RACache, alone: Sequence[RACache]) -> float:
             sides = zip((site.query_side, site.key_side), wanted.shape[-2:], strict=True)
             firsts = [(start if side == "input" else 0, n) for side, n in sides]
             rows, columns = (slice(first, first + n) for first, n in firsts)
-            errors.append((together["ra", layer][i, :, rows, columns] - wanted).norm())
-            sizes.append(wanted.norm())
+            errors.append((together["ra", layer][i, :, rows, columns] - wanted).norm().cpu())
+            sizes.append(wanted.norm().cpu())  # numbers, of layers on whatever device
     # Where R is next to nothing its rounding is not.
     size = torch.stack(sizes)
     size = size.clamp(min=max(1e-3 * float(size.max()), torch.finfo(size.dtype).tiny))

@@ -30,7 +30,7 @@ class NothingToDifferentiate(RALensError, RuntimeError):
 
 
 class NotEnoughMemory(RALensError, MemoryError):
-    """A run needs more memory than its device has left; the message says which options fit."""
+    """A run needs more memory than a device has left; the message says which, and what fits."""
 
 
 class BadFile(RALensError, ValueError):

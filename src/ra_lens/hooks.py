@@ -112,7 +112,7 @@ class Recorder:
         if self.store == "maps":
             self.cache._keep(site.layer, kind, value.to(device=self.device, dtype=self._dtype))
         elif self._sums is not None:
-            self._sums.add(name, value[(..., *tokens)].to(device=self.device))
+            self._sums.add(name, value[(..., *tokens)], self.device)
 
     def _receive_norms(
         self, site: Site, kind: StoredKind, value: Tensor, *, add: bool = False

@@ -10,6 +10,10 @@ layer collected on; with `recompute` that of one layer, and one residual stream 
 replace it layer by layer in the backward pass, so both together take about as much as the larger
 one. That is what a run needs at least: a refusal is always meant.
 
+Of a model over several devices each device is counted by itself: the graph of the layers on it, and
+their maps, unless those are kept elsewhere, where all of them count. A layer whose weights
+accelerate brings in when they are used counts where it computes; the weights brought in do not.
+
 A batch that is to fit (`batch_size="auto"`) must leave room for what is not counted, such as the
 tensors of one step and logits whose loss is being computed. As measured a run takes up to 1.5 times
 what is counted, with `recompute`, which holds little else than one layer, up to 4.5 times; so its
@@ -18,7 +22,9 @@ graph may count up to a half, or a fifth, of what maps leave free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import psutil
@@ -35,9 +41,9 @@ _LIBRARIES = 2**30  # bytes of a process that has imported them
 # Kinds with as many heads as there are key/value heads.
 _OF_SHARED = ("key", "value", "key_grad", "value_grad", "k_grad", "v_grad")
 # What the graph of a batch may count of the free memory if it is to fit.
-_SAFE, _SAFE_RECOMPUTED = 1 / 2, 1 / 5
+SAFE, SAFE_RECOMPUTED = 1 / 2, 1 / 5
 # Logits, their logarithms and the gradient there are alive together.
-_OF_LOGITS = 3
+OF_LOGITS = 3
 
 
 @dataclass(frozen=True)
@@ -83,24 +89,37 @@ class Plan:
         return max(self.widths[site.key_side] for site in self.sites.values())
 
     @property
-    def maps(self) -> int:
-        """Bytes of the maps kept on the model's device."""
+    def devices(self) -> list[torch.device]:
+        """Devices that something is counted on: those of the layers, and where maps are kept."""
+        places = self.lens.layer_devices
+        kept = [] if self.device is None else [_exact(self.device)]
+        return list(dict.fromkeys([*(places[layer] for layer in self._later), *kept]))
+
+    def n_layers_on(self, device: torch.device) -> int:
+        """Layers collected that lie on a device."""
+        return sum(self.lens.layer_devices[layer] == device for layer in self.sites)
+
+    def maps_on(self, device: torch.device) -> int:
+        """Bytes of the maps and vectors kept on a device."""
         lens, examples = self.lens, {"maps": len(self.prompts), "mean": 1, "norms": 0}[self.store]
-        if torch.device(self.device or lens.device).type != lens.device.type:
-            return 0
+        kept = None if self.device is None else _exact(self.device)
+        sites = [
+            site for i, site in self.sites.items() if (kept or lens.layer_devices[i]) == device
+        ]
         made_in = torch.float64 if lens.dtype == torch.float64 else torch.float32
         entries = examples * sum(
             self._cells(site) * sum(self.wanted(site.map_name(kind)) for kind in STORED_KINDS)
-            for site in self.sites.values()
+            for site in sites
         )
-        entries += len(self.prompts) * sum(map(self._vector_entries, self.sites.values()))
+        entries += len(self.prompts) * sum(map(self._vector_entries, sites))
         return (self.dtype or made_in).itemsize * entries
 
-    @property
-    def graph(self) -> int:
-        """Bytes of the graph that one batch leaves for its backward pass, at least."""
+    def graph_on(self, device: torch.device) -> int:
+        """Bytes of the graph that one batch leaves on a device for its backward pass, at least."""
         lens, widths = self.lens, self.widths
-        later = [site for layer, site in lens.sites.items() if layer >= min(self.sites)]
+        later = [s for i, s in self._later.items() if lens.layer_devices[i] == device]
+        if not later:
+            return 0
         tokens = [widths[site.query_side] for site in later]
         at_a_time = [min(n, self.in_rows or n) for n in tokens]
         layers = [
@@ -117,10 +136,19 @@ class Plan:
                 kept += max(tokens) * self.n_keys
         return self.batch * lens.dtype.itemsize * kept
 
+    def need_on(self, device: torch.device) -> int:
+        """Bytes needed on a device at least, beside the model."""
+        return max(self.maps_on(device), self.graph_on(device))
+
     @property
     def need(self) -> int:
-        """Bytes needed at least beside the model."""
-        return max(self.maps, self.graph)
+        """Bytes needed at least on all devices, beside the model."""
+        return sum(map(self.need_on, self.devices))
+
+    @property
+    def _later(self) -> dict[int, Site]:
+        """Layers that have a graph: from the first collected on."""
+        return {i: site for i, site in self.lens.sites.items() if i >= min(self.sites)}
 
     def _vector_entries(self, site: Site) -> int:
         share = site.n_heads // site.n_key_value_heads
@@ -136,37 +164,46 @@ class Plan:
 
 
 def refuse_what_cannot_fit(plan: Plan) -> None:
-    """Raise NotEnoughMemory, with what would fit, if a run needs more than its device has left."""
-    device = plan.lens.device
-    free = free_memory(device)
-    if free is None or plan.need <= free:
+    """Raise NotEnoughMemory, with what would fit, if a run needs more than a device has left."""
+    free = {device: free_memory(device) for device in plan.devices}
+    short = [device for device, n in free.items() if n is not None and plan.need_on(device) > n]
+    if not short:
         return
+    device = short[0]
+    layers, several = f"{len(plan.sites)} layers", len(free) > 1
+    if several:
+        layers = f"{plan.n_layers_on(device)} of {layers}"
     raise NotEnoughMemory(
-        f"this run needs at least {_spelled(plan.need)} of memory ({_spelled(plan.maps)} of maps, "
-        f"{_spelled(plan.graph)} of graph, for {plan.batch} prompts of "
-        f"{max(plan.widths.values())} tokens at a time and {len(plan.sites)} layers), and "
-        f"{_spelled(free)} are free on {device}. " + _advice(plan, free)
+        f"this run needs at least {_spelled(plan.need_on(device))} of memory"
+        f"{f' on {device}' * several} ({_spelled(plan.maps_on(device))} of maps, "
+        f"{_spelled(plan.graph_on(device))} of graph, for {plan.batch} prompts of "
+        f"{max(plan.widths.values())} tokens at a time and {layers}), and "
+        f"{_spelled(free[device] or 0)} are free on {device}. {_advice(plan, device, free)}"
     )
 
 
 def largest_batch(plan: Plan, *, n_read: int, n_kept: int) -> int | None:
     """Give the most prompts that may run at a time if the run is to fit; None where all may.
 
-    Where not even one prompt is sure to fit, one; where the device does not say what is free, all.
+    Where not even one prompt is sure to fit, one; where no device says what is free, all.
 
     Args:
         plan: The run, with all prompts at once.
         n_read: Positions of a prompt at which logits are computed.
         n_kept: Those whose logits are kept beside the maps, of all prompts.
     """
-    free = free_memory(plan.lens.device)
-    if free is None:
-        return None
-    of_position = plan.lens.d_vocab * max(4, plan.lens.dtype.itemsize)
-    of_prompt = replace(plan, batch_size=1).graph + _OF_LOGITS * n_read * of_position
-    room = free - plan.maps - len(plan.prompts) * n_kept * of_position
-    fitting = max(1, int(room * (_SAFE_RECOMPUTED if plan.recompute else _SAFE)) // of_prompt)
-    return None if fitting >= len(plan.prompts) else fitting
+    single, n = replace(plan, batch_size=1), len(plan.prompts)
+    fitting = n
+    for device in plan.devices:
+        free, of_prompt = free_memory(device), single.graph_on(device)
+        with_logits = device in plan.lens.logits_devices
+        of_position = plan.lens.d_vocab * max(4, plan.lens.dtype.itemsize) * with_logits
+        of_prompt += OF_LOGITS * n_read * of_position
+        if free is not None and of_prompt:
+            room = free - plan.maps_on(device) - n * n_kept * of_position
+            safe = int(room * (SAFE_RECOMPUTED if plan.recompute else SAFE))
+            fitting = min(fitting, max(1, safe // of_prompt))
+    return None if fitting >= n else fitting
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -203,27 +240,114 @@ def worker_memory(lens: Lens, prompts: Prompts, *, batch_size: int) -> int:
     return weights + plan.need + _LIBRARIES
 
 
-def _advice(plan: Plan, free: int) -> str:
-    """Options that make it fit, the one that changes least first."""
+def _exact(device: torch.device) -> torch.device:
+    """A device with its index, as tensors on it tell it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+# ---- advice --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What the user can choose where a run was not called by the user."""
+
+    options: frozenset[str]
+    one_batch: bool
+    typed: bool
+
+
+_offer: ContextVar[_Offer | None] = ContextVar("ra_lens offer", default=None)
+
+
+@contextmanager
+def offering(
+    *options: str, one_batch: bool = False, typed: bool = False
+) -> Generator[None, None, None]:
+    """Let advice of runs in the context name only options that whoever calls them has as well.
+
+    Within another such context they are those of both.
+
+    Args:
+        *options: Names of arguments of `run_with_ra`; none: nothing can be chosen.
+        one_batch: Whether the prompts of a run are one batch, cut by the caller's `batch_size`.
+        typed: Whether they are options of the command line.
+    """
+    outer, own = _offer.get(), frozenset(options)
+    if outer is not None:
+        own, typed = own & outer.options, typed or outer.typed
+        one_batch = one_batch or outer.one_batch
+    before = _offer.set(_Offer(own, one_batch, typed))
+    try:
+        yield
+    finally:
+        _offer.reset(before)
+
+
+def _advice(plan: Plan, device: torch.device, free: Mapping[torch.device, int | None]) -> str:
+    """Options that make it fit on all devices, the one that changes least first.
+
+    Beside each, what it needs on the one that was found short.
+    """
+    offer = _offer.get()
+    alone = replace(plan, batch_size=1)
+    if offer is not None and offer.one_batch:
+        alone = replace(alone, prompts=plan.prompts.widest())
     norms = replace(plan, store="norms")
     both = replace(norms, recompute=True)
-    all_three = replace(both, batch_size=1)
+    all_three = replace(alone, store="norms", recompute=True)
     last = max(plan.sites)
-    smaller = {
-        "batch_size=1": replace(plan, batch_size=1),
-        "store='norms'": norms,
-        "recompute=True": replace(plan, recompute=True),
-        "store='norms' and recompute=True": both,
-        "store='norms', recompute=True and batch_size=1": all_three,
-        f"layers={[last]}, store='norms', recompute=True and batch_size=1": replace(
-            all_three, sites={last: plan.sites[last]}
+    one_layer = {last: plan.sites[last]}
+    of_last = f"layers={[last]}"
+    smaller: dict[tuple[str, ...], Plan] = {
+        ("batch_size=1",): alone,
+        ("store='norms'",): norms,
+        ("recompute=True",): replace(plan, recompute=True),
+        ("store='norms'", "recompute=True"): both,
+        ("store='norms'", "recompute=True", "batch_size=1"): all_three,
+        (of_last, "store='norms'", "recompute=True", "batch_size=1"): replace(
+            all_three, sites=one_layer
         ),
     }
-    needs = {option: other.need for option, other in smaller.items()}
-    fitting = [f"{option} ({_spelled(n)})" for option, n in needs.items() if n <= free]
-    if not fitting:
+    if offer is not None:
+        smaller[of_last,] = replace(plan, sites=one_layer)
+        if plan.batch > 1:
+            smaller[of_last, "batch_size=1"] = replace(alone, sites=one_layer)
+
+    def fits(other: Plan) -> bool:
+        left = ((other.need_on(one), free.get(one)) for one in other.devices)
+        return all(n is None or need <= n for need, n in left)
+
+    fitting = [
+        f"{_listed(options, offer)} ({_spelled(other.need_on(device))})"
+        for options, other in smaller.items()
+        if fits(other) and _has(offer, options)
+    ]
+    if not fitting and offer is None:
         return "Nor would one layer's norms of one prompt fit: shorten the prompt."
-    return f"Use {' or '.join(fitting[:3])}; layers= collects fewer layers."
+    if not fitting:
+        return "Nothing that can be chosen here makes it fit: shorten the prompts."
+    fewer = f"; {_as_typed('layers=', offer)} collects fewer layers" * _has(offer, ["layers="])
+    return f"Use {' or '.join(fitting[:3])}{fewer}."
+
+
+def _has(offer: _Offer | None, options: Iterable[str]) -> bool:
+    return offer is None or {one.partition("=")[0] for one in options} <= offer.options
+
+
+def _listed(options: Iterable[str], offer: _Offer | None) -> str:
+    *others, last = (_as_typed(option, offer) for option in options)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _as_typed(option: str, offer: _Offer | None) -> str:
+    """An argument as the user gives it: `batch_size=1`, or `--batch-size 1`."""
+    if offer is None or not offer.typed:
+        return option
+    name, _, value = option.partition("=")
+    return f"--{name.replace('_', '-')} {value.strip('[]')}".rstrip()
 
 
 def _spelled(n_bytes: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 from ra_lens.errors import BadInput, at_least
 
@@ -19,6 +19,8 @@ Whole = SupportsIndex
 Wholes = SupportsIndex | Iterable[SupportsIndex]
 Real = SupportsFloat | SupportsIndex
 Reals = Real | Iterable[Real]
+BatchSize = Whole | Literal["auto"]
+"""How many rows run at a time; `"auto"`: as many as fit (`ra_lens.fitting`)."""
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> int:
@@ -35,6 +37,17 @@ def whole(name: str, value: object, *, least: int | None = None) -> int:
 def whole_or_none(name: str, value: object, *, least: int | None = None) -> int | None:
     """Give a whole number, see `whole`, or None where none was given."""
     return None if value is None else whole(name, value, least=least)
+
+
+def read_batch_size(batch_size: object) -> int | Literal["auto"]:
+    """Give how many rows may run at a time, at least one, or `"auto"`."""
+    if isinstance(batch_size, str) and batch_size == "auto":
+        return "auto"
+    if as_whole(batch_size) is None:
+        raise BadInput(
+            f"found batch_size={_shown(batch_size)}; give a whole number from 1 on, or 'auto'."
+        )
+    return whole("batch_size", batch_size, least=1)
 
 
 def wholes(

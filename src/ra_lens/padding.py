@@ -29,12 +29,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.fitting import rows_of_forward
 from ra_lens.half import LossScale
 from ra_lens.model import Lens, Side, Site
 from ra_lens.prompts import Batch, PaddingSide, Prompts
@@ -73,9 +75,14 @@ def of_one_length(prompts: Prompts, encoded: Prompts | None = None) -> list[list
 
 
 def batches(
-    lens: Lens, prompts: Prompts, batch_size: int | None
+    lens: Lens, prompts: Prompts, batch_size: int | Literal["auto"] | None
 ) -> Iterator[tuple[list[int], Prompts]]:
-    """Split prompts into batches of those that may run together, told by their indices."""
+    """Split prompts into batches of those that may run together, told by their indices.
+
+    `"auto"`: of as many as fit in a forward pass that keeps nothing of all layers.
+    """
+    if batch_size == "auto":
+        batch_size = rows_of_forward(lens, prompts)
     hidden = padding_is_hidden(lens, prompts)
     read = prompts if hidden else prompts.unpadded()
     for group in together(lens, prompts):

@@ -127,6 +127,11 @@ class Prompts:
         texts = None if self.texts is None else tuple(self.texts[i] for i in order)
         return replace(self, ids=tuple(self.ids[i] for i in order), texts=texts)
 
+    def widest(self) -> Prompts:
+        """The longest example alone."""
+        lengths = self.lengths
+        return self.chosen([max(range(len(lengths)), key=lengths.__getitem__)])
+
     def widened(self) -> Prompts:
         """The same, with every batch padded to the longest of all examples."""
         return replace(self, width=self.padded_width)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ra_lens.errors import RALensWarning, UnsupportedModel
+from ra_lens.fitting import rows_of_forward
 from ra_lens.model import FwdHooks, Lens, PrependBos
 from ra_lens.padding import together, watched
 from ra_lens.prompts import Prompts, read_prompts
@@ -228,7 +229,7 @@ def ask(
     hooks_of: HooksOf | None = None,
     *,
     accuracy: Accuracy = "first token",
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     variants: Sequence[int] | None = None,
 ) -> Marks:
     """Ask every question and mark the first token of each answer, or the whole.
@@ -240,12 +241,19 @@ def ask(
     each question, which of several changed models is asked. The hooks of all questions of a variant
     are then the same, and in a batch each row has those of its question. Where the logits come out
     otherwise than in full, or it cannot be done, all questions run in full.
+
+    A batch has `batch_size` rows, or `"auto"`: as many as fit.
     """
     whole = accuracy == "answer"
+    prompts = questions.with_answers if whole else questions.prompts
+    answers = [answer if whole else answer[:1] for answer in questions.answers]
+    if batch_size == "auto":
+        kept = 0 if variants is None else 2  # keys and values of the shared tokens
+        batch_size = rows_of_forward(lens, prompts, n_read=max(map(len, answers)), kept=kept)
     asked = _Asked(
         lens,
-        questions.with_answers if whole else questions.prompts,
-        [answer if whole else answer[:1] for answer in questions.answers],
+        prompts,
+        answers,
         hooks_of or (lambda _part: ()),
         batch_size,
         questions.wrong,

@@ -120,7 +120,8 @@ def run_with_ra(
         vectors: Keep also, of every token, queries, keys, values, what heads give, and the
             gradients there: True for all kinds, or names (`"query"`, `["value", "value_grad"]`),
             read as `ra["query", 5]`. See `ra_lens.vectors`. Not with `store="mean"`.
-        device: Where to keep maps and logits. Default: where they are made.
+        device: Where to keep maps and logits. Default: where they are made; in a model over several
+            devices each map on that of its layer.
         dtype: In what to keep them, a floating-point dtype. Default: float32 (float64 for a float64
             model); R is computed in that before it is converted.
         fwd_hooks: TransformerLens hooks for this run, as in `run_with_hooks`. Where prompts run in
@@ -130,7 +131,7 @@ def run_with_ra(
             of them (for a metric of your own: at the last token). `"all"`: at every position; those
             at padding mean nothing.
         batch_size: Run so many prompts at a time, with a progress bar if there are several
-            batches. Default: all at once. `"auto"`: as many as fit what the model's device has
+            batches. Default: all at once. `"auto"`: as many as fit what the model's devices have
             free, by what `ra_lens.memory` counts and room for what it does not; all where they do.
         recompute: Keep the attention tensors of one layer at a time, for long prompts: each block
             runs again in the backward pass (activation checkpointing). Same maps; one more forward
@@ -170,7 +171,7 @@ def run_with_ra(
             one that is being run already, or that computes something `backward` has no rule for.
         NothingToDifferentiate: NaN logits or gradients, a loss that does not depend on the
             attention, or layers that the model itself, and no hook, cuts off from it.
-        NotEnoughMemory: more than the device has left, seen before anything runs.
+        NotEnoughMemory: more than a device has left, seen before anything runs.
     """
     one_of("store", store, ("maps", "norms", "mean"))
     one_of("return_logits", return_logits, ("read", "all"))

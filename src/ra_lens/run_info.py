@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ra_lens.errors import BadInput
 from ra_lens.model import Side
 from ra_lens.model.backward import Backward
+from ra_lens.text import isolated, label
+
+_LOSSES = {
+    "answer_nll": "−log p of the target",
+    "top_prediction": "−log p of the target",
+    "sequence_nll": "mean of −log p over the target's tokens",
+    "logit_diff": "logit of the wrong answer − logit of the right one",
+    "probability_diff": "probability of the wrong tokens − that of the right ones",
+    "custom": "a metric of the user's own",
+}
+_UNITS = {
+    "answer_nll": "nats",
+    "top_prediction": "nats",
+    "sequence_nll": "nats",
+    "logit_diff": "logits",
+}
 
 
 @dataclass(frozen=True)
@@ -85,3 +104,54 @@ class RunInfo:
             )
         first = 0 if self.starts is None or side == "decoder" else self.starts[0]
         return slice(first, first + lengths[0])
+
+    @property
+    def loss_unit(self) -> str:
+        """Unit of the loss: `nats` for −log p, `logits`, or of others `units of the loss`."""
+        return _UNITS.get(self.objective, "units of the loss")
+
+    def facts(self, loss: Tensor, example: int | None) -> list[tuple[str, str]]:
+        """Tell in names and values what was read, what was asked for, and the loss of each."""
+        found = list[tuple[str, str]]()
+        if self.str_tokens is not None:
+            lengths = list(map(len, self.str_tokens))
+            n = f"up to {max(lengths)}" if example is None else lengths[example]
+            found.append(("Tokens", f"{n}{_in_front(self.prepended)}"))
+        own = " (the model's own top prediction; no target was given)"
+        own *= self.target_is_top_prediction
+        if example is None:
+            text = self.objective
+            text += f" of {_shortened(self.targets)}" if self.targets else ""
+            text += f" over {_shortened(self.wrong)}" if self.wrong else ""
+            losses = loss.flatten().tolist()
+            if losses and not any(map(math.isnan, losses)):  # NaN where nobody said what it is
+                average = " on average" * (len(losses) > 1)
+                own += f"; loss {sum(losses) / len(losses):.4f}{average}"
+            return [*found, ("Loss", text + own), *_of_another(self.backward)]
+        if self.targets is not None:
+            found.append(("Target", f"“{label(self.targets[example])}”{own}"))
+        value = float(loss[example] if loss.ndim else loss)
+        if not math.isnan(value):
+            text = f"{value:.4f}, {_LOSSES.get(self.objective, self.objective)}"
+            if self.objective in ("answer_nll", "top_prediction"):
+                text += f"; p(target) = {math.exp(-value):.3g}"
+            found.append(("Loss", text))
+        return [*found, *_of_another(self.backward)]
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    shown = [isolated(repr(text)) for text in texts[:3]]
+    return ", ".join(shown) + ", …" * (len(texts) > 3)
+
+
+def _in_front(prepended: str | None) -> str:
+    """Say what was put in front of text; nothing where ids were given."""
+    return (
+        "" if prepended is None else f", {label(prepended) if prepended else 'nothing'} prepended"
+    )
+
+
+def _of_another(backward: str) -> list[tuple[str, str]]:
+    """Say which backward pass gave the maps, where it is not the loss's own."""
+    text = f"{backward}: gradients of other rules (ra_lens.model.backward), not of the loss"
+    return [] if backward == "exact" else [("Backward", text)]

@@ -25,11 +25,21 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, NotStored
+from ra_lens.fitting import rows_of_forward
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.inputs import Given, Mask
 from ra_lens.model import Layers, PrependBos, as_lens
 from ra_lens.model.sites import StoredKind, read_stored_kind
-from ra_lens.numbers import Real, Reals, Whole, Wholes, places, real, reals, whole
+from ra_lens.numbers import (
+    BatchSize,
+    Real,
+    Reals,
+    Wholes,
+    places,
+    read_batch_size,
+    real,
+    reals,
+)
 from ra_lens.padding import of_one_length
 from ra_lens.patching.hooks import Where, check_variant, scaled_hooks
 from ra_lens.patching.mean import MeanMaps
@@ -206,7 +216,7 @@ def best_scale(
     align: Align = "exact",
     renormalise: bool = False,
     at: Where = "pattern",
-    batch_size: Whole = 32,
+    batch_size: BatchSize = 32,
     prepend_bos: PrependBos = None,
     attention_mask: Mask | None = None,
     decoder_input: Given | None = None,
@@ -235,7 +245,8 @@ def best_scale(
         align: Where a map goes in prompts of another length.
         renormalise: Keep rows of the pattern distributions.
         at: `"pattern"` or `"scores"`.
-        batch_size: Rows of a forward pass, a row being one prompt at one scale.
+        batch_size: Rows of a forward pass, a row being one prompt at one scale; `"auto"`: as many
+            as fit what the model's device has free (`ra_lens.fitting`).
         prepend_bos: What stands in front of text, as in `run_with_ra`.
         attention_mask: For token ids with padding: 1 at real tokens.
         decoder_input: For encoder-decoders, as in `run_with_ra`.
@@ -256,7 +267,7 @@ def best_scale(
     lens.refuse_dropout()
     check_variant(at, renormalise=renormalise)
     tried = tuple(sorted({*reals("scales", scales), 0.0}))
-    batch_size = whole("batch_size", batch_size, least=1)
+    at_a_time = read_batch_size(batch_size)
     objective = as_objective(targets, None)
     if objective.kind not in ("answer_nll", "sequence_nll"):
         raise BadInput(
@@ -277,7 +288,9 @@ def best_scale(
     chosen: Any = None if heads is None else list_heads(heads)
     layers = list(layers) if isinstance(layers, Iterator) else layers
     rows = list(rows) if isinstance(rows, Iterator) else rows
-    parts = _batches(maps, read, encoded, len(tried), batch_size)
+    if at_a_time == "auto":
+        at_a_time = rows_of_forward(lens, read, n_read=max(map(len, positions)), added=2)
+    parts = _batches(maps, read, encoded, len(tried), at_a_time)
     losses = torch.full((len(read), len(tried)), math.nan, dtype=torch.float64)
     for own, rows_here in _with_progress(parts, show=progress and len(parts) > 1):
         of_prompts, of_scales = (list(column) for column in zip(*rows_here, strict=True))

@@ -9,7 +9,7 @@ numbers in them are the largest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,12 @@ _TEXTS = (
     "accuracy", "prepend_bos", "what", "cut", "drawn", "keys", "query_token", "key_tokens",
     "steps_of", "circuit", "order", "true_heads", "found_by", "ablation", "variant", "scale_from",
 )  # fmt: skip
-_BOOLS = {"True": True, "False": False}
+# Columns with texts beside other values, and what these were: True and False beside tokens, numbers
+# beside "auto".
+_MIXED: dict[str, Callable[[str], object]] = {
+    "prepend_bos": lambda text: {"True": True, "False": False}.get(text, text),
+    "batch_size": lambda text: int(text) if text.isdecimal() else text,
+}
 _MARKS = ("top1", "top2", "top3", "logit_diff")
 _ALL_MARKS = (*_MARKS, "answer_diff")  # the last where there is a wrong answer to compare with
 # Columns of each experiment: those that tell its rows apart, and what it measures.
@@ -222,22 +227,24 @@ def write_results(frame: pd.DataFrame, path: str | Path) -> None:
 
 
 def _of_one_kind(frame: pd.DataFrame) -> pd.DataFrame:
-    """Write True and False beside tokens in `prepend_bos` as text; Parquet wants one kind."""
-    values = list(frame["prepend_bos"]) if "prepend_bos" in frame else []
-    if not any(isinstance(value, str) for value in values):
-        return frame
-    texts = [value if value is None or value != value else str(value) for value in values]
-    return frame.assign(prepend_bos=pd.Series(texts, index=frame.index, dtype=object))
+    """Write as text what stands beside texts in some columns; Parquet wants one kind."""
+    for name in _MIXED:
+        values = list(frame[name]) if name in frame else []
+        if any(isinstance(value, str) for value in values):
+            texts = [value if value is None or value != value else str(value) for value in values]
+            frame = frame.assign(**{name: pd.Series(texts, index=frame.index, dtype=object)})
+    return frame
 
 
-def _with_bools(frame: pd.DataFrame) -> pd.DataFrame:
-    """Read True and False in `prepend_bos`, written as text, as what they were."""
-    column = frame.get("prepend_bos")
-    if column is None or not any(isinstance(value, str) for value in column):
-        return frame
-    values = [_BOOLS.get(value, value) for value in column]
-    # Of bools alone it is a column of bools, as it was.
-    return frame.assign(prepend_bos=pd.Series(values, index=frame.index).infer_objects())
+def _as_it_was(frame: pd.DataFrame) -> pd.DataFrame:
+    """Read what was written as text in these columns as what it was."""
+    for name, read in _MIXED.items():
+        column = frame.get(name)
+        if column is not None and any(isinstance(value, str) for value in column):
+            values = [read(value) if isinstance(value, str) else value for value in column]
+            # Of bools alone it is a column of bools, as it was.
+            frame = frame.assign(**{name: pd.Series(values, index=frame.index).infer_objects()})
+    return frame
 
 
 def _what(frame: pd.DataFrame) -> str:
@@ -291,5 +298,5 @@ def _read_table(path: Path) -> pd.DataFrame:
         )
         texts = dict.fromkeys(_TEXTS, str)  # a hash may look like a number
         read = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts, **exact)
-        return _with_bools(read)
-    return _with_bools(pd.read_parquet(path))
+        return _as_it_was(read)
+    return _as_it_was(pd.read_parquet(path))

@@ -727,3 +727,21 @@ def test_a_task_without_enough_questions_is_refused() -> None:
 
     with pytest.raises(BadInput, match="leaves none to test"):
         patched_prediction(load_demo_model(device="cpu"), averaged=500)
+
+
+def test_auto_lays_a_model_over_all_gpus(monkeypatch):
+    from ra_lens.cli import session
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(session, "load_model", lambda _name, **options: given.update(options))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        BadInput, match=r"found --device auto, and torch sees no GPU\. Try --device"
+    ):
+        session.prepare("gpt2", "auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    session.prepare("gpt2", "auto")
+    session.load("gpt2", None, "auto", debug=False)
+    assert (given["n_devices"], given["device"]) == (3, None)
+    session.load("gpt2", None, "cuda:1", debug=False)
+    assert given.pop("device") == "cuda:1"

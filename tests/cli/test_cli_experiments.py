@@ -251,12 +251,31 @@ def test_format_options_reach_the_prompts(monkeypatch: pytest.MonkeyPatch) -> No
     assert (options["answer_in_input"], options["prepend_bos"]) == (False, False)
     assert (options["split"], options["seed"], options["n_rank"]) == ("text", 7, 9)
     assert (options["batch_size"], options["progress"]) == (3, True)
-    call("rank", "-t", "natural", "--bos", r"\n", "-q")
+    call("rank", "-t", "natural", "--bos", r"\n", "-q", "--batch-size", "auto")
     tasks, options = seen[1]
     assert len(tasks) == 6
     assert {task.separator for task in tasks} == {"\n\n"}
     assert (options["prepend_bos"], options["progress"]) == ("\n", False)
+    assert options["batch_size"] == "auto"
     assert capital.name in {task.name for task in tasks}
+
+
+@pytest.mark.parametrize("command", [["rank", "-t", "antonym"], ["circuits"]])
+@pytest.mark.parametrize("wrong", ["0", "half", "1.5", "-3"])
+def test_batch_sizes_are_numbers_or_auto(command: list[str], wrong: str) -> None:
+    told = f"found --batch-size {wrong}; give a whole number from 1 on, or auto"
+    assert told in refused_line(*command, f"--batch-size={wrong}")
+
+
+def test_advice_of_a_command_names_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ra_lens.memory.free_memory", lambda device: 1_500_000)
+    words = ["rank", "-t", "antonym", "--shots", "0", "--methods", "ra", "--n-rank", "20", "-q"]
+    assert "Use --batch-size 1 (" in refused_line(*words)
+    assert call(*words, "--batch-size", "1").exit_code == 0
+    monkeypatch.setattr("ra_lens.memory.free_memory", lambda device: 1)
+    assert "Nothing that can be chosen here makes it fit" in refused_line(
+        "head", "L0H0", "--prompt", "hot"
+    )
 
 
 def test_tasks_come_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import ra_lens
 from command_line import call, parser
 from documents import PAGES, ROOT, Block, blocks, commands, name_of, run, same
 from ra_lens.cli import app
-from ra_lens.heads import ranking
+from ra_lens.heads import registry
 
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 SHELL = [block for page in PAGES for block in blocks(page, "bash")]
@@ -23,8 +23,9 @@ COMMANDS = [(block, words) for block in SHELL for words in commands(block)]
 NOT_RUN = {
     ("docs/guides/bridge.md", "downloads gpt2"): 2,
     ("docs/guides/large-models.md", "downloads a model"): 1,
+    ("docs/guides/large-models.md", "needs two GPUs"): 1,
 }
-"""All that does not run: a model hub is out of reach of the tests."""
+"""All that does not run: a model hub and GPUs are out of reach of the tests."""
 
 
 LONG = (
@@ -54,7 +55,7 @@ def marks(page: str) -> Any:
 )
 def test_the_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         if not block.can_run:

@@ -37,7 +37,7 @@ from ra_lens.experiments.journal import journal_path, settings_hash
 from ra_lens.experiments.runner import read_some
 from ra_lens.figures import patching_sweep_curve
 from ra_lens.heads import rank_heads, ranking_method
-from ra_lens.heads import ranking as registry_of_methods
+from ra_lens.heads import registry as registry_of_methods
 from ra_lens.model import as_lens
 from ra_lens.model.loading import demo_model_folder
 from ra_lens.patching.controls import control_maps

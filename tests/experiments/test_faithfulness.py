@@ -21,7 +21,7 @@ from ra_lens.experiments import (
     write_results,
 )
 from ra_lens.experiments.journal import journal_path
-from ra_lens.heads import head_effects, rank_heads, ranking, ranking_method
+from ra_lens.heads import head_effects, rank_heads, ranking_method, registry
 from ra_lens.tasks import Pair, Task, with_corrupted
 from refused import unchecked
 from tiny_models import ANY_KIND, KINDS, N_HEADS, N_LAYERS, every_model
@@ -35,7 +35,7 @@ N = 3 * N_LAYERS * N_HEADS
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 def without_seconds(frame):

@@ -29,12 +29,13 @@ from ra_lens.experiments import (
     patching_sweep,
     perturbation_test,
     rank_tasks,
+    read_results,
     write_results,
 )
-from ra_lens.experiments.engines import Request, compute_on_ray
+from ra_lens.experiments.engines import Request, compute_on_ray, read_engine
 from ra_lens.experiments.grid import Folder, open_grid, read_grid
-from ra_lens.heads import ranking as registry
-from ra_lens.heads import ranking_method
+from ra_lens.experiments.grid_run import gpus_of_worker
+from ra_lens.heads import ranking_method, registry
 from ra_lens.memory import worker_memory
 from ra_lens.model import as_lens
 from ra_lens.model.source import source_of
@@ -277,7 +278,7 @@ def test_warnings_of_cells_are_given_once(toy, tmp_path):
 @pytest.mark.every_model
 def test_the_commands_share_a_grid_and_tell_how_far_it_is(tmp_path, monkeypatch, toy):
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: toy)
-    monkeypatch.setattr("ra_lens.cli.experiments.Setup.tasks", lambda _: [knowing_task()])
+    monkeypatch.setattr("ra_lens.cli.setup.Setup.tasks", lambda _: [knowing_task()])
     out, table, whole = (str(tmp_path / name) for name in ("grid", "t.parquet", "w.parquet"))
     command = ["perturb", "-t", "three-on", "--shots", "0", "1", "--methods", "ra", "index"]
     command += ["--n-rank", "2", "--n-test", "2", "--step", "0.5", "-q", "-o"]
@@ -321,7 +322,7 @@ def test_the_commands_share_a_grid_and_tell_how_far_it_is(tmp_path, monkeypatch,
 def test_a_command_whose_cells_fail_exits_with_4(toy, tmp_path, monkeypatch, counted):
     method, asked, refusing = counted
     monkeypatch.setattr("ra_lens.cli.session.load", lambda *a, **k: toy)
-    monkeypatch.setattr("ra_lens.cli.experiments.Setup.tasks", lambda _: [knowing_task()])
+    monkeypatch.setattr("ra_lens.cli.setup.Setup.tasks", lambda _: [knowing_task()])
     refusing.update(pair.input for pair in knowing_task().pairs)
     command = ["rank", "-t", "three-on", "--shots", "0", "--methods", method, "index", "-q"]
     failed = call(*command, "--n-rank", "1", "-o", str(tmp_path / "grid"))
@@ -401,6 +402,53 @@ def test_wrong_engines_and_parts_are_refused(toy, tmp_path, ray_seems_there):
         ),
     ]:
         assert message in refused_line("perturb", "-t", "antonym", "-q", *words)
+
+
+def test_how_many_rows_fit_is_no_matter_of_the_results(toy, tmp_path, counted, monkeypatch):
+    method, asked, _ = counted
+    run = partial(perturbed, toy, methods=[method])
+    wanted = run(tmp_path / "grid")
+    (tmp_path / "grid" / names(tmp_path / "grid")[1]).unlink()
+    before = len(asked)
+    mixed = run(tmp_path / "grid", batch_size="auto")  # goes on with it
+    assert len(asked) == before + 1
+    rest = ["batch_size"]
+    pd.testing.assert_frame_equal(mixed.drop(columns=rest), wanted.drop(columns=rest))
+    assert set(mixed.batch_size) == {64, "auto"}
+    for name in ("mixed.parquet", "mixed.csv"):
+        write_results(mixed, tmp_path / name)
+        assert list(read_results(tmp_path / name).batch_size) == list(mixed.batch_size)
+    files = set()
+    for free in (10**9, 1, None):  # machines of which one has room for a row
+        monkeypatch.setattr("ra_lens.fitting.free_memory", lambda device, free=free: free)
+        out = tmp_path / f"{free}.parquet"
+        run(out, batch_size="auto")
+        files.add(out.read_bytes())
+    assert len(files) == 1
+    assert set(read_results(out).batch_size) == {"auto"}
+
+
+@pytest.mark.every_model
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_as_many_rows_as_fit(name, tmp_path, monkeypatch):
+    model = load_demo_model(device="cpu")
+    run = partial(EXPERIMENTS[name], model, **QUIET)
+    wanted = run()
+    for free in (2 * 10**7, 10**10):
+        monkeypatch.setattr("ra_lens.fitting.free_memory", lambda device, free=free: free)
+        found = run(batch_size="auto")
+        pd.testing.assert_frame_equal(
+            found.drop(columns=["batch_size", "seconds"], errors="ignore"),
+            wanted.drop(columns=["batch_size", "seconds"], errors="ignore"),
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+
+
+def test_workers_of_one_memory_do_not_each_take_it_all(folder, ray_seems_there):
+    model = load_model(folder("gpt2"), kind=ANY_KIND[0], device="cpu")
+    given = {"engine": "ray", "batch_size": "auto"}
+    with pytest.raises(BadInput, match=r"found batch_size='auto' with engine='ray' and workers"):
+        perturbed(model, None, **given)
 
 
 def test_hooks_do_not_go_to_workers(folder, ray_seems_there):
@@ -516,6 +564,16 @@ def _prompt(text):
     from ra_lens.tasks import Prompt
 
     return Prompt(text, " w3")
+
+
+def test_a_worker_gets_as_many_gpus_as_the_model_given_lies_on(two):
+    over, alone = as_lens(two.over("gpt2", ANY_KIND[0])), as_lens(two.alone("gpt2", ANY_KIND[0]))
+    assert gpus_of_worker(over, RayEngine(), "cuda") == 2
+    assert gpus_of_worker(alone, RayEngine(), "cuda") == 1
+    assert gpus_of_worker(over, RayEngine(), "cpu") == 0
+    assert gpus_of_worker(over, RayEngine(gpus=0.5), "cuda") == 0.5
+    with pytest.raises(BadInput, match="found device='auto' for workers of Ray"):
+        read_engine(RayEngine(device="auto"))
 
 
 def test_a_machine_has_room_for_as_many_workers_as_its_scarcest_part():

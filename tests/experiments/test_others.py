@@ -11,8 +11,8 @@ import torch
 from oracle import HFHeads
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments import head_only_cpr_cmd, perturbation_test
-from ra_lens.heads import ranking as registry_of_methods
 from ra_lens.heads import ranking_method
+from ra_lens.heads import registry as registry_of_methods
 from ra_lens.model import as_lens
 from ra_lens.tasks import Pair, Task, with_corrupted
 from tiny_models import ANY_KIND, CASES, N_HEADS, N_LAYERS

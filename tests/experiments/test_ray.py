@@ -22,8 +22,7 @@ from ra_lens.errors import BadInput, RALensWarning, UnfinishedGrid
 from ra_lens.experiments import RayEngine, perturbation_test, write_results
 from ra_lens.experiments.engines import Request, compute_on_ray
 from ra_lens.experiments.grid import read_grid
-from ra_lens.heads import ranking as registry
-from ra_lens.heads import ranking_method
+from ra_lens.heads import ranking_method, registry
 
 pytest.importorskip("ray")
 pytestmark = [

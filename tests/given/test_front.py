@@ -18,7 +18,7 @@ from ra_lens import perturbation_test, rank_heads, run_with_ra, trace_paths
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.experiments import patching_sweep, rank_tasks, read_results, write_results
-from ra_lens.heads.ranking import RankingContext
+from ra_lens.heads import RankingContext
 from ra_lens.model import as_lens, load_folder
 from ra_lens.paths.read import read_maps
 from ra_lens.prompts import read_prompts

@@ -12,7 +12,7 @@ from left_behind import changes, snapshot
 from oracle import HFHeads, Wide
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.heads import CorruptedRun, one_run_method, rank_heads, ranking, ranking_methods
+from ra_lens.heads import CorruptedRun, one_run_method, rank_heads, ranking_methods, registry
 from ra_lens.heads.gradients import nap_ig_scores
 from ra_lens.model import Lens, Site, Sites, as_lens
 from ra_lens.tasks import Prompt, with_corrupted
@@ -30,7 +30,7 @@ PAIRED = [
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 def test_they_are_what_they_are_on_paper():

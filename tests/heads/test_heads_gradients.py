@@ -21,9 +21,9 @@ from ra_lens.heads import (
     gradients,
     one_run_method,
     rank_heads,
-    ranking,
     ranking_method,
     ranking_methods,
+    registry,
 )
 from ra_lens.model import Site, Sites, load_folder
 from ra_lens.tasks import Prompt
@@ -39,7 +39,7 @@ SCALE = 1 / math.sqrt(D_HEAD)
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 # ---- on paper -----------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from ra_lens.heads import (
     RankingContext,
     RankingMethod,
     rank_heads,
-    ranking,
     ranking_method,
     ranking_methods,
+    registry,
 )
 from ra_lens.tasks import Prompt
 from refused import unchecked
@@ -38,7 +38,7 @@ BUILT_IN = [
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_prompts_and_options_that_cannot_be_used_say_what_is_needed(model):
         with pytest.raises(BadInput, match=r"prompt of 1[78] tokens"):
             long = [Prompt(" ".join([word] * 16), " w4") for word in ("w3", "w5")]
             rank_heads(model, [replace(long[0], corrupted=long[1])], method=method)
-    with pytest.raises(BadInput, match="batch_size=0; give a positive number"):
+    with pytest.raises(BadInput, match="batch_size=0; give at least 1"):
         rank_heads(model, PROMPTS, batch_size=0)
     for name in ("seed", "draw"):
         with pytest.raises(BadInput, match=f"found {name}=-1; give at least 0"):

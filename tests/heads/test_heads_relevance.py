@@ -8,7 +8,7 @@ import torch
 from left_behind import changes, snapshot
 from other_backward import OtherBackward
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.heads import Needs, one_run_method, rank_heads, ranking, ranking_methods
+from ra_lens.heads import Needs, one_run_method, rank_heads, ranking_methods, registry
 from ra_lens.tasks import Prompt
 from refused import unchecked
 from tiny_models import BOS, CASES, KINDS, N_HEADS, N_LAYERS, relative
@@ -20,7 +20,7 @@ OPTIONS = {"prepend_bos": True, "progress": False}
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 def read(arch, ids, answer):

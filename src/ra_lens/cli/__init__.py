@@ -18,7 +18,8 @@ import typer
 from ra_lens.cli.circuits import circuits
 from ra_lens.cli.command import Command, Commands, ManyValuesCommand, reported
 from ra_lens.cli.commands import check, demo, run, trace
-from ra_lens.cli.experiments import ablate_patch, compare, knockout, patch, perturb, rank
+from ra_lens.cli.compare import compare
+from ra_lens.cli.experiments import ablate_patch, knockout, patch, perturb, rank
 from ra_lens.cli.grids import results
 from ra_lens.cli.head import head
 from ra_lens.cli.methods import compare_methods

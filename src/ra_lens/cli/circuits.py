@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from ra_lens.cli import options as opt
-from ra_lens.cli.command import split_values
+from ra_lens.cli.command import read_batch_size, split_values
 from ra_lens.files import check_output, user_path
 
 
@@ -47,7 +47,7 @@ def circuits(
     seed: Annotated[int, typer.Option(help="Seed of the prompts and of the random orders.")] = 0,
     bos: opt.BosOption = None,
     no_bos: opt.NoBosOption = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64,
+    batch_size: opt.BatchSizeOption = "64",
     device: opt.DeviceOption = None,
     kind: opt.KindOption = None,
     allow_pickle: opt.PickleOption = False,
@@ -68,6 +68,7 @@ def circuits(
     from ra_lens.cli import show_results as show
     from ra_lens.experiments.circuits import CIRCUIT_METHODS, circuit_test
     from ra_lens.experiments.runner import read_methods
+    from ra_lens.memory import offering
     from ra_lens.tables import TABLE
 
     session.prepare(model, device)
@@ -77,9 +78,9 @@ def circuits(
     names = CIRCUIT_METHODS if methods is None else split_values(methods, "--methods")
     names = read_methods(names)
     true = ["found"] if heads is None else split_values(heads, "--heads")
-    front = session.read_bos(bos, no_bos=no_bos)
+    front, size = session.read_bos(bos, no_bos=no_bos), read_batch_size(batch_size)
     loaded = session.load(model, kind, device, debug=debug, allow_pickle=allow_pickle)
-    with session.quiet(debug=debug):
+    with session.quiet(debug=debug), offering("batch_size", typed=True):
         frame = circuit_test(
             loaded,
             circuit,
@@ -92,7 +93,7 @@ def circuits(
             answer_in_input=answer_in_input,
             seed=seed,
             prepend_bos=front,
-            batch_size=batch_size,
+            batch_size=size,
             out=out,
             progress=not quiet,
         )

@@ -21,7 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -168,6 +168,15 @@ def whole_numbers(values: Sequence[str], option: str) -> list[int]:
 def numbers(values: Sequence[str], option: str) -> list[float]:
     """Read numbers."""
     return _each(float, values, option, "numbers such as -30 1")
+
+
+def read_batch_size(text: str) -> int | Literal["auto"]:
+    """Read how many rows run at a time."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"found --batch-size {text}; give a whole number from 1 on, or auto.")
+    return int(text)
 
 
 def _each(read: Callable[[str], N], values: Sequence[str], option: str, needed: str) -> list[N]:

@@ -76,6 +76,7 @@ def run(
 ) -> None:
     """Run prompts: the loss, the heads its gradient reaches, where it moves them, and a patch."""
     from ra_lens.cli import session
+    from ra_lens.memory import offering
     from ra_lens.model import as_lens
     from ra_lens.prompts import read_prompts
     from ra_lens.run import run_with_ra
@@ -98,7 +99,8 @@ def run(
     wanted = None if not targets else targets[0] if len(targets) == 1 else targets
     with session.quiet(debug=debug):
         read = read_prompts(as_lens(loaded), prompts, prepend_bos=front)
-        _, ra = run_with_ra(loaded, read, target=wanted, layers=chosen, progress=False)
+        with offering("layers", typed=True):
+            _, ra = run_with_ra(loaded, read, target=wanted, layers=chosen, progress=False)
     ra = ra.to("cpu")
     patched = _patched(loaded, read, ra, target=wanted, scale=factor, at=at, debug=debug)
     written = None
@@ -274,6 +276,7 @@ def trace(
 ) -> None:
     """Trace where a token got what it has: the best paths of attention, backwards."""
     from ra_lens.cli import session, show
+    from ra_lens.memory import offering
     from ra_lens.paths import trace_layers, trace_paths
     from ra_lens.paths.page import MOST_PATHS
 
@@ -304,7 +307,7 @@ def trace(
     session.warn_of_unknown_words(loaded, prompt)
     how |= {"target_pos": target_pos, "target": target, "top_beam": min(top, MOST_PATHS)}
     how |= {"prepend_bos": front, "sinks": sinks}
-    with session.quiet(debug=debug):
+    with session.quiet(debug=debug), offering():
         found = trace_function(loaded, prompt, **how)
     written = None if output is None else found.save_html(output)
     if as_json:

@@ -53,6 +53,7 @@ def head(
     """Tell all of one head: edges, the pairs it moves, its words, its part in the gradient."""
     from ra_lens.cli import session, show_head
     from ra_lens.head_names import layer_and_index
+    from ra_lens.memory import offering
     from ra_lens.model import as_lens
     from ra_lens.prompts import read_prompts
     from ra_lens.report.head_facts import head_facts
@@ -73,7 +74,8 @@ def head(
     session.warn_of_unknown_words(loaded, text)
     with session.quiet(debug=debug):
         read = read_prompts(as_lens(loaded), [text], prepend_bos=front)
-        _, ra = run_with_ra(loaded, read, target=wanted, vectors=True, progress=False)
+        with offering():
+            _, ra = run_with_ra(loaded, read, target=wanted, vectors=True, progress=False)
         own = ra.top_heads(1)[0] if head == "top" else head
         found = head_facts(ra, loaded, own, top=top)
     ra = ra.to("cpu")

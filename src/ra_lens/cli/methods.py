@@ -11,7 +11,7 @@ import typer
 
 from ra_lens.cli import options as opt
 from ra_lens.cli.command import some_of, whole_numbers
-from ra_lens.cli.experiments import Setup, with_setup
+from ra_lens.cli.setup import Setup, with_setup
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,8 @@ def compare_methods(
     methods: Annotated[
         list[str] | None,
         typer.Option(
-            help="Ways to rank heads. Default: all that cost a few passes, and the exact."
+            help="Ways to rank heads. Default: all that cost a few passes, and the exact; but for "
+            "relp and gim, which not every model has rules for."
         ),
     ] = None,
     ablations: Annotated[

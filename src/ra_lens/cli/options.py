@@ -18,6 +18,7 @@ Where = Literal["pattern", "scores"]
 Follow = Literal["pattern", "value_norm", "more", "less", "abs", "knockout"]
 
 DEMO = "demo"
+ALL_GPUS = "auto"  # of --device
 
 ModelOption = Annotated[
     str,
@@ -47,7 +48,11 @@ PickleOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. Default: a GPU if any.")
+    str | None,
+    typer.Option(
+        help="Where to run: cpu, cuda, cuda:1, mps, or auto: its layers over all GPUs. Default: a "
+        "GPU if any."
+    ),
 ]
 BosOption = Annotated[
     str | None,
@@ -71,6 +76,13 @@ MethodsOption = Annotated[
         help="Ways to rank heads: ra w_norm michel atp knockout grad_sam ag grad_norm relp gim nap "
         "nap_ig zero mean resample fa fa_of_mean cm1 cm1_last cm2 random index. "
         "Default: ra fa cm1 cm2 index random."
+    ),
+]
+BatchSizeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Rows per forward pass; auto: as many as fit what the device has free.",
     ),
 ]
 NRankOption = Annotated[int, typer.Option(min=1, help="Questions that heads are ranked on.")]

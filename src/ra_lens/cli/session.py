@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import nn
 
-from ra_lens.cli.options import DEMO, Kind
+from ra_lens.cli.options import ALL_GPUS, DEMO, Kind
 from ra_lens.errors import BadInput
 from ra_lens.files import is_folder
 from ra_lens.model import PrependBos, as_lens, load_model
@@ -44,6 +44,10 @@ def prepare(model: str, device: str | None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if device is None:
         return
+    if device == ALL_GPUS:
+        if not torch.cuda.device_count():
+            raise BadInput("found --device auto, and torch sees no GPU. Try --device cpu.")
+        return
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -62,13 +66,16 @@ def load(
 ) -> nn.Module:
     """Load the embedded model, a folder, a GGUF file, or a model TransformerLens knows."""
     options: dict[str, Any] = {"kind": kind, "device": device, "dtype": getattr(torch, dtype)}
+    several: dict[str, Any] = {}
+    if device == ALL_GPUS:
+        options["device"], several = None, {"n_devices": torch.cuda.device_count()}
     file = gguf_file(name)
     if file is not None and not is_kept(file):
         warn("note", f"converting {file.name}, this once; it takes a minute or several.")
     with quiet(debug=debug):
         if name == DEMO:
             return load_demo_model(**options)
-        return load_model(name, allow_pickle=allow_pickle, **options)
+        return load_model(name, allow_pickle=allow_pickle, **options, **several)
 
 
 @contextmanager

@@ -52,7 +52,18 @@ from ra_lens.experiments.variants import (
     thirds,
 )
 from ra_lens.model import Lens, PrependBos, as_lens
-from ra_lens.numbers import Real, Reals, Whole, Wholes, real, reals, whole, whole_or_none, wholes
+from ra_lens.numbers import (
+    BatchSize,
+    Real,
+    Reals,
+    Whole,
+    Wholes,
+    real,
+    reals,
+    whole,
+    whole_or_none,
+    wholes,
+)
 from ra_lens.patching.hooks import PatchOptions, patch_hooks
 from ra_lens.questions import METRICS, Accuracy, FwdHooks, Metric
 from ra_lens.scales import PAPER_SCALE, SCALES
@@ -89,7 +100,7 @@ def patching_ablations(
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "local",
@@ -138,7 +149,8 @@ def patching_ablations(
         seed: Demonstrations, and the shuffle of rows.
         demonstrations: As in `patching_sweep`.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Questions per forward pass.
+        batch_size: Questions per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
         engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of

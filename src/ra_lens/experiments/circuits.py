@@ -43,10 +43,10 @@ from ra_lens.experiments.runner import Row, read_methods, refuse_hooks
 from ra_lens.head_names import Heads, list_heads
 from ra_lens.heads import HeadScores, head_effects, known_heads, localisation_scores, rank_heads
 from ra_lens.heads.known import refuse_true_heads
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.model.sites import every_head
-from ra_lens.numbers import Real, Whole, flag, real, whole
+from ra_lens.numbers import BatchSize, Real, Whole, flag, read_batch_size, real, whole
 from ra_lens.padding import batches, watched
 from ra_lens.questions import ask, marked, read_questions
 from ra_lens.tables import write_results
@@ -74,7 +74,7 @@ def circuit_test(
     answer_in_input: bool = True,
     seed: Whole = 0,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -96,7 +96,8 @@ def circuit_test(
             the prompt alone.
         seed: Of the prompts and random orders.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bars.
 
@@ -118,7 +119,7 @@ def circuit_test(
     n, seed = whole("n", n, least=2), whole("seed", seed, least=0)
     given = None if heads == "found" else _given(lens, circuit, heads)
     found_by = cast("str", heads) if heads in ("found", "published") else "given"
-    batch_size = whole("batch_size", batch_size, least=1)
+    at_a_time = read_batch_size(batch_size)
     settings: dict[str, Any] = {
         "experiment": "circuit",
         **model_facts(lens),
@@ -133,7 +134,7 @@ def circuit_test(
         "answer_in_input": flag("answer_in_input", answer_in_input),
         "seed": seed,
         "prepend_bos": prepend_bos,
-        "batch_size": batch_size,
+        "batch_size": at_a_time,
     }
     refuse_hooks(lens, out)
     encode = partial(lens.encode, prepend_bos=prepend_bos)
@@ -294,7 +295,7 @@ def circuit_heads(
     answer_in_input: bool = True,
     seed: Whole = 0,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Find the heads that move the answer to the last token, by exact patching and attention.
@@ -308,7 +309,8 @@ def circuit_heads(
         answer_in_input: As in `head_effects`.
         seed: As in `head_effects`.
         prepend_bos: What stands in front of each prompt.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         progress: False hides the progress bar.
 
     Returns:
@@ -321,6 +323,7 @@ def circuit_heads(
         UnsupportedModel: a model whose attention cannot be read, or whose heads cannot be edited.
     """
     lens, top = as_lens(model), whole("top", top, least=1)
+    at_a_time = read_batch_size(batch_size)
     attention = real("attention", attention)
     effects = head_effects(
         model,
@@ -329,12 +332,10 @@ def circuit_heads(
         answer_in_input=answer_in_input,
         seed=seed,
         prepend_bos=prepend_bos,
-        batch_size=batch_size,
+        batch_size=at_a_time,
         progress=progress,
     ).logit_diff_effects.mean(dim=0)
-    seen = attention_to_seen(
-        lens, circuit, prompts, prepend_bos=prepend_bos, batch_size=whole("batch_size", batch_size)
-    )
+    seen = attention_to_seen(lens, circuit, prompts, prepend_bos=prepend_bos, batch_size=at_a_time)
     layers = tuple(lens.sites)
     frame = pd.DataFrame(
         [
@@ -359,7 +360,7 @@ def attention_to_seen(
     prompts: Sequence[Prompt],
     *,
     prepend_bos: PrependBos,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
 ) -> Float[Tensor, "layer head"]:
     """Share of each head's attention, from the last token, on what it has to look at: the mean."""
     questions = read_questions(lens, prompts, prepend_bos=prepend_bos).prompts

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import UnsupportedModel
+from ra_lens.fitting import rows_of_forward, rows_of_run
 from ra_lens.knockouts import Edge, EdgeSet, knockout_hooks
 from ra_lens.knockouts.edges import Box, Positions
 from ra_lens.model import FwdHooks, Lens
@@ -76,8 +78,12 @@ class CutQuestions:
         loss: Of each question as it is, in float64.
     """
 
-    def __init__(self, lens: Lens, questions: Questions, *, batch_size: int) -> None:
+    def __init__(
+        self, lens: Lens, questions: Questions, *, batch_size: int | Literal["auto"]
+    ) -> None:
         """Run the questions as they are, in groups that may run together.
+
+        With `"auto"` as many rows run at a time as fit, with a backward pass fewer.
 
         Raises:
             UnsupportedModel: an encoder-decoder, or a model whose attention cannot be edited.
@@ -86,6 +92,9 @@ class CutQuestions:
         _learn_routes(lens, questions.prompts)
         self._lens = lens
         self._answers = questions.first_tokens
+        self._sloped = rows_of_run(lens, questions.prompts) if batch_size == "auto" else batch_size
+        if batch_size == "auto":
+            batch_size = rows_of_forward(lens, questions.prompts, kept=1)
         self._batch_size = batch_size
         self._groups: list[_Group] = []
         self.loss = torch.zeros(len(questions), dtype=torch.float64)
@@ -100,7 +109,7 @@ class CutQuestions:
     def losses(self, cuts: Sequence[Cut]) -> Float[Tensor, "cut"]:
         """Give the change of the loss that each cut makes, in float64: with it minus without."""
         found = torch.zeros(len(cuts), dtype=torch.float64)
-        for group, which in self._batches(cuts):
+        for group, which in self._batches(cuts, self._batch_size):
             rows = [cuts[i] for i in which]
             questions = [cut.question for cut in rows]
             with torch.no_grad():
@@ -113,7 +122,7 @@ class CutQuestions:
         lens = self._lens
         found = torch.zeros(len(cuts), dtype=torch.float64)
         wide = torch.promote_types(lens.dtype, torch.float32)
-        for group, which in self._batches(cuts):
+        for group, which in self._batches(cuts, self._sloped):
             rows = [cuts[i] for i in which]
             with torch.enable_grad(), lens.parameters_frozen(), lens.tensors_put_back():
                 amount = torch.full((len(rows),), share, dtype=wide, device=lens.device)
@@ -130,7 +139,7 @@ class CutQuestions:
         ids = self._answers[list(questions)].to(exact.device).unsqueeze(1)
         return -exact.log_softmax(dim=-1).gather(1, ids).squeeze(1).cpu()
 
-    def _batches(self, cuts: Sequence[Cut]) -> Iterator[tuple[_Group, list[int]]]:
+    def _batches(self, cuts: Sequence[Cut], size: int) -> Iterator[tuple[_Group, list[int]]]:
         """Cuts that run together: of one group and first layer, renormalised or not."""
         for group in self._groups:
             alike: dict[tuple[int, bool], list[int]] = {}
@@ -138,8 +147,8 @@ class CutQuestions:
                 if cut.question in group.members:
                     alike.setdefault((cut.layer, cut.renormalise), []).append(i)
             for which in alike.values():
-                for start in range(0, len(which), self._batch_size):
-                    yield group, which[start : start + self._batch_size]
+                for start in range(0, len(which), size):
+                    yield group, which[start : start + size]
 
 
 class _Group:

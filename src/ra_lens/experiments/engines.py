@@ -40,7 +40,8 @@ class RayEngine:
         device: Where workers put the model: `"cpu"`, `"cuda"`. Default: the kind of device that
             the model is on that was given. A model on the CPU is enough here, whatever they take.
         cpus: CPUs of each worker, and threads that it computes with.
-        gpus: GPUs of each worker. Default: 1 where they put the model on a GPU, else none.
+        gpus: GPUs of each worker. Default: where they put the model on GPUs, as many as the model
+            given is laid over, else none.
     """
 
     address: str | None = None
@@ -61,6 +62,11 @@ def read_engine(engine: Engine) -> RayEngine | None:
         if engine == "local":
             return None
         chosen = RayEngine()
+    if chosen.device == "auto":
+        raise BadInput(
+            "found device='auto' for workers of Ray, each of which has GPUs of its own. Leave it "
+            "out, and give a model that is laid over several: load_model(name, n_devices=2)."
+        )
     _ray()
     return chosen
 

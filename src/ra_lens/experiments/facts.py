@@ -17,7 +17,7 @@ from ra_lens.errors import BadInput
 from ra_lens.experiments.journal import settings_hash
 from ra_lens.experiments.own_code import Untold, code_hash
 from ra_lens.heads import BUILT_IN_METHODS, RankingMethod
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos
 from ra_lens.tasks import Prompt, Task
 

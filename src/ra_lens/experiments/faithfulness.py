@@ -40,9 +40,10 @@ from ra_lens.experiments.runner import (
 from ra_lens.heads import head_effects
 from ra_lens.heads.ablation import ABLATIONS, Ablation
 from ra_lens.heads.agreement import EFFECT, LOGIT_DIFF, SCORE, SECONDS, Summary, faithfulness
-from ra_lens.heads.ranking import find_method, ranking_context, scores_by
+from ra_lens.heads.ranking import ranking_context, scores_by
+from ra_lens.heads.registry import find_method
 from ra_lens.model import PrependBos, as_lens
-from ra_lens.numbers import Real, Whole, Wholes, whole
+from ra_lens.numbers import BatchSize, Real, Whole, Wholes, whole
 from ra_lens.patching.masking import need_heads
 from ra_lens.tasks import Demonstrations, SplitRule
 
@@ -50,7 +51,9 @@ COMPARED = (
     *("zero", "resample", "atp", "michel", "grad_sam", "ag", "grad_norm", "knockout", "ra"),
     *("nap", "nap_ig", "w_norm", "fa", "index", "random"),
 )
-"""The methods compared by default: the exact effects themselves, and all that cost a few passes."""
+"""The methods compared by default: the exact effects themselves, and all that cost a few passes.
+
+Without `relp` and `gim`, which not every model has rules for."""
 
 
 def faithfulness_test(
@@ -70,7 +73,7 @@ def faithfulness_test(
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "local",
@@ -96,7 +99,8 @@ def faithfulness_test(
         demonstrations: `"own"`: drawn anew for every prompt; `"shared"`: the same before every
             prompt of a task, which then run once for each head and layer.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write the scores and effects of every prompt and head to, from
             which this table is made again in no time (`read_results`, `faithfulness`); a run that
             was killed goes on where it stopped.
@@ -155,7 +159,7 @@ def head_effect_table(
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "local",
@@ -179,7 +183,8 @@ def head_effect_table(
         seed: Demonstrations, corrupted twins, random orders.
         demonstrations: `"own"` or `"shared"`.
         prepend_bos: What stands in front of each prompt.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped.
         progress: False hides the progress bar.
         engine: Who computes: `"local"`, this process; `"ray"`, workers of a Ray cluster, each of

@@ -30,7 +30,7 @@ from ra_lens.experiments.engines import (
 from ra_lens.experiments.facts import model_facts
 from ra_lens.experiments.grid import Failure, Grid, GridCell
 from ra_lens.experiments.journal import Journal, differences
-from ra_lens.heads.ranking import RankingMethod, find_method, use_method
+from ra_lens.heads.registry import RankingMethod, find_method, use_method
 from ra_lens.memory import worker_memory
 from ra_lens.model import Lens, as_lens
 from ra_lens.model.source import ModelSource, source_of
@@ -188,9 +188,24 @@ def _request(run: Run, cells: Sequence[Cell], engine: RayEngine, device: str) ->
     groups = [prompts for cell in cells for prompts in (cell.asked, *cell.learned.values())]
     longest = [max(prompts, key=lambda one: len(one.text)) for prompts in groups if prompts]
     prompts = run.read(longest).prompts
-    memory = worker_memory(run.lens, prompts, batch_size=run.protocol.batch_size)
-    gpus = (0 if device == "cpu" else 1) if engine.gpus is None else engine.gpus
+    gpus, batch_size = gpus_of_worker(run.lens, engine, device), run.protocol.batch_size
+    if batch_size == "auto":
+        if gpus < 1:
+            raise BadInput(
+                "found batch_size='auto' with engine='ray' and workers that share a machine's "
+                "memory or a GPU, all of which each would take for itself. Give a number, or each "
+                "worker a GPU (RayEngine(gpus=1))."
+            )
+        batch_size = 1  # what has to be there; a worker then takes what is
+    memory = worker_memory(run.lens, prompts, batch_size=batch_size)
     return Request(engine.cpus, gpus, memory)
+
+
+def gpus_of_worker(lens: Lens, engine: RayEngine, device: str) -> float:
+    """GPUs of a worker that puts its model on this kind of device."""
+    if engine.gpus is not None:
+        return engine.gpus
+    return 0 if device == "cpu" else len(set(lens.layer_devices.values()))
 
 
 def _without_model(cell: Cell, piece: str, *, progress: bool) -> Cell:

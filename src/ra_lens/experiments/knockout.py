@@ -65,9 +65,10 @@ from ra_lens.experiments.runner import (
     read_tasks,
 )
 from ra_lens.knockouts.edges import Box, EdgeSet, Positions
+from ra_lens.memory import offering
 from ra_lens.model import Lens, PrependBos, Sites, as_lens
 from ra_lens.model.values import writing_names, written_norms
-from ra_lens.numbers import Whole, Wholes, whole, wholes
+from ra_lens.numbers import BatchSize, Whole, Wholes, whole, wholes
 from ra_lens.prompts import Prompts
 from ra_lens.run import run_with_ra
 from ra_lens.tasks import Demonstrations, SplitRule
@@ -99,7 +100,7 @@ def knockout_test(
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "local",
@@ -131,7 +132,8 @@ def knockout_test(
         demonstrations: `"own"`: drawn anew for every question; `"shared"`: the same before every
             question of a task.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
             folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.
@@ -293,7 +295,8 @@ def _foretell(cell: Cell, question: int) -> list[Row]:
     run, lens = cell.run, cell.run.lens
     prompts = cell.questions.prompts.chosen([question]).unpadded()
     answer = cell.questions.answers[question][0]
-    _, ra = run_with_ra(lens.module, prompts, target=[answer], progress=False)
+    with offering():  # one question, of which all maps are needed
+        _, ra = run_with_ra(lens.module, prompts, target=[answer], progress=False)
     tokens = lens.decode_each(prompts.ids[0])
     maps = _Maps(ra, _written(lens, prompts, ra), _input_gradient(lens, prompts, answer))
     protocol, settings = run.protocol, run.settings
@@ -340,7 +343,8 @@ class _Maps:
         for layer, some in heads.items():
             at = torch.tensor(some)[:, None], query, torch.tensor(keys)[None]
             pattern, ra, grad = (
-                self.ra[kind, layer][0][at].double() for kind in ("pattern", "ra", "pattern_grad")
+                self.ra[kind, layer][0][at].double().cpu()
+                for kind in ("pattern", "ra", "pattern_grad")
             )
             found["a_grad"] -= float((pattern * grad).sum())
             found["minus_ra"] -= float(ra.sum()) / self.ra.sites[layer].need_scale()

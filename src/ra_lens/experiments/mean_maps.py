@@ -19,13 +19,15 @@ from typing_extensions import Unpack
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.experiments.runner import Cell, Protocol, Row, prompts_hash
+from ra_lens.fitting import rows_of_run
+from ra_lens.memory import offering
 from ra_lens.model import Lens, PrependBos
 from ra_lens.model.sites import MapKind
 from ra_lens.numbers import Reals
 from ra_lens.patching.controls import Control, control_maps
 from ra_lens.patching.hooks import PatchOptions
 from ra_lens.patching.mean import MeanMaps, RunningMean
-from ra_lens.questions import FwdHooks
+from ra_lens.questions import FwdHooks, read_questions
 from ra_lens.run import run_with_ra
 from ra_lens.scales import SCALES, BestScale, best_scale
 from ra_lens.targets import Objective, sequence_nll
@@ -85,6 +87,11 @@ class LearnedMaps:
         """The mean maps with that of A ⊙ G, for which each prompt's own maps are needed."""
         running: RunningMean | None = None
         size = self.protocol.batch_size
+        if size == "auto":
+            read = read_questions(self.lens, self.prompts, prepend_bos=self.protocol.prepend_bos)
+            n_read = max(map(len, read.answers))
+            every = read.prompts.extended(read.answers)
+            size = rows_of_run(self.lens, every, n_read=n_read, wanted=lambda _name: True)
         for start in range(0, len(self.prompts), size):
             ra = self._ran(self.prompts[start : start + size], store="maps")
             running = running or RunningMean(ra.sites)
@@ -97,15 +104,16 @@ class LearnedMaps:
         return running.result()
 
     def _ran(self, prompts: Sequence[Prompt], *, store: Literal["mean", "maps"]) -> RACache:
-        _, ra = run_with_ra(
-            self.lens.module,
-            [prompt.text for prompt in prompts],
-            target=self._loss(prompts),
-            store=store,
-            prepend_bos=self.protocol.prepend_bos,
-            batch_size=self.protocol.batch_size,
-            progress=False,
-        )
+        with offering("batch_size", one_batch=store == "maps"):
+            _, ra = run_with_ra(
+                self.lens.module,
+                [prompt.text for prompt in prompts],
+                target=self._loss(prompts),
+                store=store,
+                prepend_bos=self.protocol.prepend_bos,
+                batch_size=self.protocol.batch_size,
+                progress=False,
+            )
         return ra
 
     @staticmethod

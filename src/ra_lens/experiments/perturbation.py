@@ -52,9 +52,10 @@ from ra_lens.experiments.runner import (
     read_some,
     read_tasks,
 )
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.model import Lens, PrependBos, as_lens
 from ra_lens.numbers import (
+    BatchSize,
     Real,
     Reals,
     Whole,
@@ -105,7 +106,7 @@ def perturbation_test(
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "local",
@@ -152,7 +153,8 @@ def perturbation_test(
             keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
             folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.

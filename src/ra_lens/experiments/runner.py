@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -39,9 +39,9 @@ from ra_lens.experiments.journal import Journal, as_frame, finished_results, ope
 from ra_lens.files import names_a_folder
 from ra_lens.heads import HeadScores, rank_heads
 from ra_lens.heads.ablation import ABLATIONS
-from ra_lens.heads.ranking import Part, find_method, find_methods
+from ra_lens.heads.registry import Part, find_method, find_methods
 from ra_lens.model import Lens, PrependBos
-from ra_lens.numbers import Whole, Wholes, flag, whole, wholes
+from ra_lens.numbers import BatchSize, Whole, Wholes, flag, read_batch_size, whole, wholes
 from ra_lens.questions import Accuracy, FwdHooks, Marks, Questions, ask, marked, read_questions
 from ra_lens.tables import write_results
 from ra_lens.tasks import (
@@ -79,7 +79,7 @@ class Protocol:
     split: SplitRule
     seed: int
     prepend_bos: PrependBos
-    batch_size: int
+    batch_size: int | Literal["auto"]
     out: str | Path | None
     progress: bool
     demonstrations: Demonstrations = "own"
@@ -93,7 +93,7 @@ class Protocol:
         split: SplitRule = "code",
         seed: Whole = 0,
         prepend_bos: PrependBos = None,
-        batch_size: Whole = 64,
+        batch_size: BatchSize = 64,
         out: str | Path | None = None,
         progress: bool = True,
         demonstrations: Demonstrations = "own",
@@ -107,9 +107,9 @@ class Protocol:
             raise BadInput(
                 f"found shots={counts}; give different numbers from 0, such as (0, 1, 5)."
             )
-        seed, batch_size = whole("seed", seed, least=0), whole("batch_size", batch_size, least=1)
+        seed, at_a_time = whole("seed", seed, least=0), read_batch_size(batch_size)
         shared = out, progress, demonstrations, engine, part
-        read = cls(counts, split, seed, prepend_bos, batch_size, *shared)
+        read = cls(counts, split, seed, prepend_bos, at_a_time, *shared)
         _refuse_a_file(read)
         return read
 

@@ -46,7 +46,7 @@ from ra_lens.experiments.runner import (
     read_tasks,
 )
 from ra_lens.model import PrependBos, as_lens
-from ra_lens.numbers import Reals, Whole, Wholes, reals, whole, whole_or_none
+from ra_lens.numbers import BatchSize, Reals, Whole, Wholes, reals, whole, whole_or_none
 from ra_lens.patching.hooks import PatchOptions, Where, check_variant, patch_hooks
 from ra_lens.questions import Accuracy, FwdHooks
 from ra_lens.scales import PAPER_SCALES
@@ -73,7 +73,7 @@ def patching_sweep(
     seed: Whole = 0,
     demonstrations: Demonstrations = "own",
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 64,
+    batch_size: BatchSize = 64,
     out: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "local",
@@ -114,7 +114,8 @@ def patching_sweep(
             keys and values are then computed once and reused (`ra_lens.shared_prefix`), which is
             several times as fast where demonstrations are most of a prompt.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Questions per forward pass.
+        batch_size: Questions per forward pass; `"auto"`: as many as fit what the model's device has
+            free (`ra_lens.fitting`).
         out: `.parquet` or `.csv` to write; a run that was killed goes on where it stopped. Or a
             folder, or an address that fsspec reads: each cell of the grid is a file there.
         progress: False hides the progress bar.

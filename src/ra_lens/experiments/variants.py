@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from ra_lens.experiments.mean_maps import LearnedMaps, MapName
 from ra_lens.experiments.runner import Cell
-from ra_lens.heads.ranking import find_method
+from ra_lens.heads.registry import find_method
 from ra_lens.patching.controls import Control
 from ra_lens.patching.hooks import PatchOptions
 from ra_lens.patching.place import map_indices, place

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ra_lens.errors import BadInput
-from ra_lens.heads.ranking import ranking_methods
+from ra_lens.heads.registry import ranking_methods
 from ra_lens.numbers import Real, as_whole, real
 from ra_lens.questions import METRICS
 from ra_lens.tables import problem_of

@@ -28,12 +28,12 @@ from ra_lens.heads.ablation import HeadEffects, head_effects
 from ra_lens.heads.corrupted import CorruptedRun
 from ra_lens.heads.known import KnownHeads, Localisation, known_heads, localisation_scores
 from ra_lens.heads.one_run import Needs
-from ra_lens.heads.ranking import (
+from ra_lens.heads.ranking import rank_heads
+from ra_lens.heads.registry import (
     Passes,
     RankingContext,
     RankingMethod,
     one_run_method,
-    rank_heads,
     ranking_method,
     ranking_methods,
 )

@@ -45,10 +45,11 @@ from ra_lens.heads.each_head import (
     check_zeroing,
     kept,
 )
-from ra_lens.heads.ranking import Passes, RankingContext, ranking_context, ranking_method
+from ra_lens.heads.ranking import ranking_context
+from ra_lens.heads.registry import Passes, RankingContext, ranking_method
 from ra_lens.heads.scores import HeadScores
 from ra_lens.model import FwdHooks, PrependBos, spell_layers
-from ra_lens.numbers import Whole
+from ra_lens.numbers import BatchSize, Whole
 from ra_lens.patching.masking import mask_hooks, read_z
 from ra_lens.prompts import Prompts
 from ra_lens.tasks import Prompt
@@ -131,7 +132,7 @@ def head_effects(
     answer_in_input: bool = True,
     seed: Whole = 0,
     prepend_bos: PrependBos = None,
-    batch_size: Whole = 32,
+    batch_size: BatchSize = 32,
     progress: bool = True,
 ) -> HeadEffects:
     """Ablate every head of a model, one at a time, and measure what the loss does.
@@ -144,7 +145,8 @@ def head_effects(
             tokens; False reads the prompt alone, the loss being −log p of its first token.
         seed: Of the corrupted twins that are drawn where prompts have none.
         prepend_bos: What stands in front of each prompt, as in `run_with_ra`.
-        batch_size: Rows per forward pass; a row is a prompt with one head ablated.
+        batch_size: Rows per forward pass; a row is a prompt with one head ablated. `"auto"`: as
+            many as fit what the model's device has free (`ra_lens.fitting`).
         progress: False hides the progress bar.
 
     Returns:

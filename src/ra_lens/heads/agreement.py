@@ -35,7 +35,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from ra_lens.errors import BadInput
-from ra_lens.heads.ranking import ranking_methods
+from ra_lens.heads.registry import ranking_methods
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.tables import problem_of
 from ra_lens.tasks.task import stable_int

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ra_lens.errors import RALensWarning
-from ra_lens.heads.ranking import RankingContext
+from ra_lens.heads.registry import RankingContext
 from ra_lens.model import FwdHooks
 from ra_lens.model.blocks import SkippedBlocks
 from ra_lens.model.prefix import Prefix

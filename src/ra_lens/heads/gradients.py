@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ra_lens.cache import RACache
 from ra_lens.heads.corrupted import CorruptedRun
-from ra_lens.heads.ranking import one_run_method
+from ra_lens.heads.registry import one_run_method
 from ra_lens.model.sites import table
 from ra_lens.vjp import FACTORS, WEIGHTS, norms_of_all_weights
 

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.heads.each_head import Edit, Row, ask_each_head, check_changing, check_zeroing, kept
-from ra_lens.heads.ranking import Passes, RankingContext, ranking_method
+from ra_lens.heads.registry import Passes, RankingContext, ranking_method
 from ra_lens.model import FwdHooks
 from ra_lens.model.forward import at_columns
 from ra_lens.numbers import Whole, whole

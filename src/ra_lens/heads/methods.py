@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ra_lens.errors import BadInput
-from ra_lens.heads.ranking import Passes, RankingContext, ranking_method
+from ra_lens.heads.registry import Passes, RankingContext, ranking_method
 from ra_lens.model.sites import table
 from ra_lens.padding import batches, watched
 from ra_lens.prompts import Prompts

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
+from ra_lens.fitting import rows_of_run
 from ra_lens.heads.corrupted import CorruptedRun, corrupted_runs
 from ra_lens.knockouts.predict import FORETOLD_FROM
 from ra_lens.model import Lens
 from ra_lens.model.backward import Backward
-from ra_lens.model.sites import MapKind, VectorKind
+from ra_lens.model.sites import MapKind, VectorKind, read_vectors
 from ra_lens.patching.masking import need_heads
 from ra_lens.prompts import Prompts
 from ra_lens.questions import Questions
@@ -76,12 +78,13 @@ def scores_of_one_run(
     *,
     twins: Callable[[], Prompts],
     answer_in_input: bool,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     progress: bool,
 ) -> dict[str, Float[Tensor, "prompt layer head"]]:
     """Run each batch forwards and backwards once, and give what every method makes of it.
 
-    `twins` gives the corrupted twins of the questions, where a method needs them.
+    `twins` gives the corrupted twins of the questions, where a method needs them; with `"auto"` a
+    batch is as large as fits with what the methods keep of it.
 
     All methods are of one backward pass.
 
@@ -108,6 +111,15 @@ def scores_of_one_run(
     steps = sorted({one.needs.steps for one in methods.values() if one.needs.corrupted})
     others = twins() if steps else None
     found: dict[str, list[Tensor]] = {name: [] for name in methods}
+    if batch_size == "auto":
+        answers = questions.answers if answer_in_input else [()] * len(questions)
+        batch_size = rows_of_run(
+            lens,
+            questions.prompts.extended(answers),
+            n_read=max(1, *map(len, answers)),
+            wanted=kept.__contains__,
+            vectors=read_vectors([*vectors, *["z"] * bool(steps)]),  # z of the twins
+        )
     batches = list(questions.prompts.batches(batch_size))
     hidden = not progress or len(batches) == 1
     for examples, prompts in tqdm(batches, desc="Reversed Attention", unit="batch", disable=hidden):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ra_lens.cache import RACache
 from ra_lens.heads.gradients import michel_scores
-from ra_lens.heads.ranking import one_run_method
+from ra_lens.heads.registry import one_run_method
 
 
 @one_run_method(

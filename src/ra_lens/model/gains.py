@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ra_lens.errors import UnsupportedModel
 from ra_lens.model.lens import Lens
+from ra_lens.model.placement import device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,11 @@ class Gain:
         """Apply it to directions."""
         if self.centred:
             directions = directions - directions.mean(dim=-1, keepdim=True)
-        return directions * self.gain
+        return directions * self.gain.to(directions.device)
 
     def back(self, directions: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
         """Apply its transpose: from a direction read behind the norm to one read in front of it."""
-        directions = directions * self.gain
+        directions = directions * self.gain.to(directions.device)
         return directions - directions.mean(dim=-1, keepdim=True) if self.centred else directions
 
 
@@ -61,7 +62,8 @@ def gain_in(
 ) -> Gain:
     """Read the linear part of a norm of a model, on which nothing is left; see `read_gain`."""
     with lens.without_hooks(), lens.tensors_put_back():
-        return read_gain(norm, like.to(lens.dtype), f"the norm {where} of {lens.name}")
+        own = like.to(device=device_of(norm) or like.device, dtype=lens.dtype)
+        return read_gain(norm, own, f"the norm {where} of {lens.name}")
 
 
 @torch.no_grad()

@@ -134,7 +134,8 @@ def fresh_copy(model: Any, dtype: torch.dtype, device: str | torch.device | None
     config._attn_implementation = "eager"  # the one that computes a pattern
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised, and could not be saved
-    with torch.random.fork_rng(), _no_init_weights():
+    # On the host; and of several GPUs fork_rng would warn.
+    with torch.random.fork_rng(devices=[]), _no_init_weights():
         made = type(model)(config)
     state = {name: value.detach() for name, value in model.state_dict().items()}
     made.load_state_dict(state)  # copies

@@ -37,6 +37,7 @@ from ra_lens.model.guards import (
     tensors_put_back,
     without_hooks,
 )
+from ra_lens.model.placement import device_of, masks_beside, refuse_misplaced
 from ra_lens.model.sites import Site, Sites
 from ra_lens.model.tokens import Tokens
 from ra_lens.tensors import sent
@@ -160,6 +161,26 @@ class Lens(Tokens):
         """Where token ids go."""
         return torch.device(self._model.cfg.device or "cpu")
 
+    @cached_property
+    def layer_devices(self) -> dict[int, torch.device]:
+        """Where each attention layer computes: its maps are made there, its graph is held there."""
+        found = {i: self._model.get_submodule(site.prefix) for i, site in self.sites.items()}
+        return {i: device_of(attention) or self.device for i, attention in found.items()}
+
+    @property
+    def logits_devices(self) -> set[torch.device]:
+        """Where logits are: where they are computed, and where a bridge brings them."""
+        unembed = getattr(self._model, "unembed", None)
+        made = device_of(unembed) if isinstance(unembed, nn.Module) else None
+        given = self.layer_devices[min(self.sites)]  # with its index, as `device` need not be
+        return {made or given, given if self.kind == "TransformerBridge" else made or given}
+
+    @property
+    def _handed_on(self) -> list[nn.Module]:
+        """Blocks to which TransformerLens itself brings the residual stream, each on its device."""
+        several = int(getattr(self._model.cfg, "n_devices", 1)) > 1
+        return list(self._model.blocks) if several and self.kind == "HookedTransformer" else []
+
     @property
     def dtype(self) -> torch.dtype:
         """Data type that the model computes in."""
@@ -246,6 +267,8 @@ class Lens(Tokens):
         after others (`ra_lens.model.prefix`), in the place of the mask.
         """
         self.refuse_meta()
+        if self._handed_on:
+            refuse_misplaced(self._model, self.name)
         options: dict[str, Any] = {}
         if self.reads == "input, then answer":
             if encoded is None:
@@ -263,7 +286,7 @@ class Lens(Tokens):
             options["attention_mask"] = sent(attention_mask.long(), tokens.device)
         # A backward pass puts back what was kept when it is over.
         kept = nullcontext() if torch.is_grad_enabled() else self.tensors_put_back()
-        with kept:
+        with kept, masks_beside(self._handed_on):
             logits: Tensor = self._model(tokens, return_type="logits", **options)
         self.refuse_meta(logits.device)  # which the configuration may not say
         return logits

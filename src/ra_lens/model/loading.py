@@ -38,7 +38,9 @@ from ra_lens.model.hugging_face import (
 )
 from ra_lens.model.lens import ModelKind
 from ra_lens.model.pickled import advice, check_file, check_folder, check_name, weights_read
+from ra_lens.model.placement import DeviceMap, Placement
 from ra_lens.model.source import note_source
+from ra_lens.numbers import Whole
 
 
 def available_kinds() -> tuple[ModelKind, ...]:
@@ -57,6 +59,8 @@ def load_model(
     tokenizer: Any = None,
     kind: ModelKind | None = None,
     device: str | torch.device | None = None,
+    n_devices: Whole = 1,
+    device_map: DeviceMap = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
 ) -> nn.Module:
@@ -79,6 +83,12 @@ def load_model(
         kind: `"HookedTransformer"` or `"TransformerBridge"`. Default: HookedTransformer where the
             installed TransformerLens has it and it knows the model, else TransformerBridge.
         device: Where to put the model. Default: a GPU if there is one.
+        n_devices: For a model larger than one GPU: lay its layers over so many, `device` (by
+            default the first) and those after it. A HookedTransformer is made in the host's memory
+            before.
+        device_map: For a TransformerBridge, which is the default kind then: which modules go where,
+            as transformers take it: `"auto"`, `"balanced"`, or a dictionary. Instead of `device`
+            and `n_devices`.
         dtype: Data type of the weights.
         allow_pickle: Read pickled weights (`pytorch_model.bin`, `.pt`, `.pth`, `.ckpt`) where there
             are no safetensors. They can run any code: only of people you trust.
@@ -88,47 +98,52 @@ def load_model(
 
     Raises:
         BadInput: the kind is not in this TransformerLens, the model cannot be found, loaded or
-            converted, its weights are pickled, or a package is missing.
+            converted, its weights are pickled, a package is missing, or there are not so many
+            devices.
         BadFile: the GGUF file is not there, or damaged.
     """
-    options: dict[str, Any] = {"kind": kind, "device": device, "dtype": dtype}
+    options: dict[str, Any] = {"kind": kind, "dtype": dtype}
+    placement = Placement.read(device, n_devices, device_map)
     if isinstance(name, nn.Module):
-        return _load_object(name, tokenizer, **options)
+        return _load_object(name, tokenizer, placement, **options)
     if tokenizer is not None:
         raise BadInput(
             f"found tokenizer= with {str(name)!r}, which brings its own. Leave it out, or give the "
             "model as an object."
         )
-    model = _load_named(name, allow_pickle=allow_pickle, **options)
-    return note_source(model, load_model, name, {**options, "allow_pickle": allow_pickle})
+    options["allow_pickle"] = allow_pickle
+    model = _load_named(name, placement, **options)
+    places = {"device": device, "n_devices": n_devices, "device_map": device_map}
+    return note_source(model, load_model, name, {**options, **places})
 
 
-def _load_named(name: str | Path, *, allow_pickle: bool, **options: Any) -> nn.Module:
+def _load_named(
+    name: str | Path, placement: Placement, *, allow_pickle: bool, **options: Any
+) -> nn.Module:
     """Load a GGUF file, a folder, or a model that TransformerLens knows by its name."""
     file = gguf_file(name)
     if file is not None:
-        model = load_folder(converted(file), **options)
+        model = _load_folder(converted(file), placement, allow_pickle=False, **options)
         model.cfg.model_name = file.stem  # type: ignore[union-attr]
         return model
     if is_folder(user_path(name)):
-        return load_folder(name, allow_pickle=allow_pickle, **options)
+        return _load_folder(name, placement, allow_pickle=allow_pickle, **options)
     check_file(user_path(name))
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise BadInput(
             f"there is no folder {str(name)!r}. Give a folder with a config.json, or a GGUF file."
         )
-    return _load_name(str(name), allow_pickle=allow_pickle, **options)
+    return _load_name(str(name), placement, allow_pickle=allow_pickle, **options)
 
 
 def _load_name(
     name: str,
+    placement: Placement,
     *,
     kind: ModelKind | None,
-    device: str | torch.device | None,
     dtype: torch.dtype,
     allow_pickle: bool,
 ) -> nn.Module:
-    where = None if device is None else str(device)
     if not allow_pickle:
         check_name(name)
 
@@ -136,9 +151,10 @@ def _load_name(
         cls = _class_of(chosen)
         hooked = chosen == "HookedTransformer"
         load_it = cls.from_pretrained_no_processing if hooked else cls.boot_transformers
+        where = {"device": placement.of_one} if hooked else placement.of_bridge
         try:
             with weights_read(allow_pickle=allow_pickle):
-                return load_it(name, device=where, dtype=dtype).eval()
+                return load_it(name, **where, dtype=dtype).eval()
         except _REFUSALS as error:
             # A name that HookedTransformer does not know may be one that the bridge loads; what
             # cannot be downloaded cannot be by either.
@@ -150,7 +166,7 @@ def _load_name(
                 "tokenizer, or call load_demo_model()."
             ) from error
 
-    return _first_that_loads(kind, load)
+    return _first_that_loads(kind, placement, load)
 
 
 def load_folder(
@@ -158,15 +174,29 @@ def load_folder(
     *,
     kind: ModelKind | None = None,
     device: str | torch.device | None = None,
+    n_devices: Whole = 1,
+    device_map: DeviceMap = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
 ) -> nn.Module:
     """Load a local folder in Hugging Face format, offline. Arguments as in `load_model`.
 
     Raises:
-        BadInput: no `config.json` there, files that cannot be read as a model, pickled weights, or
-            an architecture this TransformerLens cannot convert.
+        BadInput: no `config.json` there, files that cannot be read as a model, pickled weights, an
+            architecture this TransformerLens cannot convert, or devices that are not there.
     """
+    placement = Placement.read(device, n_devices, device_map)
+    return _load_folder(folder, placement, kind=kind, dtype=dtype, allow_pickle=allow_pickle)
+
+
+def _load_folder(
+    folder: str | Path,
+    placement: Placement,
+    *,
+    kind: ModelKind | None,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+) -> nn.Module:
     path = user_path(folder)
     if not os.path.isfile(path / "config.json"):
         raise BadInput(
@@ -178,10 +208,10 @@ def load_folder(
 
     def load(chosen: ModelKind) -> nn.Module:
         with weights_read(allow_pickle=allow_pickle):
-            return _loaded(path, chosen, device, dtype)
+            return _loaded(path, chosen, placement, dtype)
 
     try:
-        return _first_that_loads(kind, load)
+        return _first_that_loads(kind, placement, load)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be loaded: {first_line(error)} {_HOLDS}") from error
 
@@ -189,9 +219,9 @@ def load_folder(
 def _load_object(
     given: nn.Module,
     tokenizer: Any,
+    placement: Placement,
     *,
     kind: ModelKind | None,
-    device: str | torch.device | None,
     dtype: torch.dtype,
 ) -> nn.Module:
     merged = as_plain(given)
@@ -207,9 +237,9 @@ def _load_object(
             path = Path(folder)
             write_config(merged, path)
             tokenizer.save_pretrained(folder)  # TransformerLens makes its own of it
-            return _loaded(path, chosen, device, dtype, merged)
+            return _loaded(path, chosen, placement, dtype, merged)
 
-    model = _first_that_loads(kind, load)
+    model = _first_that_loads(kind, placement, load)
     model.cfg.model_name = called  # type: ignore[union-attr]
     return model
 
@@ -239,16 +269,25 @@ class _CannotConvert(BadInput):
 def _loaded(
     path: Path,
     chosen: ModelKind,
-    device: str | torch.device | None,
+    placement: Placement,
     dtype: torch.dtype,
     weights: Any = None,
 ) -> nn.Module:
     """Load a folder with one class; its weights are those of a model of transformers, if given."""
-    where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    placement = placement.settled()
     if chosen == "TransformerBridge":
-        own = {} if weights is None else {"hf_model": fresh_copy(weights, dtype, where)}
+        where = placement.of_bridge
+        if weights is not None:
+            if "device" not in where:
+                raise BadInput(
+                    f"found a {type(weights).__name__} that is to be laid over several devices as "
+                    "a TransformerBridge. Give its folder or name instead; or load it with "
+                    "from_pretrained(..., device_map=...) and call "
+                    "TransformerBridge.boot_transformers(name, hf_model=model)."
+                )
+            where["hf_model"] = fresh_copy(weights, dtype, where["device"])
         try:
-            model = _class_of(chosen).boot_transformers(str(path), device=where, dtype=dtype, **own)
+            model = _class_of(chosen).boot_transformers(str(path), dtype=dtype, **where)
         except _REFUSALS as error:
             if isinstance(error, OSError | BadInput):
                 raise
@@ -258,7 +297,7 @@ def _loaded(
                 "another model, or try another version of TransformerLens."
             ) from error
     else:
-        model = _hooked_transformer_from_folder(path, where, dtype, weights)
+        model = _hooked_transformer_from_folder(path, placement.of_one or "cpu", dtype, weights)
     model.cfg.model_name = path.resolve().name
     return model.eval()
 
@@ -358,9 +397,25 @@ def _hooked_transformer_config(conversion: Any, path: Path, device: str, dtype: 
         return conversion.get_pretrained_model_config(copy, device=device, dtype=dtype)
 
 
-def _first_that_loads(kind: ModelKind | None, load: Callable[[ModelKind], nn.Module]) -> nn.Module:
-    """Load with the class asked for, or with the first that can."""
+def _first_that_loads(
+    kind: ModelKind | None, placement: Placement, load_with: Callable[[ModelKind], nn.Module]
+) -> nn.Module:
+    """Load with the class asked for, or with the first that can, and lay it over its devices."""
+
+    def load(chosen: ModelKind) -> nn.Module:
+        model = load_with(chosen)
+        if chosen == "HookedTransformer":
+            placement.spread(model)
+        return model
+
     kinds = available_kinds()
+    if placement.device_map is not None:
+        if kind == "HookedTransformer" or "TransformerBridge" not in kinds:
+            raise BadInput(
+                "found device_map=, which places a TransformerBridge, for a HookedTransformer. "
+                "Give n_devices= instead, or kind='TransformerBridge' (TransformerLens 3 or newer)."
+            )
+        kind = "TransformerBridge"
     if kind is not None:
         if kind not in kinds:
             version = importlib.import_module("importlib.metadata").version("transformer-lens")

@@ -71,6 +71,7 @@ def fits(found: Tensor, wanted: Tensor) -> bool:
     """Whether two tensors are the same up to rounding, in half precision too."""
     if found.shape != wanted.shape:
         return False
+    found = found.to(wanted.device)  # of a model over several devices
     return float((found - wanted).norm()) <= 0.03 * float(wanted.norm()) + 1e-6
 
 

@@ -22,8 +22,14 @@ class ModelSource:
     options: Mapping[str, Any]
 
     def load(self, device: str) -> nn.Module:
-        """Load it once more, onto some device."""
-        return self.function(*self.names, **{**self.options, "device": device})
+        """Load it once more, onto some device, or over as many as it was laid over."""
+        options = {**self.options, "device": device}
+        if device == "cpu":
+            options |= dict.fromkeys(options.keys() & {"device_map"})
+            options |= dict.fromkeys(options.keys() & {"n_devices"}, 1)
+        elif options.get("device_map") is not None:
+            options["device"] = None
+        return self.function(*self.names, **options)
 
 
 _sources: WeakKeyDictionary[nn.Module, ModelSource] = WeakKeyDictionary()

@@ -77,7 +77,7 @@ def unembedding(lens: Lens) -> Unembedding:
         raise _unsupported(lens, "its unembedding does not run by itself")
     found = at_head.taken[:, 1:] - at_head.taken[:, :1]  # so that a bias drops out
     given = at_head.gave[:, 1:] - at_head.gave[:, :1]
-    if not fits(found @ weights, given):
+    if not fits(found.to(weights.device) @ weights, given):
         raise _unsupported(lens, "its unembedding is not x W_U + b_U")
     if not _same_order(at_head.gave, logits):
         raise _unsupported(lens, "something else comes between W_U and its logits")
@@ -104,7 +104,8 @@ def _same_order(scores: Tensor, logits: Tensor) -> bool:
     """Whether logits rise with scores."""
     if scores.shape != logits.shape:
         return False
-    steps = logits.gather(-1, scores.argsort(dim=-1)).diff(dim=-1)
+    order = scores.argsort(dim=-1).to(logits.device)
+    steps = logits.gather(-1, order).diff(dim=-1)
     spread = logits.amax(dim=-1, keepdim=True) - logits.amin(dim=-1, keepdim=True)
     return bool((steps >= -1e-3 * spread).all())
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.fitting import rows_of_forward
 from ra_lens.head_names import Heads
 from ra_lens.model import Lens, Site, Sites, as_lens, spell_layers
 from ra_lens.padding import batches, watched
@@ -132,7 +133,7 @@ def need_heads(lens: Lens) -> None:
 
 @torch.no_grad()
 def read_z(
-    lens: Lens, prompts: Prompts, *, batch_size: int | None = None
+    lens: Lens, prompts: Prompts, *, batch_size: int | Literal["auto"] | None = None
 ) -> dict[int, Float[Tensor, "prompt pos head d_head"]]:
     """Read what every head gives to W_O at every token, without gradients.
 
@@ -143,7 +144,8 @@ def read_z(
     Args:
         lens: The model.
         prompts: What it reads.
-        batch_size: Prompts per forward pass; None: all of one length together, or all.
+        batch_size: Prompts per forward pass; `"auto"`: as many as fit; None: all of one length
+            together, or all.
 
     Returns:
         z by layer, in the model's data type, on the device of the layer. That is layers · prompts ·
@@ -156,6 +158,8 @@ def read_z(
     need_heads(lens)
     lens.refuse_dropout()
     keep = {site.z_name: partial(by_head, n_heads=site.n_heads) for site in lens.sites.values()}
+    if batch_size == "auto":
+        batch_size = rows_of_forward(lens, prompts, kept=1, of_all=True)
     starts, found = prompts.starts, dict[int, Tensor]()
     for part, some in batches(lens, prompts, batch_size):
         batch = some.lay_out(lens)

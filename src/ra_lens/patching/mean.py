@@ -105,9 +105,18 @@ class RunningMean:
     dtype: torch.dtype | None = None
     _sums: dict[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
-    def add(self, name: str, value: Float[Tensor, "batch head query key"]) -> None:
-        """Add the maps of one batch under their full name; the caller raises `count`."""
+    def add(
+        self,
+        name: str,
+        value: Float[Tensor, "batch head query key"],
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Add the maps of one batch under their full name; the caller raises `count`.
+
+        They are summed where they are, and only their sum moves to `device`.
+        """
         total = value.sum(dim=0, dtype=torch.promote_types(value.dtype, torch.float32))
+        total = total.to(device=device)
         if name in self._sums:
             if self._sums[name].shape != total.shape:
                 raise BadInput(

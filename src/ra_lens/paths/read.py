@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from ra_lens.errors import BadInput, NotStored, UnsupportedModel, one_of
 from ra_lens.inputs import Mask, TokenIds, read_given
 from ra_lens.knockouts.read import sinks_in
 from ra_lens.knockouts.sinks import find_sinks, most_attended, sinks_of
+from ra_lens.memory import offering
 from ra_lens.model import Layers, Lens, PrependBos, Site, as_lens
 from ra_lens.model.values import writing_names, written_norms
-from ra_lens.numbers import Whole, whole_or_none, wholes
+from ra_lens.numbers import BatchSize, Whole, read_batch_size, whole_or_none, wholes
 from ra_lens.padding import batches, watched
 from ra_lens.paths.result import GRADIENT, REVERSED, Follow
 from ra_lens.paths.weights import LayerMaps
@@ -75,7 +76,7 @@ def read_maps(
     attention_mask: Mask | None = None,
     prepend_bos: PrependBos = None,
     bos_token_id: Whole | None = None,
-    batch_size: Whole | None = None,
+    batch_size: BatchSize | None = None,
 ) -> list[PromptMaps]:
     """Read the maps of several prompts, to trace each: `[trace_paths(maps) for maps in ...]`.
 
@@ -99,7 +100,8 @@ def read_maps(
         prepend_bos: For text: what stands in front of it, as in `run_with_ra`.
         bos_token_id: What counts as BOS. Default: what was put in front of text, or the
             tokenizer's.
-        batch_size: Prompts per forward pass. Default: all at once.
+        batch_size: Prompts per forward pass. Default: all at once. `"auto"`: as many as fit what
+            the model's device has free (`ra_lens.fitting`).
 
     Raises:
         BadInput: a prompt or option that this source does not take.
@@ -110,7 +112,7 @@ def read_maps(
     layers = None if layers is None else wholes("layers", layers)
     example = whole_or_none("example", example)
     bos_token_id = whole_or_none("bos_token_id", bos_token_id)
-    batch_size = whole_or_none("batch_size", batch_size, least=1)
+    at_a_time = None if batch_size is None else read_batch_size(batch_size)
     if isinstance(source, RACache):
         refuse("an RACache, which knows its own", prompt=prompts)
         refuse("an RACache, whose run is over", target=target, metric=metric)
@@ -154,16 +156,16 @@ def read_maps(
     _check_sites(sites, follow, lens.name)
     read = read_prompts(lens, prompts, attention_mask=attention_mask, prepend_bos=prepend_bos)
     if follow not in GRADIENT:
-        maps = _from_forward(lens, sites, read, follow, batch_size)
+        maps = _from_forward(lens, sites, read, follow, at_a_time)
         return _named(lens, maps, read, bos_token_id)
     objective = as_objective(target, metric)
     answered = objective.bind(lens, read)[1]  # with the answers that were read
-    _, cache = run_with_ra(
-        lens.module, read, target=objective, layers=layers, batch_size=batch_size, progress=False
-    )
+    options: dict[str, Any] = {"target": objective, "layers": layers, "batch_size": at_a_time}
+    with offering("layers", "batch_size"):
+        _, cache = run_with_ra(lens.module, read, **options, progress=False)
     maps = _from_cache(cache, follow, None, None)
     if len(sites) < len(lens.sites):
-        sinks = _look_for_sinks(lens, answered, batch_size)
+        sinks = _look_for_sinks(lens, answered, at_a_time)
         maps = [replace(one, sinks=own) for one, own in zip(maps, sinks, strict=True)]
     return _named(lens, maps, answered, bos_token_id)
 
@@ -204,7 +206,11 @@ def _later(sites: Mapping[int, Site]) -> tuple[str, ...]:
 
 
 def _from_forward(
-    lens: Lens, sites: Mapping[int, Site], read: Prompts, follow: Follow, batch_size: int | None
+    lens: Lens,
+    sites: Mapping[int, Site],
+    read: Prompts,
+    follow: Follow,
+    batch_size: int | Literal["auto"] | None,
 ) -> list[PromptMaps]:
     values = follow == "value_norm"
     others = [site for layer, site in _of_one_text(lens).items() if layer not in sites]
@@ -254,7 +260,9 @@ def _of_one_text(lens: Lens) -> dict[int, Site]:
     return {n: site for n, site in every if not site.cross and site.query_side == "input"}
 
 
-def _look_for_sinks(lens: Lens, read: Prompts, batch_size: int | None) -> list[tuple[int, ...]]:
+def _look_for_sinks(
+    lens: Lens, read: Prompts, batch_size: int | Literal["auto"] | None
+) -> list[tuple[int, ...]]:
     sites = _of_one_text(lens).values()
     keep = {site.pattern_name: most_attended for site in sites}
     found: dict[int, tuple[int, ...]] = {}

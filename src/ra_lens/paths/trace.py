@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ra_lens.errors import BadInput, one_of
 from ra_lens.head_names import Head, layer_and_index
 from ra_lens.inputs import Mask, read_given
+from ra_lens.memory import offering
 from ra_lens.model import Layers, PrependBos
 from ra_lens.numbers import Real, Whole, as_whole, real, real_or_none, whole, whole_or_none
 from ra_lens.paths.read import PromptMaps, Source, read_maps, refuse, refuse_later_tokens
@@ -322,7 +323,8 @@ def _maps_of(
             f"found {len(prompt)} prompts; this traces one. For several: "
             "[trace_paths(maps) for maps in read_maps(model, prompts)]."
         )
-    return read_maps(source, prompt, follow=follow, **how)[0]
+    with offering("layers"):
+        return read_maps(source, prompt, follow=follow, **how)[0]
 
 
 def _layer(maps: PromptMaps, layer: int) -> int:

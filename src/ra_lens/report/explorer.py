@@ -172,7 +172,8 @@ def _flow(ra: RACache, example: int, max_tokens: int) -> dict[str, Any] | None:
     one = ra.apply_slice_to_batch_dim(example) if ra.has_batch_dim else ra
     query = -1 - answer
     try:
-        values, seen = (one.flow(queries=query, by=by).numpy() for by in ("knockout", "pattern"))
+        flows = (one.flow(queries=query, by=by) for by in ("knockout", "pattern"))
+        values, seen = (flow.cpu().numpy() for flow in flows)
     except BadInput:
         return None
     sites = ra.sites[ra.layers[0]]

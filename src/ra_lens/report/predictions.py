@@ -26,6 +26,7 @@ from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.html import Table
 from ra_lens.inputs import TokenIds, answers_given, read_given
+from ra_lens.memory import offering
 from ra_lens.model import FwdHooks, Lens, as_lens
 from ra_lens.numbers import Real, Whole, real, whole
 from ra_lens.patching import Where
@@ -164,9 +165,10 @@ def _predicted(
 ) -> Predictions:
     """What comes next after one prompt."""
     lens = as_lens(model)
-    logits, run = run_with_ra(
-        model, prompt, target=answer, fwd_hooks=hooks, store="norms", progress=False
-    )
+    with offering():
+        logits, run = run_with_ra(
+            model, prompt, target=answer, fwd_hooks=hooks, store="norms", progress=False
+        )
     bound, _ = answer.bind(lens, prompt)
     [ids] = bound.targets or [[]]
     chance = math.exp(-float(run.loss.flatten()[0]) * len(ids))

@@ -10,8 +10,9 @@ from torch import nn
 from ra_lens.cache import RACache
 from ra_lens.errors import BadInput
 from ra_lens.inputs import Given, Mask
+from ra_lens.memory import offering
 from ra_lens.model import FwdHooks, PrependBos, Site
-from ra_lens.numbers import Whole
+from ra_lens.numbers import BatchSize
 from ra_lens.prompts import PaddingSide, PromptInput
 from ra_lens.run import run_with_ra
 from ra_lens.targets import Answers, Metric, Objective, Position
@@ -27,7 +28,7 @@ class RunOptions(TypedDict, total=False):
     prepend_bos: PrependBos
     padding_side: PaddingSide | None
     decoder_input: Given | None
-    batch_size: Whole | None
+    batch_size: BatchSize | None
 
 
 def run_again(
@@ -55,17 +56,18 @@ def run_again(
     ):
         given["target"] = list(ra.info.targets)
     scale = {site.layer: site.scale} if site.scale is not None else None
-    _, again = run_with_ra(
-        model,
-        input,
-        **given,
-        layers=[site.layer],
-        store="norms",
-        vectors=list(vectors),
-        fwd_hooks=hooks,
-        softmax_scale=scale,
-        progress=False,
-    )
+    with offering("batch_size"):
+        _, again = run_with_ra(
+            model,
+            input,
+            **given,
+            layers=[site.layer],
+            store="norms",
+            vectors=list(vectors),
+            fwd_hooks=hooks,
+            softmax_scale=scale,
+            progress=False,
+        )
     mine, theirs = ra.info, again.info
     same = (mine.str_tokens, mine.decoder_tokens) == (theirs.str_tokens, theirs.decoder_tokens)
     if mine.str_tokens is not None and (not same or mine.starts != theirs.starts):
