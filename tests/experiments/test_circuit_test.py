@@ -165,7 +165,6 @@ def test_what_cannot_be_tested_is_refused(model):
         ),
         (["L0H0", "L0H9"], r"head L0H9, but layer 0 has heads 0 to 2"),
         ("foundd", r"found 'foundd' among heads\. Give .* labels like 'L3H5'"),
-        (None, r"found None among heads"),
         ([], r"found 0 true heads, 0 different ones, of 6 of .*; give each once, at least one"),
         ([(-1, 0), (1, 0)], r"found 2 true heads, 1 different ones"),
         ([(i, j) for i in range(2) for j in range(3)], r"found 6 true heads.* and not all"),

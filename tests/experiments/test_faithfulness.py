@@ -164,6 +164,7 @@ def test_options_that_cannot_be_used_say_what_is_needed(shared):
         run(**{**OPTIONS, "n_rank": 1})
     with pytest.raises(BadInput, match="no ranking method 'xyzzy'"):
         run(**{**OPTIONS, "methods": "xyzzy"})
+    run = partial(unchecked(head_effect_table), shared("gpt2", KINDS[0]), TASK)
     with pytest.raises(BadInput, match="found methods=None; give the name of a ranking method"):
         run(**{**OPTIONS, "methods": None})
     with pytest.raises(BadInput, match="found answer_in_input='no'; give True or False"):
@@ -183,7 +184,7 @@ def test_options_that_cannot_be_used_say_what_is_needed(shared):
         ({"ks": 2, "level": 2}, r"level=2.0; give a share between 0 and 1"),
         ({"ks": 2, "seed": -1}, "seed=-1; give at least 0"),
         ({"ks": 2, "resamples": 0}, "resamples=0; give at least 1"),
-        ({"ks": 2, "splits": "a"}, "splits='a'; give a whole number"),
+        ({"ks": 2, "splits": 0}, "splits=0; give at least 1"),
         (
             {"ks": 2, "ablations": ()},
             r"ablations=\(\), without which .* to foretell\. Give",

@@ -15,7 +15,7 @@ from ra_lens.errors import BadInput
 from ra_lens.experiments import head_effect_table
 from ra_lens.experiments.facts import methods_facts
 from ra_lens.experiments.own_code import Untold, code_hash
-from ra_lens.heads import one_run_method, ranking, ranking_method
+from ra_lens.heads import one_run_method, ranking_method, registry
 from ra_lens.heads.gradients import michel_scores, nap_ig_scores
 from tiny_models import KINDS
 from tiny_questions import TASK
@@ -24,7 +24,7 @@ from tiny_questions import TASK
 @pytest.fixture
 def own(monkeypatch):
     """Methods that are registered here are gone afterwards."""
-    monkeypatch.setattr(ranking, "_methods", dict(ranking._methods))
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
 
 
 SOURCE = """

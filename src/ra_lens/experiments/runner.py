@@ -175,7 +175,7 @@ def read_tasks(task: Tasks) -> list[Task]:
     return tasks
 
 
-def read_methods(methods: str | Sequence[str]) -> list[str]:
+def read_methods(methods: object) -> list[str]:
     """Read names of ranking methods."""
     return [method.name for method in find_methods(methods)]
 
@@ -586,7 +586,7 @@ def experiment(
     protocol: Protocol,
     *,
     methods: Sequence[str] = (),
-    answer_in_input: bool = True,
+    answer_in_input: object = True,
     accuracy: Accuracy | None = None,
     **settings: Any,
 ) -> Generator[Run, None, None]:

@@ -230,7 +230,7 @@ def _check_level(level: float) -> None:
 class _Read:
     """A table of effects that has been looked through, and how intervals are taken."""
 
-    def __init__(self, frame: pd.DataFrame, level: float, resamples: int, seed: Whole) -> None:
+    def __init__(self, frame: Any, level: float, resamples: int, seed: Whole) -> None:
         problem = problem_of(frame, _NEEDED, rows=True)
         self._frame, self._level, self._resamples = frame, level, resamples
         self.seed = whole("seed", seed, least=0)

@@ -200,7 +200,7 @@ def ranking_context(
     *,
     seed: Whole = 0,
     draw: Whole = 0,
-    answer_in_input: bool = True,
+    answer_in_input: object = True,
     prepend_bos: PrependBos = None,
     batch_size: BatchSize = 32,
     progress: bool = True,

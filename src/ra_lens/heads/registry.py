@@ -344,14 +344,14 @@ def find_method(name: str) -> RankingMethod:
     )
 
 
-def find_methods(methods: str | Iterable[str]) -> list[RankingMethod]:
+def find_methods(methods: object) -> list[RankingMethod]:
     """Give methods by their names, one or several.
 
     Raises:
         BadInput: there is none of a name, a name twice, or none at all.
     """
     alone = isinstance(methods, str) or not isinstance(methods, Iterable)
-    given = cast("list[str]", [methods] if alone else list(methods))
+    given = cast("list[str]", [methods] if alone else list(cast("Iterable[object]", methods)))
     if not all(isinstance(name, str) for name in given):
         raise BadInput(
             f"found methods={methods!r}; give the name of a ranking method, such as 'ra', or "
