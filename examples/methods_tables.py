@@ -61,26 +61,34 @@ def agreement(found: pd.DataFrame, ablation: str) -> pd.DataFrame:
     shots = sorted(part["n_shots"].unique())
     means = part.groupby(["method", "n_shots"]).mean(numeric_only=True)
     order = part.groupby("method")["spearman_signed"].mean().sort_values(ascending=False).index
+    kinds = (("signed", "signed"), ("abs", "size"))
     rows: dict[str, dict[str, str]] = {}
     for method in order:
         row: dict[str, str] = {}
-        for column, name in (("spearman_signed", "ρ signed"), ("spearman_abs", "ρ size")):
-            for n in shots:
-                row[f"{name}, {n}"] = share(means.loc[(method, n)][column])
-        for column, name in (("precision_signed", "signed"), ("precision_abs", "size")):
-            values = [means.loc[(method, n)][f"{column}_{K}"] for n in shots]
+        of_it = [means.loc[(method, n)] for n in shots]
+        for kind, name in kinds:
+            row[f"ρ {name}"] = _both(of_it, f"spearman_{kind}")
+        for kind, name in kinds:
+            row[f"other half, {name}"] = _both(of_it, f"cross_half_{kind}")
+        for kind, name in kinds:
+            values = [one[f"precision_{kind}_{K}"] for one in of_it]
             row[f"first {K}, {name}"] = share(sum(values) / len(values))
-        stable = [means.loc[(method, n)][f"jaccard_{K}"] for n in shots]
+        stable = [one[f"jaccard_{K}"] for one in of_it]
         row["stable"] = "–" if any(v != v for v in stable) else share(sum(stable) / len(stable))
         row["passes"] = _passes(part[part["method"] == method].iloc[0])
         rows[label(method)] = row
-    ceiling: dict[str, str] = {}
-    for column, name in (("ceiling_signed", "ρ signed"), ("ceiling_abs", "ρ size")):
-        for n in shots:
-            values = part[part["n_shots"] == n].groupby("task")[column].first()
-            ceiling[f"{name}, {n}"] = share(float(values.mean()))
-    rows["*effects, split in half*"] = ceiling
+    cells = part.groupby(["task", "n_shots"]).first(numeric_only=True)
+    of_effects = [cells.xs(n, level="n_shots").mean() for n in shots]
+    rows["*the effects themselves*"] = {
+        f"other half, {name}": _both(of_effects, f"effects_split_half_{kind}")
+        for kind, name in kinds
+    }
     return pd.DataFrame(rows).T
+
+
+def _both(of_it: Sequence[Any], column: str) -> str:
+    """A measure for each number of examples."""
+    return " · ".join(share(one[column]) for one in of_it)
 
 
 def _passes(row: Any) -> str:
