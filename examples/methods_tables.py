@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pages import share
@@ -18,12 +19,13 @@ from ra_lens.experiments import (
 )
 from ra_lens.figures.style import method_styles
 from ra_lens.heads import known, ranking_methods
-from ra_lens.heads.agreement import EFFECT, SCORE
+from ra_lens.heads.agreement import EFFECT, SCORE, spearman
 
 K = 20
 RESAMPLES = 400
 SIGNED = ("atp", "nap", "nap_ig", "zero", "resample")
 """Methods with a sign, of which orders by size are tested too."""
+_TAKEN = {"zero": "zeroed", "resample": "resampled"}
 KEYS = ["task", "n_shots", "question", "layer", "head"]
 
 
@@ -111,6 +113,39 @@ def by_task(found: pd.DataFrame, methods: Sequence[str], measure: str) -> pd.Dat
             )
             for method in methods
         }
+    return pd.DataFrame(rows).T
+
+
+def by_prompts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows ablations and methods, columns numbers of prompts scored: ρ with effects on others.
+
+    Of the cells with most prompts, whose effects are those of half of them, drawn a hundred times.
+    """
+    counts = frame.groupby(["task", "n_shots"])["question"].nunique()
+    cells = [key for key, n in counts.items() if n == counts.max()]
+    half = int(counts.max()) // 2
+    scored = [k for k in (1, 2, 3, 6, 12) if k <= half]
+    drawn = np.array([np.random.default_rng([0, i]).permutation(2 * half) for i in range(100)])
+    rows: dict[str, dict[str, str]] = {}
+    for ablation, methods in (("zero", ("zero", "atp", "grad_sam")), ("resample", ("nap",))):
+        for method in dict.fromkeys((ablation, *methods)):
+            found = {k: list[float]() for k in scored}
+            for task, n in cells:
+                of_cell = frame[(frame["task"] == task) & (frame["n_shots"] == n)]
+                score, effect = (
+                    of_cell.pivot(
+                        index="question", columns=["layer", "head"], values=name
+                    ).to_numpy()[drawn]
+                    for name in (SCORE + method, EFFECT + ablation)
+                )
+                others = effect[:, half:].mean(axis=1)
+                for k in scored:
+                    found[k].append(float(spearman(score[:, :k].mean(axis=1), others).mean()))
+            name = "exact" if method == ablation else label(method)
+            rows[f"{_TAKEN[ablation]}, {name}"] = {
+                f"{k} prompt{'s' * (k > 1)}": share(sum(rhos) / len(rhos))
+                for k, rhos in found.items()
+            }
     return pd.DataFrame(rows).T
 
 

@@ -52,7 +52,7 @@ def test_each_panel_shows_the_cells_their_means_and_what_is_told_of_the_other_ha
     assert list(other[0].x) == pytest.approx([0.3, 0.0, -0.15]) and list(other[0].y) == [0, 1, 2]
     assert list(other[3].x) == pytest.approx([-0.2, -0.05, 0.025])
     assert all(symbol.endswith("-open") for symbol in other[0].marker.symbol)
-    assert "open: scores of one half" in figure.layout.title.text
+    assert "open: scores of one half, effects on the other" in figure.layout.title.text
     assert "2 cells (task and examples) of 6 prompts" in figure.layout.title.text
 
 

@@ -83,13 +83,13 @@ FOUR_SCORES = [[0.0, 2.0, 6.0], [7.0, 8.0, 2.0], [1.0, 5.0, 8.0], [5.0, 0.0, 5.0
 def test_what_scores_tell_of_the_other_half_is_that_on_paper(splits):
     """All three splits, of sums: 1 − Σd²/4 is ρ of three heads.
 
-        half   scores         effects        sizes
-        0, 1    7, 10,  8     -3,  0,  1      9, 10,  7
-        2, 3    6,  5, 13    -11, -3, -1     11,  3,  1
-        0, 2    1,  7, 14    -11,  5, -3     11,  5,  3
-        1, 3   12,  8,  7     -3, -8,  3      9,  8,  5
-        0, 3    5,  2, 11    -12,  2, -4     12,  8,  4
-        1, 2    8, 13, 10     -2, -5,  4      8,  5,  4
+    half   scores         effects        sizes
+    0, 1    7, 10,  8     -3,  0,  1      9, 10,  7
+    2, 3    6,  5, 13    -11, -3, -1     11,  3,  1
+    0, 2    1,  7, 14    -11,  5, -3     11,  5,  3
+    1, 3   12,  8,  7     -3, -8,  3      9,  8,  5
+    0, 3    5,  2, 11    -12,  2, -4     12,  8,  4
+    1, 2    8, 13, 10     -2, -5,  4      8,  5,  4
     """
     frame = made({"ra": FOUR_SCORES}, FOUR_EFFECTS)
     found = row_of(faithfulness(frame, ks=1, resamples=20, splits=splits), "ra")
@@ -101,7 +101,7 @@ def test_what_scores_tell_of_the_other_half_is_that_on_paper(splits):
     assert found["effects_split_half_signed"] == pytest.approx((1.0 - 0.5 - 0.5) / 3)
     assert found["effects_split_half_abs"] == pytest.approx((0.5 + 1.0 + 1.0) / 3)
     assert found["split_half"] == pytest.approx((-0.5 - 1.0 - 0.5) / 3)
-    # All four: scores 13, 15, 21, effects -14, -3, 0. No bound is what the halves of the effects say.
+    # All four: scores 13, 15, 21, effects -14, -3, 0. What halves of the effects say is no bound.
     assert found["spearman_signed"] == pytest.approx(1.0)
 
 
@@ -150,7 +150,8 @@ def test_intervals_hold_their_value():
         assert len(ends) == (6 if table is found else 2)
         for low in ends:
             name = low.removesuffix("_low")
-            assert (table[low] <= table[name]).all() and (table[name] <= table[f"{name}_high"]).all()
+            assert (table[low] <= table[name]).all()
+            assert (table[name] <= table[f"{name}_high"]).all()
 
 
 def test_a_method_against_itself_is_perfect():

@@ -128,7 +128,6 @@ def test_intervals_cover_the_mean_of_as_many_prompts():
         )
     ]
     by_way = {name: [held[name] for held in found] for name in found[0]}
-    print(by_way)
     assert min(by_way["around"]) > 0.75 and np.mean(by_way["around"]) > 0.84
     assert min(by_way["percentile"]) < 0.65
     assert np.mean(by_way["basic"]) < 0.65

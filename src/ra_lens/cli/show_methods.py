@@ -43,7 +43,7 @@ def print_faithfulness(found: pd.DataFrame, ks: Sequence[int]) -> None:
         table.add_section()
         signed, size = first["effects_split_half_signed"], first["effects_split_half_abs"]
         told = f"{_number(signed)} {_number(size)}"
-        table.add_row("the effects themselves", "", "", told, "", "", "")
+        table.add_row("exact effects", "", "", told, "", "", "")
         print_parts(table, "")
     first = found.iloc[0]
     note = (

@@ -101,8 +101,8 @@ def method_agreement(
     )
     if any(trace.name == "other half" for trace in figure.data):
         subtitle += (
-            "<br>filled: effects on the same prompts · open: scores of one half of the prompts, "
-            "effects on the other · dotted: effects of one half and of the other"
+            "<br>filled: effects on the same prompts · open: scores of one half, effects on the "
+            "other · dotted: effects of both halves"
         )
     finish(
         figure,
