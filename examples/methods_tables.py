@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pages import interval, share
@@ -18,12 +19,13 @@ from ra_lens.experiments import (
 )
 from ra_lens.figures.style import method_styles
 from ra_lens.heads import known, ranking_methods
-from ra_lens.heads.agreement import EFFECT, SCORE
+from ra_lens.heads.agreement import EFFECT, SCORE, spearman
 
 K = 20
 RESAMPLES = 400
 SIGNED = ("atp", "nap", "nap_ig", "zero", "resample")
 """Methods with a sign, of which orders by size are tested too."""
+_TAKEN = {"zero": "zeroed", "resample": "resampled"}
 KEYS = ["task", "n_shots", "question", "layer", "head"]
 
 
@@ -56,26 +58,34 @@ def agreement(found: pd.DataFrame, ablation: str) -> pd.DataFrame:
     shots = sorted(part["n_shots"].unique())
     means = part.groupby(["method", "n_shots"]).mean(numeric_only=True)
     order = part.groupby("method")["spearman_signed"].mean().sort_values(ascending=False).index
+    kinds = (("signed", "signed"), ("abs", "size"))
     rows: dict[str, dict[str, str]] = {}
     for method in order:
         row: dict[str, str] = {}
-        for column, name in (("spearman_signed", "ρ signed"), ("spearman_abs", "ρ size")):
-            for n in shots:
-                row[f"{name}, {n}"] = share(means.loc[(method, n)][column])
-        for column, name in (("precision_signed", "signed"), ("precision_abs", "size")):
-            values = [means.loc[(method, n)][f"{column}_{K}"] for n in shots]
+        of_it = [means.loc[(method, n)] for n in shots]
+        for kind, name in kinds:
+            row[f"ρ {name}"] = _both(of_it, f"spearman_{kind}")
+        for kind, name in kinds:
+            row[f"other half, {name}"] = _both(of_it, f"cross_half_{kind}")
+        for kind, name in kinds:
+            values = [one[f"precision_{kind}_{K}"] for one in of_it]
             row[f"first {K}, {name}"] = share(sum(values) / len(values))
-        stable = [means.loc[(method, n)][f"jaccard_{K}"] for n in shots]
+        stable = [one[f"jaccard_{K}"] for one in of_it]
         row["stable"] = "–" if any(v != v for v in stable) else share(sum(stable) / len(stable))
         row["passes"] = _passes(part[part["method"] == method].iloc[0])
         rows[label(method)] = row
-    ceiling: dict[str, str] = {}
-    for column, name in (("ceiling_signed", "ρ signed"), ("ceiling_abs", "ρ size")):
-        for n in shots:
-            values = part[part["n_shots"] == n].groupby("task")[column].first()
-            ceiling[f"{name}, {n}"] = share(float(values.mean()))
-    rows["*effects, split in half*"] = ceiling
+    cells = part.groupby(["task", "n_shots"]).first(numeric_only=True)
+    of_effects = [cells.xs(n, level="n_shots").mean() for n in shots]
+    rows["*the effects themselves*"] = {
+        f"other half, {name}": _both(of_effects, f"effects_split_half_{kind}")
+        for kind, name in kinds
+    }
     return pd.DataFrame(rows).T
+
+
+def _both(of_it: Sequence[Any], column: str) -> str:
+    """A measure for each number of examples."""
+    return " · ".join(share(one[column]) for one in of_it)
 
 
 def _passes(row: Any) -> str:
@@ -93,6 +103,39 @@ def by_task(found: pd.DataFrame, methods: Sequence[str], measure: str) -> pd.Dat
         rows[f"{task}, {n}"] = {
             label(method): interval(of_cell.loc[method], measure) for method in methods
         }
+    return pd.DataFrame(rows).T
+
+
+def by_prompts(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows ablations and methods, columns numbers of prompts scored: ρ with effects on others.
+
+    Of the cells with most prompts, whose effects are those of half of them, drawn a hundred times.
+    """
+    counts = frame.groupby(["task", "n_shots"])["question"].nunique()
+    cells = [key for key, n in counts.items() if n == counts.max()]
+    half = int(counts.max()) // 2
+    scored = [k for k in (1, 2, 3, 6, 12) if k <= half]
+    drawn = np.array([np.random.default_rng([0, i]).permutation(2 * half) for i in range(100)])
+    rows: dict[str, dict[str, str]] = {}
+    for ablation, methods in (("zero", ("zero", "atp", "grad_sam")), ("resample", ("nap",))):
+        for method in dict.fromkeys((ablation, *methods)):
+            found = {k: list[float]() for k in scored}
+            for task, n in cells:
+                of_cell = frame[(frame["task"] == task) & (frame["n_shots"] == n)]
+                score, effect = (
+                    of_cell.pivot(
+                        index="question", columns=["layer", "head"], values=name
+                    ).to_numpy()[drawn]
+                    for name in (SCORE + method, EFFECT + ablation)
+                )
+                others = effect[:, half:].mean(axis=1)
+                for k in scored:
+                    found[k].append(float(spearman(score[:, :k].mean(axis=1), others).mean()))
+            name = "exact" if method == ablation else label(method)
+            rows[f"{_TAKEN[ablation]}, {name}"] = {
+                f"{k} prompt{'s' * (k > 1)}": share(sum(rhos) / len(rhos))
+                for k, rhos in found.items()
+            }
     return pd.DataFrame(rows).T
 
 

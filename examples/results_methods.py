@@ -223,6 +223,7 @@ def main(
             "resample": markdown(tables.agreement(found, "resample")),
             "signed by task": markdown(tables.by_task(found, SHOWN, "spearman_signed")),
             "size by task": markdown(tables.by_task(found, SHOWN, "spearman_abs")),
+            "by prompts": markdown(tables.by_prompts(frame)),
             "minus ra": markdown(tables.minus_ra(frame)),
             "sanity": markdown(tables.sanity(frame, found)),
         }

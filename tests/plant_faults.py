@@ -298,6 +298,27 @@ FAULTS = (
         "tests/heads/test_heads_agreement.py",
     ),
     Fault(
+        "scores of one half are held to the effects of the same half",
+        "heads",
+        "np.concatenate([other, one])",
+        "np.concatenate([one, other])",
+        "tests/heads/test_heads_agreement.py",
+    ),
+    Fault(
+        "an interval is where the draws lie, not around its value",
+        "heads",
+        "value + stretch * (first - middle), value + stretch * (last - middle)",
+        "value + stretch * first, value + stretch * last",
+        "tests/heads/test_heads_intervals.py",
+    ),
+    Fault(
+        "draws of questions are those of the cell before, gone on with",
+        "heads",
+        "np.random.default_rng([seed, curves.key])",
+        "np.random.default_rng([seed, len(cells)])",
+        "tests/experiments/test_head_only.py",
+    ),
+    Fault(
         "knockouts summed with their signs",
         "heads",
         'ra["knockout", layer].abs()',

@@ -120,12 +120,32 @@ def test_means_are_taken_before_f_and_intervals_are_those_of_resampled_questions
                 (name, [one[order][i] for one in drawn]),
                 (f"{name}_more", [one[order][i] - one["random", "none"][i] for one in drawn]),
             ):
-                low, high = np.quantile(values, [0.05, 0.95])
+                low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+                stretch = (12 / 11) ** 0.5 * 1.7959 / 1.6449  # t of 11 degrees of freedom over z
                 room = 0.25 * (high - low) + 1e-9
-                assert row[f"{column}_low"] == pytest.approx(low, abs=room)
-                assert row[f"{column}_high"] == pytest.approx(high, abs=room)
+                ends = row[column] + stretch * np.array([low - middle, high - middle])
+                assert row[f"{column}_low"] == pytest.approx(ends[0], abs=room)
+                assert row[f"{column}_high"] == pytest.approx(ends[1], abs=room)
+                assert row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
     assert found.loc[("good", "forward"), "cpr_more_low"] > 0
     assert (found.loc[("random", "none"), ["cpr_more_low", "cmd_more_high"]] == 0).all()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_intervals_do_not_depend_on_the_order_of_rows(together):
+    frame = pd.concat([each_question(), each_question().assign(task="b", n_shots=5)])
+    options = {"against": "random", "resamples": 50, "together": together}
+    numbers = ["cpr", "cpr_low", "cpr_high", "cmd_more_low", "cmd_more_high"]
+    keys = ["task", "method"] if not together else ["method"]
+    found = head_only_cpr_cmd(frame, **options).set_index(keys)
+    mixed = frame[::-1].sample(frac=1, random_state=0)
+    again = head_only_cpr_cmd(mixed, **options).set_index(keys).loc[found.index]
+    np.testing.assert_allclose(again[numbers], found[numbers], rtol=1e-9, atol=1e-12)
+    if not together:
+        alone = head_only_cpr_cmd(frame[frame.task == "b"], **options).set_index(keys)
+        assert alone[numbers].equals(found.loc[alone.index, numbers])
+        # Their questions have the same values, and other draws.
+        assert found.loc[("a", "bad"), "cpr_low"] != found.loc[("b", "bad"), "cpr_low"]
 
 
 def test_a_table_of_means_and_one_of_questions_agree():

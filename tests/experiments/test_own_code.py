@@ -116,7 +116,6 @@ def calling_itself(least):
         (torch.nn.Linear, torch.nn.Identity),
         (np, torch),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_is_around_a_function_counts(one, other):
     assert code_hash(around(one)) == code_hash(around(one))
@@ -137,7 +136,7 @@ def test_values_that_are_equal_are_told_alike():
     assert code_hash(around(probe)) != code_hash(around(copy))
 
 
-@pytest.mark.parametrize("value", [object(), iter([1]), [lambda: 0, {"a": object()}]], ids=str)
+@pytest.mark.parametrize("value", [object(), iter([1]), [lambda: 0, {"a": object()}]])
 def test_what_does_not_show_itself_is_told_of(value):
     with pytest.raises(Untold, match="at 0x"):
         code_hash(around(value))

@@ -27,8 +27,8 @@ def made(scores=SCORES, effects=EFFECTS, task="toy", **more):
         | {"loss": 1.0, "seconds_ra": 0.5, "seconds_zero": 7.0, "seed": 0, **more}
         | {f"score_{name}": values[i][j] for name, values in scores.items()}
         | {"effect_zero": effects[i][j]}
-        for i in range(2)
-        for j in range(4)
+        for i in range(len(effects))
+        for j in range(len(effects[0]))
     ]
     return pd.DataFrame(rows)
 
@@ -65,9 +65,9 @@ def test_measures_are_those_on_paper():
     assert (ra["jaccard_1"], ra["jaccard_2"]) == (0.0, 0.0)
     assert np.isnan(atp["split_half"]) and np.isnan(atp["jaccard_1"])
     # Effects of one prompt have ranks 1.5, 4, 3, 1.5, of the other 4, 3, 2, 1.
-    assert ra["ceiling_signed"] == pytest.approx(0.5 / (4.5**0.5 * 5**0.5))
+    assert ra["effects_split_half_signed"] == pytest.approx(0.5 / (4.5**0.5 * 5**0.5))
     # Sizes 2, 5, 4, 2 and 4, 3, 2, 6: ranks 1.5, 4, 3, 1.5 and 3, 2, 1, 4.
-    assert ra["ceiling_abs"] == pytest.approx(-3.5 / (4.5**0.5 * 5**0.5))
+    assert ra["effects_split_half_abs"] == pytest.approx(-3.5 / (4.5**0.5 * 5**0.5))
     assert (ra["n_prompts"], ra["n_heads"], ra["label"]) == (2, 4, "RA")
     assert (ra["forwards"], ra["backwards"], ra["seconds"]) == (2, 2, 0.5)
     mine = row_of(found, "mine")
@@ -75,18 +75,84 @@ def test_measures_are_those_on_paper():
     assert (atp["model"], atp["seed"], atp["experiment"]) == ("tiny", 0, "faithfulness")
 
 
+# Four prompts of three heads, without ties in what is used below.
+FOUR_EFFECTS = [[-6.0, 5.0, -3.0], [3.0, -5.0, 4.0], [-5.0, 0.0, 0.0], [-6.0, -3.0, -1.0]]
+FOUR_SCORES = [[0.0, 2.0, 6.0], [7.0, 8.0, 2.0], [1.0, 5.0, 8.0], [5.0, 0.0, 5.0]]
+
+
+@pytest.mark.parametrize("splits", [3, 100])
+def test_what_scores_tell_of_the_other_half_is_that_on_paper(splits):
+    """All three splits, of sums: 1 − Σd²/4 is ρ of three heads.
+
+    half   scores         effects        sizes
+    0, 1    7, 10,  8     -3,  0,  1      9, 10,  7
+    2, 3    6,  5, 13    -11, -3, -1     11,  3,  1
+    0, 2    1,  7, 14    -11,  5, -3     11,  5,  3
+    1, 3   12,  8,  7     -3, -8,  3      9,  8,  5
+    0, 3    5,  2, 11    -12,  2, -4     12,  8,  4
+    1, 2    8, 13, 10     -2, -5,  4      8,  5,  4
+    """
+    frame = made({"ra": FOUR_SCORES}, FOUR_EFFECTS)
+    found = row_of(faithfulness(frame, ks=1, resamples=20, splits=splits), "ra")
+    # Scores with the effects of the half in the other row, one way and the other.
+    across = [0.5, 0.5, 0.5, -0.5, 1.0, 1.0]
+    assert found["cross_half_signed"] == pytest.approx(sum(across) / 6)
+    of_sizes = [-0.5, -1.0, -1.0, 1.0, -0.5, -0.5]
+    assert found["cross_half_abs"] == pytest.approx(sum(of_sizes) / 6)
+    assert found["effects_split_half_signed"] == pytest.approx((1.0 - 0.5 - 0.5) / 3)
+    assert found["effects_split_half_abs"] == pytest.approx((0.5 + 1.0 + 1.0) / 3)
+    assert found["split_half"] == pytest.approx((-0.5 - 1.0 - 0.5) / 3)
+    # All four: scores 13, 15, 21, effects -14, -3, 0. What halves of the effects say is no bound.
+    assert found["spearman_signed"] == pytest.approx(1.0)
+
+
+def test_one_prompt_tells_nothing_of_others():
+    found = row_of(faithfulness(made({"ra": SCORES["ra"][:1]}, EFFECTS[:1]), ks=1), "ra")
+    unknown = ["cross_half_signed", "effects_split_half_abs", "split_half", "jaccard_1"]
+    assert np.isnan([found[name] for name in (*unknown, "spearman_abs_low")]).all()
+    assert np.isfinite(found["spearman_abs"])
+
+
+def test_scores_that_do_not_vary_tell_nothing():
+    flat = [[1.0] * 4, [2.0] * 4]
+    found = row_of(faithfulness(made({"mine": flat}), ks=1, resamples=20), "mine")
+    assert np.isnan([found[n] for n in ("spearman_abs", "split_half", "cross_half_abs")]).all()
+
+
 def test_intervals_are_those_of_the_prompts_drawn():
-    """Of two prompts a draw has the first twice, the second twice, or both."""
-    found = row_of(faithfulness(made(), ks=1, resamples=2000, splits=1), "atp")
+    """Of two prompts a draw has the first twice, the second twice, or both, which is the middle."""
+    frame, options = made(), {"ks": 1, "resamples": 2000, "level": 0.6}
+    found = row_of(faithfulness(frame, **options), "atp")
     score = np.array([[4.0, 3.0, 2.0, 1.0]])
-    first, second = (np.array([values]) for values in EFFECTS)
-    for name, of in (("signed", lambda x: x), ("abs", np.abs)):
-        each = [spearman(score, of(x))[0] for x in (first, second)]
-        each.append(spearman(score, (of(first) + of(second)) / 2)[0])
-        assert found[f"spearman_{name}_low"] == pytest.approx(min(each))
-        assert found[f"spearman_{name}_high"] == pytest.approx(max(each))
-    again = row_of(faithfulness(made(), ks=1, resamples=2000, splits=1, seed=1), "atp")
+    [low] = spearman(score, np.array(EFFECTS[:1]))
+    [high] = spearman(score, np.array(EFFECTS[1:]))
+    assert (low, high) == (pytest.approx(0.5 / (4.5**0.5 * 5**0.5)), pytest.approx(1))
+    # √(n/(n−1)); t of one degree of freedom, tan(.6 · 90°); z of four fifths.
+    stretch = 2**0.5 * np.tan(0.3 * np.pi) / 0.8416212
+    assert found["spearman_signed_low"] == pytest.approx(0.8 - stretch * (0.8 - low))
+    assert 0.8 + stretch * (high - 0.8) > 1 == found["spearman_signed_high"]
+    again = row_of(faithfulness(frame, seed=1, **options), "atp")
     assert again["spearman_signed"] == found["spearman_signed"]
+
+
+def test_intervals_hold_their_value():
+    generator = np.random.default_rng(4)
+    effects = generator.standard_t(2, (6, 12))
+    scores = {
+        # The noise of its prompts moves the draws of one up, of the other down.
+        "nap": effects + generator.normal(0, 0.5, 12),
+        "michel": np.abs(effects) + generator.normal(0, 0.5, (6, 12)),
+    }
+    frame = made(scores, effects)
+    found = faithfulness(frame, ks=(1, 3), resamples=200)
+    less = faithfulness_differences(frame, minus="nap", resamples=200)
+    for table in (found, less):
+        ends = [str(name) for name in table if str(name).endswith("_low")]
+        assert len(ends) == (6 if table is found else 2)
+        for low in ends:
+            name = low.removesuffix("_low")
+            assert (table[low] <= table[name]).all()
+            assert (table[name] <= table[f"{name}_high"]).all()
 
 
 def test_a_method_against_itself_is_perfect():
@@ -95,7 +161,7 @@ def test_a_method_against_itself_is_perfect():
     names = ["spearman_signed", "precision_signed_1", "precision_signed_3"]
     for name in names:
         assert [found[name], found[f"{name}_low"], found[f"{name}_high"]] == [1.0, 1.0, 1.0]
-    assert found["split_half"] == found["ceiling_signed"]
+    assert found["split_half"] == found["effects_split_half_signed"] == found["cross_half_signed"]
 
 
 def test_differences_are_paired():
@@ -122,11 +188,27 @@ def test_prompts_of_one_task_are_drawn_whatever_those_of_another_are():
     frame = pd.concat([made(), made(task="other")])
     options = {"minus": "ra", "methods": "atp", "resamples": 2000, "level": 0.4}
     one = faithfulness_differences(frame, **options)
+    alone = faithfulness_differences(made(), **options)
+    shuffled = faithfulness_differences(frame.sample(frac=1, random_state=0), **options)
+    assert alone.equals(one[one.task == "toy"])
+    assert shuffled.sort_values("task", ascending=False, ignore_index=True).equals(one)
     both = faithfulness_differences(frame, together=True, **options)
-    assert one.spearman_abs_low.nunique() == 1
-    # Half of the draws of a task have the lowest, a quarter has it in both: that is below .3.
-    assert one.spearman_abs_low[0] == pytest.approx(-1.02456386)
-    assert both.spearman_abs_low.item() > -1
+    # Half of the draws of a task have .0254, a quarter .2 and a quarter .2108: of both tasks a
+    # quarter is .0254, a quarter (.0254 + .2) / 2, a quarter (.0254 + .2108) / 2.
+    first, second, third = (
+        spearman(np.array(SCORES["atp"][:1]), effects)[0] - spearman(of, effects)[0]
+        for of, effects in (
+            (np.array([[2.0, 3.0, 2.0, 2.0]]), np.array([[3.0, 4.0, 1.0, -2.0]])),
+            *((np.array([SCORES["ra"][i]]), np.array([EFFECTS[i]])) for i in (1, 0)),
+        )
+    )
+    assert (first, second, third) == pytest.approx((0.02540333, 0.2, 0.21081851))
+    # t of one and of two degrees of freedom; both have z of .7.
+    stretch = np.sqrt(2) / 0.5244005 * np.array([np.tan(0.2 * np.pi), 0.4 * (2 / 0.84) ** 0.5])
+    of_one = one.spearman_signed_high - one.spearman_signed_low
+    assert of_one.tolist() == pytest.approx([stretch[0] * (second - first)] * 2)
+    of_both = (both.spearman_signed_high - both.spearman_signed_low).item()
+    assert of_both == pytest.approx(stretch[1] * (third - second) / 2, rel=0.01)
 
 
 def test_scores_of_minus_infinity_come_last():

@@ -24,13 +24,16 @@ def print_faithfulness(found: pd.DataFrame, ks: Sequence[int]) -> None:
     styles = method_styles(found["method"])
     for (task, n, ablation), part in grouped(found, ["task", "n_shots", "ablation"]):
         title = f"{task}, {shots_name(int(n))}: head {_AWAY.get(ablation, ablation)}"
-        table = table_of(title, "method", "ρ signed", "ρ size", f"first {k}", "stable", "passes")
+        table = table_of(
+            title, "method", "ρ signed", "ρ size", "other half", f"first {k}", "stable", "passes"
+        )
         for row in part.sort_values("spearman_signed", ascending=False).itertuples():
             values: Any = row
             table.add_row(
                 styles[values.method].name,
                 _number(values.spearman_signed),
                 _number(values.spearman_abs),
+                f"{_number(values.cross_half_signed)} {_number(values.cross_half_abs)}",
                 f"{_number(getattr(values, f'precision_signed_{k}'))} "
                 f"{_number(getattr(values, f'precision_abs_{k}'))}",
                 _number(getattr(values, f"jaccard_{k}")),
@@ -38,13 +41,16 @@ def print_faithfulness(found: pd.DataFrame, ks: Sequence[int]) -> None:
             )
         first = part.iloc[0]
         table.add_section()
-        ceilings = _number(first["ceiling_signed"]), _number(first["ceiling_abs"])
-        table.add_row("effects, split in half", *ceilings, "", "", "")
+        signed, size = first["effects_split_half_signed"], first["effects_split_half_abs"]
+        told = f"{_number(signed)} {_number(size)}"
+        table.add_row("exact effects", "", "", told, "", "", "")
         print_parts(table, "")
     first = found.iloc[0]
     note = (
         f"{int(first['n_prompts'])} prompts, {int(first['n_heads'])} heads. ρ: Spearman's, of the "
-        "scores with the mean rise of the loss without a head, and with its mean size; first "
+        "scores with the mean rise of the loss without a head, and with its mean size, on the same "
+        "prompts; other half: both, of the scores on half of the prompts with the effects on the "
+        "others: what is told of new prompts, and what the effects themselves tell of them; first "
         f"{k}: share of the first {k} heads that are among the {k} of largest effect, and of "
         f"largest size (by chance {short(k / int(first['n_heads']))}); stable: overlap of the "
         f"first {k} by two halves of the prompts; passes: forward and backward, of one prompt. "

@@ -90,7 +90,7 @@ def faithfulness_test(
         n_rank: Prompts of each task and number of demonstrations, at least 2.
         ks: Numbers of heads at which precision and stability are taken.
         splits: Into how many pairs of random halves the prompts are divided.
-        level: Share of the resampled values that an interval holds.
+        level: Share of intervals that are to hold the mean over sets of as many prompts.
         resamples: How often prompts are drawn.
         split: `"code"`: 70/9/21 % for train/valid/test; `"text"`: a third for test.
         answer_in_input: Whether the loss is the mean over the answer's tokens, for effects and for

@@ -17,7 +17,8 @@ cannot be compared with its tables: here the components are the heads, and MLPs 
 always kept; and the curve begins at k = 0, where MIB's begins at .001.
 
 m is a mean over questions, of which f is taken; f of single questions is not averaged, as some have
-next to nothing between none and all. The bootstrap draws questions and takes f anew each time.
+next to nothing between none and all. The bootstrap draws questions and takes f anew each time; its
+intervals lie around the value (`ra_lens.heads.intervals`).
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from jaxtyping import Float
 from ra_lens.errors import BadInput, RALensWarning
 from ra_lens.experiments.intervals import draw_weights, read_bootstrap
 from ra_lens.experiments.perturbation import CURVE
+from ra_lens.heads.intervals import interval_around
 from ra_lens.numbers import Real, Whole
 from ra_lens.questions import METRICS, Metric
 from ra_lens.tables import problem_of
+from ra_lens.tasks.task import stable_int
 from ra_lens.text import shots_name
 
 _CELL = ["model", "task", "kind", "n_shots"]
@@ -63,16 +66,17 @@ def head_only_cpr_cmd(
             than those of its order (forward, or the mean over its draws) is given too.
         together: Give the means over all tasks and numbers of shots in place of each; questions are
             drawn within each.
-        level: Share of the resampled values that an interval holds.
+        level: Share of intervals that are to hold the mean over sets of as many questions.
         resamples: How often questions are drawn.
-        seed: Of the draws.
+        seed: Of the draws, which do not depend on the order of rows.
 
     Returns:
         One row per model, task, number of shots, method and direction, with `cpr` and `cmd` (means
         over draws for random orders), `m_none` and `m_all`. Of a table with questions also
         `n_questions` and intervals by the bootstrap over questions: `cpr_low`, `cpr_high`,
         `cmd_low`, `cmd_high`. With `against` also `cpr_more` and `cmd_more`; their intervals
-        compare question by question, since all orders of a task get the same draws.
+        compare question by question, since all orders of a task get the same draws. They are NaN
+        for a single question.
 
     Raises:
         BadInput: not such a frame, an option that cannot be used, or a model that answers as well
@@ -88,10 +92,11 @@ def head_only_cpr_cmd(
         raise BadInput(
             f"found a table {problem}; give the result of perturbation_test(...{wanted})."
         )
-    generator = np.random.default_rng(seed)
     cells: list[_Scored] = []
     for _, of_cell in _groups(frame, _CELL):
         curves = _Curves.read(of_cell, metric)
+        # Of its own for each cell, whatever else the table has and wherever it stands.
+        generator = np.random.default_rng([seed, curves.key])
         drawn = draw_weights(curves.n, resamples, generator) if each else None
         curves.check_gap(drawn, level, metric)
         cells.append(curves.scored(drawn))
@@ -109,9 +114,9 @@ class _Scored:
 
     about: dict[str, Any]
     ends: dict[str, float]
-    n_questions: int
+    sizes: tuple[int, ...]  # numbers of questions of the cells that it is the mean of
     found: dict[Order, Float[np.ndarray, "2"]]
-    drawn: dict[Order, Float[np.ndarray, "2 resample"]] | None
+    drawn: dict[Order, Float[np.ndarray, "cell 2 resample"]] | None
 
     @staticmethod
     def mean(cells: Sequence[_Scored]) -> _Scored:
@@ -134,11 +139,11 @@ class _Scored:
         drawn = None
         if first.drawn is not None:
             known = [one.drawn for one in cells if one.drawn is not None]
-            drawn = {order: np.mean([one[order] for one in known], axis=0) for order in orders}
+            drawn = {order: np.concatenate([one[order] for one in known]) for order in orders}
         return _Scored(
             about,
             {name: sum(one.ends[name] for one in cells) / n for name in first.ends},
-            sum(one.n_questions for one in cells),
+            tuple(n for one in cells for n in one.sizes),
             {order: np.mean([one.found[order] for one in cells], axis=0) for order in orders},
             drawn,
         )
@@ -157,13 +162,32 @@ class _Scored:
         for order, found in self.found.items():
             row = {**self.about, "method": order[0], "direction": order[1]}
             drawn = None if self.drawn is None else self.drawn[order]
-            row |= _told("", found, drawn, level)
+            row |= self._told("", found, drawn, level)
             if other is not None:
                 less = None if self.drawn is None else self.drawn[other]
                 paired = None if drawn is None or less is None else drawn - less
-                row |= _told("_more", found - self.found[other], paired, level)
-            n = {} if self.drawn is None else {"n_questions": self.n_questions}
+                row |= self._told("_more", found - self.found[other], paired, level)
+            n = {} if self.drawn is None else {"n_questions": sum(self.sizes)}
             yield {**row, **self.ends, **n}
+
+    def _told(
+        self,
+        ending: str,
+        found: Float[np.ndarray, "2"],
+        drawn: Float[np.ndarray, "cell 2 resample"] | None,
+        level: float,
+    ) -> dict[str, float]:
+        told: dict[str, float] = {}
+        for i, score in enumerate(("cpr", "cmd")):
+            name, value = f"{score}{ending}", float(found[i])
+            told[name] = value
+            if drawn is not None:
+                within = (0.0 if name == "cmd" else -np.inf, np.inf)
+                low, high = interval_around(
+                    value, list(drawn[:, i]), self.sizes, level=level, within=within
+                )
+                told |= {f"{name}_low": low, f"{name}_high": high}
+        return told
 
 
 @dataclass(frozen=True)
@@ -180,7 +204,7 @@ class _Curves:
         about: dict[str, Any] = of_cell.iloc[0][_CELL].to_dict()
         frame = of_cell if "question" in of_cell else of_cell.assign(question=0)
         shares = np.unique(frame["share"].to_numpy(dtype=float))
-        columns = pd.MultiIndex.from_product([shares, frame["question"].unique()])
+        columns = pd.MultiIndex.from_product([shares, np.unique(frame["question"])])
         values: dict[Order, Any] = {}
         for order, curves in _groups(frame, ["method", "direction"]):
             twice = bool(curves.duplicated(["draw", "share", "question"]).any())
@@ -197,6 +221,12 @@ class _Curves:
                 )
             values[order] = wide.reshape(len(wide), len(shares), -1)
         return _Curves(about, shares, values)
+
+    @property
+    def key(self) -> int:
+        """A number for the task and its demonstrations; two models get the same draws."""
+        about = self.about
+        return stable_int(about["task"], about["kind"], int(about["n_shots"]))
 
     @property
     def n(self) -> int:
@@ -217,9 +247,11 @@ class _Curves:
         return _Scored(
             self.about,
             {"m_none": none, "m_all": every},
-            self.n,
+            (self.n,),
             {order: self._scores(order, all_alike)[:, 0] for order in self.values},
-            None if drawn is None else {order: self._scores(order, drawn) for order in self.values},
+            None
+            if drawn is None
+            else {order: self._scores(order, drawn)[None] for order in self.values},
         )
 
     def _scores(
@@ -257,21 +289,6 @@ class _Curves:
                 RALensWarning,
                 stacklevel=3,
             )
-
-
-def _told(
-    ending: str,
-    found: Float[np.ndarray, "2"],
-    drawn: Float[np.ndarray, "2 resample"] | None,
-    level: float,
-) -> dict[str, float]:
-    told: dict[str, float] = {}
-    for i, score in enumerate(("cpr", "cmd")):
-        told[f"{score}{ending}"] = float(found[i])
-        if drawn is not None:
-            low, high = np.quantile(drawn[i], [(1 - level) / 2, (1 + level) / 2])
-            told |= {f"{score}{ending}_low": float(low), f"{score}{ending}_high": float(high)}
-    return told
 
 
 def _groups(frame: pd.DataFrame, by: list[str]) -> list[tuple[Any, Any]]:

@@ -22,12 +22,12 @@ from ra_lens.text import short, shots_name
 Measure = Literal["spearman_signed", "spearman_abs"]
 
 _NEEDED = ("model", "task", "n_shots", "method", "ablation", *get_args(Measure))
-_MEASURES: dict[Measure, tuple[str, str]] = {
-    "spearman_signed": ("ρ with the effect", "ceiling_signed"),
-    "spearman_abs": ("ρ with its size", "ceiling_abs"),
+_MEASURES: dict[Measure, tuple[str, str, str]] = {
+    "spearman_signed": ("ρ with the effect", "cross_half_signed", "effects_split_half_signed"),
+    "spearman_abs": ("ρ with its size", "cross_half_abs", "effects_split_half_abs"),
 }
 _ABLATIONS = {"zero": "head zeroed", "mean": "head at its mean", "resample": "head resampled"}
-_CEILING, _EACH = "#4b5563", 21
+_LINE, _EACH = "#4b5563", 21
 
 
 def method_agreement(
@@ -36,9 +36,11 @@ def method_agreement(
     """Draw Spearman's ρ between each method's scores and the exact effects of taking a head away.
 
     A panel for each ablation and measure, a row for each method, best first by the mean of the
-    first panel. The large marker is the mean over tasks and numbers of demonstrations, the small
-    ones are these; of a single one there is its interval. The dotted line is the exact effects' own
-    split-half ρ, which no method can be held to exceed by much.
+    first panel. The large marker is the mean over tasks and numbers of demonstrations, of effects
+    on the same prompts as the scores; the small ones are the cells; of a single one there is its
+    interval. The open marker is what scores on half of the prompts tell of the effects on the
+    others. It may be compared with the dotted line, what the effects on one half tell of those on
+    the other; the large marker may not.
 
     Args:
         frame: From `faithfulness_test` or `faithfulness`, of one model.
@@ -49,8 +51,8 @@ def method_agreement(
 
     Returns:
         A figure with, per panel, a trace `each` whose `text` names task and demonstrations, and a
-        trace `mean`, whose `y` are the methods from the top and `x` the values; and a trace
-        `split-half of the effects`.
+        trace `mean`, whose `y` are the methods from the top and `x` the values; of a frame that
+        has them, traces `other half`, likewise, and `split-half of the effects`.
 
     Raises:
         BadInput: not such a frame, several models in it, or an unknown measure.
@@ -97,6 +99,11 @@ def method_agreement(
         f"{plotly_text(str(frame['model'].iloc[0]))} · "
         f"{n_cells} {'cell' if n_cells == 1 else 'cells'} (task and examples){of}"
     )
+    if any(trace.name == "other half" for trace in figure.data):
+        subtitle += (
+            "<br>filled: effects on the same prompts · open: scores of one half, effects on the "
+            "other · dotted: effects of both halves"
+        )
     finish(
         figure,
         layout,
@@ -112,7 +119,7 @@ def method_agreement(
 def _traces(
     part: Any, measure: Measure, names: list[str], styles: dict[str, Any]
 ) -> list[go.Scatter]:
-    """The cells, their means and the ceiling of one panel."""
+    """The cells, their means and what is told of the other half, of one panel."""
     at = {name: i for i, name in enumerate(names)}
     part = part[part["method"].isin(names)]
     means = part.groupby("method")[measure].mean().reindex(names)
@@ -120,16 +127,16 @@ def _traces(
     shown = [plotly_text(styles[name].name) for name in names]
     single = len(part) == len(names)
     traces: list[go.Scatter] = []
-    ceiling = _MEASURES[measure][1]
-    if ceiling in part and bool(part[ceiling].notna().any()):
-        value = float(part.groupby(["task", "n_shots"])[ceiling].first().mean())
+    _, across, effects = _MEASURES[measure]
+    if effects in part and bool(part[effects].notna().any()):
+        value = float(part.groupby(["task", "n_shots"])[effects].first().mean())
         traces.append(
             go.Scatter(
                 x=[value, value],
                 y=[-0.6, len(names) - 0.4],
                 mode="lines",
                 name="split-half of the effects",
-                line={"color": _CEILING, "width": 1.4, "dash": "dot"},
+                line={"color": _LINE, "width": 1.4, "dash": "dot"},
                 hovertemplate=f"the effects' own split-half ρ: {short(value)}<extra></extra>",
             )
         )
@@ -152,6 +159,24 @@ def _traces(
                 hovertemplate="%{text}: ρ %{x:.2f}<extra></extra>",
             )
         )
+    symbols = [styles[name].symbol.removesuffix("-open") for name in names]
+    if across in part and bool(part[across].notna().any()):
+        traces.append(
+            go.Scatter(
+                x=part.groupby("method")[across].mean().reindex(names).tolist(),
+                y=[at[name] for name in names],
+                mode="markers",
+                name="other half",
+                text=shown,
+                marker={
+                    "size": 9,
+                    "symbol": [f"{symbol}-open" for symbol in symbols],
+                    "color": colours,
+                    "line": {"width": 1.6},
+                },
+                hovertemplate="<b>%{text}</b>, the other half: ρ %{x:.2f}<extra></extra>",
+            )
+        )
     interval: dict[str, Any] = {}
     if single and f"{measure}_low" in part:
         ends = part.set_index("method").reindex(names)
@@ -162,7 +187,7 @@ def _traces(
             "arrayminus": (means - ends[f"{measure}_low"]).clip(lower=0).tolist(),
             "thickness": 1.2,
             "width": 0,
-            "color": _CEILING,
+            "color": _LINE,
         }
     traces.append(
         go.Scatter(
@@ -174,7 +199,7 @@ def _traces(
             error_x=interval or None,
             marker={
                 "size": 10,
-                "symbol": [styles[name].symbol.removesuffix("-open") for name in names],
+                "symbol": symbols,
                 "color": colours,
                 "line": {"width": 1, "color": "white"},
             },

@@ -7,20 +7,28 @@ method, with the mean of its scores over the prompts:
     spearman_abs        ρ with the mean size of the effect: heads that hurt belong first, too
     precision_signed_k  share of the first k heads that are among the k of largest mean effect
     precision_abs_k     … of largest mean |effect|; by chance k over the number of heads, in both
-    split_half          ρ between the scores of two halves of the prompts, mean over random splits
+    split_half          ρ between the scores of two halves of the prompts, mean over splits
     jaccard_k           |first k of one half ∩ of the other| / |∪|, likewise
-    ceiling_signed      ρ between the mean effects of the two halves: what a method can be held to
-    ceiling_abs         … between the mean sizes of the effects
+    cross_half_signed   ρ of the scores of one half with the mean effects of the other, mean over
+                        the same splits and both ways
+    cross_half_abs      … with the mean sizes of the effects
+    effects_split_half_signed   ρ between the mean effects of the two halves
+    effects_split_half_abs      … between the mean sizes of the effects
 
 ρ is that of ranks, those of equal values being their mean. Of equal scores the first head of the
 model counts as the first.
 
+The first four say what scores tell of the prompts that they were taken on. What one prompt has of
+its own is in its scores and in its effects, so they may be well above the split-half ρ of the
+effects, which is no bound for them. What scores tell of other prompts is `cross_half`, of half as
+many. It stands beside `effects_split_half`: how well really taking heads away on one half foretells
+the other. That is no bound either, since scores that vary less between prompts may do better.
+
 Prompts are what was drawn, so the bootstrap draws prompts: with replacement, as many as there are
-of each task and number of demonstrations, each with the scores and effects of all its heads. An
-interval holds the middle share of what comes out (Efron's percentile interval). All methods and
-ablations get the same draws, so that differences between two methods are paired. Of few prompts the
-interval is too narrow, and as a drawn prompt is there several times, its middle need not be the
-value itself.
+of each task and number of demonstrations, each with the scores and effects of all its heads. All
+methods and ablations get the same draws, so that differences between two methods are paired. The
+interval, around the value, is for the mean over other sets of as many prompts; why not the middle
+share of the draws, `ra_lens.heads.intervals` says. Splits have no interval.
 """
 
 from __future__ import annotations
@@ -28,6 +36,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -35,6 +45,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from ra_lens.errors import BadInput
+from ra_lens.heads.intervals import interval_around
 from ra_lens.heads.registry import ranking_methods
 from ra_lens.numbers import Real, Whole, Wholes, real, whole, wholes
 from ra_lens.tables import problem_of
@@ -46,6 +57,11 @@ SCORE, EFFECT, SECONDS, LOGIT_DIFF = "score_", "effect_", "seconds_", "logit_dif
 _CELL = ["task", "n_shots"]
 _NEEDED = [*_CELL, "question", "layer", "head"]
 _MEASURES = ("spearman_signed", "spearman_abs")
+_ACROSS = (
+    *("cross_half_signed", "cross_half_abs"),
+    *("effects_split_half_signed", "effects_split_half_abs"),
+)
+_RHO, _SHARE, _RHO_LESS_RHO = (-1.0, 1.0), (0.0, 1.0), (-2.0, 2.0)
 
 
 def faithfulness(
@@ -62,8 +78,9 @@ def faithfulness(
     Args:
         frame: From `head_effect_table`, of one model; several may be concatenated.
         ks: Numbers of heads at which precision and stability are taken.
-        splits: Into how many pairs of random halves the prompts are divided.
-        level: Share of the resampled values that an interval holds.
+        splits: Into how many pairs of random halves the prompts are divided; into all that there
+            are, where these are no more.
+        level: Share of intervals that are to hold the mean over sets of as many prompts.
         resamples: How often prompts are drawn.
         seed: Of draws and splits.
 
@@ -98,8 +115,10 @@ def faithfulness(
                     "n_heads": cell.n_heads,
                 }
                 for name, values in cell.measured(method, ablation, counts).items():
-                    row |= {name: float(values[0]), **read.interval(name, values[1:])}
-                rows.append({**row, **stable, **cell.ceiling(ablation, halves), **cost})
+                    within = _RHO if name in _MEASURES else _SHARE
+                    row |= read.told(name, [values], [cell.n_prompts], within)
+                across = cell.across(method, ablation, halves)
+                rows.append({**row, **stable, **across, **cost})
     facts = _facts(frame)
     about = {"experiment": "faithfulness", "model": facts.get("model")}
     return pd.DataFrame([{**about, **row, **facts} for row in rows])
@@ -123,7 +142,7 @@ def faithfulness_differences(
         methods: The others. Default: all.
         together: Take the mean over all tasks and numbers of demonstrations, each counting once,
             in place of a row for each.
-        level: Share of the resampled differences that an interval holds.
+        level: Share of intervals that are to hold the mean over sets of as many prompts.
         resamples: How often prompts are drawn, within each task and number of demonstrations.
         seed: Of the draws.
 
@@ -151,7 +170,9 @@ def faithfulness_differences(
         )
     rows: list[dict[str, Any]] = []
     found: dict[tuple[str, str, str], list[Float[np.ndarray, "draw"]]] = {}
+    sizes: list[int] = []
     for cell in read.cells():
+        sizes.append(cell.n_prompts)
         for ablation in cell.effects:
             base = cell.measured(minus, ablation, ())
             for method in chosen:
@@ -160,18 +181,17 @@ def faithfulness_differences(
                 for name in _MEASURES:
                     values = own[name] - base[name]
                     found.setdefault((ablation, method, name), []).append(values)
-                    row |= {name: float(values[0]), **read.interval(name, values[1:])}
+                    row |= read.told(name, [values], [cell.n_prompts], _RHO_LESS_RHO)
                 rows.append({**row, "n_prompts": cell.n_prompts})
     if not together:
         return pd.DataFrame(rows)
     means: dict[tuple[str, str], dict[str, Any]] = {}
     for (ablation, method, name), of_cells in found.items():
-        values = np.mean(of_cells, axis=0)
         row = means.setdefault(
             (ablation, method),
             {"ablation": ablation, "method": method, "minus": minus, "n_cells": len(of_cells)},
         )
-        row |= {name: float(values[0]), **read.interval(name, values[1:])}
+        row |= read.told(name, of_cells, sizes, _RHO_LESS_RHO)
     return pd.DataFrame(list(means.values()))
 
 
@@ -285,12 +305,18 @@ class _Read:
             weights[1:] = generator.multinomial(n, np.full(n, 1 / n), size=self._resamples)
             yield _Cell(facts, values(SCORE), values(EFFECT), seconds, weights / n)
 
-    def interval(self, name: str, values: Float[np.ndarray, "draw"]) -> dict[str, float]:
-        """The middle share of what came out."""
-        known = values[np.isfinite(values)]
-        ends = [(1 - self._level) / 2, (1 + self._level) / 2]
-        low, high = np.quantile(known, ends) if len(known) else (np.nan, np.nan)
-        return {f"{name}_low": float(low), f"{name}_high": float(high)}
+    def told(
+        self,
+        name: str,
+        of_cells: Sequence[Float[np.ndarray, "draw"]],
+        sizes: Sequence[int],
+        within: tuple[float, float],
+    ) -> dict[str, float]:
+        """The mean over cells of what all their prompts give, with its interval."""
+        value = float(np.mean([values[0] for values in of_cells]))
+        drawn = [values[1:] for values in of_cells]
+        low, high = interval_around(value, drawn, sizes, level=self._level, within=within)
+        return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,10 +361,16 @@ class _Cell:
         return found
 
     def halves(self, splits: int, seed: int) -> Float[np.ndarray, "half split prompt"]:
-        """Weights of the means of two random halves of the prompts, for each split."""
-        generator, n = np.random.default_rng([seed, 1]), self.n_prompts
-        order = generator.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
-        first = (order < n // 2).astype(float)
+        """Weights of the means of both halves of the prompts: all splits, or some at random."""
+        n = self.n_prompts
+        if comb(n, n // 2) // (2 - n % 2) <= splits:
+            # Of an even number of prompts the half without the first is the other half.
+            taken = [c for c in combinations(range(n), n // 2) if n % 2 or 0 in c]
+            first = np.array([[float(i in c) for i in range(n)] for c in taken])
+        else:
+            generator = np.random.default_rng([seed, 1])
+            order = generator.permuted(np.tile(np.arange(n), (splits, 1)), axis=1)
+            first = (order < n // 2).astype(float)
         return np.stack([first / max(n // 2, 1), (1 - first) / (n - n // 2)])
 
     def stability(
@@ -349,21 +381,24 @@ class _Cell:
         if self.n_prompts < 2 or bool((scores == scores[0]).all()):
             return dict.fromkeys(["split_half", *(f"jaccard_{k}" for k in ks)], float("nan"))
         one, other = halves @ scores
-        found = {"split_half": float(np.nanmean(spearman(one, other)))}
+        found = {"split_half": _mean(spearman(one, other))}
         for k in ks:
             both = (top(one, k) & top(other, k)).sum(axis=1)
             found[f"jaccard_{k}"] = float((both / (2 * k - both)).mean())
         return found
 
-    def ceiling(
-        self, ablation: str, halves: Float[np.ndarray, "half split prompt"]
+    def across(
+        self, method: str, ablation: str, halves: Float[np.ndarray, "half split prompt"]
     ) -> dict[str, float]:
-        """How alike the effects of two halves are."""
-        if self.n_prompts < 2:
-            return {"ceiling_signed": float("nan"), "ceiling_abs": float("nan")}
-        effects = self.effects[ablation]
-        signed, sizes = spearman(*(halves @ effects)), spearman(*(halves @ np.abs(effects)))
-        return {"ceiling_signed": float(signed.mean()), "ceiling_abs": float(sizes.mean())}
+        """How well the scores of one half, and its effects, foretell the effects of the other."""
+        effects, found = self.effects[ablation], dict[str, float]()
+        if self.n_prompts > 1:
+            scores = np.concatenate(halves @ self.scores[method])
+            for kind, each in (("signed", effects), ("abs", np.abs(effects))):
+                one, other = halves @ each
+                found[f"cross_half_{kind}"] = _mean(spearman(scores, np.concatenate([other, one])))
+                found[f"effects_split_half_{kind}"] = _mean(spearman(one, other))
+        return {name: found.get(name, float("nan")) for name in _ACROSS}
 
     def label(self, method: str) -> str:
         """What tables call a method."""
@@ -397,6 +432,12 @@ def spearman(
     x, y = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (x, y))
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     return np.where(scale > 0, (x * y).sum(axis=1) / np.where(scale > 0, scale, 1), np.nan)
+
+
+def _mean(values: Float[np.ndarray, "draw"]) -> float:
+    """The mean of those that are known; NaN of none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def top(values: Float[np.ndarray, "draw head"], k: int) -> Bool[np.ndarray, "draw head"]:

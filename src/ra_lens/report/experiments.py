@@ -143,9 +143,11 @@ def write_methods_page(found: pd.DataFrame, path: str | Path) -> Path:
         ),
         figures=(("", (method_agreement(found),)),),
         notes=(
-            "Dotted: how well the effects on one half of the prompts agree with those on the other "
-            "half. Bar, where there is one cell only: 90 % interval over its prompts; else the "
-            "small markers are the cells.",
+            "Filled: what the scores say of the prompts that they were taken on. Open: what the "
+            "scores on one half of the prompts say of the effects on the other, that is of new "
+            "prompts, from half as many. Dotted: what the effects on one half say of those on the "
+            "other, beside which the open markers stand. Bar, where there is one cell only: 90 % "
+            "interval over sets of as many prompts; else the small markers are the cells.",
         ),
     )
     return _write("Ranking methods", found, [section], path)
