@@ -16,9 +16,9 @@ NO_CELL = np.array([np.nan, np.nan])
 
 def test_student_t_is_that_of_the_tables():
     printed = {1: 6.314, 2: 2.920, 5: 2.015, 11: 1.796, 30: 1.697, 1000: 1.646}
-    assert {n: round(student_t(0.9, n), 3) for n in printed} == printed
-    assert student_t(0.95, 5) == pytest.approx(2.571, abs=5e-4)
-    assert student_t(0.3, 1) == pytest.approx(tan(0.15 * pi))  # Cauchy's, as a formula
+    assert {n: round(student_t(0.9, float(n)), 3) for n in printed} == printed
+    assert student_t(0.95, 5.0) == pytest.approx(2.571, abs=5e-4)
+    assert student_t(0.3, 1.0) == pytest.approx(tan(0.15 * pi))  # Cauchy's, as a formula
     assert 2.015 < student_t(0.9, 3.5) < 2.920
 
 
@@ -62,11 +62,11 @@ def test_an_interval_holds_its_value_wherever_the_draws_lie():
     generator = np.random.default_rng(1)
     for _ in range(50):
         drawn = [generator.normal(generator.normal(0, 9), 1, 30) ** 3 for _ in range(3)]
-        low, high = interval_around(0.3, drawn, [2, 5, 9], level=0.9, within=(0, 1))
+        low, high = interval_around(0.3, drawn, [2, 5, 9], level=0.9, within=(0.0, 1.0))
         assert 0 <= low <= 0.3 <= high <= 1
     rounded = 1 + 2**-52
     assert interval_around(rounded, [np.ones(9)], [4], level=0.9) == (rounded, rounded)
-    low, high = interval_around(rounded, [np.arange(9) / 9], [4], level=0.9, within=(-1, 1))
+    low, high = interval_around(rounded, [np.arange(9) / 9], [4], level=0.9, within=(-1.0, 1.0))
     assert low < rounded == high
 
 
@@ -97,7 +97,7 @@ def coverage(n, noise, own, size, trials, seed=7, heads=60):
     effects, scores = drawn(5 * trials)
     values = spearman(effects.mean(axis=1), scores.mean(axis=1))
     ways = {
-        "around": lambda v, d: interval_around(v, [d], [n], level=0.9, within=(-1, 1)),
+        "around": lambda v, d: interval_around(float(v), [d], [n], level=0.9, within=(-1.0, 1.0)),
         "percentile": percentile,
         "basic": basic,
     }

@@ -61,13 +61,13 @@ def interval_around(
     if both.shape[1] == 0:
         return float("nan"), float("nan")
     n = np.asarray(sizes, dtype=float)
-    away = (both - np.median(both, axis=1, keepdims=True)) * np.sqrt(n / (n - 1))[:, None]
-    variances = away.var(axis=1)
-    if not variances.any():
+    stretched = both * np.sqrt(n / (n - 1))[:, None]  # and moved; it is laid around the value below
+    if not np.ptp(stretched, axis=1).any():
         return value, value
+    variances = stretched.var(axis=1)
     freedom = variances.sum() ** 2 / (variances**2 / (n - 1)).sum()
     stretch = student_t(level, freedom) / NormalDist().inv_cdf((1 + level) / 2)
-    mean = away.mean(axis=0)
+    mean = stretched.mean(axis=0)
     first, middle, last = np.quantile(mean, [(1 - level) / 2, 0.5, (1 + level) / 2])
     low, high = value + stretch * (first - middle), value + stretch * (last - middle)
     # The value may be outside by rounding.
