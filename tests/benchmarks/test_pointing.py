@@ -41,8 +41,8 @@ def test_methods_are_what_they_are_called(both):
     out.logits[0, -1].log_softmax(dim=-1)[target].backward()
     # In words: of the log-probability, so that what raises it is positive.
     pull = [a.detach() * a.grad for a in out.attentions]
-    _, ra = run_with_ra(ours, ids, target=target)
-    found = pointing.of_maps(ra)
+    _, ra = run_with_ra(ours, ids, target=target, vectors=["value"])
+    found = pointing.of_maps(ours, ra)
 
     def close(name, wanted):
         torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-6, msg=name)

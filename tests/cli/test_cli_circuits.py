@@ -45,7 +45,7 @@ def test_it_prints_what_it_writes_and_that_is_what_the_function_gives(folder, tm
 
 def test_what_it_cannot_do_is_one_line(folder, tmp_path):
     model = ["circuits", "--model", str(folder), *SMALL]
-    assert "has no such head" in refused_line(*model, "--heads", "published")
+    assert "The published list is of gpt2" in refused_line(*model, "--heads", "published")
     assert "there is no ranking method 'nope'" in refused_line("circuits", "--methods", "nope")
     assert ".parquet or .csv" in refused_line("circuits", "-o", str(tmp_path / "x.json"))
     assert call("circuits", "--circuit", "copying").exit_code == 2
