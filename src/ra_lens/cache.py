@@ -292,8 +292,8 @@ class RACache:
         if kind == "pattern_grad" and (kind, self.layers[0]) not in self._norms:
             raise NotStored(
                 "found no norms of hook_pattern_grad: attention ran in blocks of rows, whose "
-                "queries meet no later keys, and G is a number there too. Shorter prompts run in "
-                "one block; R and the pattern are whole here."
+                "queries meet no later keys, and G is a number there too. Leave query_rows away, "
+                "with which shorter prompts run in one block; R and the pattern are whole here."
             )
         rows = [
             self[kind, layer].flatten(start_dim=-2).norm(dim=-1)

@@ -7,7 +7,7 @@ With A, R and R~ of the row of the query, and sums over heads and layers,
     knockout     Σ −R~ / (1 − A)                     what the loss rises by if it could not look
     pattern      Σ A                                 where it looks
     value_norm   Σ A · ‖v W_O‖                       how much it takes from there, whatever the use
-    rollout      row of Π ½(A + I)                   where its stream comes from through all layers
+    rollout      row of Π ½(A + I)                   where its stream comes from, by these layers
 
 Larger: more. `ra` and `knockout` ask about the loss, have a sign, and need its backward pass; the
 others do not know what was asked for. `ra` is in units of the loss per q·k, `knockout` in those of

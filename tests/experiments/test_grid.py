@@ -100,6 +100,11 @@ def test_a_folder_gives_the_bytes_of_a_file(toy, tmp_path, ending):
     result = call("results", str(tmp_path / "grid"), "--merge", str(found))
     assert result.exit_code == 0, result.output
     assert found.read_bytes() == wanted.read_bytes()
+    rank_tasks(toy, knowing_task(), methods="index", shots=0, n_rank=2, out=tmp_path / "ranks")
+    mixed = call(
+        "results", *(str(tmp_path / at) for at in ("grid", "ranks")), "--merge", str(found)
+    )
+    assert "grids of perturbation and ranking; a table has the rows of one" in mixed.output
     # Whoever reads the folder itself finds the same rows.
     rows = pd.read_parquet(tmp_path / "grid")
     assert sorted(rows.logit_diff) == sorted(in_one_piece.logit_diff)

@@ -123,6 +123,25 @@ def test_what_is_around_a_function_counts(one, other):
     assert code_hash(partial(pow, one)) != code_hash(partial(pow, other))
 
 
+def test_values_of_its_file_count_and_its_docstring_does_not():
+    source = (
+        'def found(x):\n    """Weigh {}."""\n    return helped(x) * W\n\ndef helped(x): return x'
+    )
+
+    def weighing(weights, said="it"):
+        return code_hash(made(source.format(said), W=weights))
+
+    ramp = torch.arange(8.0)
+    for one, other in ((ramp, ramp.flip(0)), ({"w": ramp}, {"w": ramp + 1}), (np.ones(2), None)):
+        assert weighing(one) == weighing(one, said="them") != weighing(other)
+    assert weighing(torch) == weighing(torch)  # by its name
+    with pytest.raises(Untold, match="at 0x"):
+        weighing(object())
+    one, other = made(), made()
+    one.weights, other.weights = ramp, ramp.flip(0)
+    assert len({code_hash(one), code_hash(other), code_hash(made())}) == 3
+
+
 def test_values_that_are_equal_are_told_alike():
     assert code_hash(around({0, 8})) == code_hash(around({8, 0}))
     assert code_hash(around(torch.ones(()))) == code_hash(around(torch.ones(())))

@@ -302,7 +302,13 @@ def test_a_bridge_is_told_how_many_devices(n):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_devices": 2, "device": "cpu"}, r"n_devices=2, and torch sees \d devices of .*'cpu'"),
+        ({"n_devices": 2, "device": "cpu"}, "n_devices=2 on the CPU. Leave one of both away"),
+        ({"device": "xpu:9"}, "found device='xpu:9', which cannot be used: .*Give 'cpu'"),
+        (
+            {"device_map": 5},
+            "found device_map=5; give a mapping from modules to devices, or one of",
+        ),
+        ({"device_map": "spread"}, "found device='spread'; give a device of torch"),
         ({"n_devices": 99}, r"n_devices=99, and torch sees \d devices of the kind 'cuda'"),
         ({"n_devices": 0}, "n_devices=0; give a positive number"),
         ({"n_devices": 1.5}, "n_devices=1.5; give a whole number"),
@@ -313,7 +319,8 @@ def test_a_bridge_is_told_how_many_devices(n):
 )
 @pytest.mark.parametrize("load", [load_model, load_folder])
 def test_what_cannot_be_placed(load, options, message, request):
-    if options.get("n_devices") == 1.5 and request.config.getoption("--check-shapes"):
+    wrong_types = options.get("n_devices") == 1.5 or options.get("device_map") == 5
+    if wrong_types and request.config.getoption("--check-shapes"):
         pytest.skip("the annotation says so first")
     with pytest.raises(BadInput, match=message):
         load(demo_model_folder(), **options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ra_lens.cli import options as opt
-from ra_lens.errors import UnfinishedGrid
+from ra_lens.errors import BadInput, UnfinishedGrid
 from ra_lens.files import check_output, user_path
 
 if TYPE_CHECKING:
@@ -100,9 +100,15 @@ def _merged(folders: Sequence[str]) -> Any:
 
     from ra_lens.experiments.grid import read_grid
 
+    grids = [read_grid(folder) for folder in folders]
+    kinds = list(dict.fromkeys(str(grid.settings["experiment"]) for grid in grids))
+    if len(kinds) > 1:
+        raise BadInput(
+            f"found grids of {' and '.join(kinds)}; a table has the rows of one experiment. Merge "
+            "the folders of each by themselves."
+        )
     frames: list[pd.DataFrame] = []
-    for folder in folders:
-        grid = read_grid(folder)
+    for grid in grids:
         done = grid.done()
         frame = grid.frame(cell for cell in grid.cells if cell.hash in done)
         if len(done) < len(grid.cells) and len(frame):

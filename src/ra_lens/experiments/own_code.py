@@ -2,9 +2,10 @@
 
 A method of one's own is known by its name alone, and the next one may have the same. So its results
 are found again by what it is: its code, its defaults, what it has from the function around it or
-from `functools.partial`, and, of the file that it stands in, the functions that it calls and the
-plain values that it reads. Functions of ra_lens are known by their names, since the settings of a
-run hold its version; of all other files, what is called there is known by its name too.
+from `functools.partial`, what was set on it, and, of the file that it stands in, the functions that
+it calls and the values that it reads. Functions of ra_lens are known by their names, since the
+settings of a run hold its version; of all other files, what is called there is known by its name
+too, and so are classes and modules. Its docstring changes nothing.
 
 Numbers, texts, lists and dicts of such, tensors and modules of torch can be told. An object that
 shows its place in memory, or itself not in full, cannot.
@@ -102,7 +103,11 @@ def _parts(value: Any) -> Iterable[object]:
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[object]:
-    yield function.__code__
+    code, said = function.__code__, function.__doc__
+    if said is not None and code.co_consts[:1] == (said,):  # what it says of itself changes nothing
+        code = code.replace(co_consts=(None, *code.co_consts[1:]))
+    yield code
+    yield sorted(vars(function).items())
     yield function.__defaults__
     yield function.__kwdefaults__
     for cell in function.__closure__ or ():
@@ -110,10 +115,11 @@ def _parts_of_function(function: FunctionType) -> Iterator[object]:
             yield cell.cell_contents
         except ValueError:  # nothing is in it yet
             yield None
-    for name in sorted(set(_globals_of(function.__code__))):
-        value = function.__globals__.get(name)
-        here = isinstance(value, FunctionType) and value.__globals__ is function.__globals__
-        if here or _is_plain(value):
+    own = function.__globals__
+    for name in sorted(set(_globals_of(function.__code__)) & set(own)):
+        value = own[name]
+        elsewhere = isinstance(value, FunctionType) and value.__globals__ is not own
+        if not elsewhere and not isinstance(value, ModuleType | type | BuiltinFunctionType):
             yield name, value
 
 
@@ -123,14 +129,6 @@ def _globals_of(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _globals_of(constant)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | Set):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(_is_plain(one) for pair in value.items() for one in pair)
-    return isinstance(value, _PLAIN) and value is not None
 
 
 def _of_ra_lens(function: FunctionType) -> bool:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
+from ra_lens.model.hugging_face import first_line
 from ra_lens.numbers import Whole, whole
 from ra_lens.tensors import Device, read_device
 
 DeviceMap = str | Mapping[str, Any] | None
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # that accelerate makes itself
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Placement:
             BadInput: two of the three contradict each other, or there are not so many devices.
         """
         where, n = read_device(device), whole("n_devices", n_devices)
+        _check_map(device_map)
         if device_map is not None and (where is not None or n != 1):
             other = f"device={str(where)!r}" if where is not None else f"n_devices={n}"
             raise BadInput(
@@ -50,12 +53,16 @@ class Placement:
             )
         if n < 1:
             raise BadInput(f"found n_devices={n}; give a positive number.")
-        if n > 1:
+        if n == 1:
+            _check_usable(where)
+        else:
             where = where or torch.device("cuda")
             module: Any = getattr(torch, where.type, None)
             there = int(module.device_count()) if hasattr(module, "device_count") else 0
             first = where.index or 0
             if first + n > there:
+                if where.type == "cpu":
+                    raise BadInput(f"found n_devices={n} on the CPU. Leave one of both away.")
                 after = f" from {where} on" if first else ""
                 raise BadInput(
                     f"found n_devices={n}{after}, and torch sees {there} devices of the kind "
@@ -98,6 +105,29 @@ class Placement:
         """Lay a HookedTransformer over the devices, if there are several."""
         if self.n_devices > 1 and self.device is not None:
             spread(model, self.device, self.n_devices)
+
+
+def _check_usable(device: torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = first_line(error).rstrip(".")
+        raise BadInput(
+            f"found device={str(device)!r}, which cannot be used: {said}. Give 'cpu', "
+            "or leave it away for a GPU if there is one."
+        ) from error
+
+
+def _check_map(device_map: object) -> None:
+    if device_map is None or isinstance(device_map, Mapping):
+        return
+    if not isinstance(device_map, str):
+        raise BadInput(
+            f"found device_map={device_map!r}; give a mapping from modules to devices, or one of "
+            f"{', '.join(map(repr, _MAPS))}."
+        )
+    if device_map not in _MAPS:
+        read_device(device_map)  # a device for all
 
 
 def spread(model: Any, first: torch.device, n_devices: int) -> None:
