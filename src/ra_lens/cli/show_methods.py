@@ -50,10 +50,11 @@ def print_faithfulness(found: pd.DataFrame, ks: Sequence[int]) -> None:
         f"{int(first['n_prompts'])} prompts, {int(first['n_heads'])} heads. ρ: Spearman's, of the "
         "scores with the mean rise of the loss without a head, and with its mean size, on the same "
         "prompts; other half: both, of the scores on half of the prompts with the effects on the "
-        "others: what is told of new prompts, and what the effects themselves tell of them; first "
+        "others, that is on new prompts; its last row: of the effects, or their sizes, on half of "
+        "them; first "
         f"{k}: share of the first {k} heads that are among the {k} of largest effect, and of "
         f"largest size (by chance {short(k / int(first['n_heads']))}); stable: overlap of the "
-        f"first {k} by two halves of the prompts; passes: forward and backward, of one prompt. "
+        f"first {k} by two halves of the prompts; passes: forward + backward, that all took. "
         "Which heads suffice is another question: ra-lens perturb."
     )
     print_parts(Text(note, style="dim"))

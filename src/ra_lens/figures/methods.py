@@ -102,7 +102,7 @@ def method_agreement(
     if any(trace.name == "other half" for trace in figure.data):
         subtitle += (
             "<br>filled: effects on the same prompts · open: scores of one half, effects on the "
-            "other · dotted: effects of both halves"
+            "other · dotted: effects of one half and of the other"
         )
     finish(
         figure,

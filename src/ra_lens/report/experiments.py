@@ -138,16 +138,17 @@ def write_methods_page(found: pd.DataFrame, path: str | Path) -> Path:
         "What taking one head away does",
         paragraphs=(
             "Every head was really taken away, one at a time, and every method scored all heads on "
-            "the same prompts. To the right: the scores order heads as the effects do, by what the "
-            "loss rises (left panels) or by how much it changes either way (right panels).",
+            "the same prompts. The further right a method, the better its scores order heads: by "
+            "what the loss rises without them (left), or how much it changes either way (right).",
         ),
         figures=(("", (method_agreement(found),)),),
         notes=(
             "Filled: what the scores say of the prompts that they were taken on. Open: what the "
             "scores on one half of the prompts say of the effects on the other, that is of new "
             "prompts, from half as many. Dotted: what the effects on one half say of those on the "
-            "other, beside which the open markers stand. Bar, where there is one cell only: 90 % "
-            "interval over sets of as many prompts; else the small markers are the cells.",
+            "other, beside which the open markers stand. Bar of a filled marker, where there is "
+            "one cell only: 90 % interval over sets of as many prompts; else the small markers are "
+            "the cells.",
         ),
     )
     return _write("Ranking methods", found, [section], path)
