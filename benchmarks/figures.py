@@ -41,8 +41,8 @@ def engine(table: Table) -> go.Figure:
         if row["model"] == HUGGING_FACE:
             continue
         of = "" if row["shape"] == GPT2 else f"{row['shape']}, "
-        panels.setdefault(f"{of}{row['model']}, {row['batch × tokens']} tokens", []).append(row)
-    limits = {(f"{m}, {s} tokens", LIMITED): limit for (m, s), limit in LIMITS.items()}
+        panels.setdefault(f"{of}{row['model']}, {row['batch × tokens']}", []).append(row)
+    limits = {(f"{m}, {s}", LIMITED): limit for (m, s), limit in LIMITS.items()}
     return bars(
         panels,
         value="over the forward pass",

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import pytest
 
 from benchmarks import figures
+from benchmarks.models import HUGGING_FACE
 from benchmarks.timing import low_high
 
 # Drawing images takes seconds.
@@ -30,7 +31,14 @@ def panel(row):
     words = [
         row[name] for name in ("shape", "model") if row.get(name, "GPT-2 small") != "GPT-2 small"
     ]
-    return ", ".join([*words, f"{row['batch × tokens']} tokens"])
+    size = row["batch × tokens"]
+    return ", ".join([*words, size if "shape" in row else f"{size} tokens"])
+
+
+def shown(name):
+    """The rows that a figure shows: Hugging Face's own are for the table only."""
+    rows = figures.records(TABLES[name])
+    return [row for row in rows if row.get("model") != HUGGING_FACE]
 
 
 def bars(figure):
@@ -73,7 +81,7 @@ def with_spread(name, value):
 @pytest.mark.parametrize("name", BARS)
 def test_bars_are_the_numbers_kept(name):
     figure = figures.FIGURES[name](TABLES[name])
-    rows = figures.records(TABLES[name])
+    rows = shown(name)
     kept = {(panel(row), row["route"]): row[BARS[name]] for row in rows}
     assert bars(figure) == {key: value for key, value in kept.items() if value is not None}
 
@@ -102,16 +110,16 @@ def test_memory_says_the_megabytes_of_each_bar():
 
 def test_whiskers_are_the_spreads_kept():
     figure = figures.engine(TABLES["engine"])
-    rows = {(panel(row), row["route"]): row for row in figures.records(TABLES["engine"])}
+    rows = {(panel(row), row["route"]): row for row in shown("engine")}
     found = {}
     for name, trace in named(figure, ", spread").items():
         ends = trace.error_x
         for x, y, more, less in zip(trace.x, trace.y, ends.array, ends.arrayminus, strict=True):
             found[name, routes(figure)[int(y)]] = (x - less, x + more)
     spreads = {key: low_high(row["spread"]) for key, row in rows.items()}
-    shown = {key: ends for key, ends in spreads.items() if ends is not None and ends[0] < ends[1]}
-    assert set(found) == set(shown)
-    for key, (low, high) in shown.items():
+    wide = {key: ends for key, ends in spreads.items() if ends is not None and ends[0] < ends[1]}
+    assert set(found) == set(wide)
+    for key, (low, high) in wide.items():
         value = rows[key]["over the forward pass"]
         assert found[key] == pytest.approx((min(low, value), max(high, value)))
 
@@ -141,8 +149,7 @@ def test_limits_cross_the_bar_of_run_with_ra():
     figure = figures.engine(TABLES["engine"])
     limits = named(figure, ", limit")
     assert {name: trace.x for name, trace in limits.items()} == {
-        f"{model}, {shape} tokens": (limit, limit)
-        for (model, shape), limit in figures.LIMITS.items()
+        f"{model}, {shape}": (limit, limit) for (model, shape), limit in figures.LIMITS.items()
     }
     for trace in limits.values():
         assert routes(figure)[int(sum(trace.y) / 2)] == "run_with_ra"
