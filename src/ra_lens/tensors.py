@@ -59,6 +59,15 @@ def read_device(device: Device) -> torch.device | None:
         ) from None
 
 
+def why_unusable(device: Device) -> str:
+    """Say why tensors cannot be made on a device here; empty if they can."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return ""
+
+
 def read_place(place: str | torch.device | torch.dtype) -> torch.device | torch.dtype:
     """Read a device or a floating-point dtype, either of which `Tensor.to` takes."""
     meant = place if isinstance(place, torch.dtype) else getattr(torch, str(place), None)

@@ -27,6 +27,7 @@ from ra_lens.model import PrependBos, as_lens, load_model
 from ra_lens.model.gguf import gguf_file, is_kept
 from ra_lens.model.hugging_face import no_loading_bars
 from ra_lens.model.loading import load_demo_model
+from ra_lens.tensors import why_unusable
 from ra_lens.text import decoded
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -48,11 +49,9 @@ def prepare(model: str, device: str | None) -> None:
         if not torch.cuda.device_count():
             raise BadInput("found --device auto, and torch sees no GPU. Try --device cpu.")
         return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BadInput(f"cannot use --device {device}: {reason}. Try --device cpu.") from error
+    reason = why_unusable(device)
+    if reason:
+        raise BadInput(f"cannot use --device {device}: {reason}. Try --device cpu.")
 
 
 def load(

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ra_lens.errors import BadInput, UnsupportedModel
-from ra_lens.model.hugging_face import first_line
 from ra_lens.numbers import Whole, whole
-from ra_lens.tensors import Device, read_device
+from ra_lens.tensors import Device, read_device, why_unusable
 
 DeviceMap = str | Mapping[str, Any] | None
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # that accelerate makes itself
@@ -54,7 +53,12 @@ class Placement:
         if n < 1:
             raise BadInput(f"found n_devices={n}; give a positive number.")
         if n == 1:
-            _check_usable(where)
+            reason = why_unusable(where)
+            if reason:
+                raise BadInput(
+                    f"found device={str(device)!r}, which cannot be used: {reason}. Give 'cpu', "
+                    "or leave it away for a GPU if there is one."
+                )
         else:
             where = where or torch.device("cuda")
             module: Any = getattr(torch, where.type, None)
@@ -105,17 +109,6 @@ class Placement:
         """Lay a HookedTransformer over the devices, if there are several."""
         if self.n_devices > 1 and self.device is not None:
             spread(model, self.device, self.n_devices)
-
-
-def _check_usable(device: torch.device | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = first_line(error).rstrip(".")
-        raise BadInput(
-            f"found device={str(device)!r}, which cannot be used: {said}. Give 'cpu', "
-            "or leave it away for a GPU if there is one."
-        ) from error
 
 
 def _check_map(device_map: object) -> None:
